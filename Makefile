@@ -1,0 +1,42 @@
+# The daily words. CI runs the same ones.
+
+CARGO ?= cargo
+# Schedules of the engine simulator; a quick local run may ask for fewer.
+NAGAYA_SIMULATION_SCHEDULES ?= 10000
+export NAGAYA_SIMULATION_SCHEDULES
+
+.PHONY: demo build test check fmt bench clean packages test-packages
+
+## demo: build in release mode, then create a sandbox, use it and remove it
+demo: packages
+	$(CARGO) build --locked --release -p nagaya
+	./target/release/nagaya demo
+
+## build: the release binary, at target/release/nagaya
+build:
+	$(CARGO) build --locked --release -p nagaya
+
+## test: everything, with the real things
+test: test-packages
+	./scripts/test
+
+## check: formatting and lints
+check:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+fmt:
+	$(CARGO) fmt --all
+
+## bench: measure against peers in one run; raw samples go to bench/results/
+bench: test-packages
+	./bench/run
+
+packages:
+	./scripts/install-packages run
+
+test-packages:
+	./scripts/install-packages run test
+
+clean:
+	$(CARGO) clean

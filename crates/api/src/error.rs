@@ -1,0 +1,260 @@
+//! The one table of error codes. Façades, the command line and the documents are fed from it.
+
+use std::fmt;
+
+/// The status codes that gRPC and Connect share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Status {
+    InvalidArgument,
+    Unauthenticated,
+    PermissionDenied,
+    NotFound,
+    AlreadyExists,
+    FailedPrecondition,
+    ResourceExhausted,
+    DeadlineExceeded,
+    Unavailable,
+    Unimplemented,
+    Aborted,
+    Internal,
+}
+
+impl Status {
+    /// The nearest status of plain HTTP, for answers that are neither gRPC nor Connect.
+    pub const fn http_status(self) -> u16 {
+        match self {
+            Self::InvalidArgument => 400,
+            Self::Unauthenticated => 401,
+            Self::PermissionDenied => 403,
+            Self::NotFound => 404,
+            Self::AlreadyExists | Self::FailedPrecondition | Self::Aborted => 409,
+            Self::ResourceExhausted => 429,
+            Self::Internal => 500,
+            Self::Unimplemented => 501,
+            Self::Unavailable => 503,
+            Self::DeadlineExceeded => 504,
+        }
+    }
+
+    /// Words that clients search for, in any case, in the text of an answer with this status.
+    /// Which error they report depends on the first one found.
+    pub const fn searched_words(self) -> &'static [&'static str] {
+        match self {
+            Self::NotFound => &[
+                "template",
+                "registry image",
+                "no such file or directory",
+                "session",
+                "snapshot",
+                "volume",
+                "artifact",
+            ],
+            Self::AlreadyExists => &["template"],
+            Self::ResourceExhausted => &["maximum exposed ports", "volume", "rate limit", "capacity"],
+            Self::FailedPrecondition => &[
+                "snapshot not yet durable",
+                "build in progress",
+                "build already in progress",
+                "terminated",
+                "failed (exit_code=",
+                "sync_pending",
+                "sync pending",
+                "volume is attached",
+                "volume is in use",
+                "inbound access is disabled",
+                "ssh",
+            ],
+            Self::Unavailable => &["ssh"],
+            Self::Unimplemented => &["404"],
+            _ => &[],
+        }
+    }
+}
+
+macro_rules! codes {
+    ($($(#[$doc:meta])* $variant:ident => $name:literal, $status:ident, $text:literal, $remedy:literal;)*) => {
+        /// A stable code for everything that can go wrong. Never renamed, never reused.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Code {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl Code {
+            /// Every code, in the order of the documentation.
+            pub const ALL: &'static [Code] = &[$(Code::$variant,)*];
+
+            /// The code with this name.
+            pub fn from_name(name: &str) -> Option<Code> {
+                Self::ALL.iter().copied().find(|code| code.name() == name)
+            }
+
+            /// The stable name, as users see it in answers, logs and documents.
+            pub const fn name(self) -> &'static str {
+                match self { $(Code::$variant => $name,)* }
+            }
+
+            pub const fn status(self) -> Status {
+                match self { $(Code::$variant => Status::$status,)* }
+            }
+
+            /// What happened, in the words the client families search for. Must never be built
+            /// from names or paths a user chose: clients match on parts of it.
+            pub const fn text(self) -> &'static str {
+                match self { $(Code::$variant => $text,)* }
+            }
+
+            /// What the reader can do about it.
+            pub const fn remedy(self) -> &'static str {
+                match self { $(Code::$variant => $remedy,)* }
+            }
+        }
+    };
+}
+
+impl Code {
+    /// The status of an answer in plain HTTP.
+    pub const fn http_status(self) -> u16 {
+        match self {
+            Self::MessageTooLarge => 413,
+            Self::DiskFull => 507,
+            other => other.status().http_status(),
+        }
+    }
+
+    /// With what the command line ends: the numbers of sysexits.h, which commands seldom use
+    /// themselves, but for three that shells and `timeout` have made familiar.
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            Self::CommandTimedOut => 124,
+            Self::InvalidCommand => 126,
+            Self::CommandNotFound => 127,
+            other => match other.status() {
+                Status::InvalidArgument => 64,
+                Status::NotFound => 66,
+                Status::FailedPrecondition => 69,
+                Status::Internal => 70,
+                Status::AlreadyExists => 73,
+                Status::ResourceExhausted | Status::DeadlineExceeded | Status::Unavailable | Status::Aborted => 75,
+                Status::Unimplemented => 76,
+                Status::Unauthenticated | Status::PermissionDenied => 77,
+            },
+        }
+    }
+
+    /// The code at the end of a text made by [`Error::wire_text`].
+    pub fn in_wire_text(text: &str) -> Option<Code> {
+        let (_, name) = text.strip_suffix(']')?.rsplit_once(" [")?;
+        Self::from_name(name)
+    }
+}
+
+codes! {
+    InvalidArgument => "invalid_argument", InvalidArgument, "invalid argument", "Correct the named field and send the request again.";
+    InvalidId => "invalid_id", InvalidArgument, "invalid argument: not a UUID", "Ids are UUIDs in the hyphenated form; use one that this server returned.";
+    InvalidResources => "invalid_resources", InvalidArgument, "invalid argument: resources out of range", "Use 1 to 16 cores, 128 to 65536 MB of memory (an even number), 5 to 100 GB of disk.";
+    InvalidCommand => "invalid_command", InvalidArgument, "invalid argument: command", "Send at least one argument; arguments, environment and directory must not hold NUL bytes.";
+    InvalidPath => "invalid_path", InvalidArgument, "invalid argument: path", "Paths must not be empty or hold NUL bytes, and no longer than 4096 bytes.";
+    StreamProtocol => "stream_protocol", InvalidArgument, "invalid argument: frames out of order", "The first frame of a stream is its start frame, and there is exactly one.";
+    Unauthenticated => "unauthenticated", Unauthenticated, "missing or unknown credential", "Send an API key of this server as `Authorization: Bearer tk_…`; `nagaya serve` prints one at its first start.";
+    InvalidCertificate => "invalid_certificate", Unauthenticated, "missing, expired or foreign session certificate", "Ask CreateSessionCredential for a new certificate for this session.";
+    SessionNotFound => "session_not_found", NotFound, "session not found", "Check the id; sessions of other workspaces look the same as unknown ones.";
+    WorkspaceNotFound => "workspace_not_found", NotFound, "workspace not found", "Use the workspace that WhoAmI names, or none.";
+    ExecutionNotFound => "execution_not_found", NotFound, "execution not found in this session", "Use the execution id that ExecuteCommand returned.";
+    FileNotFound => "file_not_found", NotFound, "no such file or directory", "Check the path; relative paths start at /home/tenki.";
+    CommandNotFound => "command_not_found", NotFound, "command not found: no such file or directory", "Give an absolute path, or a name that is on the sandbox's PATH.";
+    TemplateNotFound => "template_not_found", NotFound, "template not found", "Check the id; templates of other workspaces look the same as unknown ones.";
+    TemplateBuildNotFound => "template_build_not_found", NotFound, "template build not found", "Use the build id that BuildTemplate returned.";
+    RegistryImageNotFound => "registry_image_not_found", NotFound, "registry image not found", "Check the reference, and that the image is visible to your workspace.";
+    SnapshotNotFound => "snapshot_not_found", NotFound, "snapshot not found", "Check the id; deleted snapshots look the same as unknown ones.";
+    VolumeNotFound => "volume_not_found", NotFound, "volume not found", "Check the id; deleted volumes look the same as unknown ones.";
+    ArtifactExpired => "artifact_expired", NotFound, "artifact not found or expired", "Ask for a new URL.";
+    SessionTerminated => "session_terminated", FailedPrecondition, "session is terminated", "Create a new session.";
+    SessionNotRunning => "session_not_running", FailedPrecondition, "session not RUNNING", "Wait until the session is RUNNING.";
+    InboundDisabled => "inbound_disabled", FailedPrecondition, "inbound access is disabled for this session", "Create the session with allow_inbound.";
+    SshUnavailable => "ssh_unavailable", FailedPrecondition, "SSH is not available for this session", "Wait until the session is RUNNING; the message names the cause.";
+    SshGatewayUnavailable => "ssh_gateway_unavailable", Unavailable, "no SSH gateway is ready", "Try again in a moment.";
+    GitFailed => "git_failed", FailedPrecondition, "git failed", "The message holds what git printed.";
+    SnapshotNotDurable => "snapshot_not_durable", FailedPrecondition, "snapshot not yet durable", "Wait until the snapshot's durability state is DURABLE.";
+    TemplateBuildInProgress => "template_build_in_progress", FailedPrecondition, "template build already in progress", "Wait for the build, or cancel it.";
+    VolumeInUse => "volume_in_use", FailedPrecondition, "volume is in use", "Detach it from every session first.";
+    VolumeSyncPending => "volume_sync_pending", FailedPrecondition, "volume is sync_pending", "Try again when the last write-back has ended.";
+    IsADirectory => "is_a_directory", FailedPrecondition, "is a directory", "Name a file.";
+    NotADirectory => "not_a_directory", FailedPrecondition, "not a directory", "Name a directory.";
+    NotARegularFile => "not_a_regular_file", FailedPrecondition, "not a regular file", "Only regular files can be read and written through the file API; use a command for others.";
+    DirectoryNotEmpty => "directory_not_empty", FailedPrecondition, "directory not empty", "Ask for a recursive removal.";
+    TemplateExists => "template_exists", AlreadyExists, "template already exists", "Choose another name.";
+    FileExists => "file_exists", AlreadyExists, "file exists", "Choose another path, or remove what is there.";
+    FileSystem => "file_system", FailedPrecondition, "the file system refused", "The message names the operating system's reason.";
+    PermissionDenied => "permission_denied", PermissionDenied, "permission denied", "The sandbox's kernel refused; read-only places cannot be written.";
+    DiskFull => "disk_full", ResourceExhausted, "no space left on the sandbox's disk", "Remove files, or create a session with a larger disk.";
+    QuotaExceeded => "quota_exceeded", ResourceExhausted, "workspace quota reached", "Terminate sessions that are no longer needed, or ask the operator for a higher limit.";
+    CapacityUnavailable => "capacity_unavailable", ResourceExhausted, "no capacity left on this server", "Try again when other sandboxes have ended; the message names the limit, which the operator can raise.";
+    PortLimit => "port_limit", ResourceExhausted, "maximum exposed ports reached", "Unexpose ports that are no longer needed.";
+    VolumeLimit => "volume_limit", ResourceExhausted, "volume limit reached", "Delete volumes that are no longer needed, or ask the operator for a higher limit.";
+    RateLimited => "rate_limited", ResourceExhausted, "rate limit reached", "Send fewer requests at a time and try again in a moment.";
+    MessageTooLarge => "message_too_large", ResourceExhausted, "message larger than the server accepts", "Use the streaming form of the call.";
+    CommandTimedOut => "command_timed_out", DeadlineExceeded, "command timed out", "Give it more time, or find out why it hangs.";
+    DeadlineExceeded => "deadline_exceeded", DeadlineExceeded, "deadline exceeded", "Give the call more time.";
+    Draining => "draining", Unavailable, "the server is shutting down", "Try again in a moment.";
+    GuestUnreachable => "guest_unreachable", Unavailable, "the sandbox does not answer", "Try again; if it stays so, terminate the session and look at the server's log.";
+    CapabilityUnavailable => "capability_unavailable", Unimplemented, "not offered by this sandbox's driver", "Use a session on a driver that offers it.";
+    Unimplemented => "unimplemented", Unimplemented, "not implemented by this server yet", "See docs/roadmap.md for what works.";
+    Internal => "internal", Internal, "internal error", "This is a bug in Nagaya; please report it with the server's log.";
+}
+
+/// What a caller is told: a stable code, and what exactly happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error {
+    pub code: Code,
+    /// Particulars, such as the field or the limit. May be empty. Must follow the rule of [`Code::text`].
+    pub detail: String,
+}
+
+impl Error {
+    pub fn new(code: Code, detail: impl Into<String>) -> Self {
+        Self { code, detail: detail.into() }
+    }
+}
+
+impl Error {
+    /// What clients are told: text, detail and `[code]`. A detail with a word that would make a
+    /// client report another error (see [`Status::searched_words`]) is left out; it may have come
+    /// from a name or a path that a user chose.
+    pub fn wire_text(&self) -> String {
+        let text = self.code.text();
+        // Judged together with the text, because a word may begin in one and end in the other.
+        let with_detail = self.to_string();
+        let misleads = |word: &&str| !contains(text, word) && contains(&with_detail, word);
+        let told = match self.code.status().searched_words().iter().any(misleads) {
+            true => text,
+            false => &with_detail,
+        };
+        format!("{told} [{}]", self.code.name())
+    }
+}
+
+fn contains(text: &str, lower_case_word: &str) -> bool {
+    text.to_lowercase().contains(lower_case_word)
+}
+
+impl From<Code> for Error {
+    fn from(code: Code) -> Self {
+        Self { code, detail: String::new() }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.code.text())?;
+        if !self.detail.is_empty() {
+            write!(f, ": {}", self.detail)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {}
+
+#[cfg(test)]
+#[path = "error_tests.rs"]
+mod tests;

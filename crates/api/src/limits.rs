@@ -1,0 +1,22 @@
+//! Limits that the wire contract fixes. Limits an operator may change live in the configuration.
+
+/// Cores a sandbox may have; inclusive. Source: rule on `CreateSessionRequest.cpu_cores`.
+pub const CPU_CORES: std::ops::RangeInclusive<u32> = 1..=16;
+/// Memory in MiB, even numbers only. Source: rules on `CreateSessionRequest.memory_mb`.
+pub const MEMORY_MB: std::ops::RangeInclusive<u32> = 128..=65_536;
+/// Disk in GiB. Source: rule on `CreateSessionRequest.disk_size_gb`.
+pub const DISK_GB: std::ops::RangeInclusive<u32> = 5..=100;
+
+pub const DEFAULT_CPU_CORES: u32 = 2;
+pub const DEFAULT_MEMORY_MB: u32 = 4_096;
+pub const DEFAULT_DISK_GB: u32 = 5;
+
+/// Characters in a session name.
+pub const NAME_CHARS_MAX: usize = 64;
+pub const TAGS_MAX: usize = 20;
+pub const TAG_CHARS_MAX: usize = 32;
+/// Largest page of a list; 0 in a request means [`PAGE_SIZE_DEFAULT`].
+pub const PAGE_SIZE_MAX: u32 = 100;
+pub const PAGE_SIZE_DEFAULT: u32 = 20;
+/// Ids in one `TerminateSessions`.
+pub const TERMINATE_BATCH_MAX: usize = 100;

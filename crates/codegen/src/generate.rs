@@ -1,0 +1,170 @@
+//! From `.proto` files to the text of Rust files, and how these compare with what is on disk.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+use buffa_codegen::generated::descriptor::FileDescriptorSet;
+use buffa_codegen::{BytesRepr, CodeGenConfig, MapRepr};
+
+use crate::services;
+
+/// One protobuf package and where its Rust code goes.
+struct Package {
+    /// Below `proto/`.
+    sources: &'static [&'static str],
+    /// From the root of the workspace.
+    out_dir: &'static str,
+    /// Also services and JSON, or only messages in binary form.
+    services: bool,
+}
+
+const PACKAGES: &[Package] = &[
+    Package {
+        sources: &[
+            "tenki/sandbox/v1/registry.proto",
+            "tenki/sandbox/v1/template.proto",
+            "tenki/sandbox/v1/sandbox.proto",
+            "tenki/sandbox/v1/ssh_gateway_client.proto",
+        ],
+        out_dir: "crates/api/src/gen",
+        services: true,
+    },
+    Package { sources: &["nagaya/agent/v1/agent.proto"], out_dir: "crates/guest/src/gen", services: false },
+];
+
+/// The text of every generated file by its path from the root of the workspace.
+pub fn all(root: &Path) -> Result<BTreeMap<PathBuf, String>> {
+    let mut files = BTreeMap::new();
+    for package in PACKAGES {
+        if !package.sources.iter().all(|source| root.join("proto").join(source).exists()) {
+            continue;
+        }
+        for (name, text) in generate(root, package)? {
+            files.insert(Path::new(package.out_dir).join(name), text);
+        }
+    }
+    Ok(files)
+}
+
+fn generate(root: &Path, package: &Package) -> Result<Vec<(String, String)>> {
+    let include = root.join("proto");
+    let sources: Vec<PathBuf> = package.sources.iter().map(|source| include.join(source)).collect();
+    let mut compiler = protox::Compiler::new([&include])?;
+    compiler.include_imports(true).include_source_info(true).open_files(&sources)?;
+    let descriptors = buffa_codegen::tooling_decode_options()
+        .map_err(|error| anyhow!(error))?
+        .decode_from_slice::<FileDescriptorSet>(&compiler.encode_file_descriptor_set())
+        .context("read back the compiled descriptors")?;
+
+    let names: Vec<String> = package.sources.iter().map(|source| source.to_string()).collect();
+    let mut files: Vec<(String, String)> =
+        buffa_codegen::generate(&descriptors.file, &names, &message_options(package))?
+            .into_iter()
+            .map(|file| (file.name, file.content))
+            .collect();
+    if package.services {
+        files.push(("services.rs".into(), services::table(&descriptors.file, &names)));
+    }
+    Ok(files)
+}
+
+fn message_options(package: &Package) -> CodeGenConfig {
+    let mut options = CodeGenConfig::default();
+    // Views are twice as much code as the messages themselves, and what they save is lost in the
+    // noise here: requests are translated to the engine's own types at once.
+    options.generate_views = false;
+    options.generate_json = package.services;
+    // Nothing forwards messages, so what we do not know is not kept.
+    options.preserve_unknown_fields = false;
+    options.generate_with_setters = false;
+    options.emit_register_fn = false;
+    options.file_per_package = true;
+    // File and stream chunks go into messages without a copy.
+    options.bytes_fields = vec![(".".into(), BytesRepr::Bytes)];
+    options.map_fields = vec![(".".into(), MapRepr::BTreeMap)];
+    options
+}
+
+/// Paths whose file on disk differs from the generated one, is missing, or is not generated any more.
+pub fn stale(root: &Path, generated: &BTreeMap<PathBuf, String>) -> Result<BTreeSet<PathBuf>> {
+    let mut stale = BTreeSet::new();
+    for (path, text) in generated {
+        match fs::read_to_string(root.join(path)) {
+            Ok(on_disk) if on_disk == *text => {}
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("read {}", path.display()));
+            }
+            _ => {
+                stale.insert(path.clone());
+            }
+        }
+    }
+    for package in PACKAGES {
+        let entries = match fs::read_dir(root.join(package.out_dir)) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            Err(error) => return Err(error).with_context(|| format!("list {}", package.out_dir)),
+        };
+        for entry in entries {
+            let path = Path::new(package.out_dir).join(entry?.file_name());
+            if !generated.contains_key(&path) {
+                stale.insert(path);
+            }
+        }
+    }
+    Ok(stale)
+}
+
+/// Makes one path on disk what it should be: its generated text, or absent.
+pub fn update(root: &Path, path: &Path, generated: &BTreeMap<PathBuf, String>) -> Result<()> {
+    let target = root.join(path);
+    let Some(text) = generated.get(path) else {
+        return fs::remove_file(&target).with_context(|| format!("remove {}", path.display()));
+    };
+    let directory = target.parent().context("a generated file is in a directory")?;
+    fs::create_dir_all(directory)?;
+    fs::write(&target, text).with_context(|| format!("write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn workspace() -> &'static Path {
+        Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("two directories below the workspace")
+    }
+
+    #[test]
+    fn the_committed_code_is_what_the_proto_files_say() {
+        let generated = all(workspace()).expect("generate");
+        assert!(generated.len() >= PACKAGES.len());
+        let stale = stale(workspace(), &generated).expect("compare");
+        assert!(stale.is_empty(), "stale: {stale:?}; run `cargo run -p nagaya-codegen` and commit the result");
+    }
+
+    #[test]
+    fn changed_missing_and_left_over_files_are_stale_and_update_repairs_them() {
+        let root = tempfile::tempdir().expect("a temporary directory");
+        let directory = Path::new(PACKAGES[0].out_dir);
+        let generated: BTreeMap<PathBuf, String> =
+            ["same.rs", "changed.rs", "missing.rs"].map(|name| (directory.join(name), name.to_owned())).into();
+        for path in generated.keys() {
+            update(root.path(), path, &generated).expect("write");
+        }
+        assert_eq!(stale(root.path(), &generated).expect("compare"), BTreeSet::new());
+
+        fs::write(root.path().join(directory).join("changed.rs"), "else").expect("write");
+        fs::remove_file(root.path().join(directory).join("missing.rs")).expect("remove");
+        fs::write(root.path().join(directory).join("left_over.rs"), "").expect("write");
+        let found = stale(root.path(), &generated).expect("compare");
+        assert_eq!(found, ["changed.rs", "left_over.rs", "missing.rs"].map(|name| directory.join(name)).into());
+
+        for path in &found {
+            update(root.path(), path, &generated).expect("repair");
+        }
+        assert_eq!(stale(root.path(), &generated).expect("compare"), BTreeSet::new());
+    }
+}

@@ -1,0 +1,362 @@
+//! The configuration: one tree, read from a TOML file, with a default for everything.
+//!
+//! Precedence is flag, environment, file, default. Flags and environment are parsed by the binary,
+//! which hands what it found over as [`Overrides`]. An unknown key is an error, so that a typing
+//! mistake never silently leaves a limit at its default.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use nagaya_engine::EngineConfig;
+use serde::Deserialize;
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("read configuration file {path}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("parse configuration file {path}")]
+    Parse { path: PathBuf, source: Box<toml::de::Error> },
+    #[error("use configuration: {key} {problem}")]
+    Value { key: &'static str, problem: String },
+}
+
+/// Everything an operator can set.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Address and port of the one listener; port 0 picks a free one. Default 127.0.0.1:7070.
+    pub listen: SocketAddr,
+    /// Where everything that must survive is kept. Default /var/lib/nagaya for root, else
+    /// ~/.local/share/nagaya.
+    pub data_dir: PathBuf,
+    /// The URL under which clients reach this server, where that is not the one they called, e.g.
+    /// behind a proxy that terminates TLS. Scheme and authority only.
+    pub public_url: Option<String>,
+    /// Serves TLS instead of clear text.
+    pub tls: Option<TlsConfig>,
+    /// An API key to accept besides those made by the server: `tk_` and at least 16 characters.
+    pub api_key: Option<String>,
+    pub limits: Limits,
+    pub engine: EngineConfig,
+    pub network: Network,
+    pub pools: Pools,
+    pub namespace: Namespace,
+}
+
+/// Files in PEM form.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsConfig {
+    /// The server's certificate, followed by the intermediate ones.
+    pub certificate_file: PathBuf,
+    /// Its private key.
+    pub key_file: PathBuf,
+}
+
+/// Limits of the listener and of the façades.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Largest request or response message, bytes; also the largest file that ReadFile and
+    /// WriteFile move in one piece. Default 128 MiB.
+    pub message_bytes_max: usize,
+    /// Connections open at once; further ones are closed at once. Default 4096.
+    pub connections_max: usize,
+    /// Calls at once on one HTTP/2 connection. Default 1000.
+    pub streams_per_connection_max: u32,
+    /// Header fields of one request, bytes in sum. Default 64 KiB.
+    pub request_header_bytes_max: u32,
+    /// From the opening of a connection, or the end of the last HTTP/1.1 exchange on it, to the
+    /// end of the next request's header. Default 30,000.
+    pub request_header_timeout_ms: u64,
+    /// For the TLS handshake. Default 10,000.
+    pub tls_handshake_timeout_ms: u64,
+    /// Between two pieces of a request that is read as a whole. Default 30,000.
+    pub request_body_idle_timeout_ms: u64,
+    /// How long the body of a refused request is read and thrown away, so that its sender gets
+    /// to see the answer. Default 10,000.
+    pub refused_body_drain_ms: u64,
+    /// A silent HTTP/2 connection is pinged this often. Default 30,000.
+    pub keep_alive_interval_ms: u64,
+    /// How long a peer may take to answer that ping before it counts as gone. Default 20,000.
+    pub keep_alive_timeout_ms: u64,
+    /// What an HTTP/2 peer may send ahead on one stream, bytes. Default 4 MiB.
+    pub stream_window_bytes: u32,
+    /// What an HTTP/2 peer may send ahead on one connection, bytes. Default 16 MiB.
+    pub connection_window_bytes: u32,
+    /// How long CreateSession waits for RUNNING when it was not asked to wait, so that a fast
+    /// sandbox is answered in one round trip. Default 50.
+    pub create_hold_ms: u64,
+    /// How long before a call's deadline a held answer is given. Default 2,000.
+    pub deadline_margin_ms: u64,
+    /// How long calls may go on after the server was told to stop. Default 10,000.
+    pub drain_timeout_ms: u64,
+    /// Announced to clients of Run as what they may send ahead on stdin, bytes. Default 1 MiB.
+    pub stdin_window_bytes: u32,
+    /// Size of a ReadFileStream message where the client leaves it to the server, bytes.
+    /// Default 512 KiB.
+    pub read_chunk_bytes: u32,
+}
+
+/// The network of the sandboxes.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Network {
+    /// False: no sandbox gets a way out, and asking for one is an error. Default true.
+    pub outbound: bool,
+    /// Addresses for sandboxes, e.g. `10.213.0.0/16`. Default: a /16 of 10.192.0.0/10 chosen by the
+    /// data directory's name, so that servers beside each other differ.
+    pub cidr: Option<String>,
+    /// Networks that sandboxes may reach although they are denied by default.
+    pub allow: Vec<String>,
+}
+
+/// Resources made ahead, so that creating a sandbox does not wait for them.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Pools {
+    /// Slots (namespaces, disk of the default size, control group, address) kept ready. Default 16.
+    pub slots_ready: usize,
+    /// The same for sandboxes without outbound access. Default 2.
+    pub isolated_slots_ready: usize,
+}
+
+/// The namespace driver.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Namespace {
+    /// Sandboxes that can exist at once, those of the pools included. Default 1024, at most 4096.
+    pub slots_max: u32,
+    /// Processes and threads of one sandbox. Default 4096.
+    pub processes_max: u64,
+}
+
+/// What flags and environment say; wins over the file.
+#[derive(Debug, Clone, Default)]
+pub struct Overrides {
+    pub listen: Option<SocketAddr>,
+    pub data_dir: Option<PathBuf>,
+    pub public_url: Option<String>,
+    pub api_key: Option<String>,
+}
+
+const MIB: u32 = 1024 * 1024;
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 7070)),
+            data_dir: default_data_dir(),
+            public_url: None,
+            tls: None,
+            api_key: None,
+            limits: Limits::default(),
+            engine: EngineConfig::default(),
+            network: Network::default(),
+            pools: Pools::default(),
+            namespace: Namespace::default(),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            message_bytes_max: 128 * MIB as usize,
+            connections_max: 4096,
+            streams_per_connection_max: 1000,
+            request_header_bytes_max: 64 * 1024,
+            request_header_timeout_ms: 30_000,
+            tls_handshake_timeout_ms: 10_000,
+            request_body_idle_timeout_ms: 30_000,
+            refused_body_drain_ms: 10_000,
+            keep_alive_interval_ms: 30_000,
+            keep_alive_timeout_ms: 20_000,
+            stream_window_bytes: 4 * MIB,
+            connection_window_bytes: 16 * MIB,
+            create_hold_ms: 50,
+            deadline_margin_ms: 2_000,
+            drain_timeout_ms: 10_000,
+            stdin_window_bytes: MIB,
+            read_chunk_bytes: 512 * 1024,
+        }
+    }
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self { outbound: true, cidr: None, allow: Vec::new() }
+    }
+}
+
+impl Default for Pools {
+    fn default() -> Self {
+        Self { slots_ready: 16, isolated_slots_ready: 2 }
+    }
+}
+
+impl Default for Namespace {
+    fn default() -> Self {
+        Self { slots_max: 1_024, processes_max: 4_096 }
+    }
+}
+
+impl Config {
+    /// Reads the file, if one is named, puts the overrides on top and checks the values.
+    pub fn load(file: Option<&Path>, overrides: Overrides) -> Result<Self, ConfigError> {
+        let mut config = match file {
+            Some(path) => {
+                let text = std::fs::read_to_string(path)
+                    .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+                toml::from_str(&text)
+                    .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?
+            }
+            None => Self::default(),
+        };
+        let Overrides { listen, data_dir, public_url, api_key } = overrides;
+        config.listen = listen.unwrap_or(config.listen);
+        config.data_dir = data_dir.unwrap_or(config.data_dir);
+        config.public_url = public_url.or(config.public_url);
+        config.api_key = api_key.or(config.api_key);
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&mut self) -> Result<(), ConfigError> {
+        let refuse = |key, problem: &str| Err(ConfigError::Value { key, problem: problem.into() });
+        if let Some(url) = &mut self.public_url {
+            url.truncate(url.trim_end_matches('/').len());
+            let parsed = url.parse::<http::Uri>().ok();
+            let usable = parsed.as_ref().is_some_and(|uri| {
+                matches!(uri.scheme_str(), Some("http" | "https"))
+                    && uri.authority().is_some_and(|authority| !authority.host().is_empty())
+                    && matches!(uri.path(), "" | "/")
+                    && uri.query().is_none()
+            });
+            if !usable {
+                return refuse("public_url", "must be http:// or https:// with a host, and no path");
+            }
+        }
+        let limits = &self.limits;
+        if !(1024 * 1024..=i32::MAX as usize).contains(&limits.message_bytes_max) {
+            return refuse("limits.message_bytes_max", "must be between 1 MiB and 2 GiB");
+        }
+        for (key, window) in [
+            ("limits.stream_window_bytes", limits.stream_window_bytes),
+            ("limits.connection_window_bytes", limits.connection_window_bytes),
+        ] {
+            if !(65_535..=i32::MAX as u32).contains(&window) {
+                return refuse(key, "must be between 65535 and 2147483647, as HTTP/2 has it");
+            }
+        }
+        if !(4 * 1024..=MIB).contains(&limits.request_header_bytes_max) {
+            return refuse("limits.request_header_bytes_max", "must be between 4 KiB and 1 MiB");
+        }
+        if !(1024..=8 * MIB).contains(&limits.read_chunk_bytes) {
+            return refuse("limits.read_chunk_bytes", "must be between 1 KiB and 8 MiB");
+        }
+        for (key, count) in [
+            ("limits.connections_max", limits.connections_max as u64),
+            ("limits.streams_per_connection_max", limits.streams_per_connection_max.into()),
+            ("limits.request_header_timeout_ms", limits.request_header_timeout_ms),
+            ("limits.tls_handshake_timeout_ms", limits.tls_handshake_timeout_ms),
+            ("limits.request_body_idle_timeout_ms", limits.request_body_idle_timeout_ms),
+            ("limits.keep_alive_interval_ms", limits.keep_alive_interval_ms),
+            ("limits.keep_alive_timeout_ms", limits.keep_alive_timeout_ms),
+            ("engine.sessions_max", self.engine.sessions_max.into()),
+            ("engine.certificate_ttl_ms", self.engine.certificate_ttl_ms),
+        ] {
+            if count == 0 {
+                return refuse(key, "must not be 0");
+            }
+        }
+        Ok(())
+    }
+}
+
+fn default_data_dir() -> PathBuf {
+    let home = std::env::var_os("HOME").map(PathBuf::from);
+    match (std::env::var_os("XDG_DATA_HOME"), home) {
+        (Some(data_home), _) if !is_root() => PathBuf::from(data_home).join("nagaya"),
+        (None, Some(home)) if !is_root() => home.join(".local/share/nagaya"),
+        _ => PathBuf::from("/var/lib/nagaya"),
+    }
+}
+
+/// Root owns its own entry in /proc; asking there needs no unsafe call.
+fn is_root() -> bool {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata("/proc/self").is_ok_and(|entry| entry.uid() == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        Config::load(Some(file.path()), Overrides::default())
+    }
+
+    fn problem(text: &str) -> String {
+        let error = parse(text).unwrap_err();
+        match std::error::Error::source(&error) {
+            Some(source) => format!("{error}: {source}"),
+            None => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn an_empty_file_gives_the_defaults() {
+        let config = parse("").unwrap();
+        assert_eq!(config.listen.to_string(), "127.0.0.1:7070");
+        assert_eq!(config.limits.message_bytes_max, 128 << 20);
+        assert_eq!(config.engine.certificate_ttl_ms, 600_000);
+    }
+
+    #[test]
+    fn an_unknown_key_is_an_error_that_names_it() {
+        for text in ["listn = '127.0.0.1:1'", "[limits]\nmessage_bytes = 1", "[tls]\nkey = 'x'", "[network]\ncdir = ''"] {
+            let problem = problem(text);
+            assert!(problem.contains("unknown field"), "{problem}");
+        }
+    }
+
+    #[test]
+    fn overrides_win_over_the_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "listen = '127.0.0.1:1'\napi_key = 'tk_file'\ndata_dir = '/a'").unwrap();
+        let overrides = Overrides {
+            listen: Some("127.0.0.1:2".parse().unwrap()),
+            api_key: Some("tk_flag".into()),
+            ..Overrides::default()
+        };
+        let config = Config::load(Some(file.path()), overrides).unwrap();
+        assert_eq!(config.listen.port(), 2);
+        assert_eq!(config.api_key.as_deref(), Some("tk_flag"));
+        assert_eq!(config.data_dir, PathBuf::from("/a"));
+    }
+
+    #[test]
+    fn a_value_out_of_range_is_an_error_that_names_its_key() {
+        for (text, key) in [
+            ("public_url = 'ftp://x'", "public_url"),
+            ("public_url = 'http://x/path'", "public_url"),
+            ("public_url = 'x:7070'", "public_url"),
+            ("[limits]\nmessage_bytes_max = 10", "limits.message_bytes_max"),
+            ("[limits]\nstream_window_bytes = 1", "limits.stream_window_bytes"),
+            ("[limits]\nconnections_max = 0", "limits.connections_max"),
+            ("[engine]\nsessions_max = 0", "engine.sessions_max"),
+        ] {
+            let problem = problem(text);
+            assert!(problem.contains(key), "{text}: {problem}");
+        }
+    }
+
+    #[test]
+    fn the_public_url_loses_its_trailing_slash() {
+        assert_eq!(parse("public_url = 'https://sandboxes.example/'").unwrap().public_url.unwrap(), "https://sandboxes.example");
+    }
+}

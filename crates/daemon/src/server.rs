@@ -1,0 +1,212 @@
+//! The one listener: accepts connections, tells TLS, HTTP/2 and HTTP/1.1 apart, and ends them in
+//! an orderly way. What is answered on them is the business of [`routes`].
+
+pub(crate) mod body;
+pub(crate) mod lifecycle;
+pub(crate) mod preface;
+pub(crate) mod routes;
+pub(crate) mod tls;
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_rustls::TlsAcceptor;
+
+use crate::config::{Limits, TlsConfig};
+use crate::metrics::Metrics;
+use lifecycle::{Lifecycle, Phase};
+use preface::Version;
+use routes::{Origin, Routes};
+use tls::TlsError;
+
+/// How long connections may take to hand over their last bytes after the last call has ended.
+const FLUSH_TIME: Duration = Duration::from_secs(1);
+/// How long no connection is accepted after accepting one failed, e.g. for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Bytes of answers one stream may hold back for a slow reader.
+const SEND_BUFFER_BYTES: usize = 1024 * 1024;
+/// Largest HTTP/2 frame accepted; a large one costs a peer and us less per byte.
+const FRAME_BYTES_MAX: u32 = 256 * 1024;
+
+/// Why the server cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    #[error("listen on {address}")]
+    Bind { address: SocketAddr, source: io::Error },
+    #[error("serve TLS")]
+    Tls(#[from] TlsError),
+}
+
+/// A listener and all its connections.
+#[derive(Debug)]
+pub(crate) struct Server {
+    local_addr: SocketAddr,
+    lifecycle: Arc<Lifecycle>,
+    accepting: JoinHandle<()>,
+}
+
+struct Shared {
+    routes: Routes,
+    limits: Limits,
+    lifecycle: Arc<Lifecycle>,
+    metrics: Arc<Metrics>,
+    tls: Option<TlsAcceptor>,
+}
+
+impl Server {
+    /// Binds the address and begins to answer. Needs a Tokio runtime.
+    pub(crate) async fn start(
+        listen: SocketAddr,
+        tls: Option<&TlsConfig>,
+        limits: Limits,
+        routes: Routes,
+        lifecycle: Arc<Lifecycle>,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, ListenError> {
+        let tls = tls.map(tls::acceptor).transpose()?;
+        let bind = |source| ListenError::Bind { address: listen, source };
+        let listener = TcpListener::bind(listen).await.map_err(bind)?;
+        let local_addr = listener.local_addr().map_err(bind)?;
+        let shared = Arc::new(Shared { routes, limits, lifecycle: Arc::clone(&lifecycle), metrics, tls });
+        let accepting = tokio::spawn(accept(listener, shared));
+        Ok(Self { local_addr, lifecycle, accepting })
+    }
+
+    pub(crate) fn local_addr(&self) -> SocketAddr {
+        self.local_addr
+    }
+
+    /// Stops accepting, lets calls finish for at most the given time, and cuts what is left.
+    pub(crate) async fn shut_down(mut self, drain_timeout: Duration) {
+        self.lifecycle.advance(Phase::Draining);
+        if !self.lifecycle.quiet(drain_timeout).await {
+            tracing::warn!("calls are cut that did not end within drain_timeout_ms");
+        }
+        if tokio::time::timeout(FLUSH_TIME, &mut self.accepting).await.is_err() {
+            self.lifecycle.advance(Phase::Stopped);
+            let _ = self.accepting.await;
+        }
+        self.lifecycle.advance(Phase::Stopped);
+    }
+}
+
+/// Runs until the server drains and the last connection is closed.
+async fn accept(listener: TcpListener, shared: Arc<Shared>) {
+    let mut connections = JoinSet::new();
+    let mut draining = pin!(shared.lifecycle.reached(Phase::Draining));
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut draining => break,
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => match accepted {
+                Ok(_) if connections.len() >= shared.limits.connections_max => {
+                    shared.metrics.connection_refused();
+                    tracing::warn!("a connection was closed at once: connections_max is reached");
+                }
+                Ok((stream, _)) => {
+                    connections.spawn(serve(stream, Arc::clone(&shared)));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "failed to accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+async fn serve(stream: TcpStream, shared: Arc<Shared>) {
+    let _open = shared.metrics.connection_opened();
+    // Answers are small and waited for; holding them back would cost up to 40 ms each.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "failed to set TCP_NODELAY");
+    }
+    match &shared.tls {
+        None => serve_http(stream, Origin::HTTP, &shared).await,
+        Some(acceptor) => {
+            let handshake_timeout = Duration::from_millis(shared.limits.tls_handshake_timeout_ms);
+            match tokio::time::timeout(handshake_timeout, acceptor.accept(stream)).await {
+                Ok(Ok(stream)) => serve_http(stream, Origin::HTTPS, &shared).await,
+                Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
+                Err(_) => tracing::debug!("a TLS handshake took longer than tls_handshake_timeout_ms"),
+            }
+        }
+    }
+}
+
+async fn serve_http<T>(stream: T, origin: Origin, shared: &Arc<Shared>)
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let limits = &shared.limits;
+    let header_timeout = Duration::from_millis(limits.request_header_timeout_ms);
+    let (version, stream) = tokio::select! {
+        read = tokio::time::timeout(header_timeout, preface::read_version(stream)) => match read {
+            Ok(Ok(read)) => read,
+            Ok(Err(_)) | Err(_) => return,
+        },
+        () = shared.lifecycle.reached(Phase::Draining) => return,
+    };
+
+    let service = service_fn(|request| {
+        let shared = Arc::clone(shared);
+        async move { shared.routes.answer(request, origin).await }
+    });
+    let mut draining = pin!(shared.lifecycle.reached(Phase::Draining));
+    let mut stopped = pin!(shared.lifecycle.reached(Phase::Stopped));
+    let mut told = false;
+    // Both versions have the same methods but no trait in common.
+    macro_rules! drive {
+        ($connection:expr) => {{
+            let mut connection = pin!($connection);
+            loop {
+                tokio::select! {
+                    biased;
+                    () = &mut stopped => break,
+                    () = &mut draining, if !told => {
+                        told = true;
+                        connection.as_mut().graceful_shutdown();
+                    }
+                    ended = connection.as_mut() => {
+                        if let Err(error) = ended {
+                            tracing::debug!(%error, "a connection ended early");
+                        }
+                        break;
+                    }
+                }
+            }
+        }};
+    }
+    match version {
+        Version::Http1 => drive!(
+            hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(header_timeout)
+                .serve_connection(TokioIo::new(stream), service)
+        ),
+        Version::Http2 => drive!(
+            hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                .timer(TokioTimer::new())
+                .initial_stream_window_size(limits.stream_window_bytes)
+                .initial_connection_window_size(limits.connection_window_bytes)
+                .max_concurrent_streams(limits.streams_per_connection_max)
+                .max_header_list_size(limits.request_header_bytes_max)
+                .max_frame_size(FRAME_BYTES_MAX)
+                .max_send_buf_size(SEND_BUFFER_BYTES)
+                .keep_alive_interval(Some(Duration::from_millis(limits.keep_alive_interval_ms)))
+                .keep_alive_timeout(Duration::from_millis(limits.keep_alive_timeout_ms))
+                .serve_connection(TokioIo::new(stream), service)
+        ),
+    }
+}

@@ -1,0 +1,95 @@
+//! Which part of the server answers a request, by its path.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::uri::Scheme;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use hyper::body::Incoming;
+
+use super::body::ResponseBody;
+use super::lifecycle::{Lifecycle, Phase};
+use crate::metrics::Metrics;
+use crate::tenki::Facade;
+
+/// How a connection was opened, which decides the URLs that are handed out on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Origin {
+    pub(crate) secure: bool,
+}
+
+impl Origin {
+    pub(crate) const HTTP: Self = Self { secure: false };
+    pub(crate) const HTTPS: Self = Self { secure: true };
+
+    pub(crate) fn scheme(self) -> Scheme {
+        if self.secure { Scheme::HTTPS } else { Scheme::HTTP }
+    }
+}
+
+pub(crate) struct Routes {
+    pub(crate) tenki: Facade,
+    pub(crate) lifecycle: Arc<Lifecycle>,
+    pub(crate) metrics: Arc<Metrics>,
+}
+
+impl Routes {
+    pub(crate) async fn answer(
+        &self,
+        request: Request<Incoming>,
+        origin: Origin,
+    ) -> Result<Response<ResponseBody>, Infallible> {
+        if Facade::serves(request.uri().path()) {
+            return Ok(self.tenki.call(request, origin).await);
+        }
+        let readable = matches!(*request.method(), Method::GET | Method::HEAD);
+        let mut response = match (request.uri().path(), readable) {
+            ("/", true) => text(StatusCode::OK, "Nagaya: a sandbox server that speaks tenki.sandbox.v1.\n"),
+            ("/healthz", true) => text(StatusCode::OK, "ok\n"),
+            ("/readyz", true) => match self.lifecycle.phase() {
+                Phase::Serving => text(StatusCode::OK, "ready\n"),
+                Phase::Starting => text(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
+                Phase::Draining | Phase::Stopped => text(StatusCode::SERVICE_UNAVAILABLE, "shutting down\n"),
+            },
+            ("/metrics", true) => {
+                let mut response = text(StatusCode::OK, self.metrics.encode());
+                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(Metrics::CONTENT_TYPE));
+                response
+            }
+            ("/" | "/healthz" | "/readyz" | "/metrics", false) => {
+                let mut response = json(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path is read with GET");
+                response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+                response
+            }
+            _ => json(
+                StatusCode::NOT_FOUND,
+                "path_not_found",
+                &format!(
+                    "nothing is served under this path; there are /healthz, /readyz, /metrics and POST /SERVICE/METHOD with the services {}",
+                    Facade::SERVICES.join(", ")
+                ),
+            ),
+        };
+        if request.method() == Method::HEAD {
+            *response.body_mut() = ResponseBody::text(Bytes::new());
+        }
+        Ok(response)
+    }
+}
+
+fn text(status: StatusCode, text: impl Into<Bytes>) -> Response<ResponseBody> {
+    respond(status, "text/plain; charset=utf-8", text)
+}
+
+/// The shape of a Connect error, so that every client can show it.
+fn json(status: StatusCode, code: &str, message: &str) -> Response<ResponseBody> {
+    respond(status, "application/json", serde_json::json!({ "code": code, "message": message }).to_string())
+}
+
+fn respond(status: StatusCode, kind: &'static str, text: impl Into<Bytes>) -> Response<ResponseBody> {
+    let mut response = Response::new(ResponseBody::text(text));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    response
+}

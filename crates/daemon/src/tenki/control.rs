@@ -1,0 +1,352 @@
+//! The control plane: reads a request, asks the engine, writes the answer.
+
+use std::time::{Duration, Instant};
+
+use connectrpc::RequestContext;
+use nagaya_api::error::{Code, Error};
+use nagaya_api::ids::{SessionId, WorkspaceId};
+use nagaya_api::limits::TERMINATE_BATCH_MAX;
+use nagaya_api::tenki::v1 as wire;
+use nagaya_engine::model::{Session, SessionState};
+use nagaya_engine::{Caller, ListSessions, NewExecution, NewSession, SessionUpdate};
+
+use super::Tenki;
+use super::convert;
+
+/// Names under which the default image is asked for.
+const DEFAULT_IMAGES: [&str; 2] = ["", "sandbox"];
+
+/// What the clients write for "whoever I am".
+const OWNER_SELF: &str = "self";
+
+fn invalid(detail: &str) -> Error {
+    Error::new(Code::InvalidArgument, detail)
+}
+
+impl Tenki {
+    pub(super) fn who_am_i(&self, caller: &Caller) -> wire::WhoAmIResponse {
+        let workspace = self.engine.workspace(caller);
+        let id = workspace.id.to_string();
+        wire::WhoAmIResponse {
+            owner_type: convert::OWNER_TYPE.into(),
+            owner_id: caller.key_id.to_string(),
+            workspaces: vec![wire::WhoAmIWorkspace {
+                workspace_id: id.clone(),
+                name: workspace.name,
+                projects: vec![wire::WhoAmIProject { project_id: id, name: "default".into(), ..Default::default() }],
+                ..Default::default()
+            }],
+            ..Default::default()
+        }
+    }
+
+    pub(super) async fn create_session(
+        &self,
+        context: &RequestContext,
+        request: wire::CreateSessionRequest,
+    ) -> Result<wire::CreateSessionResponse, Error> {
+        let started = Instant::now();
+        let caller = self.caller(context)?;
+        let hold = if request.wait_ready || request.wait_for_runtime {
+            context.time_remaining().map(|remaining| remaining.saturating_sub(self.deadline_margin))
+        } else {
+            Some(self.create_hold)
+        };
+        let session = self.engine.create_session(&caller, new_session(request)?).await?;
+        let session = self.settled(&caller, session, hold).await?;
+        if session.state == SessionState::Running {
+            self.metrics.session_created(started.elapsed());
+        }
+        let route = self.route(self.endpoint(context), &caller, session).await;
+        Ok(wire::CreateSessionResponse {
+            session: route.session.into(),
+            data_plane_endpoint: route.endpoint,
+            credential: route.credential.into(),
+            route_status: route.status.into(),
+            ..Default::default()
+        })
+    }
+
+    /// The session when it is RUNNING or has ended, or as it is after the given time.
+    async fn settled(&self, caller: &Caller, session: Session, hold: Option<Duration>) -> Result<Session, Error> {
+        let mut watched = self.engine.watch_session(caller, session.id).await?;
+        let settled = watched.wait_for(|session| session.state == SessionState::Running || session.state.is_terminal());
+        let outcome = match hold {
+            Some(hold) => tokio::time::timeout(hold, settled).await.map(|settled| settled.map(|session| session.clone())),
+            None => Ok(settled.await.map(|session| session.clone())),
+        };
+        match outcome {
+            Ok(Ok(session)) => Ok(session),
+            // Too late, or the server is stopping: the caller learns how far it came.
+            Ok(Err(_)) | Err(_) => Ok(watched.borrow().clone()),
+        }
+    }
+
+    pub(super) async fn create_session_credential(
+        &self,
+        context: &RequestContext,
+        request: wire::CreateSessionCredentialRequest,
+    ) -> Result<wire::CreateSessionCredentialResponse, Error> {
+        let id = convert::id(&request.session_id, "session_id")?;
+        let (certificate, _) = self.engine.certificate(&self.caller(context)?, id).await?;
+        Ok(wire::CreateSessionCredentialResponse {
+            credential: convert::credential(certificate).into(),
+            data_plane_endpoint: self.endpoint(context),
+            route_status: wire::DataPlaneRouteStatus::Verified.into(),
+            ..Default::default()
+        })
+    }
+
+    pub(super) async fn get_session(&self, caller: &Caller, session_id: &str) -> Result<wire::SandboxSession, Error> {
+        let id = convert::id(session_id, "session_id")?;
+        self.engine.session(caller, id).await.map(convert::session)
+    }
+
+    /// One page for all three list rpcs, which differ in little but their names.
+    pub(super) async fn list(&self, caller: &Caller, list: List) -> Result<(Vec<wire::SandboxSession>, String), Error> {
+        let owner_id = match list.owner_id.as_str() {
+            "" => None,
+            OWNER_SELF => Some(caller.key_id.to_string()),
+            other => Some(other.to_owned()),
+        };
+        let page_size = u32::try_from(list.page_size).map_err(|_| invalid("page_size must not be negative"))?;
+        let list = ListSessions {
+            workspace_id: workspace(&list.workspace_id, &list.project_id)?,
+            owner_id,
+            state: convert::state_filter(list.state)?,
+            tags: list.tags,
+            sticky: list.sticky,
+            include_terminated: list.include_terminated,
+            page_size,
+            page_token: list.page_token,
+        };
+        let (sessions, next_page_token) = self.engine.list_sessions(caller, list).await?;
+        Ok((sessions.into_iter().map(convert::session).collect(), next_page_token))
+    }
+
+    pub(super) async fn update_session(
+        &self,
+        caller: &Caller,
+        request: wire::UpdateSessionRequest,
+    ) -> Result<wire::SandboxSession, Error> {
+        let id = convert::id(&request.session_id, "session_id")?;
+        if request.clear_tags && !request.tags.is_empty() {
+            return Err(invalid("tags and clear_tags exclude each other"));
+        }
+        let update = SessionUpdate {
+            name: request.name,
+            tags: (request.clear_tags || !request.tags.is_empty()).then_some(request.tags),
+            sticky: request.sticky,
+            max_duration_ms: milliseconds(request.max_duration.as_option(), "max_duration")?,
+        };
+        self.engine.update_session(caller, id, update).await.map(convert::session)
+    }
+
+    pub(super) async fn extend_session(
+        &self,
+        caller: &Caller,
+        request: wire::ExtendSessionRequest,
+    ) -> Result<wire::SandboxSession, Error> {
+        let id = convert::id(&request.session_id, "session_id")?;
+        match milliseconds(request.additional_duration.as_option(), "additional_duration")? {
+            None | Some(0) => Err(invalid("additional_duration must be given and longer than zero")),
+            Some(additional_ms) => self.engine.extend_session(caller, id, additional_ms).await.map(convert::session),
+        }
+    }
+
+    pub(super) async fn terminate_session(&self, caller: &Caller, session_id: &str) -> Result<wire::SandboxSession, Error> {
+        let id = convert::id(session_id, "session_id")?;
+        self.engine.terminate_session(caller, id).await.map(convert::session)
+    }
+
+    /// Ends sessions side by side. A failure of one is told in the answer and stops no other.
+    pub(super) async fn terminate_sessions(
+        &self,
+        caller: &Caller,
+        request: wire::TerminateSessionsRequest,
+    ) -> Result<wire::TerminateSessionsResponse, Error> {
+        if !(1..=TERMINATE_BATCH_MAX).contains(&request.session_ids.len()) {
+            return Err(invalid("session_ids must hold 1 to 100 ids"));
+        }
+        let ids: Vec<SessionId> =
+            request.session_ids.iter().map(|id| convert::id(id, "session_ids")).collect::<Result<_, _>>()?;
+        let ends = ids.into_iter().map(|id| async move { (id, self.engine.terminate_session(caller, id).await) });
+        let mut response = wire::TerminateSessionsResponse::default();
+        for (id, end) in futures::future::join_all(ends).await {
+            match end {
+                Ok(session) => response.sessions.push(convert::session(session)),
+                Err(error) => response.failures.push(wire::TerminateSessionFailure {
+                    session_id: id.to_string(),
+                    message: error.to_string(),
+                    ..Default::default()
+                }),
+            }
+        }
+        Ok(response)
+    }
+
+    pub(super) async fn report_session_activity(
+        &self,
+        caller: &Caller,
+        session_id: &str,
+    ) -> Result<wire::ReportSessionActivityResponse, Error> {
+        let id = convert::id(session_id, "session_id")?;
+        let at = self.engine.report_activity(caller, id).await?;
+        Ok(wire::ReportSessionActivityResponse { last_activity_at: convert::timestamp(at).into(), ..Default::default() })
+    }
+
+    pub(super) async fn usage(
+        &self,
+        caller: &Caller,
+        request: wire::GetWorkspaceSandboxUsageRequest,
+    ) -> Result<wire::GetWorkspaceSandboxUsageResponse, Error> {
+        let asked = workspace(&request.workspace_id, request.project_id.as_deref().unwrap_or_default())?;
+        let usage = self.engine.usage(caller, asked).await?;
+        let limit = |key: &str, label: &str, unit: wire::SandboxUsageUnit, current: u64, max: Option<u64>, help: &str| {
+            wire::WorkspaceSandboxUsageLimit {
+                key: key.into(),
+                label: label.into(),
+                unit: unit.into(),
+                current: saturating(current),
+                max: max.map(saturating),
+                help_text: help.into(),
+                ..Default::default()
+            }
+        };
+        use wire::SandboxUsageUnit::{SANDBOX_USAGE_UNIT_BYTES as BYTES, SANDBOX_USAGE_UNIT_COUNT as COUNT};
+        let limits = vec![
+            limit(
+                "active_sessions",
+                "Active sessions",
+                COUNT,
+                usage.active_sessions,
+                usage.sessions_max,
+                "Sessions that are neither paused nor ended.",
+            ),
+            limit("cpu_cores", "Cores", COUNT, usage.cpu_cores, None, "Cores of the active sessions together."),
+            limit(
+                "memory_bytes",
+                "Memory",
+                BYTES,
+                usage.memory_mb.saturating_mul(1 << 20),
+                None,
+                "Memory of the active sessions together.",
+            ),
+            limit(
+                "disk_bytes",
+                "Disk",
+                BYTES,
+                usage.disk_gb.saturating_mul(1 << 30),
+                None,
+                "Disks of the active sessions together, at their full size.",
+            ),
+        ];
+        Ok(wire::GetWorkspaceSandboxUsageResponse { limits, ..Default::default() })
+    }
+
+    pub(super) async fn execute_command(
+        &self,
+        caller: &Caller,
+        request: wire::ExecuteCommandRequest,
+    ) -> Result<wire::ExecuteCommandResponse, Error> {
+        let id = convert::id(&request.session_id, "session_id")?;
+        if request.command.is_empty() {
+            return Err(Error::new(Code::InvalidCommand, "command must not be empty"));
+        }
+        let new = NewExecution {
+            command: request.command,
+            args: request.args,
+            env: request.env,
+            timeout_ms: milliseconds(request.timeout.as_option(), "timeout")?.unwrap_or(0),
+        };
+        let execution = self.engine.execute(caller, id, new, !request.stream_output).await?;
+        Ok(wire::ExecuteCommandResponse { execution: convert::execution(execution).into(), ..Default::default() })
+    }
+}
+
+/// What the list rpcs ask for.
+#[derive(Default)]
+pub(super) struct List {
+    pub(super) workspace_id: String,
+    pub(super) project_id: String,
+    pub(super) owner_id: String,
+    pub(super) state: buffa::EnumValue<wire::SessionState>,
+    pub(super) tags: Vec<String>,
+    pub(super) sticky: Option<bool>,
+    pub(super) include_terminated: bool,
+    pub(super) page_size: i32,
+    pub(super) page_token: String,
+}
+
+/// The workspace that was named, under either of its two names.
+fn workspace(workspace_id: &str, project_id: &str) -> Result<Option<WorkspaceId>, Error> {
+    let workspace = convert::optional_id::<WorkspaceId>(workspace_id, "workspace_id")?;
+    let project = convert::optional_id::<WorkspaceId>(project_id, "project_id")?;
+    match (workspace, project) {
+        (Some(workspace), Some(project)) if workspace != project => Err(Code::WorkspaceNotFound.into()),
+        _ => Ok(workspace.or(project)),
+    }
+}
+
+/// Reads a create request. Flags that are absent are off (see docs/decisions/0003).
+fn new_session(request: wire::CreateSessionRequest) -> Result<NewSession, Error> {
+    if request.owner_id.is_empty() {
+        return Err(invalid("owner_id must not be empty"));
+    }
+    if !matches!(request.owner_type.as_str(), "SERVICE" | "USER") {
+        return Err(invalid("owner_type must be SERVICE or USER"));
+    }
+    refuse_what_is_not_built(&request)?;
+    let idle_timeout_minutes = request
+        .idle_timeout_minutes
+        .map(|minutes| u32::try_from(minutes).map_err(|_| invalid("idle_timeout_minutes must not be negative")))
+        .transpose()?;
+    Ok(NewSession {
+        workspace_id: workspace(
+            request.workspace_id.as_deref().unwrap_or_default(),
+            request.project_id.as_deref().unwrap_or_default(),
+        )?,
+        max_duration_ms: milliseconds(request.max_duration.as_option(), "max_duration")?,
+        pause_retention_ms: milliseconds(request.pause_retention.as_option(), "pause_retention")?,
+        name: request.name,
+        cpu_cores: request.cpu_cores.map(convert::count),
+        memory_mb: request.memory_mb.map(convert::count),
+        disk_gb: request.disk_size_gb.map(convert::count),
+        env: request.env,
+        metadata: request.metadata,
+        tags: request.tags,
+        inbound: request.allow_inbound.unwrap_or(false),
+        outbound: request.allow_outbound.unwrap_or(false),
+        ssh_authorized_keys: request.ssh_authorized_keys,
+        sticky: request.sticky,
+        idle_timeout_minutes,
+    })
+}
+
+/// A field that asks for something this server cannot do yet must not be ignored.
+fn refuse_what_is_not_built(request: &wire::CreateSessionRequest) -> Result<(), Error> {
+    let image = request.registry_ref.as_deref().unwrap_or_default();
+    let named = |id: &Option<String>| id.as_deref().is_some_and(|id| !id.is_empty());
+    let asked = [
+        ("snapshot_id", named(&request.snapshot_id)),
+        ("registry_ref", !DEFAULT_IMAGES.contains(&image)),
+        ("template_spec_id", named(&request.template_spec_id)),
+        ("setup_env", !request.setup_env.is_empty()),
+        ("setup_secrets", !request.setup_secrets.is_empty()),
+        ("volumes", !request.volumes.is_empty()),
+        ("clone_repo_url", !request.clone_repo_url.is_empty()),
+        ("enable_opencode", request.enable_opencode),
+    ];
+    match asked.into_iter().find(|(_, asked)| *asked) {
+        Some((field, _)) => Err(Error::new(Code::Unimplemented, format!("field {field} of CreateSession"))),
+        None => Ok(()),
+    }
+}
+
+fn milliseconds(duration: Option<&buffa_types::google::protobuf::Duration>, field: &str) -> Result<Option<u64>, Error> {
+    duration.map(|duration| convert::milliseconds(duration, field)).transpose()
+}
+
+fn saturating(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}

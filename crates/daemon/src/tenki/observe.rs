@@ -1,0 +1,146 @@
+//! What is the same for every rpc: it is counted when it ends, and long streams end when the
+//! server drains.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use connectrpc::dispatcher::{Dispatcher, MethodDescriptor, RequestStream, StreamingResult, UnaryResult};
+use connectrpc::payload::Payload;
+use connectrpc::{CodecFormat, ConnectError, EncodedBody, EncodedStream, RequestContext};
+use futures::Stream;
+use nagaya_api::error::{Code, Error};
+
+use crate::metrics::Metrics;
+use crate::server::lifecycle::{Lifecycle, Phase};
+
+/// Streams without an end of their own. Everything else is finished before the server stops.
+pub(super) fn is_long(method: &str) -> bool {
+    matches!(method, "Run" | "WaitSession" | "StreamCommandOutput" | "Dial" | "HostPortTunnel")
+}
+
+pub(super) struct Observed<D> {
+    pub(super) inner: D,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) lifecycle: Arc<Lifecycle>,
+}
+
+impl<D> Observed<D> {
+    fn call(&self, context: &RequestContext) -> Call {
+        Call {
+            metrics: Arc::clone(&self.metrics),
+            rpc: context.spec().map_or("unknown", |spec| spec.method()),
+            // What it stays when the caller goes away before there is an outcome.
+            code: "canceled",
+        }
+    }
+
+    fn stream(&self, context: &RequestContext, start: impl FnOnce(RequestContext) -> StreamingResult) -> StreamingResult
+    where
+        D: Dispatcher,
+    {
+        let mut call = self.call(context);
+        let mut ends: Ends = is_long(call.rpc).then(|| Box::pin(self.lifecycle.reached(Phase::Draining)) as _);
+        let starting = start(context.clone());
+        Box::pin(async move {
+            let started = match &mut ends {
+                None => starting.await,
+                Some(draining) => tokio::select! {
+                    started = starting => started,
+                    () = draining => Err(Error::from(Code::Draining).into()),
+                },
+            };
+            match started {
+                Ok(response) => Ok(response.map_body(|inner| -> EncodedStream {
+                    Box::pin(ObservedStream { inner, call, ends })
+                })),
+                Err(error) => {
+                    call.code = error.code.as_str();
+                    Err(error)
+                }
+            }
+        })
+    }
+}
+
+impl<D: Dispatcher> Dispatcher for Observed<D> {
+    fn lookup(&self, path: &str) -> Option<MethodDescriptor> {
+        self.inner.lookup(path)
+    }
+
+    fn call_unary(&self, path: &str, context: RequestContext, request: Payload, format: CodecFormat) -> UnaryResult {
+        let call = self.call(&context);
+        finish(call, self.inner.call_unary(path, context, request, format))
+    }
+
+    fn call_server_streaming(&self, path: &str, context: RequestContext, request: Bytes, format: CodecFormat) -> StreamingResult {
+        self.stream(&context, |context| self.inner.call_server_streaming(path, context, request, format))
+    }
+
+    fn call_client_streaming(&self, path: &str, context: RequestContext, requests: RequestStream, format: CodecFormat) -> UnaryResult {
+        let call = self.call(&context);
+        finish(call, self.inner.call_client_streaming(path, context, requests, format))
+    }
+
+    fn call_bidi_streaming(&self, path: &str, context: RequestContext, requests: RequestStream, format: CodecFormat) -> StreamingResult {
+        self.stream(&context, |context| self.inner.call_bidi_streaming(path, context, requests, format))
+    }
+}
+
+fn finish(mut call: Call, result: UnaryResult) -> UnaryResult {
+    Box::pin(async move {
+        let result = result.await;
+        call.code = result.as_ref().map_or_else(|error| error.code.as_str(), |_| OK);
+        result
+    })
+}
+
+const OK: &str = "ok";
+
+/// One call, counted when it is dropped.
+struct Call {
+    metrics: Arc<Metrics>,
+    rpc: &'static str,
+    code: &'static str,
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        self.metrics.call_ended(self.rpc, self.code);
+    }
+}
+
+/// Completes when a long stream has to end; `None` for streams that end by themselves.
+type Ends = Option<Pin<Box<dyn Future<Output = ()> + Send>>>;
+
+struct ObservedStream {
+    inner: EncodedStream,
+    call: Call,
+    ends: Ends,
+}
+
+impl Stream for ObservedStream {
+    type Item = Result<EncodedBody, ConnectError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let item = match self.inner.as_mut().poll_next(context) {
+            Poll::Ready(item) => item,
+            Poll::Pending => match &mut self.ends {
+                Some(ends) if ends.as_mut().poll(context).is_ready() => {
+                    self.ends = None;
+                    // Dropping the stream ends what it stands for, e.g. a command.
+                    self.inner = Box::pin(futures::stream::empty());
+                    Some(Err(Error::from(Code::Draining).into()))
+                }
+                _ => return Poll::Pending,
+            },
+        };
+        match &item {
+            None if self.call.code == "canceled" => self.call.code = OK,
+            Some(Err(error)) => self.call.code = error.code.as_str(),
+            _ => {}
+        }
+        Poll::Ready(item)
+    }
+}

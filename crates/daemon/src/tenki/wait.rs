@@ -1,0 +1,69 @@
+//! WaitSession: the session now, then every change, until it is RUNNING or has ended.
+
+use std::sync::Arc;
+
+use connectrpc::{RequestContext, Response, ServiceResult, ServiceStream};
+use nagaya_api::error::{Code, Error};
+use nagaya_api::tenki::v1 as wire;
+use nagaya_engine::Caller;
+use nagaya_engine::model::{Session, SessionState};
+use tokio::sync::watch;
+
+use super::{Tenki, convert};
+
+struct Waiting {
+    tenki: Arc<Tenki>,
+    caller: Caller,
+    endpoint: String,
+    watched: watch::Receiver<Session>,
+    sent: Option<Session>,
+}
+
+pub(super) async fn wait_session(
+    tenki: &Arc<Tenki>,
+    context: &RequestContext,
+    session_id: &str,
+) -> ServiceResult<ServiceStream<wire::WaitSessionResponse>> {
+    let caller = tenki.caller(context)?;
+    let id = convert::id(session_id, "session_id")?;
+    let watched = tenki.engine.watch_session(&caller, id).await?;
+    let waiting =
+        Waiting { tenki: Arc::clone(tenki), caller, endpoint: tenki.endpoint(context), watched, sent: None };
+    Response::stream_ok(futures::stream::unfold(waiting, |mut waiting| async move {
+        let message = waiting.next().await?;
+        Some((message.map_err(Into::into), waiting))
+    }))
+}
+
+impl Waiting {
+    async fn next(&mut self) -> Option<Result<wire::WaitSessionResponse, Error>> {
+        loop {
+            let session = self.watched.borrow_and_update().clone();
+            match &self.sent {
+                Some(sent) if is_end(sent.state) => return None,
+                Some(sent) if *sent == session => {
+                    if self.watched.changed().await.is_err() {
+                        // The engine stopped before there was an outcome.
+                        self.sent = Some(Session { state: SessionState::Terminated, ..session });
+                        return Some(Err(Code::Draining.into()));
+                    }
+                }
+                _ => {
+                    let route = self.tenki.route(self.endpoint.clone(), &self.caller, session.clone()).await;
+                    self.sent = Some(session);
+                    return Some(Ok(wire::WaitSessionResponse {
+                        session: route.session.into(),
+                        data_plane_endpoint: route.endpoint,
+                        credential: route.credential.into(),
+                        route_status: route.status.into(),
+                        ..Default::default()
+                    }));
+                }
+            }
+        }
+    }
+}
+
+fn is_end(state: SessionState) -> bool {
+    matches!(state, SessionState::Running | SessionState::Terminated)
+}

@@ -1,0 +1,160 @@
+//! The end of a session: recorded, done, recorded as done; each step repeated until it succeeds.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::atomic::Ordering;
+
+use nagaya_api::error::{Code, Error};
+
+use super::{Actor, Backoff, Flow, Message, store_error};
+use crate::executions::failed;
+use crate::model::{Execution, ExecutionStatus, Session, SessionState};
+use crate::ports::{Change, DriverError};
+
+impl Actor {
+    /// Ends the session, whatever that takes: returns when it has ended, or when the engine stops.
+    pub(super) async fn end(&mut self, cause: String) -> Flow {
+        if !self.session.state.is_terminal() {
+            let mut session = self.session.clone();
+            session.state = SessionState::Terminating;
+            session.terminal_error = cause;
+            let mut backoff = self.engine.backoff();
+            while let Err(error) = self.commit(session.clone(), Vec::new()).await {
+                if !self.pause_after(&mut backoff, "its end could not be recorded", error.to_string()).await {
+                    return Flow::Stop;
+                }
+            }
+        }
+        self.engine.deadlines.set(self.session.id, None);
+        // A creation that reached the driver is waited for: what it makes must be there to destroy.
+        if let Some(work) = self.work.take()
+            && work.begun.load(Ordering::Acquire)
+        {
+            self.meanwhile(work.future).await;
+        }
+        self.live.set_guest(None);
+        let mut backoff = self.engine.backoff();
+        loop {
+            let (driver, id) = (self.engine.driver.clone(), self.session.id);
+            match self.meanwhile(async move { driver.destroy(id).await }).await {
+                Ok(()) | Err(DriverError::Gone) => break,
+                Err(error) => {
+                    if !self.pause_after(&mut backoff, "its sandbox could not be removed", error.to_string()).await {
+                        return Flow::Stop;
+                    }
+                }
+            }
+        }
+        self.record_end().await
+    }
+
+    async fn record_end(&mut self) -> Flow {
+        let mut backoff = self.engine.backoff();
+        let mut interrupted = self.executions.fail_running(self.engine.clock.now()).await;
+        loop {
+            let now = self.engine.clock.now();
+            let mut session = self.session.clone();
+            session.state = SessionState::Terminated;
+            session.terminated_at = Some(now);
+            session.last_activity_at = session.last_activity_at.max(self.live.activity.last(now));
+            let result = self.write_end(session.clone(), &mut interrupted).await;
+            match result {
+                Ok(()) => {
+                    self.session = session;
+                    break;
+                }
+                Err(error) => {
+                    if !self.pause_after(&mut backoff, "its end could not be recorded", error.to_string()).await {
+                        return Flow::Stop;
+                    }
+                }
+            }
+        }
+        // In this order: whoever learns that it has ended finds its quota free and its record in the store.
+        self.engine.registry.remove(self.session.id);
+        self.slot = None;
+        for execution in interrupted {
+            self.executions.publish(execution);
+        }
+        self.published.send_replace(self.session.clone());
+        for reply in self.waiting.drain(..) {
+            let _ = reply.send(Ok(self.session.clone()));
+        }
+        self.mailbox.close();
+        while let Some(message) = self.mailbox.recv().await {
+            match message {
+                Message::Terminate { reply } => {
+                    let _ = reply.send(Ok(self.session.clone()));
+                }
+                other => refuse(other),
+            }
+        }
+        Flow::Stop
+    }
+
+    /// Commits the last record together with those of the commands that ended with it.
+    async fn write_end(&mut self, session: Session, interrupted: &mut Vec<Execution>) -> Result<(), Error> {
+        // One that this process did not adopt may have commands from an earlier process.
+        if !self.executions_known {
+            let store = self.engine.store.clone();
+            let id = session.id;
+            let recorded = self.meanwhile(async move { store.executions(id).await }).await;
+            let now = session.terminated_at.unwrap_or_default();
+            let running = recorded.map_err(store_error)?.into_iter().filter(|e| e.status == ExecutionStatus::Running);
+            *interrupted = running.map(|execution| failed(execution, now)).collect();
+        }
+        let mut changes = vec![Change::Session(session)];
+        changes.extend(self.unrecorded.iter().cloned());
+        changes.extend(interrupted.iter().cloned().map(Change::Execution));
+        self.engine.write(changes).await
+    }
+
+    /// Runs a future while answering messages, for a session that is ending.
+    async fn meanwhile<T>(&mut self, future: impl Future<Output = T>) -> T {
+        let mut future = pin!(future);
+        loop {
+            tokio::select! {
+                biased;
+                output = &mut future => return output,
+                Some(message) = self.mailbox.recv() => match message {
+                    Message::Terminate { reply } => self.waiting.push(reply),
+                    other => refuse(other),
+                },
+            }
+        }
+    }
+
+    /// Reports a failed step of the ending to those who wait, and pauses before the next attempt.
+    /// False when the engine stops instead; the next start finishes the ending.
+    async fn pause_after(&mut self, backoff: &mut Backoff, what: &str, error: String) -> bool {
+        tracing::warn!(session = %self.session.id, error, "ending a session: {what}; trying again");
+        self.attempted = None;
+        for reply in self.waiting.drain(..) {
+            let detail = format!("the session is ending, but {what} yet; the server keeps trying");
+            let _ = reply.send(Err(Error::new(Code::Internal, detail)));
+        }
+        let wake = self.engine.clock.sleep_until(self.engine.clock.now() + backoff.next_ms());
+        let engine = self.engine.clone();
+        self.meanwhile(async move {
+            tokio::select! {
+                biased;
+                () = engine.tasks.stopping() => false,
+                () = wake => true,
+            }
+        })
+        .await
+    }
+}
+
+fn refuse(message: Message) {
+    let error = || Error::from(Code::SessionTerminated);
+    match message {
+        Message::Update { reply, .. } | Message::Extend { reply, .. } | Message::Terminate { reply } => {
+            let _ = reply.send(Err(error()));
+        }
+        Message::Execute { reply, .. } => {
+            let _ = reply.send(Err(error()));
+        }
+    }
+}
+

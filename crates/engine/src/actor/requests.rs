@@ -1,0 +1,158 @@
+//! What callers ask of a session, and the commands that belong to it.
+
+use nagaya_api::error::{Code, Error};
+use nagaya_api::ids::ExecutionId;
+use tokio::sync::watch;
+
+use super::{Actor, Flow, Message, Reply};
+use crate::calls::{NewExecution, SessionUpdate};
+use crate::executions::{Ended, Outcome};
+use crate::model::{Execution, ExecutionStatus, Session};
+use crate::ports::{Change, Command};
+use crate::session::{Request, check};
+use crate::validate;
+
+impl Actor {
+    pub(super) async fn handle(&mut self, message: Message) -> Flow {
+        match message {
+            Message::Terminate { reply } => {
+                self.waiting.push(reply);
+                Flow::End(String::new())
+            }
+            Message::Update { update, reply } => {
+                let changed = self.updated(update);
+                self.change(changed, reply).await
+            }
+            Message::Extend { additional_ms, reply } => {
+                let changed = self.extended(additional_ms);
+                self.change(changed, reply).await
+            }
+            Message::Execute { new, reply } => {
+                if let Err((error, reply)) = self.execute(new, reply).await {
+                    let _ = reply.send(Err(error));
+                }
+                Flow::Continue
+            }
+        }
+    }
+
+    /// Commits a changed record and answers its caller; a deadline may be due because of it.
+    async fn change(&mut self, changed: Result<Session, Error>, reply: Reply<Session>) -> Flow {
+        let result = match changed {
+            Ok(session) => self.commit(session, Vec::new()).await,
+            Err(error) => Err(error),
+        };
+        let _ = reply.send(result.map(|()| self.session.clone()));
+        self.due().await
+    }
+
+    fn updated(&self, update: SessionUpdate) -> Result<Session, Error> {
+        check(self.session.state, Request::Change)?;
+        let mut session = self.session.clone();
+        if let Some(name) = update.name {
+            validate::name(&name)?;
+            session.name = name;
+        }
+        if let Some(tags) = update.tags {
+            session.tags = validate::tags(tags)?;
+        }
+        if let Some(sticky) = update.sticky {
+            session.sticky = sticky;
+        }
+        if let Some(duration_ms) = update.max_duration_ms {
+            validate::max_duration_ms(duration_ms, &self.engine.config)?;
+            session.timeout_at = Some(session.created_at.saturating_add(duration_ms));
+        }
+        Ok(session)
+    }
+
+    fn extended(&self, additional_ms: u64) -> Result<Session, Error> {
+        check(self.session.state, Request::Change)?;
+        let invalid = |detail: &str| Err(Error::new(Code::InvalidArgument, detail));
+        if additional_ms == 0 {
+            return invalid("additional_duration must be longer than zero");
+        }
+        let from = self.session.timeout_at.unwrap_or_else(|| self.engine.clock.now());
+        let latest = self.session.created_at.saturating_add(self.engine.config.max_duration_max_ms);
+        match from.checked_add(additional_ms) {
+            Some(timeout_at) if timeout_at <= latest => {
+                Ok(Session { timeout_at: Some(timeout_at), ..self.session.clone() })
+            }
+            _ => invalid("the session would live longer than max_duration_max_ms"),
+        }
+    }
+
+    async fn execute(
+        &mut self,
+        new: NewExecution,
+        reply: Reply<watch::Receiver<Execution>>,
+    ) -> Result<(), (Error, Reply<watch::Receiver<Execution>>)> {
+        let started = async {
+            check(self.session.state, Request::Use)?;
+            let guest = self.live.guest().ok_or(Code::GuestUnreachable)?;
+            let forget = self.executions.make_room(self.engine.config.executions_per_session_max)?;
+            let now = self.engine.clock.now();
+            let execution = Execution {
+                id: ExecutionId::new(now, self.engine.random()),
+                session_id: self.session.id,
+                command: new.command,
+                args: new.args,
+                status: ExecutionStatus::Running,
+                exit_code: 0,
+                duration_ms: 0,
+                started_at: now,
+                ended_at: None,
+            };
+            let mut env = self.session.env.clone();
+            env.extend(new.env);
+            let argv = std::iter::once(&execution.command).chain(&execution.args).cloned().collect();
+            let command = Command { argv, env, timeout_ms: new.timeout_ms, ..Command::default() };
+            validate::command(&command, &self.engine.config)?;
+            let mut changes = vec![Change::Execution(execution.clone())];
+            changes.extend(forget.map(Change::ForgetExecution));
+            self.engine.write(changes).await?;
+            Ok((execution, command, guest, forget))
+        };
+        match started.await {
+            Err(error) => Err((error, reply)),
+            Ok((execution, command, guest, forget)) => {
+                if let Some(id) = forget {
+                    self.executions.forget(id, guest.clone());
+                }
+                let (clock, backoff) = (self.engine.clock.clone(), self.engine.backoff());
+                self.executions.start(execution, command, guest, clock, backoff, reply);
+                Ok(())
+            }
+        }
+    }
+
+    /// Records how a command ended, then tells those who wait for it.
+    pub(super) async fn execution_ended(&mut self, ended: Ended) {
+        let now = self.engine.clock.now();
+        let (change, execution) = match ended.outcome {
+            Outcome::Forgotten => return,
+            Outcome::NotStarted => {
+                self.executions.remove(ended.id);
+                (Change::ForgetExecution(ended.id), None)
+            }
+            Outcome::Exited(status) => {
+                let Some(execution) = self.executions.ended(ended.id, &status, now) else { return };
+                (Change::Execution(execution.clone()), Some(execution))
+            }
+            Outcome::Lost => {
+                let Some(execution) = self.executions.lost(ended.id, now) else { return };
+                (Change::Execution(execution.clone()), Some(execution))
+            }
+        };
+        if let Err(error) = self.engine.write(vec![change.clone()]).await {
+            // It is a fact all the same: it goes with the next thing that is written.
+            tracing::warn!(execution = %ended.id, %error, "the end of a command was not recorded; trying again");
+            self.unrecorded.push(change);
+            self.flush_at = Some(now + self.engine.config.retry_max_ms);
+            self.schedule();
+        }
+        if let Some(execution) = execution {
+            self.executions.publish(execution);
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! What callers hand to the engine, and what they get back.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use nagaya_api::ids::WorkspaceId;
+
+use crate::live::Live;
+use crate::model::{SessionState, UnixMs};
+use crate::ports::{Clock, Guest};
+
+/// A session to create. Absent values are the contract's defaults.
+#[derive(Debug, Clone, Default)]
+pub struct NewSession {
+    pub name: String,
+    pub cpu_cores: Option<u32>,
+    /// MiB.
+    pub memory_mb: Option<u32>,
+    /// GiB.
+    pub disk_gb: Option<u32>,
+    pub env: BTreeMap<String, String>,
+    pub metadata: BTreeMap<String, String>,
+    pub tags: Vec<String>,
+    /// `None`: it lives until it is terminated. Zero is refused.
+    pub max_duration_ms: Option<u64>,
+    pub inbound: bool,
+    pub outbound: bool,
+    pub ssh_authorized_keys: Vec<String>,
+    pub sticky: bool,
+    pub idle_timeout_minutes: Option<u32>,
+    pub pause_retention_ms: Option<u64>,
+    /// Must be the caller's own where given.
+    pub workspace_id: Option<WorkspaceId>,
+}
+
+/// Changes to a session; what is `None` stays.
+#[derive(Debug, Clone, Default)]
+pub struct SessionUpdate {
+    pub name: Option<String>,
+    /// An empty list removes all tags.
+    pub tags: Option<Vec<String>>,
+    pub sticky: Option<bool>,
+    /// Counted from the session's creation: when that is past, the session ends now.
+    pub max_duration_ms: Option<u64>,
+}
+
+/// Which sessions to list, newest first.
+#[derive(Debug, Clone, Default)]
+pub struct ListSessions {
+    /// Must be the caller's own where given.
+    pub workspace_id: Option<WorkspaceId>,
+    pub owner_id: Option<String>,
+    pub state: Option<SessionState>,
+    /// All of them must be on the session.
+    pub tags: Vec<String>,
+    pub sticky: Option<bool>,
+    pub include_terminated: bool,
+    /// 0 is the default size.
+    pub page_size: u32,
+    /// Empty for the first page.
+    pub page_token: String,
+}
+
+/// A command to start with [`Engine::execute`].
+#[derive(Debug, Clone, Default)]
+pub struct NewExecution {
+    pub command: String,
+    pub args: Vec<String>,
+    /// Over the session's own environment.
+    pub env: BTreeMap<String, String>,
+    /// 0 is no limit.
+    pub timeout_ms: u64,
+}
+
+/// Opens the data plane of one session until it expires.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Certificate {
+    pub text: String,
+    pub expires_at: UnixMs,
+}
+
+/// What the live sessions of a workspace use. Paused ones do not count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    pub active_sessions: u64,
+    /// The smaller of the workspace's and the server's limit.
+    pub sessions_max: Option<u64>,
+    pub cpu_cores: u64,
+    /// MiB.
+    pub memory_mb: u64,
+    /// GiB.
+    pub disk_gb: u64,
+}
+
+/// A running sandbox, open for one call of the data plane. While it lives the session is in use.
+pub struct OpenSession {
+    pub guest: Arc<dyn Guest>,
+    /// The session's environment, to be laid under the command's own.
+    pub env: BTreeMap<String, String>,
+    pub(crate) _activity: Option<InUse>,
+}
+
+/// Counts as use of the session while it lives.
+pub(crate) struct InUse {
+    live: Arc<Live>,
+    clock: Arc<dyn Clock>,
+}
+
+impl InUse {
+    pub(crate) fn new(live: Arc<Live>, clock: Arc<dyn Clock>) -> Self {
+        live.enter(clock.now());
+        Self { live, clock }
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.live.leave(self.clock.now());
+    }
+}

@@ -1,0 +1,50 @@
+//! What an operator may set about the engine.
+
+use serde::{Deserialize, Serialize};
+
+/// Limits and periods of the engine. Every name ends in its unit or in what is counted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EngineConfig {
+    /// Sessions that may be alive at once on this server, over all workspaces.
+    pub sessions_max: u32,
+    /// Sandboxes being created at once; further ones wait, so that a burst does not thrash.
+    pub creates_concurrent_max: u32,
+    /// How long a session certificate opens the data plane.
+    pub certificate_ttl_ms: u64,
+    /// Longest time that may lie between a session's creation and its end by deadline.
+    pub max_duration_max_ms: u64,
+    /// Executions remembered per live session; a new one pushes out the oldest finished one.
+    pub executions_per_session_max: u32,
+    /// How long activity may stay in memory before it is written to the store.
+    pub activity_flush_ms: u64,
+    /// Pause before a failed step is tried again; doubles up to `retry_max_ms`.
+    pub retry_first_ms: u64,
+    pub retry_max_ms: u64,
+    /// Names and values of a session's or command's environment together.
+    pub env_bytes_max: usize,
+    /// Keys and values of a session's metadata together.
+    pub metadata_bytes_max: usize,
+    /// Arguments of one command together.
+    pub argv_bytes_max: usize,
+    pub ssh_authorized_keys_max: usize,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            sessions_max: 1_000,
+            creates_concurrent_max: 16,
+            certificate_ttl_ms: 600_000,
+            max_duration_max_ms: 365 * 24 * 3_600_000,
+            executions_per_session_max: 100,
+            activity_flush_ms: 30_000,
+            retry_first_ms: 100,
+            retry_max_ms: 30_000,
+            env_bytes_max: 128 * 1024,
+            metadata_bytes_max: 64 * 1024,
+            argv_bytes_max: 1024 * 1024,
+            ssh_authorized_keys_max: 32,
+        }
+    }
+}

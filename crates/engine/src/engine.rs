@@ -1,0 +1,326 @@
+//! What callers see of the engine.
+//!
+//! Every entry point takes the caller first; ids are looked up in one place, where unknown and
+//! foreign ones become the same "not found".
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use nagaya_api::error::{Code, Error};
+use nagaya_api::ids::{ExecutionId, KeyId, SessionId, WorkspaceId};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+
+use crate::access::{self, Access, Caller};
+use crate::actor::{Birth, Message, store_error};
+use crate::calls::{
+    Certificate, InUse, ListSessions, NewExecution, NewSession, OpenSession, SessionUpdate, Usage,
+};
+use crate::config::EngineConfig;
+use crate::deadlines::Deadlines;
+use crate::executions::guest_error;
+use crate::inner::{Found, Inner, certificate_key};
+use crate::model::{ApiKey, Execution, ExecutionStatus, Session, SessionState, UnixMs, Workspace};
+use crate::ports::{Change, Clock, Driver, Entropy, ProcessEvent, SessionQuery, Store};
+use crate::session::{Request, check};
+use crate::tasks::Tasks;
+use crate::{query, recovery};
+
+/// The engine. Clones share it.
+#[derive(Clone)]
+pub struct Engine(Arc<Inner>);
+
+impl Engine {
+    /// Starts the engine: recovers everything recorded, then serves.
+    pub async fn start(
+        config: EngineConfig,
+        store: Arc<dyn Store>,
+        driver: Arc<dyn Driver>,
+        clock: Arc<dyn Clock>,
+        entropy: Arc<dyn Entropy>,
+    ) -> Result<Self, Error> {
+        let key = certificate_key(&*store, &*entropy).await?;
+        let workspaces = store.workspaces().await.map_err(store_error)?;
+        let keys = store.api_keys().await.map_err(store_error)?;
+        let inner = Arc::new(Inner {
+            creates: Semaphore::new(config.creates_concurrent_max.max(1) as usize),
+            config,
+            store,
+            driver,
+            clock,
+            entropy,
+            access: Access::new(workspaces, keys, key),
+            registry: Arc::default(),
+            deadlines: Deadlines::new(),
+            tasks: Tasks::new(),
+        });
+        let exits = inner.driver.exits();
+        recovery::recover(&inner).await?;
+        inner.spawn_exits(exits)?;
+        inner.spawn_timer()?;
+        Ok(Self(inner))
+    }
+
+    /// Stops serving: new work is refused, work under way is finished or left to the next start,
+    /// sandboxes keep running. Returns when all is quiet.
+    pub async fn shut_down(&self) {
+        self.0.tasks.stop().await;
+    }
+
+    /// Whether [`Engine::shut_down`] was called.
+    pub fn is_draining(&self) -> bool {
+        self.0.tasks.is_stopping()
+    }
+
+    /// Makes sure that there is a workspace and a key.
+    ///
+    /// A `secret` that is no key yet becomes one. Without one, and without any key so far, a new
+    /// secret is made and returned: it is stored nowhere else.
+    pub async fn first_start(&self, secret: Option<&str>) -> Result<Option<String>, Error> {
+        let inner = &*self.0;
+        if let Some(secret) = secret {
+            access::check_secret(secret)?;
+        }
+        let made = match secret {
+            Some(secret) if inner.access.authenticate(secret).is_ok() => return Ok(None),
+            Some(_) => None,
+            None if inner.access.has_keys() => return Ok(None),
+            None => Some(access::new_secret(&*inner.entropy)),
+        };
+        let secret = made.as_deref().or(secret).unwrap_or_default();
+        let now = inner.clock.now();
+        let (workspace, is_new) = match inner.access.oldest_workspace() {
+            Some(workspace) => (workspace, false),
+            None => {
+                let id = WorkspaceId::new(now, inner.random());
+                (Workspace { id, name: "default".to_owned(), created_at: now, sessions_max: None }, true)
+            }
+        };
+        let key = ApiKey {
+            id: KeyId::new(now, inner.random()),
+            workspace_id: workspace.id,
+            secret_hash: access::hash_secret(secret),
+            created_at: now,
+        };
+        let workspace = is_new.then_some(workspace);
+        let mut changes: Vec<Change> = workspace.clone().map(Change::Workspace).into_iter().collect();
+        changes.push(Change::ApiKey(key.clone()));
+        inner.store.commit(changes).await.map_err(store_error)?;
+        inner.access.add(workspace, key);
+        Ok(made)
+    }
+
+    /// Who shows this token; `unauthenticated` for an unknown one.
+    pub fn authenticate(&self, token: &str) -> Result<Caller, Error> {
+        self.0.access.authenticate(token)
+    }
+
+    /// The caller's workspace.
+    pub fn workspace(&self, caller: &Caller) -> Workspace {
+        self.0.access.workspace(caller, None).expect("a caller is made from a key whose workspace is loaded")
+    }
+
+    /// Records a new session and starts to create its sandbox. Returns when the record is durable,
+    /// in state CREATING; watch the session for what becomes of it.
+    pub async fn create_session(&self, caller: &Caller, new: NewSession) -> Result<Session, Error> {
+        let inner = &self.0;
+        let running = inner.tasks.enter()?;
+        let workspace = inner.access.workspace(caller, new.workspace_id)?;
+        let session = inner.new_session(caller, new)?;
+        let slot = inner.registry.reserve(&workspace, &session.machine, inner.config.sessions_max)?;
+        // From here on the session's own task does everything, so that a caller who goes away
+        // leaves nothing half done.
+        let (reply, answer) = oneshot::channel();
+        inner.spawn(session, slot, Birth::New { reply }, running);
+        answer.await.unwrap_or_else(|_| Err(Code::Draining.into()))
+    }
+
+    /// The session now and whenever it changes. The channel closes after TERMINATED, or when the
+    /// engine shuts down.
+    pub async fn watch_session(&self, caller: &Caller, id: SessionId) -> Result<watch::Receiver<Session>, Error> {
+        Ok(match self.0.find(caller, id).await? {
+            Found::Live(live) => live.published.clone(),
+            Found::Ended(session) => watch::channel(session).1,
+        })
+    }
+
+    pub async fn session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
+        Ok(match self.0.find(caller, id).await? {
+            Found::Live(live) => live.session(self.0.clock.now()),
+            Found::Ended(session) => session,
+        })
+    }
+
+    /// One page of sessions, newest first, and the token of the next page; empty at the end.
+    pub async fn list_sessions(&self, caller: &Caller, list: ListSessions) -> Result<(Vec<Session>, String), Error> {
+        let inner = &*self.0;
+        let workspace = inner.access.workspace(caller, list.workspace_id)?;
+        let size = query::page_size(list.page_size)?;
+        let query = SessionQuery {
+            workspace_id: Some(workspace.id),
+            owner_id: list.owner_id,
+            state: list.state,
+            tags: list.tags,
+            sticky: list.sticky,
+            include_terminated: list.include_terminated,
+            before: query::parse_page_token(&list.page_token)?,
+            // One more than asked tells whether there is another page.
+            limit: size + 1,
+        };
+        let mut sessions = inner.store.sessions(query).await.map_err(store_error)?;
+        let mut next = String::new();
+        if sessions.len() > size as usize {
+            sessions.truncate(size as usize);
+            next = sessions.last().map(|last| query::page_token(last.created_at, last.id)).unwrap_or_default();
+        }
+        let now = inner.clock.now();
+        for session in &mut sessions {
+            if let Some(live) = inner.registry.get(session.id) {
+                session.last_activity_at = session.last_activity_at.max(live.activity.last(now));
+            }
+        }
+        Ok((sessions, next))
+    }
+
+    pub async fn update_session(&self, caller: &Caller, id: SessionId, update: SessionUpdate) -> Result<Session, Error> {
+        self.0.tasks.check()?;
+        let live = self.0.find_live(caller, id, Request::Change).await?;
+        live.ask(|reply| Message::Update { update, reply }).await
+    }
+
+    /// Moves the session's deadline; one without deadline gets it counted from now.
+    pub async fn extend_session(&self, caller: &Caller, id: SessionId, additional_ms: u64) -> Result<Session, Error> {
+        self.0.tasks.check()?;
+        let live = self.0.find_live(caller, id, Request::Change).await?;
+        live.ask(|reply| Message::Extend { additional_ms, reply }).await
+    }
+
+    /// Ends the session. Returns when it is TERMINATED; repeating it is no error.
+    pub async fn terminate_session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
+        let live = match self.0.find(caller, id).await? {
+            Found::Ended(session) if session.state == SessionState::Terminated => return Ok(session),
+            Found::Ended(_) => return Err(Code::Draining.into()),
+            Found::Live(live) => live,
+        };
+        self.0.tasks.check()?;
+        let result = live.ask(|reply| Message::Terminate { reply }).await;
+        // Somebody else's request may have ended it first.
+        let session = live.published.borrow().clone();
+        if session.state == SessionState::Terminated { Ok(session) } else { result }
+    }
+
+    /// Notes that the session is in use; returns when that was.
+    pub async fn report_activity(&self, caller: &Caller, id: SessionId) -> Result<UnixMs, Error> {
+        self.0.tasks.check()?;
+        let live = self.0.find_live(caller, id, Request::Activity).await?;
+        let now = self.0.clock.now();
+        live.touch(now);
+        Ok(live.session(now).last_activity_at)
+    }
+
+    /// What the caller's workspace uses now, and may use.
+    pub async fn usage(&self, caller: &Caller, workspace_id: Option<WorkspaceId>) -> Result<Usage, Error> {
+        let workspace = self.0.access.workspace(caller, workspace_id)?;
+        let used = self.0.registry.used(workspace.id);
+        let server = u64::from(self.0.config.sessions_max);
+        Ok(Usage {
+            active_sessions: u64::from(used.sessions),
+            sessions_max: Some(workspace.sessions_max.map_or(server, |max| server.min(u64::from(max)))),
+            cpu_cores: used.cpu_cores,
+            memory_mb: used.memory_mb,
+            disk_gb: used.disk_gb,
+        })
+    }
+
+    /// How many live sessions are in each state, over all workspaces.
+    pub fn session_counts(&self) -> BTreeMap<&'static str, u64> {
+        let mut counts: BTreeMap<_, _> = SessionState::ALL
+            .into_iter()
+            .filter(|state| *state != SessionState::Terminated)
+            .map(|state| (state.name(), 0))
+            .collect();
+        for live in self.0.registry.all() {
+            *counts.entry(live.state().name()).or_default() += 1;
+        }
+        counts
+    }
+
+    /// A certificate for the data plane of a RUNNING session, and the session.
+    pub async fn certificate(&self, caller: &Caller, id: SessionId) -> Result<(Certificate, Session), Error> {
+        let live = self.0.find_live(caller, id, Request::Use).await?;
+        let now = self.0.clock.now();
+        let expires_at = now + self.0.config.certificate_ttl_ms;
+        let text = self.0.access.certify(id, expires_at);
+        Ok((Certificate { text, expires_at }, live.session(now)))
+    }
+
+    /// Opens a running sandbox for one call of the data plane.
+    pub async fn open(&self, certificate: &str, id: SessionId) -> Result<OpenSession, Error> {
+        let mut open = self.probe(certificate, id).await?;
+        // The session may have ended meanwhile; then the guest says so.
+        if let Some(live) = self.0.registry.get(id) {
+            open._activity = Some(InUse::new(live, self.0.clock.clone()));
+        }
+        Ok(open)
+    }
+
+    /// Like [`Engine::open`], but does not count as activity.
+    pub async fn probe(&self, certificate: &str, id: SessionId) -> Result<OpenSession, Error> {
+        let inner = &*self.0;
+        inner.tasks.check()?;
+        inner.access.verify(certificate, id, inner.clock.now())?;
+        let Some(live) = inner.registry.get(id) else {
+            let session = inner.store.session(id).await.map_err(store_error)?;
+            let ended = session.is_some();
+            return Err(if ended { Code::SessionTerminated } else { Code::SessionNotFound }.into());
+        };
+        let env = {
+            let session = live.published.borrow();
+            check(session.state, Request::Use)?;
+            session.env.clone()
+        };
+        let guest = live.guest().ok_or(Code::GuestUnreachable)?;
+        Ok(OpenSession { guest, env, _activity: None })
+    }
+
+    /// Starts a command that belongs to the session. With `wait` it returns when the command has
+    /// ended, else when it runs; a caller that goes away does not end it.
+    pub async fn execute(
+        &self,
+        caller: &Caller,
+        id: SessionId,
+        new: NewExecution,
+        wait: bool,
+    ) -> Result<Execution, Error> {
+        self.0.tasks.check()?;
+        let live = self.0.find_live(caller, id, Request::Use).await?;
+        let _in_use = InUse::new(live.clone(), self.0.clock.clone());
+        let mut published = live.ask(|reply| Message::Execute { new, reply }).await?;
+        if wait {
+            let ended = published.wait_for(|execution| execution.status != ExecutionStatus::Running).await;
+            return ended.map(|execution| execution.clone()).map_err(|_| Code::Draining.into());
+        }
+        let execution = published.borrow().clone();
+        Ok(execution)
+    }
+
+    /// The record of an execution of this session.
+    pub async fn execution(&self, caller: &Caller, id: SessionId, execution_id: ExecutionId) -> Result<Execution, Error> {
+        self.0.find(caller, id).await?;
+        let execution = self.0.store.execution(execution_id).await.map_err(store_error)?;
+        execution.filter(|execution| execution.session_id == id).ok_or_else(|| Code::ExecutionNotFound.into())
+    }
+
+    /// The output of an execution from its beginning, then live, then its exit.
+    pub async fn follow_execution(
+        &self,
+        caller: &Caller,
+        id: SessionId,
+        execution_id: ExecutionId,
+    ) -> Result<mpsc::Receiver<ProcessEvent>, Error> {
+        let live = self.0.find_live(caller, id, Request::Use).await?;
+        self.execution(caller, id, execution_id).await?;
+        let guest = live.guest().ok_or(Code::GuestUnreachable)?;
+        guest.follow(execution_id).await.map_err(guest_error)
+    }
+}
+

@@ -1,0 +1,160 @@
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use nagaya_api::error::Code;
+
+use super::guest::refuse;
+use crate::ports::{DirectoryEntry, FileStat, GuestError, WriteOptions};
+
+/// Files in memory, by absolute path without trailing slash; the root is the empty path.
+pub(super) struct Files(BTreeMap<String, Node>);
+
+struct Node {
+    /// `None` for a directory.
+    content: Option<Bytes>,
+    mode: u32,
+}
+
+const S_IFDIR: u32 = 0o040_000;
+const S_IFREG: u32 = 0o100_000;
+
+impl Default for Files {
+    fn default() -> Self {
+        let directories = ["", "/home", "/home/tenki", "/root", "/tmp", "/workspace"];
+        let node = || Node { content: None, mode: 0o755 };
+        Self(directories.into_iter().map(|path| (path.to_owned(), node())).collect())
+    }
+}
+
+impl Node {
+    fn stat(&self) -> FileStat {
+        let kind = if self.content.is_none() { S_IFDIR } else { S_IFREG };
+        FileStat {
+            size: self.content.as_ref().map_or(4_096, |content| content.len() as u64),
+            mode: kind | self.mode,
+            modified_unix_ns: 1_767_225_600_000_000_000,
+            is_dir: self.content.is_none(),
+            is_symlink: false,
+            symlink_target: String::new(),
+        }
+    }
+}
+
+/// Resolves `.` and `..` by text; there are no links here.
+fn absolute(path: &str) -> Result<String, GuestError> {
+    if path.is_empty() || path.contains('\0') || path.len() > 4_096 {
+        return refuse(Code::InvalidPath, 0);
+    }
+    let mut parts: Vec<&str> = if path.starts_with('/') { vec![] } else { vec!["home", "tenki"] };
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => {
+                parts.pop();
+            }
+            part => parts.push(part),
+        }
+    }
+    Ok(parts.iter().flat_map(|part| ["/", *part]).collect())
+}
+
+fn parent(path: &str) -> &str {
+    path.rsplit_once('/').map_or("", |(parent, _)| parent)
+}
+
+impl Files {
+    pub(super) fn stat(&self, path: &str) -> Result<Option<FileStat>, GuestError> {
+        Ok(self.0.get(&absolute(path)?).map(Node::stat))
+    }
+
+    pub(super) fn read(&self, path: &str) -> Result<Bytes, GuestError> {
+        match self.0.get(&absolute(path)?) {
+            Some(Node { content: Some(content), .. }) => Ok(content.clone()),
+            Some(_) => refuse(Code::IsADirectory, 21),
+            None => refuse(Code::FileNotFound, 2),
+        }
+    }
+
+    pub(super) fn check_writable(&self, path: &str) -> Result<(), GuestError> {
+        let path = absolute(path)?;
+        match (self.0.get(&path), self.0.get(parent(&path))) {
+            (Some(Node { content: None, .. }), _) => refuse(Code::IsADirectory, 21),
+            (_, Some(Node { content: None, .. })) => Ok(()),
+            (_, Some(_)) => refuse(Code::NotADirectory, 20),
+            (_, None) => refuse(Code::FileNotFound, 2),
+        }
+    }
+
+    pub(super) fn write(&mut self, path: &str, content: Vec<u8>, options: &WriteOptions) -> Result<(), GuestError> {
+        self.check_writable(path)?;
+        let path = absolute(path)?;
+        let new_mode = if options.mode == 0 { 0o644 } else { options.mode };
+        let node = self.0.entry(path).or_insert(Node { content: Some(Bytes::new()), mode: new_mode });
+        let mut bytes = content;
+        if let Some(old) = node.content.as_ref().filter(|old| !options.truncate && old.len() > bytes.len()) {
+            bytes.extend_from_slice(&old[bytes.len()..]);
+        }
+        node.content = Some(bytes.into());
+        Ok(())
+    }
+
+    pub(super) fn make_directory(&mut self, path: &str, mode: u32, recursive: bool) -> Result<i64, GuestError> {
+        let path = absolute(path)?;
+        match self.0.get(&path) {
+            Some(Node { content: None, .. }) if recursive => {}
+            Some(_) => return refuse(Code::FileExists, 17),
+            None => {
+                match self.0.get(parent(&path)) {
+                    Some(Node { content: None, .. }) => {}
+                    Some(_) => return refuse(Code::NotADirectory, 20),
+                    None if recursive => {
+                        self.make_directory(&parent(&path).to_owned(), mode, true)?;
+                    }
+                    None => return refuse(Code::FileNotFound, 2),
+                }
+                let mode = if mode == 0 { 0o755 } else { mode };
+                self.0.insert(path, Node { content: None, mode });
+            }
+        }
+        Ok(1_767_225_600_000_000_000)
+    }
+
+    pub(super) fn remove(&mut self, path: &str, recursive: bool) -> Result<u64, GuestError> {
+        let path = absolute(path)?;
+        if path.is_empty() {
+            return refuse(Code::PermissionDenied, 1);
+        }
+        let below = format!("{path}/");
+        let doomed: Vec<String> =
+            self.0.keys().filter(|name| **name == path || name.starts_with(&below)).cloned().collect();
+        if doomed.len() > 1 && !recursive {
+            return refuse(Code::DirectoryNotEmpty, 39);
+        }
+        for name in &doomed {
+            self.0.remove(name);
+        }
+        Ok(doomed.len() as u64)
+    }
+
+    pub(super) fn list(&self, path: &str, include_hidden: bool) -> Result<Vec<DirectoryEntry>, GuestError> {
+        let path = absolute(path)?;
+        match self.0.get(&path) {
+            Some(Node { content: None, .. }) => {}
+            Some(_) => return refuse(Code::NotADirectory, 20),
+            None => return refuse(Code::FileNotFound, 2),
+        }
+        let below = format!("{path}/");
+        let entries = self.0.iter().filter_map(|(name, node)| {
+            let name = name.strip_prefix(&below).filter(|name| !name.is_empty() && !name.contains('/'))?;
+            let stat = node.stat();
+            (include_hidden || !name.starts_with('.')).then(|| DirectoryEntry {
+                name: name.to_owned(),
+                size: stat.size,
+                mode: stat.mode,
+                modified_unix_ns: stat.modified_unix_ns,
+                is_dir: stat.is_dir,
+            })
+        });
+        Ok(entries.collect())
+    }
+}

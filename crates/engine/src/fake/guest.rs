@@ -1,0 +1,219 @@
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use nagaya_api::error::Code;
+use nagaya_api::ids::ExecutionId;
+use tokio::sync::{mpsc, watch};
+
+use super::files::Files;
+use super::programs;
+use crate::ports::{
+    Command, DirectoryEntry, ExitStatus, FileReader, FileStat, FileWriter, Guest, GuestError, Process, ProcessEvent,
+    WriteOptions,
+};
+
+/// Bytes in a chunk of a file, and messages in a channel.
+const CHUNK_BYTES: usize = 64 * 1024;
+const CHANNEL_MAX: usize = 4;
+
+/// The inside of a fake sandbox: files in memory, and a handful of programs (see `programs.rs`).
+pub struct FakeGuest {
+    files: Arc<Mutex<Files>>,
+    detached: Mutex<BTreeMap<ExecutionId, watch::Sender<Vec<ProcessEvent>>>>,
+    /// Why the sandbox died, once it has.
+    death: watch::Sender<Option<String>>,
+}
+
+pub(super) fn refuse<T>(code: Code, errno: i32) -> Result<T, GuestError> {
+    Err(GuestError { code, detail: String::new(), errno })
+}
+
+impl FakeGuest {
+    pub(super) fn new() -> Self {
+        Self { files: Arc::default(), detached: Mutex::default(), death: watch::Sender::new(None) }
+    }
+
+    pub(super) fn is_alive(&self) -> bool {
+        self.death.borrow().is_none()
+    }
+
+    pub(super) fn die(&self, cause: &str) {
+        self.death.send_if_modified(|death| {
+            let first = death.is_none();
+            death.get_or_insert_with(|| cause.to_owned());
+            first
+        });
+    }
+
+    /// Detached commands that have not ended.
+    pub fn running(&self) -> Vec<ExecutionId> {
+        let detached = self.detached.lock().expect("no holder of this lock panics");
+        detached.iter().filter(|(_, events)| !ended(&events.borrow())).map(|(id, _)| *id).collect()
+    }
+
+    /// Ends a detached command from outside, e.g. one whose task was lost with the runtime.
+    pub fn finish(&self, id: ExecutionId, status: ExitStatus) {
+        let detached = self.detached.lock().expect("no holder of this lock panics");
+        if let Some(events) = detached.get(&id) {
+            record(events, ProcessEvent::Exit(status));
+        }
+    }
+
+    fn check(&self) -> Result<(), GuestError> {
+        if self.is_alive() { Ok(()) } else { refuse(Code::GuestUnreachable, 0) }
+    }
+
+    fn with_files<T>(&self, action: impl FnOnce(&mut Files) -> Result<T, GuestError>) -> Result<T, GuestError> {
+        self.check()?;
+        action(&mut self.files.lock().expect("no holder of this lock panics"))
+    }
+
+    fn start(&self, command: Command) -> Result<Process, GuestError> {
+        let directory = if command.cwd.is_empty() { "/home/tenki" } else { &command.cwd };
+        match self.with_files(|files| files.stat(directory))? {
+            None => return refuse(Code::FileNotFound, 2),
+            Some(stat) if !stat.is_dir => return refuse(Code::NotADirectory, 20),
+            Some(_) => {}
+        }
+        programs::start(command, self.death.subscribe())
+    }
+}
+
+fn ended(events: &[ProcessEvent]) -> bool {
+    matches!(events.last(), Some(ProcessEvent::Exit(_)))
+}
+
+fn record(events: &watch::Sender<Vec<ProcessEvent>>, event: ProcessEvent) {
+    events.send_if_modified(|events| {
+        let running = !ended(events);
+        if running {
+            events.push(event);
+        }
+        running
+    });
+}
+
+#[async_trait]
+impl Guest for FakeGuest {
+    async fn run(&self, command: Command) -> Result<Process, GuestError> {
+        self.start(command)
+    }
+
+    async fn run_detached(&self, id: ExecutionId, command: Command) -> Result<u32, GuestError> {
+        self.check()?;
+        if self.detached.lock().expect("no holder of this lock panics").contains_key(&id) {
+            return Ok(1);
+        }
+        let mut process = self.start(Command { stdin: false, ..command })?;
+        let events = watch::Sender::new(Vec::new());
+        self.detached.lock().expect("no holder of this lock panics").insert(id, events.clone());
+        let pid = process.pid;
+        tokio::spawn(async move {
+            while let Some(event) = process.events.recv().await {
+                record(&events, event);
+            }
+        });
+        Ok(pid)
+    }
+
+    async fn follow(&self, id: ExecutionId) -> Result<mpsc::Receiver<ProcessEvent>, GuestError> {
+        self.check()?;
+        let events = self.detached.lock().expect("no holder of this lock panics").get(&id).cloned();
+        let Some(events) = events else { return refuse(Code::ExecutionNotFound, 0) };
+        let (sender, receiver) = mpsc::channel(CHANNEL_MAX);
+        tokio::spawn(async move {
+            let mut changes = events.subscribe();
+            let mut sent = 0;
+            loop {
+                let new: Vec<ProcessEvent> = changes.borrow_and_update()[sent..].to_vec();
+                sent += new.len();
+                let last = ended(&new);
+                for event in new {
+                    if sender.send(event).await.is_err() {
+                        return;
+                    }
+                }
+                if last {
+                    return;
+                }
+                tokio::select! {
+                    biased;
+                    () = sender.closed() => return,
+                    _ = changes.changed() => {}
+                }
+            }
+        });
+        Ok(receiver)
+    }
+
+    async fn forget(&self, id: ExecutionId) -> Result<(), GuestError> {
+        self.check()?;
+        self.detached.lock().expect("no holder of this lock panics").remove(&id);
+        Ok(())
+    }
+
+    async fn read_file(
+        &self,
+        path: &str,
+        offset: u64,
+        length: u64,
+        chunk_bytes: u32,
+    ) -> Result<FileReader, GuestError> {
+        let content = self.with_files(|files| files.read(path))?;
+        let total_size = content.len() as u64;
+        let start = offset.min(total_size) as usize;
+        let end = if length == 0 { content.len() } else { content.len().min(start.saturating_add(length as usize)) };
+        let mut rest = content.slice(start..end);
+        let chunk = if chunk_bytes == 0 { CHUNK_BYTES } else { chunk_bytes as usize };
+        let (sender, chunks) = mpsc::channel(CHANNEL_MAX);
+        tokio::spawn(async move {
+            while !rest.is_empty() {
+                let next = rest.split_to(chunk.min(rest.len()));
+                if sender.send(Ok(next)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(FileReader { total_size, chunks })
+    }
+
+    async fn write_file(&self, path: &str, options: WriteOptions) -> Result<FileWriter, GuestError> {
+        self.with_files(|files| files.check_writable(path))?;
+        let (sender, mut chunks) = mpsc::channel::<Bytes>(CHANNEL_MAX);
+        let (writer, finish) = FileWriter::new(sender);
+        let (files, path, death) = (self.files.clone(), path.to_owned(), self.death.subscribe());
+        tokio::spawn(async move {
+            let mut content = Vec::new();
+            while let Some(chunk) = chunks.recv().await {
+                content.extend_from_slice(&chunk);
+            }
+            // A caller that gave up changes nothing.
+            let Ok(reply) = finish.await else { return };
+            let written = content.len() as u64;
+            let result = match death.borrow().is_some() {
+                true => refuse(Code::GuestUnreachable, 0),
+                false => files.lock().expect("no holder of this lock panics").write(&path, content, &options),
+            };
+            let _ = reply.send(result.map(|()| written));
+        });
+        Ok(writer)
+    }
+
+    async fn stat(&self, path: &str) -> Result<Option<FileStat>, GuestError> {
+        self.with_files(|files| files.stat(path))
+    }
+
+    async fn make_directory(&self, path: &str, mode: u32, recursive: bool) -> Result<i64, GuestError> {
+        self.with_files(|files| files.make_directory(path, mode, recursive))
+    }
+
+    async fn remove(&self, path: &str, recursive: bool) -> Result<u64, GuestError> {
+        self.with_files(|files| files.remove(path, recursive))
+    }
+
+    async fn list_directory(&self, path: &str, include_hidden: bool) -> Result<Vec<DirectoryEntry>, GuestError> {
+        self.with_files(|files| files.list(path, include_hidden))
+    }
+}

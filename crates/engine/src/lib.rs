@@ -1,0 +1,32 @@
+//! The domain of Nagaya: sessions, their states, deadlines, quotas and recovery.
+//!
+//! This crate opens no socket and no file, reads no clock and draws no random number of its own:
+//! it reaches the world through the traits in [`ports`], so that all of it runs under the
+//! deterministic simulator in `tests/`. It knows no client family and no isolation technology.
+//!
+//! Start reading at [`session`] (what a session may do when), then `actor.rs` (the task that owns
+//! one), then `engine.rs` (what callers see).
+
+mod access;
+mod actor;
+mod calls;
+mod config;
+mod deadlines;
+mod engine;
+mod executions;
+#[cfg(feature = "fake")]
+pub mod fake;
+mod inner;
+mod live;
+pub mod model;
+pub mod ports;
+mod query;
+mod recovery;
+pub mod session;
+mod tasks;
+pub mod validate;
+
+pub use access::Caller;
+pub use calls::{Certificate, ListSessions, NewExecution, NewSession, OpenSession, SessionUpdate, Usage};
+pub use config::EngineConfig;
+pub use engine::Engine;

@@ -1,0 +1,210 @@
+//! The sessions that have not ended: how the rest of the engine reaches them, and what they use up.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
+
+use nagaya_api::error::{Code, Error};
+use nagaya_api::ids::{SessionId, WorkspaceId};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+use crate::actor::{Message, Reply};
+use crate::model::{Machine, Session, SessionState, UnixMs, Workspace};
+use crate::ports::Guest;
+
+/// A live session as seen from outside its task.
+pub(crate) struct Live {
+    pub(crate) id: SessionId,
+    pub(crate) workspace_id: WorkspaceId,
+    pub(crate) mailbox: mpsc::Sender<Message>,
+    /// The last committed record.
+    pub(crate) published: watch::Receiver<Session>,
+    /// Present while the sandbox can be reached. Look at the state first: it is set a moment early.
+    pub(crate) guest: RwLock<Option<Arc<dyn Guest>>>,
+    /// Makes the session's task look at what is due: deadline, exit, activity.
+    pub(crate) alarm: Notify,
+    /// Why the sandbox ended by itself, once it has.
+    pub(crate) exit: OnceLock<String>,
+    pub(crate) activity: Activity,
+}
+
+/// When a session was last in use. Lives in memory; its task writes it down now and then.
+pub(crate) struct Activity {
+    last: AtomicU64,
+    open: AtomicU32,
+    /// Newer than what the store has.
+    pub(crate) unsaved: AtomicBool,
+}
+
+impl Activity {
+    pub(crate) fn new(last: UnixMs) -> Self {
+        Self { last: AtomicU64::new(last), open: AtomicU32::new(0), unsaved: AtomicBool::new(false) }
+    }
+
+    pub(crate) fn last(&self, now: UnixMs) -> UnixMs {
+        let last = self.last.load(Ordering::Relaxed);
+        if self.open.load(Ordering::Relaxed) > 0 { last.max(now) } else { last }
+    }
+}
+
+impl Live {
+    /// The record with its activity up to date.
+    pub(crate) fn session(&self, now: UnixMs) -> Session {
+        let mut session = self.published.borrow().clone();
+        session.last_activity_at = session.last_activity_at.max(self.activity.last(now));
+        session
+    }
+
+    pub(crate) fn state(&self) -> SessionState {
+        self.published.borrow().state
+    }
+
+    pub(crate) fn guest(&self) -> Option<Arc<dyn Guest>> {
+        self.guest.read().expect("no holder of this lock panics").clone()
+    }
+
+    pub(crate) fn set_guest(&self, guest: Option<Arc<dyn Guest>>) {
+        *self.guest.write().expect("no holder of this lock panics") = guest;
+    }
+
+    pub(crate) fn touch(&self, now: UnixMs) {
+        self.activity.last.fetch_max(now, Ordering::Relaxed);
+        if !self.activity.unsaved.swap(true, Ordering::AcqRel) {
+            self.alarm.notify_one();
+        }
+    }
+
+    pub(crate) fn enter(&self, now: UnixMs) {
+        self.activity.open.fetch_add(1, Ordering::Relaxed);
+        self.touch(now);
+    }
+
+    pub(crate) fn leave(&self, now: UnixMs) {
+        self.activity.open.fetch_sub(1, Ordering::Relaxed);
+        self.touch(now);
+    }
+
+    /// Sends a message to the session's task and waits for the answer.
+    ///
+    /// The message takes effect even if the asking future is dropped.
+    pub(crate) async fn ask<T>(&self, message: impl FnOnce(Reply<T>) -> Message) -> Result<T, Error> {
+        let (reply, answer) = oneshot::channel();
+        if self.mailbox.send(message(reply)).await.is_ok()
+            && let Ok(answer) = answer.await
+        {
+            return answer;
+        }
+        // The task is gone or dropped the question: the session ends, or the engine stops.
+        if self.state().is_terminal() {
+            Err(Code::SessionTerminated.into())
+        } else {
+            Err(Code::Draining.into())
+        }
+    }
+}
+
+/// All live sessions of the server, and the quotas they count against.
+#[derive(Default)]
+pub(crate) struct Registry(Mutex<Table>);
+
+#[derive(Default)]
+struct Table {
+    live: BTreeMap<SessionId, Arc<Live>>,
+    total: u32,
+    used: BTreeMap<WorkspaceId, Used>,
+}
+
+/// What the live sessions of a workspace use together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Used {
+    pub(crate) sessions: u32,
+    pub(crate) cpu_cores: u64,
+    pub(crate) memory_mb: u64,
+    pub(crate) disk_gb: u64,
+}
+
+/// A session's share of its workspace's and the server's quota; given back on drop.
+pub(crate) struct Slot {
+    registry: Arc<Registry>,
+    workspace_id: WorkspaceId,
+    machine: Machine,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.registry.with(|table| {
+            table.total -= 1;
+            if let Some(used) = table.used.get_mut(&self.workspace_id) {
+                used.sessions -= 1;
+                used.cpu_cores -= u64::from(self.machine.cpu_cores);
+                used.memory_mb -= u64::from(self.machine.memory_mb);
+                used.disk_gb -= u64::from(self.machine.disk_gb);
+            }
+        });
+    }
+}
+
+impl Registry {
+    fn with<T>(&self, action: impl FnOnce(&mut Table) -> T) -> T {
+        action(&mut self.0.lock().expect("no holder of this lock panics"))
+    }
+
+    pub(crate) fn get(&self, id: SessionId) -> Option<Arc<Live>> {
+        self.with(|table| table.live.get(&id).cloned())
+    }
+
+    pub(crate) fn insert(&self, live: Arc<Live>) {
+        self.with(|table| table.live.insert(live.id, live));
+    }
+
+    pub(crate) fn remove(&self, id: SessionId) {
+        self.with(|table| table.live.remove(&id));
+    }
+
+    pub(crate) fn all(&self) -> Vec<Arc<Live>> {
+        self.with(|table| table.live.values().cloned().collect())
+    }
+
+    pub(crate) fn used(&self, workspace_id: WorkspaceId) -> Used {
+        self.with(|table| table.used.get(&workspace_id).copied().unwrap_or_default())
+    }
+
+    /// Counts a new session, if both the workspace and the server have room for it.
+    pub(crate) fn reserve(
+        self: &Arc<Self>,
+        workspace: &Workspace,
+        machine: &Machine,
+        sessions_max: u32,
+    ) -> Result<Slot, Error> {
+        self.with(|table| {
+            let used = table.used.get(&workspace.id).map_or(0, |used| used.sessions);
+            if let Some(max) = workspace.sessions_max.filter(|max| used >= *max) {
+                return Err(Error::new(Code::QuotaExceeded, format!("the workspace's sessions_max is {max}")));
+            }
+            if table.total >= sessions_max {
+                let detail = format!("the server's sessions_max is {sessions_max}");
+                return Err(Error::new(Code::CapacityUnavailable, detail));
+            }
+            table.count(workspace.id, machine);
+            Ok(())
+        })?;
+        Ok(Slot { registry: self.clone(), workspace_id: workspace.id, machine: machine.clone() })
+    }
+
+    /// Counts a session that exists already, whatever the limits say now.
+    pub(crate) fn take(self: &Arc<Self>, workspace_id: WorkspaceId, machine: &Machine) -> Slot {
+        self.with(|table| table.count(workspace_id, machine));
+        Slot { registry: self.clone(), workspace_id, machine: machine.clone() }
+    }
+}
+
+impl Table {
+    fn count(&mut self, workspace_id: WorkspaceId, machine: &Machine) {
+        self.total += 1;
+        let used = self.used.entry(workspace_id).or_default();
+        used.sessions += 1;
+        used.cpu_cores += u64::from(machine.cpu_cores);
+        used.memory_mb += u64::from(machine.memory_mb);
+        used.disk_gb += u64::from(machine.disk_gb);
+    }
+}

@@ -1,0 +1,226 @@
+//! What callers may write into a session. Violations change nothing and name the field.
+
+use std::collections::BTreeMap;
+
+use nagaya_api::error::{Code, Error};
+use nagaya_api::limits;
+
+use crate::config::EngineConfig;
+use crate::model::Machine;
+use crate::ports::Command;
+
+fn invalid(detail: impl Into<String>) -> Error {
+    Error::new(Code::InvalidArgument, detail)
+}
+
+/// A session's name: at most 64 characters, none of them a control character. May be empty.
+pub fn name(name: &str) -> Result<(), Error> {
+    if name.chars().count() > limits::NAME_CHARS_MAX {
+        return Err(invalid(format!("name has more than {} characters", limits::NAME_CHARS_MAX)));
+    }
+    if name.chars().any(char::is_control) {
+        return Err(invalid("name holds a control character"));
+    }
+    Ok(())
+}
+
+/// Tags without their duplicates, in the order given.
+pub fn tags(tags: Vec<String>) -> Result<Vec<String>, Error> {
+    if tags.len() > limits::TAGS_MAX {
+        return Err(invalid(format!("more than {} tags", limits::TAGS_MAX)));
+    }
+    let mut kept: Vec<String> = Vec::with_capacity(tags.len());
+    for tag in tags {
+        if !is_tag(&tag) {
+            return Err(invalid(format!(
+                "tags must match [a-z0-9][a-z0-9_:.-]* and have at most {} characters",
+                limits::TAG_CHARS_MAX
+            )));
+        }
+        if !kept.contains(&tag) {
+            kept.push(tag);
+        }
+    }
+    Ok(kept)
+}
+
+fn is_tag(tag: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    tag.len() <= limits::TAG_CHARS_MAX
+        && tag.bytes().next().is_some_and(plain)
+        && tag.bytes().all(|byte| plain(byte) || b"_:.-".contains(&byte))
+}
+
+/// The machine that was asked for, with the contract's defaults.
+pub fn machine(
+    cpu_cores: Option<u32>,
+    memory_mb: Option<u32>,
+    disk_gb: Option<u32>,
+    outbound: bool,
+) -> Result<Machine, Error> {
+    let machine = Machine {
+        cpu_cores: cpu_cores.unwrap_or(limits::DEFAULT_CPU_CORES),
+        memory_mb: memory_mb.unwrap_or(limits::DEFAULT_MEMORY_MB),
+        disk_gb: disk_gb.unwrap_or(limits::DEFAULT_DISK_GB),
+        outbound,
+    };
+    let refuse = |field: &str| Err(Error::new(Code::InvalidResources, field));
+    if !limits::CPU_CORES.contains(&machine.cpu_cores) {
+        return refuse("cpu_cores must be 1 to 16");
+    }
+    if !limits::MEMORY_MB.contains(&machine.memory_mb) || !machine.memory_mb.is_multiple_of(2) {
+        return refuse("memory_mb must be an even number from 128 to 65536");
+    }
+    if !limits::DISK_GB.contains(&machine.disk_gb) {
+        return refuse("disk_gb must be 5 to 100");
+    }
+    Ok(machine)
+}
+
+/// An environment the kernel can hand to a program.
+pub fn env(env: &BTreeMap<String, String>, config: &EngineConfig) -> Result<(), Error> {
+    let refuse = |detail: &str| Err(Error::new(Code::InvalidCommand, detail));
+    if env.keys().any(|key| key.is_empty() || key.contains(['=', '\0'])) {
+        return refuse("env names must not be empty or hold '=' or NUL");
+    }
+    if env.values().any(|value| value.contains('\0')) {
+        return refuse("env values must not hold NUL");
+    }
+    if pairs_bytes(env) > config.env_bytes_max {
+        return refuse("env is larger than env_bytes_max");
+    }
+    Ok(())
+}
+
+/// Metadata is free text up to a size.
+pub fn metadata(metadata: &BTreeMap<String, String>, config: &EngineConfig) -> Result<(), Error> {
+    if pairs_bytes(metadata) > config.metadata_bytes_max {
+        return Err(invalid("metadata is larger than metadata_bytes_max"));
+    }
+    Ok(())
+}
+
+fn pairs_bytes(pairs: &BTreeMap<String, String>) -> usize {
+    pairs.iter().map(|(key, value)| key.len() + value.len() + 2).sum()
+}
+
+/// Lines of an `authorized_keys` file.
+pub fn ssh_authorized_keys(keys: &[String], config: &EngineConfig) -> Result<(), Error> {
+    if keys.len() > config.ssh_authorized_keys_max {
+        return Err(invalid("more keys than ssh_authorized_keys_max"));
+    }
+    if keys.iter().any(|key| key.len() > 8_192 || key.contains(['\n', '\r', '\0'])) {
+        return Err(invalid("ssh_authorized_keys must be single lines of at most 8192 bytes"));
+    }
+    Ok(())
+}
+
+/// A duration that ends a session; it must be positive and within the server's limit.
+pub fn max_duration_ms(duration_ms: u64, config: &EngineConfig) -> Result<(), Error> {
+    if duration_ms == 0 {
+        return Err(invalid("max_duration must be longer than zero"));
+    }
+    if duration_ms > config.max_duration_max_ms {
+        return Err(invalid("max_duration is longer than max_duration_max_ms"));
+    }
+    Ok(())
+}
+
+/// A command that can be started: at least one argument, and no NUL anywhere.
+pub fn command(command: &Command, config: &EngineConfig) -> Result<(), Error> {
+    let refuse = |detail: &str| Err(Error::new(Code::InvalidCommand, detail));
+    if command.argv.first().is_none_or(String::is_empty) {
+        return refuse("argv must name a program");
+    }
+    if command.argv.iter().any(|argument| argument.contains('\0')) {
+        return refuse("argv must not hold NUL");
+    }
+    if command.argv.iter().map(|argument| argument.len() + 1).sum::<usize>() > config.argv_bytes_max {
+        return refuse("argv is larger than argv_bytes_max");
+    }
+    if command.cwd.contains('\0') {
+        return refuse("cwd must not hold NUL");
+    }
+    env(&command.env, config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn resources_outside_the_contract_are_refused() {
+        let check = |cpu, memory, disk| machine(cpu, memory, disk, true).map_err(|error| error.code);
+        assert_eq!(
+            check(None, None, None),
+            Ok(Machine { cpu_cores: 2, memory_mb: 4_096, disk_gb: 5, outbound: true })
+        );
+        assert!(check(Some(16), Some(65_536), Some(100)).is_ok());
+        assert!(check(Some(1), Some(128), Some(5)).is_ok());
+        for (cpu, memory, disk) in
+            [(0, 128, 5), (17, 128, 5), (1, 127, 5), (1, 129, 5), (1, 65_537, 5), (1, 128, 4), (1, 128, 101)]
+        {
+            assert_eq!(
+                check(Some(cpu), Some(memory), Some(disk)),
+                Err(Code::InvalidResources),
+                "{cpu} {memory} {disk}"
+            );
+        }
+    }
+
+    #[test]
+    fn names_count_characters_not_bytes() {
+        assert_eq!(name(&"長".repeat(64)), Ok(()));
+        assert!(name(&"a".repeat(65)).is_err());
+        assert!(name("a\0").is_err());
+    }
+
+    #[test]
+    fn tags_keep_their_order_and_lose_duplicates() {
+        let given = ["b", "a:1", "b", "0.x_y-z"].map(String::from).to_vec();
+        assert_eq!(tags(given).unwrap(), ["b", "a:1", "0.x_y-z"]);
+        assert!(tags((0..20).map(|n| n.to_string()).collect()).is_ok());
+        assert!(tags((0..21).map(|n| n.to_string()).collect()).is_err());
+        for bad in ["", "A", "_a", "a b", "ä", &"a".repeat(33)] {
+            assert!(tags(vec![bad.into()]).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn commands_without_program_or_with_nul_are_refused() {
+        let config = EngineConfig::default();
+        let check = |argv: &[&str], env: &[(&str, &str)], cwd: &str| {
+            let command_ = Command {
+                argv: argv.iter().map(|text| text.to_string()).collect(),
+                env: env.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect(),
+                cwd: cwd.into(),
+                ..Command::default()
+            };
+            command(&command_, &config)
+        };
+        assert_eq!(check(&["true", ""], &[("A", "")], "/"), Ok(()));
+        assert!(check(&[], &[], "").is_err());
+        assert!(check(&[""], &[], "").is_err());
+        assert!(check(&["a\0"], &[], "").is_err());
+        assert!(check(&["a"], &[("", "x")], "").is_err());
+        assert!(check(&["a"], &[("A=B", "x")], "").is_err());
+        assert!(check(&["a"], &[("A", "x\0")], "").is_err());
+        assert!(check(&["a"], &[], "\0").is_err());
+        assert!(check(&["a", &"x".repeat(1024 * 1024)], &[], "").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn accepted_tags_match_the_contracts_pattern(text in "\\PC{0,40}") {
+            let expected = text.len() <= 32
+                && text.chars().enumerate().all(|(index, c)| match c {
+                    'a'..='z' | '0'..='9' => true,
+                    '_' | ':' | '.' | '-' => index > 0,
+                    _ => false,
+                })
+                && !text.is_empty();
+            prop_assert_eq!(tags(vec![text]).is_ok(), expected);
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! The life of a command from its start to its outcome.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use rustix::process::{Pid, Signal, WaitStatus, kill_process_group, test_kill_process_group};
+use tokio::net::unix::pipe;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::{Instant, sleep_until};
+
+use super::Agent;
+use super::detached::Execution;
+use super::oom::OutOfMemory;
+use super::program::Running;
+use super::signals;
+use crate::frame::{DATA_BYTES_MAX, Kind};
+use crate::messages::{self, Exit, Input, input};
+use crate::mux::{Incoming, Receiver, Sender};
+
+/// Between TERM and KILL.
+const GRACE: Duration = Duration::from_secs(5);
+/// How long after KILL the outputs may still be held open by processes that left the group.
+const AFTER_KILL: Duration = Duration::from_secs(1);
+/// The character that means end of file at a terminal.
+const END_OF_FILE: Bytes = Bytes::from_static(&[4]);
+
+/// Where a command's output goes.
+#[derive(Debug, Clone)]
+pub enum Sink {
+    Stream(Sender),
+    Spool(Arc<Execution>),
+}
+
+/// Who can tell a command something.
+#[derive(Debug)]
+pub enum Control {
+    Stream(Receiver),
+    /// Notified once when the command shall end.
+    Cancel(Arc<Notify>),
+}
+
+enum Asked {
+    Stdin(Bytes),
+    StdinClose,
+    Signal(Signal),
+    Resize { columns: u16, rows: u16 },
+    Nothing,
+    /// The holder vanished: the command must end.
+    Stop,
+    /// The connection was lost: the command goes on, unheard.
+    Alone,
+}
+
+/// Sees a command through to its end.
+pub async fn supervise(agent: &Agent, mut running: Running, timeout_ms: u64, sink: Sink, mut control: Option<Control>) -> Exit {
+    let out_of_memory = OutOfMemory::watch(agent);
+    let group = Group(running.pid);
+    let stderr = running.stderr.take();
+    let outputs = async {
+        tokio::join!(pump(running.stdout, Kind::Data, &sink), async {
+            if let Some(stderr) = stderr {
+                pump(stderr, Kind::ErrorData, &sink).await;
+            }
+        })
+    };
+    tokio::pin!(outputs);
+    let mut outputs_open = true;
+    let mut status = None;
+    let mut stdin = Stdin { pipe: running.stdin, queue: VecDeque::new(), closing: control.is_none(), terminal: running.terminal.is_some() };
+    let mut ending = Ending::new(timeout_ms, Instant::from_std(running.started));
+
+    while outputs_open || status.is_none() {
+        tokio::select! {
+            _ = &mut outputs, if outputs_open => outputs_open = false,
+            ended = ended(&mut running.ended), if status.is_none() => status = Some(ended),
+            asked = asked(&mut control), if control.is_some() => match asked {
+                Asked::Stdin(data) => stdin.push(data, &mut control),
+                Asked::StdinClose => stdin.close(),
+                Asked::Signal(signal) => group.signal(signal),
+                Asked::Resize { columns, rows } => resize(&running.terminal, columns, rows),
+                Asked::Nothing => {}
+                Asked::Stop => {
+                    control = None;
+                    stdin.close();
+                    ending.stop(group);
+                }
+                Asked::Alone => {
+                    control = None;
+                    stdin.close();
+                }
+            },
+            used = stdin.write() => if let Some(Control::Stream(receiver)) = &mut control {
+                receiver.release(used);
+            },
+            _ = sleep_until(ending.next.unwrap_or_else(Instant::now)), if ending.next.is_some() => {
+                if ending.escalate(group) {
+                    outputs_open = false;
+                }
+            }
+        }
+    }
+    ending.finish_off(group);
+    let duration_ms = running.started.elapsed().as_millis() as u64;
+    exit(status.expect("the loop ends with a status"), &ending, out_of_memory, duration_ms, agent)
+}
+
+async fn ended(ended: &mut oneshot::Receiver<WaitStatus>) -> Option<WaitStatus> {
+    ended.await.ok()
+}
+
+async fn asked(control: &mut Option<Control>) -> Asked {
+    match control {
+        Some(Control::Stream(receiver)) => match receiver.next().await {
+            Some(Incoming::Data(data)) => Asked::Stdin(data),
+            Some(Incoming::End(_)) => Asked::StdinClose,
+            Some(Incoming::Message(message)) => understand(&message),
+            Some(Incoming::Reset | Incoming::ErrorData(_)) => Asked::Stop,
+            None => Asked::Alone,
+        },
+        Some(Control::Cancel(cancel)) => {
+            cancel.notified().await;
+            Asked::Stop
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// What this agent does not understand comes from a newer server, and is skipped.
+fn understand(message: &[u8]) -> Asked {
+    match messages::decode::<Input>(message).ok().and_then(|input| input.kind) {
+        Some(input::Kind::Signal(signal)) => signals::from_message(signal).map_or(Asked::Nothing, Asked::Signal),
+        Some(input::Kind::Resize(size)) => {
+            let cells = |cells: u32| cells.min(u16::MAX.into()) as u16;
+            Asked::Resize { columns: cells(size.columns), rows: cells(size.rows) }
+        }
+        None => Asked::Nothing,
+    }
+}
+
+fn resize(terminal: &Option<std::os::fd::OwnedFd>, columns: u16, rows: u16) {
+    if let Some(terminal) = terminal {
+        let size = rustix::termios::Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
+        let _ = rustix::termios::tcsetwinsize(terminal, size);
+    }
+}
+
+/// A command's process group.
+#[derive(Clone, Copy)]
+pub struct Group(pub i32);
+
+impl Group {
+    /// A group without members is no error: the command was faster.
+    pub fn signal(self, signal: Signal) {
+        if let Some(pid) = Pid::from_raw(self.0) {
+            let _ = kill_process_group(pid, signal);
+        }
+    }
+
+    fn exists(self) -> bool {
+        Pid::from_raw(self.0).is_some_and(|pid| test_kill_process_group(pid).is_ok())
+    }
+}
+
+/// How a command is brought to its end: TERM, then KILL, then its outputs are let go.
+struct Ending {
+    /// When the next step is due.
+    next: Option<Instant>,
+    timed_out: bool,
+    stage: Stage,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Stage {
+    Running,
+    Terminated,
+    Killed,
+}
+
+impl Ending {
+    fn new(timeout_ms: u64, started: Instant) -> Self {
+        let next = (timeout_ms > 0).then(|| started.checked_add(Duration::from_millis(timeout_ms))).flatten();
+        Self { next, timed_out: false, stage: Stage::Running }
+    }
+
+    fn stop(&mut self, group: Group) {
+        if self.stage == Stage::Running {
+            group.signal(Signal::TERM);
+            self.stage = Stage::Terminated;
+            self.next = Some(Instant::now() + GRACE);
+        }
+    }
+
+    /// Takes the step that is due. True when the outputs must not be waited for any longer.
+    fn escalate(&mut self, group: Group) -> bool {
+        match self.stage {
+            Stage::Running => {
+                self.timed_out = true;
+                self.stop(group);
+                false
+            }
+            Stage::Terminated => {
+                group.signal(Signal::KILL);
+                self.stage = Stage::Killed;
+                self.next = Some(Instant::now() + AFTER_KILL);
+                false
+            }
+            Stage::Killed => {
+                self.next = None;
+                true
+            }
+        }
+    }
+
+    /// The command is over; members of its group that ignored TERM still get their KILL.
+    fn finish_off(&self, group: Group) {
+        if let (Stage::Terminated, Some(due), true) = (self.stage, self.next, group.exists()) {
+            tokio::spawn(async move {
+                sleep_until(due).await;
+                group.signal(Signal::KILL);
+            });
+        }
+    }
+}
+
+/// What the command has not read yet.
+struct Stdin {
+    pipe: Option<pipe::Sender>,
+    queue: VecDeque<(Bytes, usize)>,
+    closing: bool,
+    terminal: bool,
+}
+
+impl Stdin {
+    fn push(&mut self, data: Bytes, control: &mut Option<Control>) {
+        let length = data.len();
+        if self.pipe.is_some() && !self.closing {
+            self.queue.push_back((data, length));
+        } else if let Some(Control::Stream(receiver)) = control {
+            // Nobody will read it; the window is given back so that the stream does not stall.
+            receiver.release(length);
+        }
+    }
+
+    fn close(&mut self) {
+        if !self.closing && self.terminal {
+            self.queue.push_back((END_OF_FILE, 0));
+        }
+        self.closing = true;
+        self.close_when_written();
+    }
+
+    fn close_when_written(&mut self) {
+        if self.closing && self.queue.is_empty() {
+            self.pipe = None;
+        }
+    }
+
+    /// Writes some, and returns the length of a chunk that is used up. Cancelling loses nothing.
+    async fn write(&mut self) -> usize {
+        loop {
+            self.close_when_written();
+            let (Some(pipe), Some((data, length))) = (&self.pipe, self.queue.front_mut()) else {
+                return std::future::pending().await;
+            };
+            let result = match pipe.writable().await {
+                Ok(()) => pipe.try_write(data),
+                Err(error) => Err(error),
+            };
+            match result {
+                Ok(written) => data.advance(written),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => continue,
+                // Its reader is gone.
+                Err(_) => {
+                    self.pipe = None;
+                    return self.queue.drain(..).map(|(_, length)| length).sum();
+                }
+            }
+            if data.is_empty() {
+                let length = *length;
+                self.queue.pop_front();
+                if length > 0 {
+                    self.close_when_written();
+                    return length;
+                }
+            }
+        }
+    }
+}
+
+/// Moves output to its sink until end of file. When the sink is gone the output is still read, so
+/// that the command does not notice.
+async fn pump(output: pipe::Receiver, kind: Kind, sink: &Sink) {
+    let mut buffer = BytesMut::new();
+    let mut heard = true;
+    loop {
+        if output.readable().await.is_err() {
+            return;
+        }
+        if heard && let Sink::Stream(sender) = sink {
+            heard = sender.reserve(DATA_BYTES_MAX).await.is_ok();
+        }
+        if buffer.capacity() < DATA_BYTES_MAX / 4 {
+            buffer.reserve(DATA_BYTES_MAX);
+        }
+        let room = buffer.capacity().min(DATA_BYTES_MAX);
+        let read = match output.try_read_buf(&mut bytes::BufMut::limit(&mut buffer, room)) {
+            Ok(read) => read,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => usize::MAX,
+            // A terminal whose last user has left reports an error instead of its end.
+            Err(_) => 0,
+        };
+        let length = if read == usize::MAX { 0 } else { read };
+        if heard && let Sink::Stream(sender) = sink {
+            sender.unreserve(DATA_BYTES_MAX, length);
+        }
+        if read == 0 {
+            return;
+        }
+        if length == 0 {
+            continue;
+        }
+        if !heard {
+            buffer.clear();
+            continue;
+        }
+        let data = buffer.split().freeze();
+        match sink {
+            Sink::Stream(sender) => heard = sender.reserved(kind, data).await.is_ok(),
+            Sink::Spool(execution) => execution.append(kind, data).await,
+        }
+    }
+}
+
+fn exit(status: Option<WaitStatus>, ending: &Ending, out_of_memory: OutOfMemory, duration_ms: u64, agent: &Agent) -> Exit {
+    let signal = status.and_then(|status| status.terminating_signal());
+    let code = status.and_then(|status| status.exit_status()).unwrap_or(-1);
+    let killed_by_kernel = signal == Some(libc::SIGKILL) && ending.stage != Stage::Killed;
+    let reason = match (ending.timed_out, ending.stage, signal) {
+        (true, Stage::Killed, _) => "grace_timeout",
+        (true, _, _) => "timeout",
+        (false, _, Some(_)) if killed_by_kernel && out_of_memory.happened(agent) => "out_of_memory",
+        (false, _, Some(_)) => "signaled",
+        (false, _, None) => "exit",
+    };
+    Exit {
+        code,
+        signal: signal.map(signals::name).unwrap_or_default(),
+        timed_out: ending.timed_out,
+        duration_ms,
+        reason: reason.into(),
+        errno: 0,
+        ..Default::default()
+    }
+}

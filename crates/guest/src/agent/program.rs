@@ -1,0 +1,222 @@
+//! From a command of the host to a running program with its standard streams.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use nagaya_api::error::Code;
+use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::io::Errno;
+use rustix::pipe::PipeFlags;
+use rustix::process::WaitStatus;
+use rustix::pty::OpenptFlags;
+use tokio::net::unix::pipe;
+use tokio::sync::oneshot;
+
+use super::Agent;
+use super::failure::Failure;
+use super::sys::{self, SpawnError, Step};
+use crate::messages::Command;
+
+/// Uid and gid of the user `tenki`.
+pub const TENKI: u32 = 1000;
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Soft limit of open files that commands start with.
+const OPEN_FILES_MAX: u64 = 65_536;
+
+/// A program that runs, and our ends of its streams.
+#[derive(Debug)]
+pub struct Running {
+    /// Also its process group and session.
+    pub pid: i32,
+    pub ended: oneshot::Receiver<WaitStatus>,
+    pub started: Instant,
+    /// `None` when its standard input is empty.
+    pub stdin: Option<pipe::Sender>,
+    pub stdout: pipe::Receiver,
+    /// `None` with a terminal.
+    pub stderr: Option<pipe::Receiver>,
+    pub terminal: Option<OwnedFd>,
+}
+
+/// Starts a command. All that can be wrong with it is found here.
+pub async fn start(agent: &Arc<Agent>, command: Command) -> Result<Running, Failure> {
+    let agent = agent.clone();
+    // Loading a program may wait for the disk, and the process being made may be stopped by others.
+    let spawned = tokio::task::spawn_blocking(move || spawn(&agent, &command)).await;
+    let spawned = spawned.map_err(|_| Failure::new(Code::Internal, "starting a command ended abruptly"))??;
+    let pipes = || -> std::io::Result<Running> {
+        Ok(Running {
+            pid: spawned.pid,
+            ended: spawned.ended,
+            started: spawned.started,
+            stdin: spawned.stdin.map(pipe::Sender::from_owned_fd_unchecked).transpose()?,
+            stdout: pipe::Receiver::from_owned_fd_unchecked(spawned.stdout)?,
+            stderr: spawned.stderr.map(pipe::Receiver::from_owned_fd_unchecked).transpose()?,
+            terminal: spawned.terminal,
+        })
+    };
+    pipes().map_err(Failure::from)
+}
+
+struct Spawned {
+    pid: i32,
+    ended: oneshot::Receiver<WaitStatus>,
+    started: Instant,
+    stdin: Option<OwnedFd>,
+    stdout: OwnedFd,
+    stderr: Option<OwnedFd>,
+    terminal: Option<OwnedFd>,
+}
+
+fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
+    let Strings { candidates, argv, env, cwd } = strings(agent, command)?;
+    let mut program = |streams: [BorrowedFd<'_>; 3], terminal: bool| {
+        agent.reaper.spawn(|| {
+            sys::spawn(&sys::Program {
+                candidates: candidates.clone(),
+                argv: argv.clone(),
+                env: env.clone(),
+                cwd: cwd.clone(),
+                streams,
+                terminal,
+                user: (!command.privileged).then_some((TENKI, TENKI)),
+                cgroup_procs: &agent.settings.cgroup_procs,
+                open_files_max: OPEN_FILES_MAX,
+            })
+        })
+    };
+    let started = Instant::now();
+    if command.pty {
+        let (ours, theirs) = open_terminal(command.privileged)?;
+        let (pid, ended) = program([theirs.as_fd(); 3], true).map_err(refusal)?;
+        let again = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, 3);
+        let stdin = Some(again(&ours)?);
+        let stdout = again(&ours)?;
+        return Ok(Spawned { pid, ended, started, stdin, stdout, stderr: None, terminal: Some(ours) });
+    }
+    let (stdin_theirs, stdin) = match command.stdin {
+        true => {
+            let (theirs, ours) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+            (Some(theirs), Some(nonblocking(ours)?))
+        }
+        false => (None, None),
+    };
+    let (stdout, stdout_theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+    let (stderr, stderr_theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+    let stdin_theirs = stdin_theirs.as_ref().unwrap_or(&agent.null);
+    let streams = [stdin_theirs.as_fd(), stdout_theirs.as_fd(), stderr_theirs.as_fd()];
+    let (pid, ended) = program(streams, false).map_err(refusal)?;
+    let (stdout, stderr) = (nonblocking(stdout)?, Some(nonblocking(stderr)?));
+    Ok(Spawned { pid, ended, started, stdin, stdout, stderr, terminal: None })
+}
+
+/// Only our end: commands expect blocking streams.
+fn nonblocking(fd: OwnedFd) -> Result<OwnedFd, Errno> {
+    rustix::io::ioctl_fionbio(&fd, true)?;
+    Ok(fd)
+}
+
+/// Our side and the command's side of a new terminal.
+fn open_terminal(privileged: bool) -> Result<(OwnedFd, OwnedFd), Failure> {
+    let unavailable = |errno| Failure::with(Code::CapabilityUnavailable, "terminals", errno);
+    let ours = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).map_err(unavailable)?;
+    rustix::pty::unlockpt(&ours).map_err(unavailable)?;
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let theirs = match rustix::pty::ioctl_tiocgptpeer(&ours, flags) {
+        Ok(theirs) => theirs,
+        Err(_) => {
+            let name = rustix::pty::ptsname(&ours, Vec::new()).map_err(unavailable)?;
+            rustix::fs::open(&*name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).map_err(unavailable)?
+        }
+    };
+    if !privileged {
+        // The user must be able to open its own terminal by name.
+        let _ = rustix::fs::fchown(&theirs, Some(Uid::from_raw(TENKI)), Some(Gid::from_raw(TENKI)));
+    }
+    let _ = rustix::fs::fchmod(&theirs, Mode::from_raw_mode(0o620));
+    Ok((nonblocking(ours)?, theirs))
+}
+
+struct Strings {
+    candidates: Vec<CString>,
+    argv: Vec<CString>,
+    env: Vec<CString>,
+    cwd: CString,
+}
+
+fn strings(agent: &Agent, command: &Command) -> Result<Strings, Failure> {
+    let invalid = |detail: &str| Failure::new(Code::InvalidCommand, detail);
+    let c_string = |text: &str| sys::c_string(text).ok_or_else(|| invalid("NUL byte"));
+    let name = command.argv.first().ok_or_else(|| invalid("no arguments"))?;
+    let argv = command.argv.iter().map(|argument| c_string(argument)).collect::<Result<Vec<_>, _>>()?;
+
+    let (user, home) = if command.privileged { ("root", "/root") } else { ("tenki", agent.settings.home.as_str()) };
+    let mut env = Vec::with_capacity(command.env.len() + 7);
+    for variable in &command.env {
+        if variable.name.is_empty() || variable.name.contains('=') {
+            return Err(invalid("name of an environment variable"));
+        }
+        env.push(c_string(&format!("{}={}", variable.name, variable.value))?);
+    }
+    let given = |name: &str| command.env.iter().find(|variable| variable.name == name).map(|variable| variable.value.as_str());
+    let mut defaults = vec![
+        ("HOME", home),
+        ("USER", user),
+        ("LOGNAME", user),
+        ("SHELL", "/bin/bash"),
+        ("PATH", DEFAULT_PATH),
+        ("LANG", "C.UTF-8"),
+    ];
+    if command.pty {
+        defaults.push(("TERM", "xterm-256color"));
+    }
+    for (name, value) in defaults {
+        if given(name).is_none() {
+            env.push(c_string(&format!("{name}={value}"))?);
+        }
+    }
+
+    let candidates = if name.contains('/') {
+        vec![c_string(name)?]
+    } else if name.is_empty() {
+        Vec::new()
+    } else {
+        let directories = given("PATH").unwrap_or(DEFAULT_PATH).split(':');
+        let in_directory = |directory: &str| match directory {
+            "" => c_string(&format!("./{name}")),
+            _ => c_string(&format!("{directory}/{name}")),
+        };
+        directories.map(in_directory).collect::<Result<_, _>>()?
+    };
+    let cwd = match command.cwd.as_str() {
+        // A command without a wish still runs when somebody removed the home directory.
+        "" if !std::path::Path::new(home).is_dir() => c_string("/")?,
+        "" => c_string(home)?,
+        absolute if absolute.starts_with('/') => c_string(absolute)?,
+        relative => c_string(&format!("{}/{relative}", agent.settings.home))?,
+    };
+    Ok(Strings { candidates, argv, env, cwd })
+}
+
+/// What a refused start means to the user.
+fn refusal(error: SpawnError) -> Failure {
+    let SpawnError { step, errno } = error;
+    let (code, detail) = match (step, errno) {
+        (Step::Clone | Step::Cgroup, _) | (_, Errno::AGAIN | Errno::NOMEM | Errno::MFILE | Errno::NFILE) => {
+            (Code::CapacityUnavailable, "processes or memory in the sandbox")
+        }
+        (Step::Prepare | Step::User, _) => (Code::Internal, "preparing the process"),
+        (Step::Directory, Errno::NOENT) => (Code::FileNotFound, "working directory"),
+        (Step::Directory, Errno::ACCESS) => (Code::PermissionDenied, "working directory"),
+        (Step::Directory, Errno::NOTDIR) => (Code::InvalidCommand, "the working directory is not a directory"),
+        (Step::Directory, _) => (Code::InvalidCommand, "working directory"),
+        (Step::Execute, Errno::NOENT | Errno::NOTDIR) => (Code::CommandNotFound, ""),
+        (Step::Execute, Errno::ACCESS | Errno::PERM | Errno::ISDIR) => (Code::PermissionDenied, "the command cannot be executed"),
+        (Step::Execute, Errno::NOEXEC) => (Code::InvalidCommand, "not in an executable format"),
+        (Step::Execute, Errno::TOOBIG) => (Code::InvalidCommand, "arguments and environment are too long"),
+        (Step::Execute, _) => (Code::InvalidCommand, "the command cannot be executed"),
+    };
+    Failure::with(code, detail, errno)
+}

@@ -1,0 +1,96 @@
+//! How the agent is started: arguments of the form `--name=value`.
+
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+
+/// What the agent was told by whoever started it. Descriptors are owned from here on.
+#[derive(Debug)]
+pub struct Settings {
+    /// A listening stream socket: servers connect to it.
+    pub listener: OwnedFd,
+    /// Files in which a command writes `0`, to put itself under the sandbox's limits.
+    pub cgroup_procs: Vec<OwnedFd>,
+    /// Reads as the bytes of memory in use.
+    pub memory_usage: Option<OwnedFd>,
+    /// Has a line `oom_kill N`, the number of processes killed for want of memory.
+    pub memory_events: Option<OwnedFd>,
+    /// What the sandbox sees as `/proc/meminfo`.
+    pub meminfo: Option<OwnedFd>,
+    /// Bytes; 0 when unlimited.
+    pub memory_limit_bytes: u64,
+    /// Gets one byte when the agent is ready.
+    pub control: Option<OwnedFd>,
+    /// Where relative paths start.
+    pub home: String,
+}
+
+/// The arguments are not what this agent understands.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SettingsError {
+    #[error("argument `{0}` is unknown or malformed")]
+    Argument(String),
+    #[error("`--listen-fd=N` is missing")]
+    NoListener,
+    #[error("descriptor {0} is given twice, or is a standard stream")]
+    Descriptor(RawFd),
+}
+
+impl Settings {
+    /// Parses the arguments after the program's name and takes the descriptors they name.
+    ///
+    /// Must be called once, before anything else opens descriptors. Arguments that begin with
+    /// `--optional-` are skipped when unknown, so that a newer server can start an older agent.
+    pub fn take(arguments: impl Iterator<Item = String>) -> Result<Self, SettingsError> {
+        let mut taken = Vec::new();
+        let mut take = |argument: &str, value: &str| {
+            let fd: RawFd = value.parse().map_err(|_| SettingsError::Argument(argument.into()))?;
+            if fd < 3 || taken.contains(&fd) {
+                return Err(SettingsError::Descriptor(fd));
+            }
+            taken.push(fd);
+            // SAFETY: the caller promises that this is the first use of inherited descriptors; each
+            // is taken once.
+            #[allow(unsafe_code)]
+            Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+        };
+        let mut listener = None;
+        let mut settings = PartialSettings::default();
+        for argument in arguments {
+            let (name, value) = argument.split_once('=').ok_or_else(|| SettingsError::Argument(argument.clone()))?;
+            match name {
+                "--listen-fd" => listener = Some(take(&argument, value)?),
+                "--cgroup-procs-fd" => settings.cgroup_procs.push(take(&argument, value)?),
+                "--memory-usage-fd" => settings.memory_usage = Some(take(&argument, value)?),
+                "--memory-events-fd" => settings.memory_events = Some(take(&argument, value)?),
+                "--meminfo-fd" => settings.meminfo = Some(take(&argument, value)?),
+                "--control-fd" => settings.control = Some(take(&argument, value)?),
+                "--memory-limit-bytes" => {
+                    settings.memory_limit_bytes = value.parse().map_err(|_| SettingsError::Argument(argument.clone()))?;
+                }
+                "--home" if value.starts_with('/') => settings.home = Some(value.into()),
+                _ if name.starts_with("--optional-") => {}
+                _ => return Err(SettingsError::Argument(argument)),
+            }
+        }
+        Ok(Self {
+            listener: listener.ok_or(SettingsError::NoListener)?,
+            cgroup_procs: settings.cgroup_procs,
+            memory_usage: settings.memory_usage,
+            memory_events: settings.memory_events,
+            meminfo: settings.meminfo,
+            memory_limit_bytes: settings.memory_limit_bytes,
+            control: settings.control,
+            home: settings.home.unwrap_or_else(|| "/home/tenki".into()),
+        })
+    }
+}
+
+#[derive(Default)]
+struct PartialSettings {
+    cgroup_procs: Vec<OwnedFd>,
+    memory_usage: Option<OwnedFd>,
+    memory_events: Option<OwnedFd>,
+    meminfo: Option<OwnedFd>,
+    memory_limit_bytes: u64,
+    control: Option<OwnedFd>,
+    home: Option<String>,
+}

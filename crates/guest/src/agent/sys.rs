@@ -1,0 +1,262 @@
+//! System calls of the agent that no safe wrapper offers.
+#![allow(unsafe_code)]
+
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+use rustix::io::Errno;
+
+/// How far a new process came before it failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Step {
+    /// The process could not be made.
+    Clone = 1,
+    /// Its session, terminal, limits or standard streams.
+    Prepare = 2,
+    /// It could not be put under the sandbox's limits.
+    Cgroup = 3,
+    /// Its user.
+    User = 4,
+    /// Its working directory.
+    Directory = 5,
+    /// The program itself.
+    Execute = 6,
+}
+
+/// Why no process came to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SpawnError {
+    pub step: Step,
+    pub errno: Errno,
+}
+
+/// Everything a new process needs, prepared by the parent: the child must not allocate.
+#[derive(Debug)]
+pub struct Program<'a> {
+    /// Files to try, in order, until one can be executed.
+    pub candidates: Vec<CString>,
+    pub argv: Vec<CString>,
+    pub env: Vec<CString>,
+    pub cwd: CString,
+    /// What becomes descriptors 0, 1 and 2. None of them is below 3.
+    pub streams: [BorrowedFd<'a>; 3],
+    /// Standard input is a terminal, to become the controlling one.
+    pub terminal: bool,
+    /// Uid and gid; `None` stays root.
+    pub user: Option<(u32, u32)>,
+    /// Files in which to write `0`.
+    pub cgroup_procs: &'a [OwnedFd],
+    /// Soft limit of open files.
+    pub open_files_max: u64,
+}
+
+/// Shared with the child, which runs in this very memory until it executes the program.
+struct Plan {
+    candidates: Vec<*const c_char>,
+    argv: Vec<*const c_char>,
+    env: Vec<*const c_char>,
+    cwd: *const c_char,
+    streams: [RawFd; 3],
+    terminal: bool,
+    user: Option<(u32, u32)>,
+    cgroup_procs: Vec<RawFd>,
+    open_files_max: u64,
+    step: Step,
+    errno: c_int,
+}
+
+/// The child's stack, bytes. It calls little and never deep.
+const STACK_BYTES: usize = 64 * 1024;
+
+/// Starts a program. Returns when it runs, with its process id, which is also its group and session.
+///
+/// Blocks while the kernel loads the program.
+pub fn spawn(program: &Program<'_>) -> Result<i32, SpawnError> {
+    let pointers = |strings: &[CString]| {
+        let mut pointers: Vec<*const c_char> = strings.iter().map(|string| string.as_ptr()).collect();
+        pointers.push(std::ptr::null());
+        pointers
+    };
+    let mut plan = Plan {
+        candidates: pointers(&program.candidates),
+        argv: pointers(&program.argv),
+        env: pointers(&program.env),
+        cwd: program.cwd.as_ptr(),
+        streams: program.streams.map(|stream| stream.as_raw_fd()),
+        terminal: program.terminal,
+        user: program.user,
+        cgroup_procs: program.cgroup_procs.iter().map(|file| file.as_raw_fd()).collect(),
+        open_files_max: program.open_files_max,
+        step: Step::Clone,
+        errno: 0,
+    };
+    let mut stack = vec![0u128; STACK_BYTES / 16];
+    let top = stack.as_mut_ptr_range().end;
+    // SAFETY: with CLONE_VM and CLONE_VFORK this thread is suspended until the child has executed a
+    // program or exited, so `plan` and `stack` outlive its use of them and nobody else touches them.
+    // All signals are blocked meanwhile, so that no handler of ours runs on the child's stack. The
+    // stack is aligned to 16 bytes and grows downwards on every supported architecture.
+    let (pid, errno) = unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        let mut before: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+        let pid = libc::clone(child, top.cast(), flags, (&raw mut plan).cast());
+        let errno = *libc::__errno_location();
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        (pid, errno)
+    };
+    // The child wrote to the plan behind the compiler's back.
+    // SAFETY: both point to initialised fields of a live local.
+    let (step, child_errno) = unsafe { ((&raw const plan.step).read_volatile(), (&raw const plan.errno).read_volatile()) };
+    if pid < 0 {
+        return Err(SpawnError { step: Step::Clone, errno: Errno::from_raw_os_error(errno) });
+    }
+    if child_errno != 0 {
+        return Err(SpawnError { step, errno: Errno::from_raw_os_error(child_errno) });
+    }
+    Ok(pid)
+}
+
+/// Runs in the child, on its own stack but in the parent's memory: only system calls, no
+/// allocation, no locks, and no libc function that looks at other threads (such as `setuid`).
+extern "C" fn child(plan: *mut c_void) -> c_int {
+    // SAFETY: `spawn` passes a live plan, which nobody else uses until this function ends.
+    let plan = unsafe { &mut *plan.cast::<Plan>() };
+    // SAFETY: as above; the pointers in the plan are valid and end with a null pointer.
+    unsafe {
+        if let Err(step) = prepare(plan) {
+            plan.errno = *libc::__errno_location();
+            plan.step = step;
+            libc::_exit(127);
+        }
+        let mut refused = libc::ENOENT;
+        for candidate in &plan.candidates[..plan.candidates.len() - 1] {
+            libc::execve(*candidate, plan.argv.as_ptr(), plan.env.as_ptr());
+            match *libc::__errno_location() {
+                // The next directory of PATH may have it.
+                libc::ENOENT | libc::ENOTDIR => {}
+                libc::EACCES => refused = libc::EACCES,
+                errno => {
+                    refused = errno;
+                    break;
+                }
+            }
+        }
+        plan.step = Step::Execute;
+        plan.errno = refused;
+        libc::_exit(127)
+    }
+}
+
+/// # Safety
+/// Only for [`child`].
+unsafe fn prepare(plan: &Plan) -> Result<(), Step> {
+    let check = |result: i64, step: Step| if result < 0 { Err(step) } else { Ok(()) };
+    // SAFETY: plain system calls with valid arguments; see `child`.
+    unsafe {
+        for signal in [libc::SIGPIPE, libc::SIGCHLD, libc::SIGTERM] {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        check(libc::setsid().into(), Step::Prepare)?;
+        for file in &plan.cgroup_procs {
+            check(libc::write(*file, c"0".as_ptr().cast(), 1) as i64, Step::Cgroup)?;
+        }
+        let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        libc::setrlimit(libc::RLIMIT_CORE, &no_core);
+        let mut open_files: libc::rlimit = std::mem::zeroed();
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut open_files) == 0 {
+            open_files.rlim_cur = plan.open_files_max.min(open_files.rlim_max);
+            libc::setrlimit(libc::RLIMIT_NOFILE, &open_files);
+        }
+        // Best effort: when memory runs out, commands go before anything else.
+        let score = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        if score >= 0 {
+            libc::write(score, c"500".as_ptr().cast(), 3);
+            libc::close(score);
+        }
+        for (target, source) in plan.streams.iter().enumerate() {
+            check(libc::dup2(*source, target as c_int).into(), Step::Prepare)?;
+        }
+        if plan.terminal {
+            check(libc::ioctl(0, libc::TIOCSCTTY, 0).into(), Step::Prepare)?;
+        }
+        check(libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32), Step::Prepare)?;
+        libc::umask(0o022);
+        if let Some((uid, gid)) = plan.user {
+            check(libc::syscall(libc::SYS_setresgid, gid, gid, gid), Step::User)?;
+            check(libc::syscall(libc::SYS_setresuid, uid, uid, uid), Step::User)?;
+        }
+        check(libc::chdir(plan.cwd).into(), Step::Directory)?;
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+    }
+    Ok(())
+}
+
+/// Makes every descriptor from `first` on close when a program is executed.
+pub fn close_on_exec_from(first: RawFd) {
+    // SAFETY: changes flags of descriptors only; a kernel without the call is older than we support.
+    unsafe {
+        libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
+    }
+}
+
+/// Puts all signals to their default action and unblocks them, except SIGPIPE, which is ignored.
+pub fn reset_signals() {
+    // SAFETY: no handler has been installed yet; setting an action to its default is always allowed
+    // or refused without effect.
+    unsafe {
+        for signal in 1..=64 {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        libc::signal(libc::SIGPIPE, libc::SIG_IGN);
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+    }
+}
+
+/// Gives up all supplementary groups. Refused without the capability, which leaves them as they are.
+pub fn drop_groups() {
+    // SAFETY: a plain system call without pointers; the agent has one thread when this is called.
+    unsafe {
+        libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>());
+    }
+}
+
+/// Makes orphans become our children, for when we are not process 1.
+pub fn become_subreaper() {
+    // SAFETY: a plain system call without pointers.
+    unsafe {
+        libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
+    }
+}
+
+/// Forbids others of the same user to look into this process.
+pub fn forbid_inspection() {
+    // SAFETY: a plain system call without pointers.
+    unsafe {
+        libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
+    }
+}
+
+/// Keeps the heap small: one arena, memory given back early.
+pub fn tune_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: called before any other thread exists.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 512 * 1024);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1024 * 1024);
+    }
+}
+
+/// The text as a C string, or `None` when it holds a NUL.
+pub fn c_string(text: impl Into<Vec<u8>>) -> Option<CString> {
+    CString::new(text).ok()
+}
+

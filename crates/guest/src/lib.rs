@@ -1,0 +1,13 @@
+pub mod frame;
+pub mod handshake;
+pub mod messages;
+pub mod mux;
+mod writer;
+
+#[allow(unsafe_code)]
+pub mod mount;
+#[allow(unsafe_code)]
+pub mod seccomp;
+pub mod spawn;
+#[allow(unsafe_code)]
+pub mod spawner;

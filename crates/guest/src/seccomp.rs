@@ -1,0 +1,315 @@
+//! The system calls a sandbox may make, as one compiled BPF program.
+//!
+//! The filter is the second wall: the first is that a sandbox owns none of its namespaces and holds
+//! few capabilities. It takes away calls that reach large, rarely used parts of the kernel, and the
+//! ways to make new namespaces. Calls are looked up by binary search, so that the program stays
+//! short: the kernel walks it once per system call number when it is installed.
+
+use libc::{BPF_ABS, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
+
+#[cfg(target_arch = "x86_64")]
+const AUDIT_ARCH: u32 = 0xc000_003e;
+#[cfg(target_arch = "aarch64")]
+const AUDIT_ARCH: u32 = 0xc000_00b7;
+
+const RETURN_ALLOW: u32 = 0x7fff_0000;
+const RETURN_ERRNO: u32 = 0x0005_0000;
+
+/// Offsets in `struct seccomp_data`.
+const DATA_NUMBER: u32 = 0;
+const DATA_ARCH: u32 = 4;
+const DATA_ARGUMENT_0: u32 = 16;
+const DATA_ARGUMENT_1: u32 = 24;
+
+/// The newest call of Linux 6.17; later ones do not exist for a sandbox until somebody looked at them.
+const LAST_KNOWN: u32 = 469;
+/// `open_tree_attr`, which the libc crate does not name yet.
+const OPEN_TREE_ATTR: i64 = 467;
+/// Numbers from here on belong to the x32 interface.
+const X32_START: u32 = 0x4000_0000;
+
+const NEW_NAMESPACES: u32 = (libc::CLONE_NEWUSER
+    | libc::CLONE_NEWNS
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWCGROUP
+    | 0x80 /* CLONE_NEWTIME */) as u32;
+
+/// Refused with EPERM.
+const REFUSED: &[i64] = &[
+    libc::SYS_acct,
+    libc::SYS_add_key,
+    libc::SYS_bpf,
+    libc::SYS_clock_adjtime,
+    libc::SYS_clock_settime,
+    libc::SYS_delete_module,
+    libc::SYS_fanotify_init,
+    libc::SYS_finit_module,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_fsopen,
+    libc::SYS_fspick,
+    libc::SYS_init_module,
+    libc::SYS_kexec_file_load,
+    libc::SYS_kexec_load,
+    libc::SYS_keyctl,
+    libc::SYS_lookup_dcookie,
+    libc::SYS_mount,
+    libc::SYS_mount_setattr,
+    libc::SYS_move_mount,
+    libc::SYS_nfsservctl,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_open_tree,
+    OPEN_TREE_ATTR,
+    libc::SYS_perf_event_open,
+    libc::SYS_pivot_root,
+    libc::SYS_quotactl,
+    libc::SYS_quotactl_fd,
+    libc::SYS_reboot,
+    libc::SYS_request_key,
+    libc::SYS_setdomainname,
+    libc::SYS_sethostname,
+    libc::SYS_setns,
+    libc::SYS_settimeofday,
+    libc::SYS_swapoff,
+    libc::SYS_swapon,
+    libc::SYS_syslog,
+    libc::SYS_umount2,
+    libc::SYS_userfaultfd,
+    libc::SYS_vhangup,
+    #[cfg(target_arch = "x86_64")]
+    174, // create_module, which the libc crate does not name
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_ioperm,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_iopl,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_modify_ldt,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_sysfs,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_uselib,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_ustat,
+];
+
+/// Answered with ENOSYS, so that programs fall back to something older.
+const ABSENT: &[i64] = &[
+    libc::SYS_clone3,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    libc::SYS_io_uring_setup,
+];
+
+/// Address families a sandbox may use. Others, such as AF_VSOCK, reach past the network namespace.
+const SOCKET_FAMILIES: &[u32] =
+    &[libc::AF_UNIX as u32, libc::AF_INET as u32, libc::AF_INET6 as u32, libc::AF_NETLINK as u32];
+
+/// Terminal requests that put input into somebody else's terminal.
+const REFUSED_IOCTLS: &[u32] = &[libc::TIOCSTI as u32, libc::TIOCLINUX as u32];
+
+#[derive(Clone, Copy, PartialEq)]
+enum Verdict {
+    Allow,
+    Errno(i32),
+    /// Refuse when the first argument has any of these bits.
+    RefuseBits(u32),
+    /// Allow only when the first argument is one of [`SOCKET_FAMILIES`].
+    Families,
+    /// Refuse when the second argument is one of [`REFUSED_IOCTLS`].
+    Ioctls,
+}
+
+fn statement(code: u32, k: u32) -> sock_filter {
+    sock_filter { code: code as u16, jt: 0, jf: 0, k }
+}
+
+fn jump(condition: u32, k: u32, jump_true: u8, jump_false: u8) -> sock_filter {
+    sock_filter { code: (BPF_JMP | condition | BPF_K) as u16, jt: jump_true, jf: jump_false, k }
+}
+
+fn load(offset: u32) -> sock_filter {
+    statement(BPF_LD | BPF_W | BPF_ABS, offset)
+}
+
+fn give(value: u32) -> sock_filter {
+    statement(BPF_RET | BPF_K, value)
+}
+
+fn errno(number: i32) -> u32 {
+    RETURN_ERRNO | number as u32
+}
+
+fn leaf(verdict: Verdict) -> Vec<sock_filter> {
+    match verdict {
+        Verdict::Allow => vec![give(RETURN_ALLOW)],
+        Verdict::Errno(number) => vec![give(errno(number))],
+        Verdict::RefuseBits(bits) => vec![
+            load(DATA_ARGUMENT_0),
+            jump(BPF_JSET, bits, 0, 1),
+            give(errno(libc::EPERM)),
+            give(RETURN_ALLOW),
+        ],
+        Verdict::Families => one_of(DATA_ARGUMENT_0, SOCKET_FAMILIES, RETURN_ALLOW, errno(libc::EAFNOSUPPORT)),
+        Verdict::Ioctls => one_of(DATA_ARGUMENT_1, REFUSED_IOCTLS, errno(libc::EPERM), RETURN_ALLOW),
+    }
+}
+
+fn one_of(argument: u32, values: &[u32], hit: u32, miss: u32) -> Vec<sock_filter> {
+    // The kernel looks at the low half of these arguments only, and so do we.
+    let mut block = vec![load(argument)];
+    for (index, value) in values.iter().enumerate() {
+        block.push(jump(BPF_JEQ, *value, (values.len() - index) as u8, 0));
+    }
+    block.push(give(miss));
+    block.push(give(hit));
+    block
+}
+
+/// Runs of numbers with one verdict, as (first number, verdict), ascending, from 0.
+fn table() -> Vec<(u32, Verdict)> {
+    let mut verdicts = vec![Verdict::Allow; LAST_KNOWN as usize + 1];
+    for number in REFUSED {
+        verdicts[*number as usize] = Verdict::Errno(libc::EPERM);
+    }
+    for number in ABSENT {
+        verdicts[*number as usize] = Verdict::Errno(libc::ENOSYS);
+    }
+    verdicts[libc::SYS_clone as usize] = Verdict::RefuseBits(NEW_NAMESPACES);
+    verdicts[libc::SYS_unshare as usize] = Verdict::RefuseBits(NEW_NAMESPACES);
+    verdicts[libc::SYS_socket as usize] = Verdict::Families;
+    verdicts[libc::SYS_socketpair as usize] = Verdict::Families;
+    verdicts[libc::SYS_ioctl as usize] = Verdict::Ioctls;
+
+    let mut runs: Vec<(u32, Verdict)> = Vec::new();
+    for (number, verdict) in verdicts.into_iter().enumerate() {
+        if runs.last().is_none_or(|(_, last)| *last != verdict) {
+            runs.push((number as u32, verdict));
+        }
+    }
+    runs.push((LAST_KNOWN + 1, Verdict::Errno(libc::ENOSYS)));
+    runs
+}
+
+fn search(runs: &[(u32, Verdict)]) -> Vec<sock_filter> {
+    let [(_, only)] = runs else {
+        let (left, right) = runs.split_at(runs.len() / 2);
+        let (below, above) = (search(left), search(right));
+        let mut block = Vec::with_capacity(below.len() + above.len() + 2);
+        // Conditional jumps reach 255 instructions; an unconditional one carries longer distances.
+        block.push(jump(BPF_JGE, right[0].0, 0, 1));
+        block.push(statement(BPF_JMP, below.len() as u32));
+        block.extend(below);
+        block.extend(above);
+        return block;
+    };
+    leaf(*only)
+}
+
+/// The compiled filter.
+pub fn program() -> Vec<sock_filter> {
+    let mut program = vec![
+        load(DATA_ARCH),
+        jump(BPF_JEQ, AUDIT_ARCH, 1, 0),
+        give(errno(libc::ENOSYS)),
+        load(DATA_NUMBER),
+        jump(BPF_JGE, X32_START, 0, 1),
+        give(errno(libc::ENOSYS)),
+    ];
+    program.extend(search(&table()));
+    program
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs the program as the kernel would.
+    fn verdict(program: &[sock_filter], arch: u32, number: u32, arguments: [u32; 2]) -> u32 {
+        let (mut at, mut accumulator) = (0usize, 0u32);
+        loop {
+            let instruction = program[at];
+            at += 1;
+            let taken = |condition: bool| usize::from(if condition { instruction.jt } else { instruction.jf });
+            match u32::from(instruction.code) {
+                code if code == BPF_LD | BPF_W | BPF_ABS => {
+                    accumulator = match instruction.k {
+                        DATA_NUMBER => number,
+                        DATA_ARCH => arch,
+                        DATA_ARGUMENT_0 => arguments[0],
+                        DATA_ARGUMENT_1 => arguments[1],
+                        other => panic!("load from {other}"),
+                    }
+                }
+                code if code == BPF_JMP => at += instruction.k as usize,
+                code if code == BPF_JMP | BPF_JEQ | BPF_K => at += taken(accumulator == instruction.k),
+                code if code == BPF_JMP | BPF_JGE | BPF_K => at += taken(accumulator >= instruction.k),
+                code if code == BPF_JMP | BPF_JSET | BPF_K => at += taken(accumulator & instruction.k != 0),
+                code if code == BPF_RET | BPF_K => return instruction.k,
+                other => panic!("instruction {other:#x}"),
+            }
+        }
+    }
+
+    fn native(number: i64, arguments: [u32; 2]) -> u32 {
+        verdict(&program(), AUDIT_ARCH, number as u32, arguments)
+    }
+
+    #[test]
+    fn every_listed_call_gets_its_verdict_and_all_others_are_allowed() {
+        let program = program();
+        for number in 0..=LAST_KNOWN {
+            let special = [libc::SYS_clone, libc::SYS_unshare, libc::SYS_socket, libc::SYS_socketpair, libc::SYS_ioctl];
+            if special.contains(&i64::from(number)) {
+                continue;
+            }
+            let expected = if REFUSED.contains(&i64::from(number)) {
+                errno(libc::EPERM)
+            } else if ABSENT.contains(&i64::from(number)) {
+                errno(libc::ENOSYS)
+            } else {
+                RETURN_ALLOW
+            };
+            assert_eq!(verdict(&program, AUDIT_ARCH, number, [0, 0]), expected, "call {number}");
+        }
+    }
+
+    #[test]
+    fn other_interfaces_and_unknown_calls_do_not_exist() {
+        let program = program();
+        assert_eq!(verdict(&program, 0x4000_0003, 1, [0, 0]), errno(libc::ENOSYS));
+        for number in [LAST_KNOWN + 1, X32_START, X32_START | libc::SYS_mount as u32, u32::MAX] {
+            assert_eq!(verdict(&program, AUDIT_ARCH, number, [0, 0]), errno(libc::ENOSYS));
+        }
+    }
+
+    #[test]
+    fn new_namespaces_are_refused_and_threads_are_not() {
+        let thread = (libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_THREAD | libc::CLONE_SIGHAND) as u32;
+        assert_eq!(native(libc::SYS_clone, [thread, 0]), RETURN_ALLOW);
+        for flag in [libc::CLONE_NEWUSER, libc::CLONE_NEWNS, libc::CLONE_NEWNET, libc::CLONE_NEWPID] {
+            assert_eq!(native(libc::SYS_clone, [thread | flag as u32, 0]), errno(libc::EPERM));
+            assert_eq!(native(libc::SYS_unshare, [flag as u32, 0]), errno(libc::EPERM));
+        }
+        assert_eq!(native(libc::SYS_unshare, [libc::CLONE_FILES as u32, 0]), RETURN_ALLOW);
+    }
+
+    #[test]
+    fn only_namespaced_address_families_open_sockets() {
+        for family in SOCKET_FAMILIES {
+            assert_eq!(native(libc::SYS_socket, [*family, 1]), RETURN_ALLOW);
+        }
+        for family in [libc::AF_VSOCK, libc::AF_PACKET, libc::AF_ALG, libc::AF_BLUETOOTH] {
+            assert_eq!(native(libc::SYS_socket, [family as u32, 1]), errno(libc::EAFNOSUPPORT));
+        }
+    }
+
+    #[test]
+    fn input_cannot_be_pushed_into_terminals() {
+        assert_eq!(native(libc::SYS_ioctl, [0, libc::TIOCSTI as u32]), errno(libc::EPERM));
+        assert_eq!(native(libc::SYS_ioctl, [0, libc::TIOCLINUX as u32]), errno(libc::EPERM));
+        assert_eq!(native(libc::SYS_ioctl, [0, libc::TIOCGWINSZ as u32]), RETURN_ALLOW);
+    }
+}

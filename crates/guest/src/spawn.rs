@@ -1,0 +1,117 @@
+//! What the server and its spawner say to each other, over a SOCK_SEQPACKET pair.
+//!
+//! One request, one answer, in order. Both ends come from the same build, so there are no versions:
+//! a new server starts its own spawner. Descriptors travel beside the message, in the order the
+//! message's documentation gives.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// Descriptor numbers a freshly started spawner finds.
+pub const SPAWNER_SOCKET_FD: i32 = 3;
+pub const SPAWNER_AGENT_FD: i32 = 4;
+
+/// Host uids and gids of one sandbox: 0 to 65,535 inside.
+pub const IDS_PER_SANDBOX: u32 = 65_536;
+
+/// More than any message has.
+const DESCRIPTORS_MAX: usize = 64;
+const MESSAGE_BYTES_MAX: usize = 16 * 1024;
+
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// Make a user namespace that maps 0..65,536 to `first_id..`, and a network namespace that it
+    /// does not own. Answered with the two descriptors: network, user.
+    Namespaces { first_id: u32 },
+    /// Start a sandbox. Answered with its pidfd as soon as its first process exists; what happens
+    /// to that process is read from the error pipe.
+    Sandbox(Box<Sandbox>),
+}
+
+/// Descriptors, in this order: error pipe (write end), listening socket, user namespace, network
+/// namespace, disk (a detached mount), base layer (a detached mount), one detached mount for each
+/// of `layers`, `agent_cgroups` files, `command_cgroups` files, and the memory usage file.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Sandbox {
+    /// Directories below the root that have a layer and an overlay of their own, such as `usr`.
+    pub layers: Vec<String>,
+    /// Number of cgroup files that the first process writes itself into.
+    pub agent_cgroups: usize,
+    /// Number of cgroup files that the agent writes each command into.
+    pub command_cgroups: usize,
+    /// The first host uid and gid of the sandbox.
+    pub first_id: u32,
+    /// Processors the sandbox may use, and sees.
+    pub processors: Vec<usize>,
+    pub memory_bytes: u64,
+    pub hostname: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Answer {
+    Namespaces,
+    Sandbox { pid: i32 },
+    /// The step that failed, and the operating system's error number.
+    Failed { step: String, errno: i32 },
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    #[error("the other end is gone")]
+    Closed,
+    #[error("system call on the spawner's socket")]
+    System(#[from] Errno),
+    #[error("a message that is not ours")]
+    Malformed,
+}
+
+pub fn send<M: Serialize>(socket: BorrowedFd<'_>, message: &M, descriptors: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
+    let bytes = serde_json::to_vec(message).map_err(|_| ChannelError::Malformed)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(ChannelError::Malformed);
+    }
+    loop {
+        match rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut ancillary, SendFlags::NOSIGNAL) {
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(Errno::PIPE | Errno::CONNRESET) => return Err(ChannelError::Closed),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Waits for the next message. Its descriptors are closed on exec.
+pub fn receive<M: DeserializeOwned>(socket: impl AsFd) -> Result<(M, Vec<OwnedFd>), ChannelError> {
+    let mut bytes = vec![0; MESSAGE_BYTES_MAX];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        match rustix::net::recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            Err(Errno::CONNRESET) => return Err(ChannelError::Closed),
+            other => break other?,
+        }
+    };
+    if received.bytes == 0 {
+        return Err(ChannelError::Closed);
+    }
+    let descriptors = ancillary
+        .drain()
+        .filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
+            _ => None,
+        })
+        .flatten()
+        .collect();
+    let message = serde_json::from_slice(&bytes[..received.bytes]).map_err(|_| ChannelError::Malformed)?;
+    Ok((message, descriptors))
+}

@@ -1,0 +1,91 @@
+//! The spawner's own, almost empty root: what every sandbox is copied from.
+//!
+//! It is a tmpfs with mount points for a sandbox's parts, a ready-made `/dev`, one `/sys` for each
+//! number of processors, and the host's `/proc` (for id maps; no sandbox gets to see it).
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::symlink;
+
+use rustix::fs::{CWD, FileType, Mode};
+use rustix::mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags};
+
+use super::{Step, StepError, process};
+use crate::mount;
+
+/// Where a sandbox's disk, base layer, further layers and finished root are attached.
+pub(super) const DISK: &str = "/disk";
+pub(super) const BASE: &str = "/base";
+pub(super) const LAYERS: &str = "/layers";
+pub(super) const NEW_ROOT: &str = "/root";
+pub(super) const DEVICES: &str = "/dev";
+pub(super) const LAYERS_MAX: usize = 16;
+
+/// Character devices of every sandbox: name, major, minor.
+const NODES: [(&str, u32, u32); 6] =
+    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
+
+pub(super) fn prepare() -> Result<(), StepError> {
+    process::unshare(libc::CLONE_NEWNS).step("unshare the mount namespace")?;
+    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .step("make mounts private")?;
+    let root = mount::new_filesystem("tmpfs", &[("mode", Some("0700")), ("size", Some("16m"))], MountAttrFlags::empty())
+        .step("make the spawner's root")?;
+    let proc = mount::clone_tree(CWD, "/proc", false).step("copy /proc")?;
+    // Any directory will do: the mount moves to the top at once.
+    mount::attach(root.as_fd(), "/proc").step("attach the spawner's root")?;
+    std::env::set_current_dir("/proc").step("enter the spawner's root")?;
+    for directory in ["proc", "disk", "base", "layers", "root", "dev", "sys"] {
+        fs::create_dir(directory).step("fill the spawner's root")?;
+    }
+    for index in 0..LAYERS_MAX {
+        fs::create_dir(format!("layers/{index}")).step("fill the spawner's root")?;
+    }
+    mount::attach(proc.as_fd(), "proc").step("attach /proc")?;
+    rustix::process::pivot_root(".", ".").step("change the root")?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH).step("leave the host's root")?;
+    std::env::set_current_dir("/").step("enter the new root")?;
+    make_devices()
+}
+
+fn make_devices() -> Result<(), StepError> {
+    rustix::process::umask(Mode::empty());
+    for (name, major, minor) in NODES {
+        let device = rustix::fs::makedev(major, minor);
+        let mode = Mode::from_raw_mode(0o666);
+        rustix::fs::mknodat(CWD, format!("/dev/{name}"), FileType::CharacterDevice, mode, device).step("make devices")?;
+    }
+    for directory in ["pts", "shm"] {
+        fs::create_dir(format!("/dev/{directory}")).step("make devices")?;
+    }
+    let links = [
+        ("pts/ptmx", "ptmx"),
+        ("/proc/self/fd", "fd"),
+        ("/proc/self/fd/0", "stdin"),
+        ("/proc/self/fd/1", "stdout"),
+        ("/proc/self/fd/2", "stderr"),
+    ];
+    for (target, name) in links {
+        symlink(target, format!("/dev/{name}")).step("make devices")?;
+    }
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    Ok(())
+}
+
+/// The `/sys` of sandboxes with these processors: nothing but their list.
+pub(super) fn system_tree(processors: &[usize]) -> Result<String, StepError> {
+    let list = processors.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+    let tree = format!("/sys/{list}");
+    if fs::exists(&tree).step("look for /sys")? {
+        return Ok(tree);
+    }
+    let directory = format!("{tree}/devices/system/cpu");
+    for processor in processors {
+        fs::create_dir_all(format!("{directory}/cpu{processor}")).step("make /sys")?;
+    }
+    for name in ["online", "possible", "present"] {
+        fs::write(format!("{directory}/{name}"), format!("{list}\n")).step("make /sys")?;
+    }
+    fs::create_dir_all(format!("{tree}/fs/cgroup")).step("make /sys")?;
+    Ok(tree)
+}

@@ -1,0 +1,320 @@
+//! The birth of a sandbox: from a clone of the spawner to the agent as its first process.
+//!
+//! All namespaces but the user namespace are made while the process is still the host's root, and
+//! so belong to the host: capabilities in the sandbox, which hold in its user namespace only, give
+//! no power over mounts, network, host name or process ids.
+
+use std::ffi::CStr;
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::mount::{MountAttrFlags, UnmountFlags};
+use rustix::thread::{CapabilitySet, LinkNameSpaceType};
+
+use super::process::{self, Clone, Exit};
+use super::root::{self, BASE, DEVICES, DISK, LAYERS, LAYERS_MAX, NEW_ROOT};
+use super::{Step, StepError};
+use crate::mount::{self, NO_DEVICES, NO_EXEC, NO_SUID, READ_ONLY};
+use crate::seccomp;
+use crate::spawn::Sandbox;
+
+const NAMESPACES: i32 = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+
+/// What root in a sandbox may still do, to its own files and processes.
+const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::KILL)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETPCAP)
+    .union(CapabilitySet::NET_BIND_SERVICE)
+    .union(CapabilitySet::SYS_CHROOT)
+    .union(CapabilitySet::AUDIT_WRITE)
+    .union(CapabilitySet::SETFCAP);
+
+/// Files of /proc that tell of the host or act on it; shown empty.
+const MASKED_FILES: [&str; 11] = [
+    "cmdline", "kcore", "keys", "key-users", "kmsg", "latency_stats", "modules", "sched_debug", "sysrq-trigger", "timer_list",
+    "vmallocinfo",
+];
+/// Directories of /proc that are shown empty.
+const MASKED_DIRECTORIES: [&str; 4] = ["acpi", "asound", "driver", "scsi"];
+/// Directories of /proc that can only be read.
+const READ_ONLY_DIRECTORIES: [&str; 4] = ["bus", "fs", "irq", "sys"];
+
+/// The request's descriptors by name; see [`Sandbox`] for their order.
+struct Parts<'a> {
+    error: BorrowedFd<'a>,
+    listen: BorrowedFd<'a>,
+    user: BorrowedFd<'a>,
+    network: BorrowedFd<'a>,
+    disk: BorrowedFd<'a>,
+    base: BorrowedFd<'a>,
+    layers: Vec<BorrowedFd<'a>>,
+    agent_cgroups: Vec<BorrowedFd<'a>>,
+    command_cgroups: Vec<BorrowedFd<'a>>,
+    memory_usage: BorrowedFd<'a>,
+}
+
+impl<'a> Parts<'a> {
+    fn of(order: &Sandbox, descriptors: &'a [OwnedFd]) -> Option<Self> {
+        let mut rest = descriptors.iter().map(AsFd::as_fd);
+        let parts = Self {
+            error: rest.next()?,
+            listen: rest.next()?,
+            user: rest.next()?,
+            network: rest.next()?,
+            disk: rest.next()?,
+            base: rest.next()?,
+            layers: rest.by_ref().take(order.layers.len()).collect(),
+            agent_cgroups: rest.by_ref().take(order.agent_cgroups).collect(),
+            command_cgroups: rest.by_ref().take(order.command_cgroups).collect(),
+            memory_usage: rest.next()?,
+        };
+        (rest.next().is_none() && order.layers.len() <= LAYERS_MAX).then_some(parts)
+    }
+}
+
+/// Starts the sandbox's first process; it reports its own failures to the error pipe.
+pub(super) fn start(order: &Sandbox, descriptors: &[OwnedFd], agent: BorrowedFd<'_>) -> Result<(i32, OwnedFd), StepError> {
+    let parts = Parts::of(order, descriptors).ok_or(StepError { step: "read the request", errno: Errno::INVAL })?;
+    let system = root::system_tree(&order.processors)?;
+    match process::clone(NAMESPACES).step("clone the first process")? {
+        Clone::Parent { pid, pidfd } => Ok((pid, pidfd)),
+        Clone::Child => {
+            process::notice_children();
+            let Err(error) = become_sandbox(order, &parts, &system, agent);
+            let text = format!("{}: {}", error.step, std::io::Error::from(error.errno));
+            let _ = rustix::io::write(parts.error, text.as_bytes());
+            process::exit(Exit::Failed)
+        }
+    }
+}
+
+fn become_sandbox(
+    order: &Sandbox,
+    parts: &Parts<'_>,
+    system: &str,
+    agent: BorrowedFd<'_>,
+) -> Result<std::convert::Infallible, StepError> {
+    for cgroup in &parts.agent_cgroups {
+        rustix::io::write(cgroup, b"0").step("join the cgroup")?;
+    }
+    process::unshare(libc::CLONE_NEWCGROUP).step("unshare the cgroup namespace")?;
+    let meminfo = build_root(order, parts, system)?;
+    rustix::system::sethostname(order.hostname.as_bytes()).step("set the host name")?;
+    set_processors(&order.processors).step("set the processors")?;
+
+    // From here on the process gives away what it can do.
+    rustix::thread::move_into_link_name_space(parts.network, Some(LinkNameSpaceType::Network)).step("enter the network namespace")?;
+    rustix::thread::move_into_link_name_space(parts.user, Some(LinkNameSpaceType::User)).step("enter the user namespace")?;
+    become_inner_root().step("become root of the sandbox")?;
+    new_session_keyring().step("leave the host's keyring")?;
+    limit_capabilities().step("drop capabilities")?;
+    rustix::process::setsid().step("start a session")?;
+    // The spawner's standard error is the server's; standard input is /dev/null already.
+    rustix::stdio::dup2_stderr(rustix::stdio::stdin()).step("close standard error")?;
+    install_filter().step("install the system call filter")?;
+    run_agent(order, parts, &meminfo, agent)
+}
+
+/// Assembles the file system and makes it the root. Returns the file shown as /proc/meminfo.
+fn build_root(order: &Sandbox, parts: &Parts<'_>, system: &str) -> Result<OwnedFd, StepError> {
+    mount::attach(parts.disk, DISK).step("attach the disk")?;
+    mount::attach(parts.base, BASE).step("attach the base layer")?;
+    overlay(BASE, "root", NEW_ROOT)?;
+    for (index, (layer, name)) in parts.layers.iter().zip(&order.layers).enumerate() {
+        let lower = format!("{LAYERS}/{index}");
+        mount::attach(*layer, &lower).step("attach a layer")?;
+        overlay(&lower, name, &format!("{NEW_ROOT}/{name}"))?;
+    }
+    build_devices(order)?;
+    let tree = mount::clone_tree(rustix::fs::CWD, system, false).step("copy /sys")?;
+    mount::set_attributes(tree.as_fd(), READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC, None).step("protect /sys")?;
+    mount::attach(tree.as_fd(), "/root/sys").step("attach /sys")?;
+    let meminfo = build_proc()?;
+
+    std::env::set_current_dir(NEW_ROOT).step("enter the new root")?;
+    rustix::process::pivot_root(".", ".").step("change the root")?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH).step("leave the old root")?;
+    std::env::set_current_dir("/").step("enter the new root")?;
+    Ok(meminfo)
+}
+
+/// Mounts `lower` under the disk's upper directory of that name.
+fn overlay(lower: &str, name: &str, target: &str) -> Result<(), StepError> {
+    let mount = mount::new_filesystem(
+        "overlay",
+        &[
+            ("source", Some("nagaya")),
+            ("lowerdir", Some(lower)),
+            ("upperdir", Some(&format!("{DISK}/{name}/upper"))),
+            ("workdir", Some(&format!("{DISK}/{name}/work"))),
+            // Without it, renaming a directory of the image fails with EXDEV.
+            ("redirect_dir", Some("on")),
+        ],
+        MountAttrFlags::MOUNT_ATTR_NODEV,
+    )
+    .step("mount an overlay")?;
+    mount::attach(mount.as_fd(), target).step("attach an overlay")
+}
+
+fn build_devices(order: &Sandbox) -> Result<(), StepError> {
+    let devices = mount::clone_tree(rustix::fs::CWD, DEVICES, false).step("copy /dev")?;
+    mount::set_attributes(devices.as_fd(), READ_ONLY | NO_SUID | NO_EXEC, None).step("protect /dev")?;
+    mount::attach(devices.as_fd(), "/root/dev").step("attach /dev")?;
+    let quiet = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    // Group 5 is `tty` in the sandbox; the option takes the host's number for it.
+    let group = (order.first_id + 5).to_string();
+    let terminals = mount::new_filesystem(
+        "devpts",
+        &[("ptmxmode", Some("0666")), ("mode", Some("0620")), ("gid", Some(&group))],
+        quiet,
+    )
+    .step("make /dev/pts")?;
+    mount::attach(terminals.as_fd(), "/root/dev/pts").step("attach /dev/pts")?;
+    let size = (order.memory_bytes / 2).to_string();
+    let owner = order.first_id.to_string();
+    let shared = mount::new_filesystem(
+        "tmpfs",
+        &[("mode", Some("1777")), ("size", Some(&size)), ("uid", Some(&owner)), ("gid", Some(&owner))],
+        quiet | MountAttrFlags::MOUNT_ATTR_NODEV,
+    )
+    .step("make /dev/shm")?;
+    mount::attach(shared.as_fd(), "/root/dev/shm").step("attach /dev/shm")
+}
+
+fn build_proc() -> Result<OwnedFd, StepError> {
+    let quiet = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC | MountAttrFlags::MOUNT_ATTR_NODEV;
+    let proc = mount::new_filesystem("proc", &[], quiet).step("make /proc")?;
+    mount::attach(proc.as_fd(), "/root/proc").step("attach /proc")?;
+
+    let read_only = |path: &str, target: &str| -> Result<(), StepError> {
+        let copy = mount::clone_tree(rustix::fs::CWD, path, false).step("copy a part of /proc")?;
+        mount::set_attributes(copy.as_fd(), READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC, None).step("protect a part of /proc")?;
+        mount::attach(copy.as_fd(), target).step("attach a part of /proc")
+    };
+    for name in READ_ONLY_DIRECTORIES {
+        let path = format!("/root/proc/{name}");
+        if fs::exists(&path).step("look into /proc")? {
+            read_only(&path, &path)?;
+        }
+    }
+    let empty = mount::new_filesystem("tmpfs", &[("size", Some("64k")), ("mode", Some("0555"))], quiet).step("make an empty place")?;
+    let make = |name: &str| {
+        let flags = rustix::fs::OFlags::CREATE | rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
+        rustix::fs::openat(&empty, name, flags, rustix::fs::Mode::from_raw_mode(0o444))
+    };
+    let nothing = make("nothing").step("make an empty file")?;
+    rustix::fs::mkdirat(&empty, "directory", rustix::fs::Mode::from_raw_mode(0o555)).step("make an empty directory")?;
+    let meminfo = make("meminfo").step("make /proc/meminfo")?;
+    drop(nothing);
+    let show = |name: &str, target: &str| -> Result<(), StepError> {
+        let file = mount::clone_tree(empty.as_fd(), name, false).step("copy an empty place")?;
+        mount::set_attributes(file.as_fd(), READ_ONLY, None).step("protect an empty place")?;
+        mount::attach(file.as_fd(), target).step("cover a part of /proc")
+    };
+    for name in MASKED_FILES.iter().chain(&MASKED_DIRECTORIES) {
+        let path = format!("/root/proc/{name}");
+        let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
+        show(if metadata.is_dir() { "directory" } else { "nothing" }, &path)?;
+    }
+    show("meminfo", "/root/proc/meminfo")?;
+    Ok(meminfo)
+}
+
+/// Also what `nproc` tells inside.
+fn set_processors(processors: &[usize]) -> Result<(), Errno> {
+    let mut set = rustix::thread::CpuSet::new();
+    for processor in processors {
+        set.set(*processor);
+    }
+    rustix::thread::sched_setaffinity(None, &set)
+}
+
+fn become_inner_root() -> Result<(), Errno> {
+    // SAFETY: the process has one thread, so the raw calls change all of it; no pointers but an
+    // empty list are passed.
+    unsafe {
+        if libc::setgroups(0, std::ptr::null()) != 0 || libc::setresgid(0, 0, 0) != 0 || libc::setresuid(0, 0, 0) != 0 {
+            return Err(mount::last_errno());
+        }
+    }
+    Ok(())
+}
+
+fn new_session_keyring() -> Result<(), Errno> {
+    const JOIN_SESSION_KEYRING: libc::c_long = 1;
+    // SAFETY: a null name asks for an anonymous keyring.
+    match unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, std::ptr::null::<u8>()) } {
+        -1 => match mount::last_errno() {
+            // A kernel without keyrings has none to leave.
+            Errno::NOSYS => Ok(()),
+            errno => Err(errno),
+        },
+        _ => Ok(()),
+    }
+}
+
+fn limit_capabilities() -> Result<(), Errno> {
+    for number in 0..64 {
+        let one = CapabilitySet::from_bits_retain(1 << number);
+        if CAPABILITIES.contains(one) {
+            continue;
+        }
+        match rustix::thread::remove_capability_from_bounding_set(one) {
+            // Past the last capability that this kernel knows.
+            Err(Errno::INVAL) => break,
+            other => other?,
+        }
+    }
+    Ok(())
+}
+
+/// Exec keeps, of what root has, only what the bounding set allows: no step for that is needed.
+fn install_filter() -> Result<(), Errno> {
+    let program = seccomp::program();
+    let header = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
+    // SAFETY: the header points to `program`, which outlives the call; the kernel copies it.
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const header) };
+    if result == 0 { Ok(()) } else { Err(mount::last_errno()) }
+}
+
+fn run_agent(
+    order: &Sandbox,
+    parts: &Parts<'_>,
+    meminfo: &OwnedFd,
+    agent: BorrowedFd<'_>,
+) -> Result<std::convert::Infallible, StepError> {
+    let mut arguments = vec!["nagaya-agent".to_owned(), format!("--listen-fd={}", parts.listen.as_raw_fd())];
+    arguments.extend(parts.command_cgroups.iter().map(|fd| format!("--cgroup-procs-fd={}", fd.as_raw_fd())));
+    arguments.push(format!("--memory-usage-fd={}", parts.memory_usage.as_raw_fd()));
+    arguments.push(format!("--meminfo-fd={}", meminfo.as_raw_fd()));
+    arguments.push(format!("--memory-limit-bytes={}", order.memory_bytes));
+    for fd in parts.command_cgroups.iter().chain([&parts.listen, &parts.memory_usage, &meminfo.as_fd()]) {
+        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).step("keep a descriptor")?;
+    }
+    let arguments: Vec<_> = arguments
+        .into_iter()
+        .map(|argument| std::ffi::CString::new(argument).map_err(|_| Errno::INVAL))
+        .collect::<Result<_, _>>()
+        .step("make arguments")?;
+    let pointers: Vec<_> = arguments.iter().map(|argument| argument.as_ptr()).chain([std::ptr::null()]).collect();
+    let environment = [std::ptr::null::<libc::c_char>()];
+    let empty: &CStr = c"";
+    // SAFETY: all pointers are to null-terminated data that outlives the call.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            agent.as_raw_fd(),
+            empty.as_ptr(),
+            pointers.as_ptr(),
+            environment.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        );
+    }
+    Err(StepError { step: "start the agent", errno: mount::last_errno() })
+}

@@ -1,0 +1,131 @@
+//! `nagaya demo`: the first minute with Nagaya, and a test of the host.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use connectrpc::client::{ClientConfig, HttpClient};
+use nagaya_api::tenki::v1;
+use nagaya_daemon::config::Config;
+use v1::run_request::Payload as Input;
+use v1::run_response::Payload as Output;
+
+use crate::purge::purge;
+use crate::server::Server;
+
+const PROGRAM: &str = "import os, platform\n\
+print('hello from', platform.node(), 'as', os.environ['USER'], 'with', len(os.sched_getaffinity(0)), 'processors')\n\
+print('sum of squares below 1000:', sum(n * n for n in range(1000)))";
+
+pub fn run() -> anyhow::Result<ExitCode> {
+    let directory = tempfile::Builder::new().prefix("nagaya-demo-").tempdir().context("make a temporary directory")?;
+    let mut config = Config { data_dir: directory.path().join("data"), ..Config::default() };
+    config.listen = ([127, 0, 0, 1], 0).into();
+    crate::runtime()?.block_on(async {
+        let shown = show(config.clone()).await;
+        // Also after a failure nothing may stay.
+        let purged = purge(&config).await;
+        shown?;
+        purged?;
+        println!("  everything removed");
+        println!("It works. Next: `nagaya serve`, and the README's first five minutes.");
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+async fn show(config: Config) -> anyhow::Result<()> {
+    let server = timed("server started", Server::start(config)).await?;
+    let shown = use_sandbox(&server).await;
+    server.stop().await;
+    shown
+}
+
+async fn timed<T, E: Into<anyhow::Error>>(what: &str, work: impl Future<Output = Result<T, E>>) -> anyhow::Result<T> {
+    let start = Instant::now();
+    let result = work.await.map_err(Into::into).with_context(|| what.to_owned())?;
+    println!("  {what} ({:.1} ms)", start.elapsed().as_secs_f64() * 1e3);
+    Ok(result)
+}
+
+async fn use_sandbox(server: &Server) -> anyhow::Result<()> {
+    let key = server.new_key.as_deref().context("a new server makes a key")?;
+    let configuration = || -> anyhow::Result<ClientConfig> {
+        Ok(ClientConfig::new(server.url().parse::<http::Uri>()?)
+            .with_protocol(connectrpc::Protocol::Grpc)
+            .with_default_timeout(Duration::from_secs(30)))
+    };
+    let control = v1::SandboxServiceClient::new(
+        HttpClient::plaintext_http2_only(),
+        configuration()?.with_default_header("authorization", format!("Bearer {key}")),
+    );
+    let created = timed(
+        "sandbox created",
+        control.create_session(v1::CreateSessionRequest {
+            owner_id: "self".into(),
+            owner_type: "SERVICE".into(),
+            name: "demo".into(),
+            allow_outbound: Some(false),
+            wait_ready: true,
+            ..Default::default()
+        }),
+    )
+    .await?;
+    let id = created.session.id.clone();
+    ensure!(!created.credential.credential.is_empty(), "the sandbox is not ready: {}", created.session.terminal_error);
+    let data = v1::SandboxSessionDataPlaneServiceClient::new(
+        HttpClient::plaintext_http2_only(),
+        configuration()?.with_default_header("x-tenki-session-cert", created.credential.credential.as_str()),
+    );
+
+    let output = timed("Python program run in it", run_python(&data, &id)).await?;
+    for line in output.lines() {
+        println!("    │ {line}");
+    }
+    let content = b"what is written is read".to_vec();
+    let write = v1::WriteFileRequest {
+        session_id: id.clone(),
+        path: "note.txt".into(),
+        content: content.clone().into(),
+        ..Default::default()
+    };
+    let write = v1::SandboxSessionDataPlaneServiceWriteFileRequest { request: some(write), ..Default::default() };
+    timed("file written", data.write_file(write)).await?;
+    let read = v1::ReadFileRequest { session_id: id.clone(), path: "/home/tenki/note.txt".into(), ..Default::default() };
+    let read = v1::SandboxSessionDataPlaneServiceReadFileRequest { request: some(read), ..Default::default() };
+    let answer = timed("file read", data.read_file(read)).await?;
+    ensure!(answer.response.content == content, "the file's content changed");
+
+    let terminate = v1::TerminateSessionRequest { session_id: id, ..Default::default() };
+    timed("sandbox terminated", control.terminate_session(terminate)).await?;
+    Ok(())
+}
+
+fn some<T: Default>(message: T) -> buffa::MessageField<T> {
+    buffa::MessageField::some(message)
+}
+
+async fn run_python(data: &v1::SandboxSessionDataPlaneServiceClient<HttpClient>, id: &str) -> anyhow::Result<String> {
+    let frame = |payload| v1::SandboxSessionDataPlaneServiceRunRequest {
+        frame: some(v1::RunRequest { payload: Some(payload), ..Default::default() }),
+        ..Default::default()
+    };
+    let start = v1::RunStart {
+        session_id: id.to_owned(),
+        cmd: vec!["python3".into(), "-c".into(), PROGRAM.into()],
+        ..Default::default()
+    };
+    let mut run = data.run().await?;
+    run.send(frame(Input::Start(Box::new(start)))).await?;
+    let (mut output, mut errors) = (Vec::new(), Vec::new());
+    while let Some(message) = run.message().await? {
+        match message.frame.payload.clone() {
+            Some(Output::Stdout(bytes)) => output.extend_from_slice(&bytes),
+            Some(Output::Stderr(bytes)) => errors.extend_from_slice(&bytes),
+            Some(Output::Exit(exit)) if exit.exit_code != 0 => {
+                bail!("python3 ended with {} ({}): {}", exit.exit_code, exit.reason, String::from_utf8_lossy(&errors));
+            }
+            _ => {}
+        }
+    }
+    Ok(String::from_utf8(output)?)
+}

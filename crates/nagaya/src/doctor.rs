@@ -1,0 +1,30 @@
+//! `nagaya doctor`.
+
+use std::process::ExitCode;
+
+use nagaya_daemon::config::Config;
+use nagaya_runtime::doctor::{Weight, examine};
+
+pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
+    let findings = examine(&config.data_dir);
+    let mut unusable = false;
+    for finding in &findings {
+        let (mark, text) = match (&finding.outcome, finding.weight) {
+            (Ok(text), _) => ("ok", text),
+            (Err(text), Weight::Required) => ("MISSING", text),
+            (Err(text), Weight::Optional) => ("absent", text),
+        };
+        println!("{mark:8} {:19} {text}", finding.name);
+        if finding.outcome.is_err() && !finding.remedy.is_empty() {
+            println!("{:8} {:19} → {}", "", "", finding.remedy);
+        }
+        unusable |= finding.outcome.is_err() && finding.weight == Weight::Required;
+    }
+    println!();
+    if unusable {
+        println!("driver namespace: cannot run here until what is MISSING is mended");
+        return Ok(ExitCode::FAILURE);
+    }
+    println!("driver namespace: ready");
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,85 @@
+//! The one binary of Nagaya.
+
+mod demo;
+mod doctor;
+mod purge;
+mod serve;
+mod server;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use nagaya_daemon::config::{Config, Overrides};
+use tracing_subscriber::EnvFilter;
+
+/// A sandbox cloud that anyone can run: isolated Linux machines in milliseconds.
+#[derive(Parser)]
+#[command(name = "nagaya", version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run the server. Sandboxes live on when it stops; the next start takes them over.
+    Serve(Settings),
+    /// Show that it works: one sandbox, a program in it, a file written and read, all removed.
+    Demo,
+    /// Tell what this host can do, what is missing, and what mends it.
+    Doctor(Settings),
+    /// Remove every sandbox of a data directory, and the directory's content.
+    Purge(Settings),
+}
+
+#[derive(Args)]
+struct Settings {
+    /// Address and port to listen on; port 0 picks a free one [default: 127.0.0.1:7070].
+    #[arg(long, env = "NAGAYA_LISTEN")]
+    listen: Option<SocketAddr>,
+    /// Where everything that must survive is kept [default: /var/lib/nagaya].
+    #[arg(long, env = "NAGAYA_DATA_DIR")]
+    data_dir: Option<PathBuf>,
+    /// Configuration file (TOML).
+    #[arg(long, env = "NAGAYA_CONFIG")]
+    config: Option<PathBuf>,
+    /// An API key to accept besides those made by the server.
+    #[arg(long, env = "NAGAYA_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+}
+
+impl Settings {
+    fn load(self) -> anyhow::Result<Config> {
+        let overrides =
+            Overrides { listen: self.listen, data_dir: self.data_dir, api_key: self.api_key, ..Overrides::default() };
+        Ok(Config::load(self.config.as_deref(), overrides)?)
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let quiet = matches!(arguments.verb, Verb::Demo | Verb::Doctor(_));
+    let filter = EnvFilter::try_from_env("NAGAYA_LOG")
+        .unwrap_or_else(|_| EnvFilter::new(if quiet { "error" } else { "info" }));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let done = match arguments.verb {
+        Verb::Serve(settings) => settings.load().and_then(serve::run),
+        Verb::Demo => demo::run(),
+        Verb::Doctor(settings) => settings.load().and_then(|config| doctor::run(&config)),
+        Verb::Purge(settings) => settings.load().and_then(purge::run),
+    };
+    match done {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("nagaya: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The threads of the server; nothing is started before the configuration was read.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}

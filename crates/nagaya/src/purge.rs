@@ -1,0 +1,63 @@
+//! `nagaya purge`.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use nagaya_daemon::config::Config;
+use nagaya_engine::ports::Driver;
+use nagaya_runtime::namespace::NamespaceDriver;
+use nagaya_store::SqliteStore;
+
+use crate::server::{ADDRESS_FILE, DATABASE, KEY_FILE, driver_settings};
+
+/// Everything that a server may have put into its data directory.
+const DIRECTORIES: [&str; 4] = ["sandboxes", "pool", "images", "templates"];
+const FILES: [&str; 6] = [DATABASE, "nagaya.db-wal", "nagaya.db-shm", "nagaya.db.lock", KEY_FILE, ADDRESS_FILE];
+
+pub fn run(config: Config) -> anyhow::Result<ExitCode> {
+    if !config.data_dir.is_dir() {
+        println!("{} does not exist: nothing to remove", config.data_dir.display());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let removed = crate::runtime()?.block_on(purge(&config))?;
+    println!("removed {removed} sandboxes and the content of {}", config.data_dir.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Removes everything; the number of sandboxes that were still there.
+pub async fn purge(config: &Config) -> anyhow::Result<usize> {
+    // The store's lock keeps a running server's sandboxes safe from us.
+    let store = SqliteStore::open(&config.data_dir.join(DATABASE)).context("is a server still running here?")?;
+    let mut settings = driver_settings(config)?;
+    settings.pool_ready = 0;
+    settings.pool_ready_isolated = 0;
+    let driver = tokio::task::spawn_blocking(move || NamespaceDriver::start(settings)).await??;
+    let ids = driver.list().await?;
+    for id in &ids {
+        driver.destroy(*id).await?;
+    }
+    driver.settled().await;
+    tokio::task::spawn_blocking(move || driver.remove_host_state()).await?;
+    drop(store);
+    for name in DIRECTORIES {
+        remove(fs::remove_dir_all(config.data_dir.join(name)), &config.data_dir.join(name))?;
+    }
+    for name in FILES {
+        remove(fs::remove_file(config.data_dir.join(name)), &config.data_dir.join(name))?;
+    }
+    // Stays when the operator keeps something of their own in it.
+    let _ = fs::remove_dir(&config.data_dir);
+    Ok(ids.len())
+}
+
+fn remove(result: io::Result<()>, path: &Path) -> anyhow::Result<()> {
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}

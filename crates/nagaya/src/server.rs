@@ -1,0 +1,105 @@
+//! The parts of a server, put together: store, driver, engine, daemon.
+
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use nagaya_daemon::Daemon;
+use nagaya_daemon::config::Config;
+use nagaya_daemon::host::{HostClock, HostEntropy};
+use nagaya_engine::Engine;
+use nagaya_engine::ports::{Driver, Store};
+use nagaya_runtime::namespace::{self, NamespaceDriver};
+use nagaya_store::SqliteStore;
+
+/// Names in the data directory that are not the driver's.
+pub const DATABASE: &str = "nagaya.db";
+pub const KEY_FILE: &str = "api-key";
+pub const ADDRESS_FILE: &str = "address";
+
+pub struct Server {
+    daemon: Daemon,
+    engine: Engine,
+    driver: Arc<NamespaceDriver>,
+    tls: bool,
+    data_dir: PathBuf,
+    pub key_file: PathBuf,
+    /// The key made at the first start of this data directory.
+    pub new_key: Option<String>,
+}
+
+impl Server {
+    pub async fn start(config: Config) -> anyhow::Result<Self> {
+        make_data_directory(&config.data_dir)?;
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&config.data_dir.join(DATABASE))?);
+        let settings = driver_settings(&config)?;
+        let driver = tokio::task::spawn_blocking(move || NamespaceDriver::start(settings)).await?;
+        let driver = Arc::new(driver.context("`nagaya doctor` tells what this host lacks")?);
+        let port: Arc<dyn Driver> = driver.clone();
+        let engine = Engine::start(config.engine.clone(), store, port, Arc::new(HostClock), Arc::new(HostEntropy)).await?;
+        let new_key = engine.first_start(config.api_key.as_deref()).await?;
+        let key_file = config.data_dir.join(KEY_FILE);
+        if let Some(key) = &new_key {
+            write_private(&key_file, key)?;
+        }
+        let (tls, data_dir) = (config.tls.is_some(), config.data_dir.clone());
+        let level = driver.clone();
+        let hooks = nagaya_daemon::Hooks { pool_level: Some(Box::new(move || level.pool_level() as u64)) };
+        let daemon = Daemon::start(config, engine.clone(), hooks).await?;
+        let server = Self { daemon, engine, driver, tls, data_dir, key_file, new_key };
+        write_private(&server.data_dir.join(ADDRESS_FILE), &server.url())?;
+        Ok(server)
+    }
+
+    pub fn url(&self) -> String {
+        format!("{}://{}", if self.tls { "https" } else { "http" }, self.daemon.local_addr())
+    }
+
+    /// Ends the server and leaves the sandboxes running.
+    pub async fn stop(self) {
+        self.daemon.shut_down().await;
+        self.engine.shut_down().await;
+        self.driver.settled().await;
+        let driver = self.driver;
+        // Gives back what the pools hold; takes as long as unmounting it.
+        let _ = tokio::task::spawn_blocking(move || driver.shut_down()).await;
+        let _ = fs::remove_file(self.data_dir.join(ADDRESS_FILE));
+    }
+}
+
+pub fn make_data_directory(path: &Path) -> anyhow::Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("make the data directory {}", path.display()))
+}
+
+fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
+    let fresh = path.with_extension("new");
+    let _ = fs::remove_file(&fresh);
+    let write = || {
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&fresh)?;
+        file.write_all(text.as_bytes())?;
+        file.write_all(b"\n")?;
+        file.sync_all()?;
+        fs::rename(&fresh, path)
+    };
+    write().with_context(|| format!("write {}", path.display()))
+}
+
+/// The driver's part of the configuration.
+pub fn driver_settings(config: &Config) -> anyhow::Result<namespace::Config> {
+    let mut settings = namespace::Config::new(config.data_dir.clone());
+    settings.network_cidr = config.network.cidr.as_deref().map(str::parse).transpose()?;
+    settings.network_allow = config.network.allow.clone();
+    settings.network_outbound = config.network.outbound;
+    settings.pool_ready = config.pools.slots_ready;
+    settings.pool_ready_isolated = config.pools.isolated_slots_ready;
+    settings.slots_max = config.namespace.slots_max;
+    settings.processes_max = config.namespace.processes_max;
+    Ok(settings)
+}

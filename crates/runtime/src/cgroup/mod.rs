@@ -1,0 +1,311 @@
+//! Control groups of sandboxes, on cgroup v1, v2 and hybrid hosts.
+//!
+//! Every slot has one group with two below it: `agent`, without limits, for the first process, and
+//! `commands`, with the sandbox's limits, for everything else. So a sandbox that uses up its memory
+//! or its processes never takes its agent with it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
+#[cfg(test)]
+mod tests;
+
+/// Microseconds; the period over which processor time is shared out.
+const CPU_PERIOD_US: u64 = 100_000;
+
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    #[error("find the cgroup hierarchies: {0}")]
+    Unusable(String),
+    #[error("{step} {path}")]
+    System { step: &'static str, path: String, source: io::Error },
+}
+
+fn at<T>(step: &'static str, path: &Path, result: io::Result<T>) -> Result<T, CgroupError> {
+    result.map_err(|source| CgroupError::System { step, path: path.display().to_string(), source })
+}
+
+/// What a sandbox may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    pub cpu_cores: u32,
+    pub memory_bytes: u64,
+    pub processes_max: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Layout {
+    /// One hierarchy; the parent group of ours.
+    Unified(PathBuf),
+    /// One parent group in each of the hierarchies of `cpu`, `memory` and `pids`.
+    Split { cpu: PathBuf, memory: PathBuf, pids: PathBuf },
+}
+
+/// The groups of one server, all below one parent named after it.
+#[derive(Debug, Clone)]
+pub struct Cgroups {
+    layout: Layout,
+}
+
+impl Cgroups {
+    /// Finds the hierarchies in the mount table and makes the parent group `nagaya/<instance>`.
+    pub fn open(instance: &str) -> Result<Self, CgroupError> {
+        let table = Path::new("/proc/self/mounts");
+        let mounts = at("read", table, fs::read_to_string(table))?;
+        Self::open_in(&mounts, instance)
+    }
+
+    /// As [`Cgroups::open`], from the text of a mount table.
+    fn open_in(mounts: &str, instance: &str) -> Result<Self, CgroupError> {
+        let below = |root: &Path| root.join("nagaya").join(instance);
+        let layout = match find(mounts)? {
+            Layout::Unified(root) => {
+                enable_controllers(&root)?;
+                enable_controllers_in(&root.join("nagaya"))?;
+                enable_controllers_in(&below(&root))?;
+                Layout::Unified(below(&root))
+            }
+            Layout::Split { cpu, memory, pids } => {
+                let make = |root: PathBuf| {
+                    let group = below(&root);
+                    at("create", &group, fs::create_dir_all(&group)).map(|()| group)
+                };
+                Layout::Split { cpu: make(cpu)?, memory: make(memory)?, pids: make(pids)? }
+            }
+        };
+        Ok(Self { layout })
+    }
+
+    /// Which hierarchy would be used, `v1` or `v2`; makes nothing.
+    pub fn detect() -> Result<&'static str, CgroupError> {
+        let table = Path::new("/proc/self/mounts");
+        let mounts = at("read", table, fs::read_to_string(table))?;
+        Ok(match find(&mounts)? {
+            Layout::Unified(_) => "v2",
+            Layout::Split { .. } => "v1",
+        })
+    }
+
+    fn parents(&self) -> Vec<&PathBuf> {
+        match &self.layout {
+            Layout::Unified(parent) => vec![parent],
+            Layout::Split { cpu, memory, pids } => vec![cpu, memory, pids],
+        }
+    }
+
+    /// Makes, or opens, the group of a slot.
+    pub fn group(&self, name: &str) -> Result<Group, CgroupError> {
+        for parent in self.parents() {
+            let group = parent.join(name);
+            if let Layout::Unified(_) = self.layout {
+                enable_controllers_in(&group)?;
+            }
+            for part in ["agent", "commands"] {
+                let path = group.join(part);
+                at("create", &path, fs::create_dir_all(&path))?;
+            }
+        }
+        Ok(Group { cgroups: self.clone(), name: name.to_owned() })
+    }
+
+    /// Names of all groups that exist.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self
+            .parents()
+            .into_iter()
+            .filter_map(|parent| fs::read_dir(parent).ok())
+            .flatten()
+            .flatten()
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    /// Removes the parent groups, once the last group is gone.
+    pub fn remove(&self) {
+        for parent in self.parents() {
+            let _ = fs::remove_dir(parent);
+            // The shared parent goes with the last server.
+            let _ = parent.parent().map(fs::remove_dir);
+        }
+    }
+}
+
+/// Chooses v2 when it offers the controllers, else v1.
+fn find(mounts: &str) -> Result<Layout, CgroupError> {
+    let mut split: [Option<PathBuf>; 3] = [const { None }; 3];
+    let mut unified = None;
+    for line in mounts.lines() {
+        let mut fields = line.split(' ');
+        let (Some(_), Some(path), Some(kind), Some(options)) = (fields.next(), fields.next(), fields.next(), fields.next())
+        else {
+            continue;
+        };
+        match kind {
+            "cgroup2" => unified = Some(PathBuf::from(path)),
+            "cgroup" => {
+                for (controller, place) in ["cpu", "memory", "pids"].into_iter().zip(&mut split) {
+                    if options.split(',').any(|option| option == controller) {
+                        *place = Some(PathBuf::from(path));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    if let Some(root) = unified {
+        let controllers = fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
+        if ["cpu", "memory", "pids"].iter().all(|wanted| controllers.split_whitespace().any(|found| found == *wanted)) {
+            return Ok(Layout::Unified(root));
+        }
+    }
+    match split {
+        [Some(cpu), Some(memory), Some(pids)] => Ok(Layout::Split { cpu, memory, pids }),
+        _ => Err(CgroupError::Unusable(
+            "neither cgroup v2 nor cgroup v1 offers the cpu, memory and pids controllers".into(),
+        )),
+    }
+}
+
+fn enable_controllers_in(group: &Path) -> Result<(), CgroupError> {
+    at("create", group, fs::create_dir_all(group))?;
+    enable_controllers(group)
+}
+
+fn enable_controllers(group: &Path) -> Result<(), CgroupError> {
+    let control = group.join("cgroup.subtree_control");
+    let enabled = fs::read_to_string(&control).unwrap_or_default();
+    if ["cpu", "memory", "pids"].iter().all(|wanted| enabled.split_whitespace().any(|found| found == *wanted)) {
+        return Ok(());
+    }
+    at("write", &control, fs::write(&control, "+cpu +memory +pids"))
+}
+
+/// The group of one slot.
+#[derive(Debug, Clone)]
+pub struct Group {
+    cgroups: Cgroups,
+    name: String,
+}
+
+impl Group {
+    fn path(&self, parent: &Path, part: &str) -> PathBuf {
+        parent.join(&self.name).join(part)
+    }
+
+    fn write(&self, parent: &Path, file: &str, value: &str) -> Result<(), CgroupError> {
+        let path = self.path(parent, "commands").join(file);
+        at("write", &path, fs::write(&path, value))
+    }
+
+    /// Sets the limits of everything but the agent.
+    pub fn set_limits(&self, limits: Limits) -> Result<(), CgroupError> {
+        let quota = u64::from(limits.cpu_cores) * CPU_PERIOD_US;
+        let memory_bytes = limits.memory_bytes.to_string();
+        let processes = limits.processes_max.to_string();
+        match &self.cgroups.layout {
+            Layout::Unified(parent) => {
+                self.write(parent, "cpu.max", &format!("{quota} {CPU_PERIOD_US}"))?;
+                self.write(parent, "memory.max", &memory_bytes)?;
+                self.write(parent, "pids.max", &processes)?;
+                // Absent where the kernel has no swap accounting; then there is nothing to limit.
+                let _ = self.write(parent, "memory.swap.max", "0");
+            }
+            Layout::Split { cpu, memory, pids } => {
+                self.write(cpu, "cpu.cfs_period_us", &CPU_PERIOD_US.to_string())?;
+                self.write(cpu, "cpu.cfs_quota_us", &quota.to_string())?;
+                // Memory and swap together may never be below memory alone, on the way either.
+                let _ = self.write(memory, "memory.memsw.limit_in_bytes", "-1");
+                self.write(memory, "memory.limit_in_bytes", &memory_bytes)?;
+                let _ = self.write(memory, "memory.memsw.limit_in_bytes", &memory_bytes);
+                self.write(pids, "pids.max", &processes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Files through which a process puts itself into the agent's or the commands' group.
+    pub fn join_files(&self, part: Part) -> Result<Vec<File>, CgroupError> {
+        self.cgroups
+            .parents()
+            .into_iter()
+            .map(|parent| {
+                let path = self.path(parent, part.name()).join("cgroup.procs");
+                at("open", &path, OpenOptions::new().write(true).open(&path))
+            })
+            .collect()
+    }
+
+    fn memory_parent(&self) -> &Path {
+        match &self.cgroups.layout {
+            Layout::Unified(parent) => parent,
+            Layout::Split { memory, .. } => memory,
+        }
+    }
+
+    /// A file that tells the bytes of memory in use.
+    pub fn memory_usage_file(&self) -> Result<File, CgroupError> {
+        let name = match self.cgroups.layout {
+            Layout::Unified(_) => "memory.current",
+            Layout::Split { .. } => "memory.usage_in_bytes",
+        };
+        let path = self.path(self.memory_parent(), "commands").join(name);
+        at("open", &path, File::open(&path))
+    }
+
+    /// How many processes the kernel has killed because the memory limit was reached.
+    pub fn out_of_memory_kills(&self) -> u64 {
+        let name = match self.cgroups.layout {
+            Layout::Unified(_) => "memory.events",
+            Layout::Split { .. } => "memory.oom_control",
+        };
+        fs::read_to_string(self.path(self.memory_parent(), "commands").join(name))
+            .unwrap_or_default()
+            .lines()
+            .find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+            .unwrap_or(0)
+    }
+
+    /// Host pids of the processes in a part.
+    pub fn processes(&self, part: Part) -> Vec<i32> {
+        // Every hierarchy holds the same ones; the memory controller's is always there.
+        fs::read_to_string(self.path(self.memory_parent(), part.name()).join("cgroup.procs"))
+            .unwrap_or_default()
+            .lines()
+            .filter_map(|line| line.trim().parse().ok())
+            .collect()
+    }
+
+    /// Removes the group; fails with EBUSY while a process is in it.
+    pub fn remove(&self) -> Result<(), CgroupError> {
+        for parent in self.cgroups.parents() {
+            let group = parent.join(&self.name);
+            for path in [group.join("agent"), group.join("commands"), group] {
+                match fs::remove_dir(&path) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return at("remove", &path, Err(error)),
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+pub enum Part {
+    Agent,
+    Commands,
+}
+
+impl Part {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Agent => "agent",
+            Self::Commands => "commands",
+        }
+    }
+}

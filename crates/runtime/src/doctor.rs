@@ -1,0 +1,129 @@
+//! What this host can do, what is missing, and what mends it.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::cgroup::Cgroups;
+
+/// How much a missing capability costs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weight {
+    /// No sandbox can be made without it.
+    Required,
+    /// Something is slower or not offered without it.
+    Optional,
+}
+
+/// One thing that was looked at.
+#[derive(Debug)]
+pub struct Finding {
+    pub name: &'static str,
+    pub weight: Weight,
+    /// What was found, when it is good; what is wrong, when it is not.
+    pub outcome: Result<String, String>,
+    /// The command or the change that mends it; empty when there is none.
+    pub remedy: &'static str,
+}
+
+/// Looks at everything. Blocks for some ten milliseconds.
+pub fn examine(data: &Path) -> Vec<Finding> {
+    let required = |name, outcome, remedy| Finding { name, weight: Weight::Required, outcome, remedy };
+    let optional = |name, outcome, remedy| Finding { name, weight: Weight::Optional, outcome, remedy };
+    vec![
+        required("root", root(), "run the server as root: sudo nagaya serve"),
+        required("kernel", kernel(), "use Linux 5.19 or newer (id-mapped overlay layers)"),
+        required("cgroups", cgroups(), "boot with cgroup v2, or with the v1 controllers cpu, memory and pids"),
+        required("user namespaces", namespace("user"), "sysctl -w user.max_user_namespaces=65536"),
+        required("network namespaces", namespace("net"), "use a kernel with CONFIG_NET_NS"),
+        required("overlay", filesystem("overlay"), "modprobe overlay"),
+        required("ext4", filesystem("ext4"), "modprobe ext4"),
+        required("loop devices", device("/dev/loop-control"), "modprobe loop"),
+        required("mkfs.ext4", program("mkfs.ext4", "-V"), "apt-get install e2fsprogs"),
+        required("nft", program("nft", "--version"), "apt-get install nftables"),
+        optional("reflink", reflink(data), "put the data directory on XFS or btrfs: disks are then copied in no time"),
+        optional("swap limit", swap_limit(), "boot with swapaccount=1, or switch swap off"),
+        optional("CRIU", program("criu", "--version"), "apt-get install criu (4.1 or newer)"),
+        optional("runsc", program("runsc", "--version"), "apt-get install runsc"),
+        optional("KVM", device("/dev/kvm"), "enable hardware virtualisation"),
+    ]
+}
+
+fn root() -> Result<String, String> {
+    if rustix::process::geteuid().is_root() { Ok("running as root".into()) } else { Err("not running as root".into()) }
+}
+
+fn kernel() -> Result<String, String> {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0u32));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version >= (5, 19) { Ok(format!("Linux {release}")) } else { Err(format!("Linux {release} is too old")) }
+}
+
+fn cgroups() -> Result<String, String> {
+    Cgroups::detect().map(|version| format!("cgroup {version}")).map_err(|error| error.to_string())
+}
+
+fn namespace(kind: &str) -> Result<String, String> {
+    let path = format!("/proc/sys/user/max_{kind}_namespaces");
+    match fs::read_to_string(&path).ok().and_then(|text| text.trim().parse::<u64>().ok()) {
+        Some(0) => Err("forbidden by the host".into()),
+        Some(number) => Ok(format!("up to {number}")),
+        None => Err("not offered by the kernel".into()),
+    }
+}
+
+fn filesystem(name: &str) -> Result<String, String> {
+    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    if known.lines().any(|line| line.split_whitespace().last() == Some(name)) {
+        Ok("offered by the kernel".into())
+    } else {
+        Err("not offered by the kernel".into())
+    }
+}
+
+fn device(path: &str) -> Result<String, String> {
+    if Path::new(path).exists() { Ok(format!("{path} is there")) } else { Err(format!("{path} is missing")) }
+}
+
+fn program(name: &str, version: &str) -> Result<String, String> {
+    let output = Command::new(name)
+        .arg(version)
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|_| "not installed".to_owned())?;
+    let text = [output.stdout, output.stderr].concat();
+    Ok(String::from_utf8_lossy(&text).lines().next().unwrap_or("installed").trim().to_owned())
+}
+
+fn reflink(data: &Path) -> Result<String, String> {
+    let place = data.ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/"));
+    let make = |name: &str| {
+        let path = place.join(name);
+        let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path);
+        let _ = fs::remove_file(&path);
+        file
+    };
+    let attempt = make(".nagaya-doctor-1").and_then(|source| {
+        let target = make(".nagaya-doctor-2")?;
+        Ok(rustix::fs::ioctl_ficlone(&target, &source)?)
+    });
+    match attempt {
+        Ok(()) => Ok(format!("{} shares blocks between copies", place.display())),
+        Err(error) => Err(format!("{} does not share blocks between copies ({error})", place.display())),
+    }
+}
+
+fn swap_limit() -> Result<String, String> {
+    let swap = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    if swap.lines().count() <= 1 {
+        return Ok("the host has no swap".into());
+    }
+    let files = ["/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes", "/sys/fs/cgroup/system.slice/memory.swap.max"];
+    if files.iter().any(|file| Path::new(file).exists()) {
+        Ok("swap is counted".into())
+    } else {
+        Err("the host swaps and does not count it: sandboxes can use more than their memory".into())
+    }
+}

@@ -1,0 +1,13 @@
+//! Drivers: the technologies that run sandboxes, behind `nagaya_engine::ports::Driver`.
+//!
+//! This crate talks to the host's kernel and never hears of a client family. The static programs it
+//! carries (spawner and agent) come from `nagaya-guest`.
+
+pub mod cgroup;
+pub mod doctor;
+pub mod link;
+pub mod namespace;
+mod programs;
+pub mod spawner;
+mod sys;
+

@@ -1,0 +1,171 @@
+//! Writable disks: sparse ext4 images, copied from a template that is formatted once for each size.
+//!
+//! A disk in use is a detached mount over an auto-clearing loop device: both are held by the
+//! sandbox's mount namespace (or by this process, before one has it) and go with it, so a killed
+//! server leaves neither a mount nor a loop device behind.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+
+use nagaya_guest::mount;
+use rustix::fs::{Mode, SeekFrom};
+use rustix::mount::MountAttrFlags;
+
+use crate::sys::loop_device::LoopDevice;
+
+const GIB: u64 = 1 << 30;
+/// Raised whenever what is inside a fresh disk changes.
+const TEMPLATE_VERSION: u32 = 1;
+
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    #[error("{step} {path}")]
+    System { step: &'static str, path: String, source: io::Error },
+    #[error("format a disk: {0}")]
+    Format(String),
+}
+
+fn at<T>(step: &'static str, path: &Path, result: io::Result<T>) -> Result<T, DiskError> {
+    result.map_err(|source| DiskError::System { step, path: path.display().to_string(), source })
+}
+
+/// The templates of one data directory.
+pub struct Disks {
+    templates: PathBuf,
+    /// Names of the overlays whose upper and work directories a disk holds.
+    layers: Vec<String>,
+    /// One formatting at a time; two sandboxes of a new size would race for its template.
+    formatting: Mutex<()>,
+}
+
+impl Disks {
+    pub fn open(data: &Path, layers: &[String]) -> Result<Self, DiskError> {
+        let templates = data.join("templates");
+        at("create", &templates, fs::create_dir_all(&templates))?;
+        let layers = std::iter::once("root".to_owned()).chain(layers.iter().cloned()).collect();
+        Ok(Self { templates, layers, formatting: Mutex::new(()) })
+    }
+
+    /// Makes a fresh disk of `size_gb` GiB at `path`.
+    pub fn make(&self, path: &Path, size_gb: u32) -> Result<(), DiskError> {
+        let template = self.template(size_gb)?;
+        let source = at("open", &template, File::open(&template))?;
+        let target = at("create", path, OpenOptions::new().write(true).create_new(true).mode(0o600).open(path))?;
+        if rustix::fs::ioctl_ficlone(&target, &source).is_ok() {
+            return Ok(());
+        }
+        at("copy to", path, copy_sparse(&source, &target))
+    }
+
+    fn template(&self, size_gb: u32) -> Result<PathBuf, DiskError> {
+        let layout = blake3::hash(self.layers.join("/").as_bytes()).to_hex();
+        let path = self.templates.join(format!("v{TEMPLATE_VERSION}-{}-{size_gb}g.ext4", &layout[..8]));
+        let _one = self.formatting.lock().expect("formatting does not panic");
+        if !path.exists() {
+            let fresh = path.with_extension("new");
+            let _ = fs::remove_file(&fresh);
+            self.format(&fresh, size_gb)?;
+            at("rename", &path, fs::rename(&fresh, &path))?;
+        }
+        Ok(path)
+    }
+
+    fn format(&self, path: &Path, size_gb: u32) -> Result<(), DiskError> {
+        let file = at("create", path, OpenOptions::new().write(true).create_new(true).mode(0o600).open(path))?;
+        at("size", path, file.set_len(u64::from(size_gb) * GIB))?;
+        drop(file);
+        let output = Command::new("mkfs.ext4")
+            .args(["-q", "-F", "-m", "0", "-b", "4096", "-J", "size=16"])
+            .args(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0"])
+            .arg(path)
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .stdin(Stdio::null())
+            .output()
+            .map_err(|error| DiskError::Format(format!("run mkfs.ext4 (package e2fsprogs): {error}")))?;
+        if !output.status.success() {
+            return Err(DiskError::Format(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+        }
+        let disk = attach(path)?;
+        for layer in &self.layers {
+            for directory in ["", "/upper", "/work"] {
+                let name = format!("{layer}{directory}");
+                rustix::fs::mkdirat(&disk, &name, Mode::from_raw_mode(0o755))
+                    .map_err(|errno| DiskError::System { step: "create", path: name, source: errno.into() })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Attaches a disk image and returns it as a detached mount.
+pub fn attach(path: &Path) -> Result<OwnedFd, DiskError> {
+    let file = at("open", path, OpenOptions::new().read(true).write(true).open(path))?;
+    let device = at("attach a loop device to", path, LoopDevice::attach(file.as_fd()))?;
+    let options = [
+        ("source", Some(device.path.as_str())),
+        // The template's inode tables are zero where it is a hole; writing zeros would fill the holes.
+        ("noinit_itable", None),
+        ("discard", None),
+    ];
+    let mount = mount::new_filesystem("ext4", &options, MountAttrFlags::MOUNT_ATTR_NODEV);
+    at("mount", path, mount.map_err(Into::into))
+}
+
+/// Copies what is not a hole.
+fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
+    let length = source.metadata()?.len();
+    target.set_len(length)?;
+    let mut position = 0;
+    while position < length {
+        let start = match rustix::fs::seek(source, SeekFrom::Data(position)) {
+            Ok(start) => start,
+            // No data after this position.
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(errno) => return Err(errno.into()),
+        };
+        let end = rustix::fs::seek(source, SeekFrom::Hole(start))?;
+        let (mut from, mut to) = (start, start);
+        while from < end {
+            let rest = (end - from) as usize;
+            let copied = rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), rest)?;
+            if copied == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        position = end;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    #[test]
+    fn a_sparse_copy_has_the_same_content_and_stays_sparse() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let open = |name: &str| {
+            OpenOptions::new().read(true).write(true).create(true).truncate(true).open(directory.path().join(name)).expect("a file")
+        };
+        let (source, target) = (open("a"), open("b"));
+        source.set_len(64 << 20).expect("a size");
+        for offset in [0, 5 << 20, (64 << 20) - 4] {
+            source.write_all_at(b"data", offset).expect("write");
+        }
+        copy_sparse(&source, &target).expect("copy");
+        let metadata = target.metadata().expect("metadata");
+        assert_eq!(metadata.len(), 64 << 20);
+        assert!(metadata.blocks() * 512 < 1 << 20, "{} blocks", metadata.blocks());
+        for offset in [0, 5 << 20, (64 << 20) - 4] {
+            let mut found = [0; 4];
+            target.read_exact_at(&mut found, offset).expect("read");
+            assert_eq!(&found, b"data");
+        }
+    }
+}

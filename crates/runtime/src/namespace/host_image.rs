@@ -1,0 +1,231 @@
+//! The image that needs no download: the host's own programs under a freshly made rest.
+//!
+//! Its layers are the host's `/usr` (and whatever of `/bin`, `/sbin`, `/lib*` is no link into it),
+//! read-only, and a base layer made here: `/etc` with what is on a list, homes, `/tmp`, `/var`.
+//! Nothing else of the host is in it.
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+
+/// Directories of a Unix root that hold programs and libraries.
+const PROGRAM_DIRECTORIES: [&str; 7] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"];
+
+/// What is taken from the host's `/etc`: needed by programs of `/usr`, and telling nothing of the
+/// host's users, secrets or network.
+const FROM_ETC: [&str; 33] = [
+    "alternatives", "bash.bashrc", "ca-certificates", "ca-certificates.conf", "debconf.conf", "debian_version", "dpkg",
+    "environment", "fonts", "inputrc", "java-17-openjdk", "java-21-openjdk", "ld.so.cache", "ld.so.conf", "ld.so.conf.d",
+    "locale.alias", "localtime", "login.defs", "magic", "magic.mime", "mime.types", "os-release", "pam.conf", "pam.d", "perl",
+    "profile", "protocols", "python3", "python3.11", "security", "services", "skel", "terminfo",
+];
+/// Of `/etc/ssl` only this: the rest may hold private keys.
+const FROM_ETC_SSL: [&str; 2] = ["certs", "openssl.cnf"];
+
+/// The user that commands run as.
+const TENKI: u32 = 1000;
+/// Larger files of `/etc` are not configuration.
+const FILE_BYTES_MAX: u64 = 8 << 20;
+
+#[derive(Debug, thiserror::Error)]
+#[error("make the host image: {path}")]
+pub struct ImageError {
+    path: String,
+    source: io::Error,
+}
+
+fn at<T>(path: &Path, result: io::Result<T>) -> Result<T, ImageError> {
+    result.map_err(|source| ImageError { path: path.display().to_string(), source })
+}
+
+/// The layers of an image, as paths on the host.
+#[derive(Debug, Clone)]
+pub struct Image {
+    /// The bottom of the root.
+    pub base: PathBuf,
+    /// Directories with a layer of their own: name below the root, and the host's directory.
+    pub layers: Vec<(String, PathBuf)>,
+}
+
+impl Image {
+    pub fn layer_names(&self) -> Vec<String> {
+        self.layers.iter().map(|(name, _)| name.clone()).collect()
+    }
+}
+
+/// Raised whenever this module makes something else of the same host.
+const VERSION: u32 = 1;
+
+/// Makes the base layer below `images`, unless the same one is there. Sandboxes keep the layer they
+/// started with: an old one may be removed only when [`remove_unused`] finds it unused.
+pub fn make(images: &Path, name_server: Option<Ipv4Addr>) -> Result<Image, ImageError> {
+    at(images, fs::create_dir_all(images))?;
+    let base = images.join(format!("host-{}", fingerprint(name_server)));
+    if !base.exists() {
+        let fresh = images.join("new");
+        if fresh.exists() {
+            at(&fresh, fs::remove_dir_all(&fresh))?;
+        }
+        at(&fresh, fs::create_dir(&fresh))?;
+        make_base(&fresh, name_server)?;
+        at(&base, fs::rename(&fresh, &base))?;
+    }
+    let layers = PROGRAM_DIRECTORIES
+        .iter()
+        .map(|name| ((*name).to_owned(), Path::new("/").join(name)))
+        .filter(|(_, path)| fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir()))
+        .collect();
+    Ok(Image { base, layers })
+}
+
+fn make_base(base: &Path, name_server: Option<Ipv4Addr>) -> Result<(), ImageError> {
+    at(base, fs::set_permissions(base, Permissions::from_mode(0o755)))?;
+    for name in PROGRAM_DIRECTORIES {
+        let host = Path::new("/").join(name);
+        let Ok(metadata) = fs::symlink_metadata(&host) else { continue };
+        let inside = base.join(name);
+        if metadata.is_symlink() {
+            at(&inside, fs::read_link(&host).and_then(|target| symlink(target, &inside)))?;
+        } else if metadata.is_dir() {
+            at(&inside, fs::create_dir(&inside))?;
+        }
+    }
+    make_directories(base)?;
+    make_etc(&base.join("etc"), name_server)
+}
+
+/// Names what the base layer is made from, without reading it: sizes and times tell of changes.
+fn fingerprint(name_server: Option<Ipv4Addr>) -> String {
+    let mut hash = blake3::Hasher::new();
+    hash.update(format!("{VERSION} {name_server:?}").as_bytes());
+    let listed = FROM_ETC.iter().map(|name| Path::new("/etc").join(name));
+    let certificates = FROM_ETC_SSL.iter().map(|name| Path::new("/etc/ssl").join(name));
+    let directories = PROGRAM_DIRECTORIES.iter().map(|name| Path::new("/").join(name));
+    for path in listed.chain(certificates) {
+        describe(&path, &mut hash);
+    }
+    for path in directories {
+        if let Ok(metadata) = fs::symlink_metadata(&path) {
+            hash.update(format!("{} {}", path.display(), metadata.is_symlink()).as_bytes());
+        }
+    }
+    describe(Path::new("/var/lib/dpkg/status"), &mut hash);
+    hash.finalize().to_hex()[..16].to_owned()
+}
+
+fn describe(path: &Path, hash: &mut blake3::Hasher) {
+    let Ok(metadata) = fs::symlink_metadata(path) else { return };
+    hash.update(format!("{}\0{}\0{}\0{}", path.display(), metadata.mode(), metadata.len(), metadata.mtime()).as_bytes());
+    if metadata.is_dir() {
+        let mut entries: Vec<_> = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        entries.sort();
+        entries.iter().for_each(|entry| describe(entry, hash));
+    }
+}
+
+/// Removes base layers that neither new nor running sandboxes use.
+pub fn remove_unused(images: &Path, used: &[PathBuf]) {
+    for entry in fs::read_dir(images).into_iter().flatten().flatten() {
+        if !used.contains(&entry.path()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+fn make_directories(base: &Path) -> Result<(), ImageError> {
+    let directories = [
+        ("dev", 0o755, 0), ("etc", 0o755, 0), ("home", 0o755, 0), ("home/tenki", 0o755, TENKI), ("media", 0o755, 0),
+        ("mnt", 0o755, 0), ("opt", 0o755, 0), ("proc", 0o555, 0), ("root", 0o700, 0), ("run", 0o755, 0), ("run/lock", 0o1777, 0),
+        ("srv", 0o755, 0), ("sys", 0o555, 0), ("tmp", 0o1777, 0), ("var", 0o755, 0), ("var/cache", 0o755, 0),
+        ("var/lib", 0o755, 0), ("var/local", 0o755, 0), ("var/log", 0o755, 0), ("var/mail", 0o755, 0), ("var/opt", 0o755, 0),
+        ("var/spool", 0o755, 0), ("var/tmp", 0o1777, 0), ("workspace", 0o755, TENKI),
+    ];
+    for (name, mode, owner) in directories {
+        let path = base.join(name);
+        at(&path, fs::create_dir(&path))?;
+        at(&path, fs::set_permissions(&path, Permissions::from_mode(mode)))?;
+        at(&path, chown(&path, Some(owner), Some(owner)))?;
+    }
+    at(base, symlink("/run", base.join("var/run")))?;
+    at(base, symlink("/run/lock", base.join("var/lock")))?;
+    at(base, symlink("/proc/self/mounts", base.join("etc/mtab")))?;
+    // What package managers know of the programs in /usr; without it they would install over them.
+    copy(Path::new("/var/lib/dpkg"), &base.join("var/lib/dpkg"))?;
+    let skeleton = Path::new("/etc/skel");
+    if let Ok(entries) = fs::read_dir(skeleton) {
+        for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file())) {
+            let target = base.join("home/tenki").join(entry.file_name());
+            copy(&entry.path(), &target)?;
+            at(&target, chown(&target, Some(TENKI), Some(TENKI)))?;
+        }
+    }
+    Ok(())
+}
+
+fn make_etc(etc: &Path, name_server: Option<Ipv4Addr>) -> Result<(), ImageError> {
+    for name in FROM_ETC {
+        copy(&Path::new("/etc").join(name), &etc.join(name))?;
+    }
+    at(etc, fs::create_dir(etc.join("ssl")))?;
+    for name in FROM_ETC_SSL {
+        copy(&Path::new("/etc/ssl").join(name), &etc.join("ssl").join(name))?;
+    }
+    let resolver = name_server.map_or(String::new(), |address| format!("nameserver {address}\n"));
+    let files = [
+        ("passwd", 0o644, "root:x:0:0:root:/root:/bin/bash\n\
+                           daemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin\n\
+                           mail:x:8:8:mail:/var/mail:/usr/sbin/nologin\n\
+                           www-data:x:33:33:www-data:/var/www:/usr/sbin/nologin\n\
+                           _apt:x:42:65534::/nonexistent:/usr/sbin/nologin\n\
+                           tenki:x:1000:1000:tenki:/home/tenki:/bin/bash\n\
+                           nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"),
+        ("group", 0o644, "root:x:0:\ndaemon:x:1:\nadm:x:4:\ntty:x:5:\ndisk:x:6:\nmail:x:8:\nsudo:x:27:tenki\nwww-data:x:33:\n\
+                          shadow:x:42:\nutmp:x:43:\nstaff:x:50:\nusers:x:100:\ntenki:x:1000:\nnogroup:x:65534:\n"),
+        // No password fits `*`; `sudo` asks for none.
+        ("shadow", 0o640, "root:*:19000:0:99999:7:::\ntenki:*:19000:0:99999:7:::\n"),
+        ("sudoers", 0o440, "Defaults env_reset, !use_pty\nroot ALL=(ALL:ALL) ALL\ntenki ALL=(ALL:ALL) NOPASSWD: ALL\n"),
+        ("hostname", 0o644, "sandbox\n"),
+        ("hosts", 0o644, "127.0.0.1 localhost sandbox\n::1 localhost ip6-localhost\n"),
+        ("nsswitch.conf", 0o644, "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nservices: files\nprotocols: files\n"),
+        ("host.conf", 0o644, "multi on\n"),
+        ("shells", 0o644, "/bin/sh\n/bin/bash\n"),
+        ("resolv.conf", 0o644, resolver.as_str()),
+        ("fstab", 0o644, ""),
+    ];
+    for (name, mode, content) in files {
+        let path = etc.join(name);
+        at(&path, fs::write(&path, content))?;
+        at(&path, fs::set_permissions(&path, Permissions::from_mode(mode)))?;
+    }
+    Ok(())
+}
+
+/// Copies a file, link or directory with its permissions; what is absent is left out. Owners become
+/// root: everything on the list is root's on a sane host.
+fn copy(from: &Path, to: &Path) -> Result<(), ImageError> {
+    let Ok(metadata) = fs::symlink_metadata(from) else { return Ok(()) };
+    if metadata.is_symlink() {
+        return at(to, fs::read_link(from).and_then(|target| symlink(target, to)));
+    }
+    if metadata.is_file() {
+        if metadata.len() > FILE_BYTES_MAX && !from.starts_with("/var/lib/dpkg") {
+            return Ok(());
+        }
+        // Unreadable by others means secret.
+        if metadata.permissions().mode() & 0o004 == 0 {
+            return Ok(());
+        }
+        return at(to, fs::copy(from, to).map(drop));
+    }
+    if metadata.is_dir() {
+        at(to, fs::create_dir_all(to))?;
+        at(to, fs::set_permissions(to, metadata.permissions()))?;
+        for entry in at(from, fs::read_dir(from))? {
+            let entry = at(from, entry)?;
+            copy(&entry.path(), &to.join(entry.file_name()))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,14 @@
+//! The engine's records on SQLite.
+//!
+//! One thread writes, a few read; no async thread ever waits for the disk. What
+//! [`Store::commit`](nagaya_engine::ports::Store::commit) acknowledged has been flushed to the disk.
+//! This crate knows rows and queries; what the rows mean is decided in the engine.
+
+mod lock;
+mod migrate;
+mod rows;
+mod sqlite;
+mod writer;
+
+pub use lock::DirectoryLock;
+pub use sqlite::SqliteStore;

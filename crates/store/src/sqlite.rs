@@ -1,0 +1,344 @@
+//! [`SqliteStore`]: the store of one server on one machine.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use nagaya_api::ids::{ExecutionId, SessionId};
+use nagaya_engine::model::{ApiKey, Execution, Session, Workspace};
+use nagaya_engine::ports::{Change, SessionQuery, Store, StoreError};
+use rusqlite::types::Value;
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params_from_iter};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::lock::DirectoryLock;
+use crate::writer::{self, Commit};
+use crate::{migrate, rows};
+
+const READER_THREADS: usize = 2;
+/// Requests that wait for the writer, and for the readers; more callers wait their turn.
+const QUEUE_LENGTH: usize = 1024;
+/// Only another program that looks into the file can make us wait at all.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+type Question = Box<dyn FnOnce(&Connection) + Send>;
+
+/// A [`Store`] in one SQLite file. Dropping it waits until everything queued has been written.
+#[derive(Debug)]
+pub struct SqliteStore {
+    // Both are `None` only while dropping.
+    commits: Option<mpsc::Sender<Commit>>,
+    questions: Option<mpsc::Sender<Question>>,
+    threads: Vec<JoinHandle<()>>,
+    // The last field: it is released when the threads are done.
+    _lock: DirectoryLock,
+}
+
+impl SqliteStore {
+    /// Opens the database file, making it (mode 0600) and bringing its schema up to date as needed.
+    ///
+    /// Takes the lock of the file's directory: fails when another process uses that directory, when
+    /// the file is no database of Nagaya's, or when a newer version wrote it. It is unchanged then.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let directory = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let lock = DirectoryLock::acquire(directory)?;
+        make_private_file(path, directory)
+            .map_err(|error| StoreError(format!("open {}: {error}", path.display())))?;
+        migrate::check(path)?;
+
+        let mut database = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+        migrate::run(&mut database)?;
+        let readers = (0..READER_THREADS)
+            .map(|_| connect(path, OpenFlags::SQLITE_OPEN_READ_ONLY))
+            .collect::<Result<Vec<_>, _>>()?;
+
+        let (commits, commit_queue) = mpsc::channel(QUEUE_LENGTH);
+        let (questions, question_queue) = mpsc::channel(QUEUE_LENGTH);
+        let question_queue = Arc::new(Mutex::new(question_queue));
+        let mut store = Self {
+            commits: Some(commits),
+            questions: Some(questions),
+            threads: Vec::new(),
+            _lock: lock,
+        };
+        store.start("store-writer", move || writer::run(database, commit_queue))?;
+        for reader in readers {
+            let queue = question_queue.clone();
+            store.start("store-reader", move || answer_questions(&reader, &queue))?;
+        }
+        Ok(store)
+    }
+
+    fn start(
+        &mut self,
+        name: &str,
+        work: impl FnOnce() + Send + 'static,
+    ) -> Result<(), StoreError> {
+        let thread = std::thread::Builder::new()
+            .name(name.into())
+            .spawn(work)
+            .map_err(|error| StoreError(format!("start the thread {name}: {error}")))?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Runs `ask` on a reader thread.
+    async fn read<T: Send + 'static>(
+        &self,
+        ask: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let (reply, answer) = oneshot::channel();
+        let question: Question = Box::new(move |database| {
+            // A caller that went away has no use for the answer.
+            let _ = reply.send(ask(database));
+        });
+        let questions = self
+            .questions
+            .as_ref()
+            .expect("the queue lives as long as the store");
+        questions.send(question).await.map_err(|_| stopped())?;
+        answer
+            .await
+            .map_err(|_| stopped())?
+            .map_err(|error| StoreError(format!("read the database: {error}")))
+    }
+}
+
+impl Drop for SqliteStore {
+    fn drop(&mut self) {
+        self.commits = None;
+        self.questions = None;
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has said so already, and holds nothing any more.
+            let _ = thread.join();
+        }
+    }
+}
+
+#[async_trait]
+impl Store for SqliteStore {
+    async fn commit(&self, changes: Vec<Change>) -> Result<(), StoreError> {
+        let (done, outcome) = oneshot::channel();
+        let commits = self
+            .commits
+            .as_ref()
+            .expect("the queue lives as long as the store");
+        commits
+            .send(Commit { changes, done })
+            .await
+            .map_err(|_| stopped())?;
+        outcome.await.map_err(|_| stopped())?
+    }
+
+    async fn workspaces(&self) -> Result<Vec<Workspace>, StoreError> {
+        let sql = format!(
+            "SELECT {} FROM workspaces ORDER BY created_at, id",
+            rows::WORKSPACE_COLUMNS
+        );
+        self.read(move |database| all(database, &sql, Vec::new(), rows::read_workspace))
+            .await
+    }
+
+    async fn api_keys(&self) -> Result<Vec<ApiKey>, StoreError> {
+        let sql = format!(
+            "SELECT {} FROM api_keys ORDER BY created_at, id",
+            rows::API_KEY_COLUMNS
+        );
+        self.read(move |database| all(database, &sql, Vec::new(), rows::read_api_key))
+            .await
+    }
+
+    async fn setting(&self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        let name = name.to_string();
+        self.read(move |database| {
+            database
+                .prepare_cached("SELECT value FROM settings WHERE name = ?1")?
+                .query_row([name], |row| row.get(0))
+                .optional()
+        })
+        .await
+    }
+
+    async fn session(&self, id: SessionId) -> Result<Option<Session>, StoreError> {
+        let sql = format!(
+            "SELECT {} FROM sessions WHERE id = ?1",
+            rows::SESSION_COLUMNS
+        );
+        self.read(move |database| {
+            database
+                .prepare_cached(&sql)?
+                .query_row([id.to_string()], rows::read_session)
+                .optional()
+        })
+        .await
+    }
+
+    async fn sessions(&self, query: SessionQuery) -> Result<Vec<Session>, StoreError> {
+        self.read(move |database| {
+            let (sql, values) = list_statement(&query)?;
+            all(database, &sql, values, rows::read_session)
+        })
+        .await
+    }
+
+    async fn live_sessions(&self) -> Result<Vec<Session>, StoreError> {
+        // The literal lets SQLite use the index that leaves terminated sessions out.
+        let sql = format!(
+            "SELECT {} FROM sessions WHERE state <> 6 ORDER BY created_at, id",
+            rows::SESSION_COLUMNS
+        );
+        self.read(move |database| all(database, &sql, Vec::new(), rows::read_session))
+            .await
+    }
+
+    async fn execution(&self, id: ExecutionId) -> Result<Option<Execution>, StoreError> {
+        let sql = format!(
+            "SELECT {} FROM executions WHERE id = ?1",
+            rows::EXECUTION_COLUMNS
+        );
+        self.read(move |database| {
+            database
+                .prepare_cached(&sql)?
+                .query_row([id.to_string()], rows::read_execution)
+                .optional()
+        })
+        .await
+    }
+
+    async fn executions(&self, session_id: SessionId) -> Result<Vec<Execution>, StoreError> {
+        let sql = format!(
+            "SELECT {} FROM executions WHERE session_id = ?1 ORDER BY started_at, id",
+            rows::EXECUTION_COLUMNS
+        );
+        self.read(move |database| {
+            all(
+                database,
+                &sql,
+                vec![Value::Text(session_id.to_string())],
+                rows::read_execution,
+            )
+        })
+        .await
+    }
+}
+
+fn list_statement(query: &SessionQuery) -> rusqlite::Result<(String, Vec<Value>)> {
+    let mut sql = format!("SELECT {} FROM sessions WHERE true", rows::SESSION_COLUMNS);
+    let mut values = Vec::new();
+    let mut filter = |condition: &str, value: Value| {
+        values.push(value);
+        sql.push_str(" AND ");
+        sql.push_str(condition);
+    };
+    if let Some(workspace_id) = query.workspace_id {
+        filter("workspace_id = ?", Value::Text(workspace_id.to_string()));
+    }
+    if let Some(owner_id) = &query.owner_id {
+        filter("owner_id = ?", Value::Text(owner_id.clone()));
+    }
+    if let Some(state) = query.state {
+        filter("state = ?", Value::Integer(state as i64));
+    }
+    if let Some(sticky) = query.sticky {
+        filter("sticky = ?", Value::Integer(sticky.into()));
+    }
+    if !query.tags.is_empty() {
+        filter(
+            "NOT EXISTS (SELECT 1 FROM json_each(?) AS wanted
+                 WHERE wanted.value NOT IN (SELECT present.value FROM json_each(sessions.tags) AS present))",
+            Value::Text(rows::json(&query.tags)?),
+        );
+    }
+    if let Some((created_at, id)) = query.before {
+        filter(
+            "(created_at, id) < (?, ?)",
+            Value::Integer(rows::integer(created_at)?),
+        );
+        values.push(Value::Text(id.to_string()));
+    }
+    if !query.include_terminated {
+        sql.push_str(" AND state <> 6");
+    }
+    sql.push_str(" ORDER BY created_at DESC, id DESC LIMIT ?");
+    values.push(Value::Integer(query.limit.into()));
+    Ok((sql, values))
+}
+
+fn all<T>(
+    database: &Connection,
+    sql: &str,
+    values: Vec<Value>,
+    read: fn(&Row<'_>) -> rusqlite::Result<T>,
+) -> rusqlite::Result<Vec<T>> {
+    database
+        .prepare_cached(sql)?
+        .query_map(params_from_iter(values), read)?
+        .collect()
+}
+
+fn answer_questions(database: &Connection, queue: &Mutex<mpsc::Receiver<Question>>) {
+    loop {
+        // The guard is dropped before the question is answered, so that the others can take the next one.
+        let next = queue
+            .lock()
+            .expect("no reader panics while it takes a question")
+            .blocking_recv();
+        match next {
+            Some(question) => question(database),
+            None => return,
+        }
+    }
+}
+
+fn connect(path: &Path, access: OpenFlags) -> Result<Connection, StoreError> {
+    let fail = |error: rusqlite::Error| StoreError(format!("open {}: {error}", path.display()));
+    let database = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)
+        .map_err(fail)?;
+    database.busy_timeout(BUSY_TIMEOUT).map_err(fail)?;
+    database.set_prepared_statement_cache_capacity(64);
+    database
+        .pragma_update(None, "foreign_keys", true)
+        .map_err(fail)?;
+    if access.contains(OpenFlags::SQLITE_OPEN_READ_WRITE) {
+        let mode: String = database
+            .pragma_update_and_check(None, "journal_mode", "wal", |row| row.get(0))
+            .map_err(fail)?;
+        if mode != "wal" {
+            return Err(StoreError(format!(
+                "open {}: this file system cannot hold a write-ahead log",
+                path.display()
+            )));
+        }
+        database
+            .pragma_update(None, "synchronous", "full")
+            .map_err(fail)?;
+    }
+    Ok(database)
+}
+
+/// Makes the file when it is missing; tightens the mode of one that others may read.
+fn make_private_file(path: &Path, directory: &Path) -> std::io::Result<()> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)?;
+    if file.metadata()?.permissions().mode() & 0o077 != 0 {
+        file.set_permissions(Permissions::from_mode(0o600))?;
+    }
+    // The name must be as lasting as what will be written under it.
+    File::open(directory)?.sync_all()
+}
+
+fn stopped() -> StoreError {
+    StoreError("the store's threads have stopped; see the log for the first error".into())
+}

@@ -1,0 +1,364 @@
+//! The store's promises on SQLite, and what only a file on a disk can promise.
+
+#![allow(clippy::unwrap_used)]
+
+mod suite;
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use nagaya_engine::model::{Session, SessionState};
+use nagaya_engine::ports::{Change, SessionQuery, Store};
+use nagaya_store::SqliteStore;
+use rusqlite::Connection;
+
+use suite::{execution, join_all, runtime, session, workspace};
+
+const FILE: &str = "state.db";
+
+fn open(directory: &Path) -> SqliteStore {
+    SqliteStore::open(&directory.join(FILE)).unwrap()
+}
+
+#[test]
+fn sqlite_keeps_every_promise_of_a_store() {
+    suite::every_promise(|| {
+        let directory = tempfile::tempdir().unwrap();
+        (
+            Box::new(open(directory.path())) as Box<dyn Store>,
+            directory,
+        )
+    });
+}
+
+#[test]
+fn a_commit_that_cannot_be_written_changes_nothing_and_hurts_no_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path());
+    runtime().block_on(async {
+        store
+            .commit(vec![Change::Workspace(workspace(1))])
+            .await
+            .unwrap();
+        let orphan = |number| Session {
+            workspace_id: workspace(9).id,
+            ..session(2, number)
+        };
+        let outcomes = join_all((0..100).map(|number| {
+            let second = if number % 10 == 3 {
+                orphan(number)
+            } else {
+                session(2, number)
+            };
+            store.commit(vec![
+                Change::Session(session(1, number)),
+                Change::Session(second),
+            ])
+        }))
+        .await;
+        for (number, outcome) in (0..).zip(outcomes) {
+            let refused = number % 10 == 3;
+            assert_eq!(outcome.is_err(), refused, "commit {number}");
+            for created_at in [1, 2] {
+                let found = store.session(session(created_at, number).id).await.unwrap();
+                assert_eq!(
+                    found.is_none(),
+                    refused,
+                    "commit {number}, row {created_at}"
+                );
+            }
+        }
+        let too_late = Session {
+            timeout_at: Some(u64::MAX),
+            ..session(3, 3)
+        };
+        store
+            .commit(vec![Change::Session(too_late)])
+            .await
+            .unwrap_err();
+    });
+}
+
+#[test]
+fn everything_is_there_after_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let session = session(1, 1);
+    let execution = execution(session.id, 1);
+    let store = open(directory.path());
+    runtime()
+        .block_on(store.commit(vec![
+            Change::Workspace(workspace(1)),
+            Change::Session(session.clone()),
+            Change::Execution(execution.clone()),
+        ]))
+        .unwrap();
+    drop(store);
+    let store = open(directory.path());
+    runtime().block_on(async {
+        assert_eq!(store.workspaces().await.unwrap(), [workspace(1)]);
+        assert_eq!(store.live_sessions().await.unwrap(), std::slice::from_ref(&session));
+        assert_eq!(store.executions(session.id).await.unwrap(), [execution]);
+    });
+}
+
+#[test]
+fn commits_whose_callers_went_away_are_still_written_before_the_store_closes() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path());
+    runtime().block_on(async {
+        store
+            .commit(vec![Change::Workspace(workspace(1))])
+            .await
+            .unwrap();
+        for number in 0..50 {
+            let mut commit = store.commit(vec![Change::Session(session(1, number))]);
+            // One poll puts it into the queue; then the caller gives up.
+            std::future::poll_fn(|context| {
+                let _ = commit.as_mut().poll(context);
+                std::task::Poll::Ready(())
+            })
+            .await;
+        }
+    });
+    drop(store);
+    let store = open(directory.path());
+    assert_eq!(runtime().block_on(store.live_sessions()).unwrap().len(), 50);
+}
+
+#[test]
+fn only_the_owner_can_read_the_files() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join(FILE), "").unwrap();
+    std::fs::set_permissions(
+        directory.path().join(FILE),
+        std::fs::Permissions::from_mode(0o644),
+    )
+    .unwrap();
+    let store = open(directory.path());
+    runtime()
+        .block_on(store.commit(vec![Change::Workspace(workspace(1))]))
+        .unwrap();
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(directory.path()).unwrap() {
+        let entry = entry.unwrap();
+        assert_eq!(
+            entry.metadata().unwrap().permissions().mode() & 0o777,
+            0o600,
+            "{:?}",
+            entry.file_name()
+        );
+        names.push(entry.file_name().into_string().unwrap());
+    }
+    assert!(names.contains(&format!("{FILE}-wal")), "{names:?}");
+}
+
+#[test]
+fn a_second_server_on_the_same_directory_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path());
+    let refused = SqliteStore::open(&directory.path().join(FILE)).unwrap_err();
+    assert!(
+        refused
+            .0
+            .contains(&format!("in use by process {}", std::process::id())),
+        "{refused}"
+    );
+    drop(store);
+    open(directory.path());
+}
+
+#[test]
+fn a_database_of_a_newer_version_is_refused_unchanged() {
+    let directory = tempfile::tempdir().unwrap();
+    drop(open(directory.path()));
+    let path = directory.path().join(FILE);
+    let database = Connection::open(&path).unwrap();
+    database
+        .execute(
+            "INSERT INTO schema_migrations VALUES (99, 'of the future')",
+            [],
+        )
+        .unwrap();
+    database
+        .execute("CREATE TABLE of_the_future (x TEXT)", [])
+        .unwrap();
+    drop(database);
+    let before = std::fs::read(&path).unwrap();
+    let refused = SqliteStore::open(&path).unwrap_err();
+    assert!(
+        refused.0.contains("schema 99") && refused.0.contains("newer version"),
+        "{refused}"
+    );
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+}
+
+#[test]
+fn an_edited_migration_and_a_foreign_database_are_refused_unchanged() {
+    for (prepare, words) in [
+        (
+            "UPDATE schema_migrations SET checksum = 'another'",
+            "another form",
+        ),
+        ("DROP TABLE schema_migrations", "another program"),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        drop(open(directory.path()));
+        let path = directory.path().join(FILE);
+        Connection::open(&path)
+            .unwrap()
+            .execute_batch(prepare)
+            .unwrap();
+        let before = std::fs::read(&path).unwrap();
+        let refused = SqliteStore::open(&path).unwrap_err();
+        assert!(refused.0.contains(words), "{refused}");
+        assert_eq!(std::fs::read(&path).unwrap(), before);
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join(FILE);
+    std::fs::write(
+        &path,
+        "this is a letter, not a database, and a fairly long one at that",
+    )
+    .unwrap();
+    SqliteStore::open(&path).unwrap_err();
+    assert!(
+        std::fs::read_to_string(&path)
+            .unwrap()
+            .starts_with("this is a letter")
+    );
+}
+
+#[test]
+fn common_lists_read_an_index_in_order() {
+    let directory = tempfile::tempdir().unwrap();
+    drop(open(directory.path()));
+    let database = Connection::open(directory.path().join(FILE)).unwrap();
+    for (condition, index) in [
+        ("", "sessions_by_age"),
+        ("AND state <> 6", "sessions_alive_by_age"),
+    ] {
+        let sql = format!(
+            "EXPLAIN QUERY PLAN SELECT * FROM sessions WHERE workspace_id = ? {condition}
+             AND (created_at, id) < (?, ?) ORDER BY created_at DESC, id DESC LIMIT ?"
+        );
+        let plan: Vec<String> = database
+            .prepare(&sql)
+            .unwrap()
+            .query_map([1, 2, 3, 4], |row| row.get(3))
+            .unwrap()
+            .map(Result::unwrap)
+            .collect();
+        assert_eq!(plan.len(), 1, "no separate sorting: {plan:?}");
+        assert!(
+            plan[0].contains(&format!("INDEX {index} (workspace_id=?")),
+            "{plan:?}"
+        );
+    }
+}
+
+/// The program that the next test kills: writes sessions, and prints the number of each one that
+/// was acknowledged.
+#[test]
+#[ignore = "started by the kill -9 test with a directory in NAGAYA_STORE_TEST"]
+fn program_that_commits_until_it_is_killed() {
+    let directory = std::env::var("NAGAYA_STORE_TEST").unwrap();
+    let store = open(Path::new(&directory));
+    runtime().block_on(async {
+        store
+            .commit(vec![Change::Workspace(workspace(1))])
+            .await
+            .unwrap();
+        let known = store.sessions(SessionQuery {
+            include_terminated: true,
+            limit: u32::MAX,
+            ..Default::default()
+        });
+        let first = known.await.unwrap().len() as u32;
+        join_all((0..8).map(|writer| {
+            let store = &store;
+            async move {
+                for number in (first + writer..).step_by(8) {
+                    let session = session(1, number);
+                    let execution = nagaya_engine::model::Execution {
+                        id: nagaya_api::ids::ExecutionId::from_uuid(*session.id.as_uuid()),
+                        ..execution(session.id, 1)
+                    };
+                    let ended = Session {
+                        state: SessionState::Terminated,
+                        ..session.clone()
+                    };
+                    store
+                        .commit(vec![Change::Session(session), Change::Execution(execution)])
+                        .await
+                        .unwrap();
+                    store.commit(vec![Change::Session(ended)]).await.unwrap();
+                    // Below the test harness's own capturing of output.
+                    let mut output =
+                        std::fs::File::from(rustix::io::dup(rustix::stdio::stdout()).unwrap());
+                    writeln!(output, "acknowledged {number}").unwrap();
+                }
+            }
+        }))
+        .await;
+    });
+}
+
+#[test]
+fn kill_9_in_the_middle_of_commits_loses_nothing_that_was_acknowledged() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut acknowledged = Vec::new();
+    for round in 0..6 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--ignored",
+                "--exact",
+                "--nocapture",
+                "program_that_commits_until_it_is_killed",
+            ])
+            .env("NAGAYA_STORE_TEST", directory.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut seen = 0;
+        for line in lines {
+            let line = line.unwrap();
+            // The test harness prints the test's name without ending the line.
+            if let Some((_, number)) = line.split_once("acknowledged ") {
+                acknowledged.push(number.parse::<u32>().unwrap());
+                seen += 1;
+                if seen == 20 + 97 * round {
+                    child.kill().unwrap();
+                }
+            }
+        }
+        assert!(!child.wait().unwrap().success());
+        assert!(seen >= 20 + 97 * round);
+
+        let store = open(directory.path());
+        runtime().block_on(async {
+            for number in &acknowledged {
+                let kept = store
+                    .session(session(1, *number).id)
+                    .await
+                    .unwrap()
+                    .unwrap();
+                assert_eq!(kept.state, SessionState::Terminated, "session {number}");
+            }
+            let query = SessionQuery {
+                include_terminated: true,
+                limit: u32::MAX,
+                ..Default::default()
+            };
+            for kept in store.sessions(query).await.unwrap() {
+                assert_eq!(
+                    store.executions(kept.id).await.unwrap().len(),
+                    1,
+                    "a commit is all or nothing"
+                );
+            }
+        });
+    }
+}

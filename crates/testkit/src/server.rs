@@ -1,0 +1,208 @@
+//! The real program, started on a free port with a data directory of its own.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+const STOP_TIMEOUT: Duration = Duration::from_secs(60);
+const READY: &str = "nagaya ready on ";
+
+/// The program under test: `NAGAYA_BIN`, else the debug build of this workspace.
+pub fn binary() -> PathBuf {
+    let path = match std::env::var_os("NAGAYA_BIN") {
+        Some(path) => PathBuf::from(path),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/debug/nagaya"),
+    };
+    assert!(
+        path.exists(),
+        "there is no server binary at {}: build it, or name one in NAGAYA_BIN",
+        path.display()
+    );
+    path
+}
+
+/// A server and its data directory. Dropping it kills the server and purges what it made.
+pub struct Server {
+    data_dir: TempDir,
+    child: Option<Child>,
+    endpoint: String,
+    log: Arc<Mutex<String>>,
+}
+
+impl Server {
+    /// Starts a server with small pools.
+    pub fn start() -> Self {
+        Self::start_with("[pools]\nnetwork_slots_ready = 4\ndisks_ready = 4\n")
+    }
+
+    /// Starts a server with this configuration (TOML).
+    pub fn start_with(configuration: &str) -> Self {
+        let data_dir = tempfile::Builder::new()
+            .prefix("nagaya-test-")
+            .tempdir()
+            .unwrap();
+        fs::write(data_dir.path().join("test.toml"), configuration).unwrap();
+        let mut server = Self {
+            data_dir,
+            child: None,
+            endpoint: String::new(),
+            log: Arc::default(),
+        };
+        server.restart();
+        server
+    }
+
+    /// Starts the server again on the same data, after [`Server::terminate`] or [`Server::kill`].
+    pub fn restart(&mut self) {
+        assert!(self.child.is_none(), "the server is running already");
+        let mut child = Command::new(binary())
+            .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
+            .arg(self.data_dir.path())
+            .arg("--config")
+            .arg(self.data_dir.path().join("test.toml"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stderr = child.stderr.take().unwrap();
+        let log = self.log.clone();
+        std::thread::spawn(move || collect(stderr, &log));
+        let stdout = child.stdout.take().unwrap();
+        let (send, receive) = mpsc::channel();
+        std::thread::spawn(move || {
+            // Reads on after the first line, so that the pipe never fills up.
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if let Some(endpoint) = line.strip_prefix(READY) {
+                    let _ = send.send(endpoint.trim().to_string());
+                }
+            }
+        });
+        self.child = Some(child);
+        match receive.recv_timeout(START_TIMEOUT) {
+            Ok(endpoint) => self.endpoint = endpoint,
+            Err(reason) => panic!(
+                "the server did not become ready ({reason}):\n{}",
+                self.log()
+            ),
+        }
+    }
+
+    /// `http://HOST:PORT`; another port after every start.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    pub fn data_dir(&self) -> &Path {
+        self.data_dir.path()
+    }
+
+    /// The key that the first start made. Checks that only its owner can read it.
+    pub fn api_key(&self) -> String {
+        use std::os::unix::fs::PermissionsExt;
+        let path = self.data_dir.path().join("api-key");
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(
+            mode & 0o777,
+            0o600,
+            "{} must be readable by its owner alone",
+            path.display()
+        );
+        fs::read_to_string(&path).unwrap().trim().to_string()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("the server is running").id()
+    }
+
+    /// What all servers on this data directory have written to stderr so far.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Asks the server to end, as an operator would, and waits. Its sandboxes go on.
+    pub fn terminate(&mut self) -> ExitStatus {
+        self.signal(Signal::TERM);
+        let mut child = self.child.take().unwrap();
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                return status;
+            }
+            if Instant::now() > deadline {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                panic!("the server did not end after SIGTERM:\n{}", self.log());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Ends the server as an accident would: `kill -9`. Its sandboxes go on.
+    pub fn kill(&mut self) {
+        let mut child = self.child.take().expect("the server is running");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    /// Sends a signal to the running server.
+    pub fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.pid())
+            .ok()
+            .and_then(Pid::from_raw)
+            .unwrap();
+        kill_process(pid, signal).unwrap();
+    }
+
+    /// `nagaya purge`: removes every sandbox and everything they left. The server must not run.
+    pub fn purge(&self) {
+        assert!(self.child.is_none(), "the server is still running");
+        let output = Command::new(binary())
+            .args(["purge", "--data-dir"])
+            .arg(self.data_dir.path())
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "purge ended with {}:\n{}\n{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.child.is_some() {
+            self.kill();
+        }
+        if std::thread::panicking() {
+            eprintln!("the server's log:\n{}", self.log());
+            // A second panic would hide the first; what cannot be purged is reported by the shell.
+            let _ = Command::new(binary())
+                .args(["purge", "--data-dir"])
+                .arg(self.data_dir.path())
+                .status();
+        } else {
+            self.purge();
+        }
+    }
+}
+
+fn collect(mut from: impl Read, log: &Mutex<String>) {
+    let mut buffer = [0; 8192];
+    while let Ok(length @ 1..) = from.read(&mut buffer) {
+        log.lock()
+            .unwrap()
+            .push_str(&String::from_utf8_lossy(&buffer[..length]));
+    }
+}

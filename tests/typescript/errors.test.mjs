@@ -1,0 +1,140 @@
+// The SDK's typed errors, and the parts of the contract that are not built yet.
+
+import assert from "node:assert/strict";
+import { after, before, describe, test } from "node:test";
+import {
+  CapabilityUnavailableError, CapacityUnavailableError, DataPlaneNotReadyError, MissingAuthTokenError, SandboxError,
+  SessionNotFoundError, UnauthorizedError,
+} from "@tenkicloud/sandbox";
+import { SMALL, client, rejection, shell } from "./lib/helpers.mjs";
+import { Server, sharedServer } from "./lib/server.mjs";
+
+const UNKNOWN = "01890000-0000-7000-8000-00000000dead";
+const UNIMPLEMENTED = 12;
+
+let server;
+let tenki;
+let session;
+before(async () => {
+  server = await sharedServer();
+  tenki = client(server);
+  session = await tenki.create(SMALL);
+});
+after(async () => {
+  await session?.close();
+  await tenki[Symbol.asyncDispose]();
+  await server.remove();
+});
+
+describe("credentials", () => {
+  test("a wrong key is Unauthorized in every form the SDK sends", async () => {
+    for (const authToken of [`tk_${"0".repeat(64)}`, "tk_", "ory_st_wrong", "a-cookie"]) {
+      const stranger = client(server, { authToken });
+      await rejection(stranger.whoAmI(), UnauthorizedError);
+      await rejection(stranger.create(), UnauthorizedError);
+      await rejection(stranger.get(session.id), UnauthorizedError);
+      await rejection(stranger.list(), UnauthorizedError);
+      await stranger[Symbol.asyncDispose]();
+    }
+  });
+
+  test("another cookie name works, and no key at all is the SDK's own error", async () => {
+    const named = client(server, { authToken: "wrong", cookieName: "ory_kratos_session" });
+    await rejection(named.whoAmI(), UnauthorizedError);
+    await named[Symbol.asyncDispose]();
+    assert.throws(() => client(server, { authToken: " " }), MissingAuthTokenError);
+  });
+});
+
+describe("sessions that are not there", () => {
+  test("every call on an unknown session is SessionNotFound", async () => {
+    await rejection(tenki.get(UNKNOWN), SessionNotFoundError);
+    await rejection(tenki.updateSession(UNKNOWN, { name: "x" }), SessionNotFoundError);
+    const handle = await tenki.get(session.id);
+    Object.defineProperty(handle, "id", { value: UNKNOWN });
+    for (const attempt of [
+      handle.refresh(), handle.update({ name: "x" }), handle.extend(1_000), handle.waitReady(5_000), handle.exec("true"),
+      handle.readFile("x"), handle.writeFile("x", "y"), handle.close(),
+    ]) {
+      await rejection(attempt, SessionNotFoundError);
+    }
+  });
+});
+
+describe("what is not built yet answers unimplemented, and never looks like a missing route", () => {
+  const expectUnimplemented = async (name, attempt) => {
+    const error = await attempt().then(() => assert.fail(`${name} succeeded`), (reason) => reason);
+    assert.ok(!(error instanceof DataPlaneNotReadyError), `${name}: ${error.message}`);
+    assert.equal(error.code ?? error.cause?.code, UNIMPLEMENTED, `${name}: ${error.name}: ${error.message}`);
+    assert.doesNotMatch(error.message, /\b404\b/);
+  };
+
+  test("dial and tunnels", async () => {
+    await expectUnimplemented("dial", () => session.dial("/home/tenki/socket"));
+    // The SDK turns this one into a typed error of its own.
+    const error = await session.hostPortTunnel("127.0.0.1", 9).then(() => assert.fail("opened"), (reason) => reason);
+    assert.ok(error instanceof CapabilityUnavailableError || error.code === UNIMPLEMENTED, `${error.name}: ${error.message}`);
+  });
+
+  test("session verbs", async () => {
+    const verbs = {
+      pause: () => session.pause(),
+      resume: () => session.resume(),
+      exposePort: () => session.exposePort(8080),
+      unexposePort: () => session.unexposePort(8080),
+      listExposedPorts: () => session.listExposedPorts(),
+      updateSshAuthorizedKeys: () => session.updateSshAuthorizedKeys(["ssh-ed25519 AAAA me"]),
+      attachVolume: () => session.attachVolume(UNKNOWN, "/data"),
+      detachVolume: () => session.detachVolume(UNKNOWN, { waitTimeoutMs: 0 }),
+      gitOperation: () => session.gitOperation("log", {}),
+    };
+    for (const [name, attempt] of Object.entries(verbs)) await expectUnimplemented(name, attempt);
+    // Nothing of that may have changed the session.
+    await session.refresh();
+    assert.equal(session.state, "RUNNING");
+    assert.equal(await shell(session, "echo fine"), "fine");
+  });
+
+  test("snapshots, volumes, templates, previews, registry and certificates", async () => {
+    const verbs = {
+      createSnapshot: () => tenki.createSnapshot(session.id, { name: "x" }),
+      getSnapshot: () => tenki.getSnapshot(UNKNOWN),
+      listSnapshots: () => tenki.listSnapshots(),
+      deleteSnapshot: () => tenki.deleteSnapshot(UNKNOWN),
+      createVolume: () => tenki.createVolume({ name: "x", sizeBytes: 1 << 20 }),
+      listVolumes: () => tenki.listVolumes(),
+      createTemplate: () => tenki.createTemplate({ name: "x" }),
+      listTemplates: () => tenki.listTemplates(),
+      previewUrls: () => tenki.previewUrls.list(),
+      issueSandboxSSHCert: () => tenki.issueSandboxSSHCert(session.id, `ssh-ed25519 ${"A".repeat(68)} me`),
+    };
+    for (const [name, attempt] of Object.entries(verbs)) await expectUnimplemented(name, attempt);
+  });
+});
+
+describe("limits of the server", () => {
+  test("one session more than the server may have is CapacityUnavailable with the limit's name, and room is given back", async () => {
+    const small = await Server.start({
+      configuration: "[engine]\nsessions_max = 2\n[pools]\nnetwork_slots_ready = 2\ndisks_ready = 2\n",
+    });
+    const own = client(small);
+    try {
+      const sessions = [await own.create(SMALL), await own.create(SMALL)];
+      const error = await rejection(own.create(SMALL), CapacityUnavailableError);
+      assert.match(error.message, /sessions_max/);
+      await sessions[0].close();
+      sessions[0] = await own.create(SMALL);
+      assert.equal(sessions[0].state, "RUNNING");
+      await Promise.all(sessions.map((each) => each.close()));
+    } finally {
+      await own[Symbol.asyncDispose]();
+      await small.remove();
+    }
+  });
+});
+
+test("an error is a SandboxError with the cause the server gave", async () => {
+  const error = await session.readFile("missing").then(() => assert.fail("read"), (reason) => reason);
+  assert.ok(error instanceof SandboxError);
+  assert.equal(error.cause.code, 5);
+});
