@@ -108,7 +108,7 @@ describe("data plane", () => {
 
   test("an expired certificate is refused, while the SDK renews its own in time", async () => {
     const brief = await Server.start({
-      configuration: "[engine]\ncertificate_ttl_ms = 2500\n[pools]\nnetwork_slots_ready = 2\ndisks_ready = 2\n",
+      configuration: "[engine]\ncertificate_ttl_ms = 2500\n[pools]\nslots_ready = 2\nisolated_slots_ready = 1\n",
     });
     const own = client(brief);
     try {

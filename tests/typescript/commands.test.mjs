@@ -155,13 +155,13 @@ describe("what cannot start", () => {
 
   test("NUL bytes in arguments, environment or directory are invalid arguments", async () => {
     for (const attempt of [
-      session.exec("echo", { args: ["a\0b"] }),
-      session.exec("e\0cho"),
-      session.exec("echo", { env: { A: "x\0y" } }),
-      session.exec("echo", { env: { "A\0": "x" } }),
-      session.exec("echo", { cwd: "/tmp\0" }),
+      () => session.exec("echo", { args: ["a\0b"] }),
+      () => session.exec("e\0cho"),
+      () => session.exec("echo", { env: { A: "x\0y" } }),
+      () => session.exec("echo", { env: { "A\0": "x" } }),
+      () => session.exec("echo", { cwd: "/tmp\0" }),
     ]) {
-      const error = await rejection(attempt, SandboxError);
+      const error = await rejection(attempt(), SandboxError);
       assert.equal(error.cause.code, 3, error.message);
     }
   });

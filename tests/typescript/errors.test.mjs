@@ -53,10 +53,11 @@ describe("sessions that are not there", () => {
     const handle = await tenki.get(session.id);
     Object.defineProperty(handle, "id", { value: UNKNOWN });
     for (const attempt of [
-      handle.refresh(), handle.update({ name: "x" }), handle.extend(1_000), handle.waitReady(5_000), handle.exec("true"),
-      handle.readFile("x"), handle.writeFile("x", "y"), handle.close(),
+      () => handle.refresh(), () => handle.update({ name: "x" }), () => handle.extend(1_000),
+      () => handle.waitReady(5_000), () => handle.exec("true"), () => handle.readFile("x"),
+      () => handle.writeFile("x", "y"), () => handle.close(),
     ]) {
-      await rejection(attempt, SessionNotFoundError);
+      await rejection(attempt(), SessionNotFoundError);
     }
   });
 });
@@ -115,7 +116,7 @@ describe("what is not built yet answers unimplemented, and never looks like a mi
 describe("limits of the server", () => {
   test("one session more than the server may have is CapacityUnavailable with the limit's name, and room is given back", async () => {
     const small = await Server.start({
-      configuration: "[engine]\nsessions_max = 2\n[pools]\nnetwork_slots_ready = 2\ndisks_ready = 2\n",
+      configuration: "[engine]\nsessions_max = 2\n[pools]\nslots_ready = 2\nisolated_slots_ready = 1\n",
     });
     const own = client(small);
     try {

@@ -99,12 +99,12 @@ describe("what goes wrong", () => {
     await session.mkdir("a-directory");
     await session.writeFile("a-file", "x");
     for (const attempt of [
-      session.readFile("a-directory"),
-      session.writeFile("a-directory", "x"),
-      session.list("a-file"),
-      session.writeFileStream("a-directory", streamOf(bytes("x"))),
+      () => session.readFile("a-directory"),
+      () => session.writeFile("a-directory", "x"),
+      () => session.list("a-file"),
+      () => session.writeFileStream("a-directory", streamOf(bytes("x"))),
     ]) {
-      await rejection(attempt, InvalidStateError);
+      await rejection(attempt(), InvalidStateError);
     }
     await rejection(readAll(await session.readFileStream("a-directory")), InvalidStateError);
     await shell(session, "test -d a-directory && test -f a-file");
@@ -125,11 +125,11 @@ describe("what goes wrong", () => {
   test("empty paths, NUL bytes and endless paths are invalid arguments", async () => {
     for (const path of ["", "a\0b", "x/".repeat(3_000)]) {
       for (const attempt of [
-        session.readFile(path), session.writeFile(path, ""), session.stat(path), session.mkdir(path),
-        session.remove(path), session.list(path), session.writeFileStream(path, streamOf(bytes("x"))),
-        session.readFileStream(path).then(readAll),
+        () => session.readFile(path), () => session.writeFile(path, ""), () => session.stat(path),
+        () => session.mkdir(path), () => session.remove(path), () => session.list(path),
+        () => session.writeFileStream(path, streamOf(bytes("x"))), () => session.readFileStream(path).then(readAll),
       ]) {
-        const error = await rejection(attempt, SandboxError);
+        const error = await rejection(attempt(), SandboxError);
         assert.equal(error.cause.code, 3, `${JSON.stringify(path.slice(0, 10))}: ${error.message}`);
       }
     }

@@ -4,23 +4,34 @@ import assert from "node:assert/strict";
 import http2 from "node:http2";
 import { once } from "node:events";
 import { after, before, test } from "node:test";
-import { bearer, post, stream } from "./lib/connect.mjs";
+import { bearer, call as rpc, post, stream } from "./lib/connect.mjs";
 import { GrpcConnection } from "./lib/grpc.mjs";
 import { BUILT, CONTROL, RPCS, STREAMS } from "./lib/rpcs.mjs";
 import { sharedServer } from "./lib/server.mjs";
 
 let server;
+let sessionId;
+// Good for both planes, so that the refusal is about the rpc and nothing else.
+let credentials;
 before(async () => {
   server = await sharedServer();
+  const created = await rpc(server, "CreateSession", {
+    ownerId: "self", ownerType: "SERVICE", cpuCores: 1, memoryMb: 128, waitReady: true,
+  });
+  sessionId = created.session.id;
+  credentials = { ...bearer(server), "x-tenki-session-cert": created.credential.credential };
 });
-after(() => server.remove());
+after(async () => {
+  await rpc(server, "TerminateSession", { sessionId });
+  await server.remove();
+});
 
 const every = Object.entries(RPCS).flatMap(([service, methods]) => methods.map((method) => [service, method]));
 
 test("the contract has 91 rpcs", () => assert.equal(every.length, 91));
 
 test("over gRPC every rpc answers with a status inside HTTP 200", async () => {
-  const connection = new GrpcConnection(server.endpoint, bearer(server));
+  const connection = new GrpcConnection(server.endpoint, credentials);
   try {
     for (const [service, method] of every) {
       const call = connection.open(service, method);
@@ -42,10 +53,10 @@ test("over Connect JSON what is not built is HTTP 501 with the code unimplemente
   for (const [service, method] of every) {
     if (BUILT.has(method)) continue;
     if (STREAMS.has(method)) {
-      const { error } = await stream(server, method, {}, bearer(server), service);
+      const { error } = await stream(server, method, {}, credentials, service);
       assert.equal(error.code, "unimplemented", method);
     } else {
-      const answer = await post(server, service, method, {}, bearer(server));
+      const answer = await post(server, service, method, {}, credentials);
       assert.deepEqual([answer.status, answer.body.code], [501, "unimplemented"], method);
     }
   }
@@ -53,14 +64,14 @@ test("over Connect JSON what is not built is HTTP 501 with the code unimplemente
 
 test("an unknown method of a known service is unimplemented too", async () => {
   for (const service of Object.keys(RPCS)) {
-    const connection = new GrpcConnection(server.endpoint, bearer(server));
+    const connection = new GrpcConnection(server.endpoint, credentials);
     const call = connection.open(service, "NoSuchMethod");
     call.send(Buffer.alloc(0));
     call.end();
     const { httpStatus, status } = await call.finished();
     assert.deepEqual([httpStatus, status], [200, 12], service);
     connection.close();
-    const answer = await post(server, service, "NoSuchMethod", {}, bearer(server));
+    const answer = await post(server, service, "NoSuchMethod", {}, credentials);
     assert.equal(answer.body.code, "unimplemented", service);
     assert.notEqual(answer.status, 404);
   }

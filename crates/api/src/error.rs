@@ -41,6 +41,7 @@ impl Status {
     pub const fn searched_words(self) -> &'static [&'static str] {
         match self {
             Self::NotFound => &[
+                "template build",
                 "template",
                 "registry image",
                 "no such file or directory",
@@ -173,11 +174,10 @@ codes! {
     InboundDisabled => "inbound_disabled", FailedPrecondition, "inbound access is disabled for this session", "Create the session with allow_inbound.";
     SshUnavailable => "ssh_unavailable", FailedPrecondition, "SSH is not available for this session", "Wait until the session is RUNNING; the message names the cause.";
     SshGatewayUnavailable => "ssh_gateway_unavailable", Unavailable, "no SSH gateway is ready", "Try again in a moment.";
-    GitFailed => "git_failed", FailedPrecondition, "git failed", "The message holds what git printed.";
     SnapshotNotDurable => "snapshot_not_durable", FailedPrecondition, "snapshot not yet durable", "Wait until the snapshot's durability state is DURABLE.";
     TemplateBuildInProgress => "template_build_in_progress", FailedPrecondition, "template build already in progress", "Wait for the build, or cancel it.";
     VolumeInUse => "volume_in_use", FailedPrecondition, "volume is in use", "Detach it from every session first.";
-    VolumeSyncPending => "volume_sync_pending", FailedPrecondition, "volume is sync_pending", "Try again when the last write-back has ended.";
+    VolumeSyncPending => "volume_sync_pending", FailedPrecondition, "volume sync pending", "Try again when the last write-back has ended.";
     IsADirectory => "is_a_directory", FailedPrecondition, "is a directory", "Name a file.";
     NotADirectory => "not_a_directory", FailedPrecondition, "not a directory", "Name a directory.";
     NotARegularFile => "not_a_regular_file", FailedPrecondition, "not a regular file", "Only regular files can be read and written through the file API; use a command for others.";

@@ -51,9 +51,7 @@ impl Access {
         let hash = blake3::hash(token.as_bytes());
         let known = self.known.read().expect("no holder of this lock panics");
         match known.keys.get(hash.as_bytes()) {
-            Some(key) if hash == key.secret_hash => {
-                Ok(Caller { key_id: key.id, workspace_id: key.workspace_id })
-            }
+            Some(key) if hash == key.secret_hash => Ok(Caller { key_id: key.id, workspace_id: key.workspace_id }),
             _ => Err(Code::Unauthenticated.into()),
         }
     }

@@ -11,7 +11,7 @@ use nagaya_api::error::{Code, Error};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::calls::{NewExecution, SessionUpdate};
-use crate::executions::Executions;
+use crate::executions::{Executions, Started};
 use crate::inner::Inner;
 use crate::live::{Activity, Live, Slot};
 use crate::model::{Execution, Session, SessionState, UnixMs};
@@ -26,7 +26,7 @@ pub(crate) enum Message {
     Update { update: SessionUpdate, reply: Reply<Session> },
     Extend { additional_ms: u64, reply: Reply<Session> },
     Terminate { reply: Reply<Session> },
-    Execute { new: NewExecution, reply: Reply<watch::Receiver<Execution>> },
+    Execute { new: NewExecution, reply: Reply<Started> },
 }
 
 /// How the task starts.
@@ -186,19 +186,14 @@ impl Actor {
     /// What a record from before the start asks for.
     fn recover(&mut self) -> Flow {
         match self.session.state {
-            SessionState::Creating => {
-                Flow::End("the server stopped while the sandbox was being created".to_owned())
-            }
+            SessionState::Creating => Flow::End("the server stopped while the sandbox was being created".to_owned()),
             SessionState::Terminating | SessionState::Terminated => Flow::End(String::new()),
             SessionState::Running => {
                 self.work = Some(self.adopt(0));
                 Flow::Continue
             }
             // These belong to pause and resume, and nothing makes them yet: keep them as they are.
-            SessionState::Paused
-            | SessionState::Pausing
-            | SessionState::Resuming
-            | SessionState::UserShutdown => {
+            SessionState::Paused | SessionState::Pausing | SessionState::Resuming | SessionState::UserShutdown => {
                 self.attempted = None;
                 Flow::Continue
             }

@@ -12,9 +12,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use crate::access::{self, Access, Caller};
 use crate::actor::{Birth, Message, store_error};
-use crate::calls::{
-    Certificate, InUse, ListSessions, NewExecution, NewSession, OpenSession, SessionUpdate, Usage,
-};
+use crate::calls::{Certificate, InUse, ListSessions, NewExecution, NewSession, OpenSession, SessionUpdate, Usage};
 use crate::config::EngineConfig;
 use crate::deadlines::Deadlines;
 use crate::executions::guest_error;
@@ -181,7 +179,12 @@ impl Engine {
         Ok((sessions, next))
     }
 
-    pub async fn update_session(&self, caller: &Caller, id: SessionId, update: SessionUpdate) -> Result<Session, Error> {
+    pub async fn update_session(
+        &self,
+        caller: &Caller,
+        id: SessionId,
+        update: SessionUpdate,
+    ) -> Result<Session, Error> {
         self.0.tasks.check()?;
         let live = self.0.find_live(caller, id, Request::Change).await?;
         live.ask(|reply| Message::Update { update, reply }).await
@@ -205,7 +208,12 @@ impl Engine {
         let result = live.ask(|reply| Message::Terminate { reply }).await;
         // Somebody else's request may have ended it first.
         let session = live.published.borrow().clone();
-        if session.state == SessionState::Terminated { Ok(session) } else { result }
+        match result {
+            _ if session.state == SessionState::Terminated => Ok(session),
+            // The engine stops before the end is reached; the next start goes on with it.
+            Err(error) if error.code == Code::SessionTerminated => Err(Code::Draining.into()),
+            other => other,
+        }
     }
 
     /// Notes that the session is in use; returns when that was.
@@ -294,17 +302,21 @@ impl Engine {
         self.0.tasks.check()?;
         let live = self.0.find_live(caller, id, Request::Use).await?;
         let _in_use = InUse::new(live.clone(), self.0.clock.clone());
-        let mut published = live.ask(|reply| Message::Execute { new, reply }).await?;
-        if wait {
-            let ended = published.wait_for(|execution| execution.status != ExecutionStatus::Running).await;
-            return ended.map(|execution| execution.clone()).map_err(|_| Code::Draining.into());
+        let mut started = live.ask(|reply| Message::Execute { new, reply }).await?;
+        if !wait {
+            return Ok(started.execution);
         }
-        let execution = published.borrow().clone();
-        Ok(execution)
+        let ended = started.published.wait_for(|execution| execution.status != ExecutionStatus::Running).await;
+        ended.map(|execution| execution.clone()).map_err(|_| Code::Draining.into())
     }
 
     /// The record of an execution of this session.
-    pub async fn execution(&self, caller: &Caller, id: SessionId, execution_id: ExecutionId) -> Result<Execution, Error> {
+    pub async fn execution(
+        &self,
+        caller: &Caller,
+        id: SessionId,
+        execution_id: ExecutionId,
+    ) -> Result<Execution, Error> {
         self.0.find(caller, id).await?;
         let execution = self.0.store.execution(execution_id).await.map_err(store_error)?;
         execution.filter(|execution| execution.session_id == id).ok_or_else(|| Code::ExecutionNotFound.into())
@@ -323,4 +335,3 @@ impl Engine {
         guest.follow(execution_id).await.map_err(guest_error)
     }
 }
-

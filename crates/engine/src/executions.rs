@@ -19,6 +19,13 @@ pub(crate) struct Executions {
     tasks: JoinSet<Ended>,
 }
 
+/// What the caller of an execution gets once the command runs.
+pub(crate) struct Started {
+    /// As it was when it started.
+    pub(crate) execution: Execution,
+    pub(crate) published: watch::Receiver<Execution>,
+}
+
 /// What the task of an execution comes back with.
 pub(crate) struct Ended {
     pub(crate) id: ExecutionId,
@@ -86,16 +93,16 @@ impl Executions {
         guest: Arc<dyn Guest>,
         clock: Arc<dyn Clock>,
         backoff: Backoff,
-        reply: Reply<watch::Receiver<Execution>>,
+        reply: Reply<Started>,
     ) {
         let id = execution.id;
-        let (record, published) = watch::channel(execution);
+        let (record, published) = watch::channel(execution.clone());
         self.known.insert(id, record);
         self.tasks.spawn(async move {
             let outcome = match guest.run_detached(id, command).await {
                 Ok(_pid) => {
                     // A caller that went away does not stop its command.
-                    let _ = reply.send(Ok(published));
+                    let _ = reply.send(Ok(Started { execution, published }));
                     follow(id, guest, clock, backoff).await
                 }
                 Err(error) => {

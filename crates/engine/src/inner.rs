@@ -35,6 +35,7 @@ pub(crate) struct Inner {
 }
 
 /// A session the caller may see.
+#[allow(clippy::large_enum_variant)] // it lives for one look
 pub(crate) enum Found {
     Live(Arc<Live>),
     Ended(Session),
@@ -112,10 +113,7 @@ impl Inner {
     }
 
     /// Tells sessions that their sandbox ended by itself.
-    pub(crate) fn spawn_exits(
-        self: &Arc<Self>,
-        mut exits: mpsc::UnboundedReceiver<SandboxExit>,
-    ) -> Result<(), Error> {
+    pub(crate) fn spawn_exits(self: &Arc<Self>, mut exits: mpsc::UnboundedReceiver<SandboxExit>) -> Result<(), Error> {
         let (engine, running) = (self.clone(), self.tasks.enter()?);
         tokio::spawn(async move {
             let _running = running;

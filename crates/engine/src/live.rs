@@ -95,11 +95,7 @@ impl Live {
             return answer;
         }
         // The task is gone or dropped the question: the session ends, or the engine stops.
-        if self.state().is_terminal() {
-            Err(Code::SessionTerminated.into())
-        } else {
-            Err(Code::Draining.into())
-        }
+        if self.state().is_terminal() { Err(Code::SessionTerminated.into()) } else { Err(Code::Draining.into()) }
     }
 }
 
@@ -206,5 +202,38 @@ impl Table {
         used.cpu_cores += u64::from(machine.cpu_cores);
         used.memory_mb += u64::from(machine.memory_mb);
         used.disk_gb += u64::from(machine.disk_gb);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn racing_creators_never_get_more_than_the_quota() {
+        let registry = Arc::new(Registry::default());
+        let workspace =
+            Workspace { id: WorkspaceId::new(1, [0; 10]), name: String::new(), created_at: 0, sessions_max: Some(100) };
+        let machine = Machine { cpu_cores: 2, memory_mb: 256, disk_gb: 5, outbound: false };
+        let taken = Mutex::new(Vec::new());
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        if let Ok(slot) = registry.reserve(&workspace, &machine, 1_000) {
+                            taken.lock().unwrap().push(slot);
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(taken.lock().unwrap().len(), 100);
+        assert_eq!(
+            registry.used(workspace.id),
+            Used { sessions: 100, cpu_cores: 200, memory_mb: 25_600, disk_gb: 500 }
+        );
+        drop(taken);
+        assert_eq!(registry.used(workspace.id), Used::default());
+        assert!(registry.reserve(&workspace, &machine, 0).is_err(), "the server's own limit");
     }
 }

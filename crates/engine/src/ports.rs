@@ -26,6 +26,7 @@ pub struct StoreError(pub String);
 
 /// One row to insert or replace.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // most changes are sessions, and none lives long
 pub enum Change {
     Workspace(Workspace),
     ApiKey(ApiKey),
@@ -34,7 +35,10 @@ pub enum Change {
     /// Forget an execution, e.g. because newer ones pushed it out.
     ForgetExecution(ExecutionId),
     /// A named secret or setting of the server.
-    Setting { name: String, value: Vec<u8> },
+    Setting {
+        name: String,
+        value: Vec<u8>,
+    },
 }
 
 /// Which sessions to list, newest first.
@@ -165,7 +169,10 @@ pub enum ProcessInput {
     StdinClose,
     Signal(Signal),
     /// Terminal size in character cells.
-    Resize { columns: u16, rows: u16 },
+    Resize {
+        columns: u16,
+        rows: u16,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -290,7 +297,8 @@ pub trait Guest: Send + Sync + 'static {
     async fn forget(&self, id: ExecutionId) -> Result<(), GuestError>;
 
     /// `length` 0 is to the end. `chunk_bytes` 0 is the guest's choice.
-    async fn read_file(&self, path: &str, offset: u64, length: u64, chunk_bytes: u32) -> Result<FileReader, GuestError>;
+    async fn read_file(&self, path: &str, offset: u64, length: u64, chunk_bytes: u32)
+    -> Result<FileReader, GuestError>;
     async fn write_file(&self, path: &str, options: WriteOptions) -> Result<FileWriter, GuestError>;
     /// `None` when nothing is there. Does not follow a final symbolic link.
     async fn stat(&self, path: &str) -> Result<Option<FileStat>, GuestError>;

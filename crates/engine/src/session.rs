@@ -41,8 +41,7 @@ pub enum Request {
 }
 
 impl Request {
-    pub const ALL: [Self; 6] =
-        [Self::Use, Self::Change, Self::Activity, Self::Terminate, Self::Expire, Self::Exit];
+    pub const ALL: [Self; 6] = [Self::Use, Self::Change, Self::Activity, Self::Terminate, Self::Expire, Self::Exit];
 }
 
 /// What becomes of a request.

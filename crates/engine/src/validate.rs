@@ -152,10 +152,7 @@ mod tests {
     #[test]
     fn resources_outside_the_contract_are_refused() {
         let check = |cpu, memory, disk| machine(cpu, memory, disk, true).map_err(|error| error.code);
-        assert_eq!(
-            check(None, None, None),
-            Ok(Machine { cpu_cores: 2, memory_mb: 4_096, disk_gb: 5, outbound: true })
-        );
+        assert_eq!(check(None, None, None), Ok(Machine { cpu_cores: 2, memory_mb: 4_096, disk_gb: 5, outbound: true }));
         assert!(check(Some(16), Some(65_536), Some(100)).is_ok());
         assert!(check(Some(1), Some(128), Some(5)).is_ok());
         for (cpu, memory, disk) in

@@ -1,3 +1,4 @@
+pub mod agent;
 pub mod frame;
 pub mod handshake;
 pub mod messages;

@@ -83,8 +83,18 @@ pub struct Request {
 struct Slot {
     send_bytes: Semaphore,
     send_messages: Semaphore,
+    /// Never has permits; closed when the stream is over.
+    over: Semaphore,
     /// What the other side may still send.
     granted: Mutex<(u32, u32)>,
+}
+
+impl Slot {
+    fn close(&self) {
+        self.send_bytes.close();
+        self.send_messages.close();
+        self.over.close();
+    }
 }
 
 #[derive(Debug)]
@@ -134,8 +144,7 @@ impl Shared {
             std::mem::take(&mut table.entries)
         };
         for entry in entries.values() {
-            entry.slot.send_bytes.close();
-            entry.slot.send_messages.close();
+            entry.slot.close();
         }
         self.room.close();
         self.closed.send_replace(Some(reason.into()));
@@ -230,6 +239,7 @@ fn insert(shared: &Arc<Shared>, table: &mut Table, id: u32) -> (Sender, Receiver
     let slot = Arc::new(Slot {
         send_bytes: Semaphore::new(WINDOW_BYTES_INITIAL as usize),
         send_messages: Semaphore::new(WINDOW_MESSAGES_INITIAL as usize),
+        over: Semaphore::new(0),
         granted: Mutex::new((WINDOW_BYTES_INITIAL, WINDOW_MESSAGES_INITIAL)),
     });
     let (queue, receiver) = mpsc::unbounded_channel();
@@ -254,8 +264,7 @@ impl Handle {
         if self.finished.swap(true, Ordering::AcqRel) {
             return false;
         }
-        self.slot.send_bytes.close();
-        self.slot.send_messages.close();
+        self.slot.close();
         // Not there when the other side or the connection was first.
         self.shared.table().entries.remove(&self.id).is_some()
     }
@@ -333,6 +342,11 @@ impl Sender {
         }
     }
 
+    /// Completes when the stream or the connection is over.
+    pub async fn closed(&self) {
+        let _ = self.handle.slot.over.acquire().await;
+    }
+
     /// Gives the stream up.
     pub fn reset(&self) {
         self.handle.reset();
@@ -373,9 +387,9 @@ impl Receiver {
         }
     }
 
-    /// Content of this length has been used: the other side may send as much again.
-    pub fn release(&mut self, length: usize) {
-        self.bytes += charge(length);
+    /// Content that cost this much (see [`charge`]) has been used: as much may be sent again.
+    pub fn release(&mut self, charged: u32) {
+        self.bytes += charged;
         if self.bytes >= WINDOW_BYTES_INITIAL / 2 {
             self.grant();
         }
@@ -427,7 +441,7 @@ async fn read<R: AsyncRead + Unpin>(
                 Ok(_) => {}
                 Err(error) => return shared.close(&format!("read: {error}")),
             },
-            _ = closed.wait_for(Option::is_some) => return,
+            () = writer::ended(&mut closed) => return,
         }
     }
 }
@@ -478,8 +492,7 @@ fn accept(shared: &Arc<Shared>, requests: &mpsc::UnboundedSender<Request>, frame
         }
         Kind::End | Kind::Reset => {
             let entry = table.entries.remove(&stream).expect("just found");
-            entry.slot.send_bytes.close();
-            entry.slot.send_messages.close();
+            entry.slot.close();
             let _ = entry.queue.send(if kind == Kind::End { Incoming::End(frame.payload) } else { Incoming::Reset });
         }
         Kind::Hello | Kind::Open | Kind::Goodbye => unreachable!("handled above"),

@@ -28,18 +28,20 @@ pub(crate) async fn write<W: AsyncWrite + Unpin>(
             // What is queued goes first, so that outcomes are not lost to a farewell.
             biased;
             _ = queue.recv_many(&mut batch, BATCH_FRAMES) => {}
-            _ = closed.wait_for(Option::is_some) => break,
+            () = ended(&mut closed) => break,
         }
-        let write = write_batch(&mut writer, &batch);
-        tokio::pin!(write);
-        let written = tokio::select! {
-            biased;
-            written = &mut write => written,
-            _ = closed.wait_for(Option::is_some) => match tokio::time::timeout(FAREWELL_TIMEOUT, write).await {
-                Ok(written) => written,
-                // In the middle of a frame there is no way to say farewell.
-                Err(_) => return,
-            },
+        let written = {
+            let write = write_batch(&mut writer, &batch);
+            tokio::pin!(write);
+            tokio::select! {
+                biased;
+                written = &mut write => written,
+                () = ended(&mut closed) => match tokio::time::timeout(FAREWELL_TIMEOUT, write).await {
+                    Ok(written) => written,
+                    // In the middle of a frame there is no way to say farewell.
+                    Err(_) => return,
+                },
+            }
         };
         if let Err(error) = written {
             shared.close(&format!("write: {error}"));
@@ -85,4 +87,9 @@ async fn write_batch<W: AsyncWrite + Unpin>(writer: &mut W, frames: &[Frame]) ->
         IoSlice::advance_slices(&mut rest, written);
     }
     Ok(())
+}
+
+/// Completes when the connection has been closed.
+pub(crate) async fn ended(closed: &mut watch::Receiver<Option<Arc<str>>>) {
+    let _ = closed.wait_for(Option::is_some).await;
 }

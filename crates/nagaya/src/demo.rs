@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use buffa::MessageField;
 use connectrpc::client::{ClientConfig, HttpClient};
 use nagaya_api::tenki::v1;
 use nagaya_daemon::config::Config;
@@ -88,10 +89,10 @@ async fn use_sandbox(server: &Server) -> anyhow::Result<()> {
         content: content.clone().into(),
         ..Default::default()
     };
-    let write = v1::SandboxSessionDataPlaneServiceWriteFileRequest { request: some(write), ..Default::default() };
+    let write = v1::SandboxSessionDataPlaneServiceWriteFileRequest { request: MessageField::some(write), ..Default::default() };
     timed("file written", data.write_file(write)).await?;
     let read = v1::ReadFileRequest { session_id: id.clone(), path: "/home/tenki/note.txt".into(), ..Default::default() };
-    let read = v1::SandboxSessionDataPlaneServiceReadFileRequest { request: some(read), ..Default::default() };
+    let read = v1::SandboxSessionDataPlaneServiceReadFileRequest { request: MessageField::some(read), ..Default::default() };
     let answer = timed("file read", data.read_file(read)).await?;
     ensure!(answer.response.content == content, "the file's content changed");
 
@@ -100,13 +101,9 @@ async fn use_sandbox(server: &Server) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn some<T: Default>(message: T) -> buffa::MessageField<T> {
-    buffa::MessageField::some(message)
-}
-
 async fn run_python(data: &v1::SandboxSessionDataPlaneServiceClient<HttpClient>, id: &str) -> anyhow::Result<String> {
     let frame = |payload| v1::SandboxSessionDataPlaneServiceRunRequest {
-        frame: some(v1::RunRequest { payload: Some(payload), ..Default::default() }),
+        frame: MessageField::some(v1::RunRequest { payload: Some(payload), ..Default::default() }),
         ..Default::default()
     };
     let start = v1::RunStart {

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
-use nagaya_daemon::Daemon;
 use nagaya_daemon::config::Config;
 use nagaya_daemon::host::{HostClock, HostEntropy};
+use nagaya_daemon::{Daemon, Hooks, Level, Levels};
 use nagaya_engine::Engine;
 use nagaya_engine::ports::{Driver, Store};
 use nagaya_runtime::namespace::{self, NamespaceDriver};
@@ -22,7 +22,6 @@ pub const ADDRESS_FILE: &str = "address";
 
 pub struct Server {
     daemon: Daemon,
-    engine: Engine,
     driver: Arc<NamespaceDriver>,
     tls: bool,
     data_dir: PathBuf,
@@ -47,9 +46,9 @@ impl Server {
         }
         let (tls, data_dir) = (config.tls.is_some(), config.data_dir.clone());
         let level = driver.clone();
-        let hooks = nagaya_daemon::Hooks { pool_level: Some(Box::new(move || level.pool_level() as u64)) };
-        let daemon = Daemon::start(config, engine.clone(), hooks).await?;
-        let server = Self { daemon, engine, driver, tls, data_dir, key_file, new_key };
+        let pools: Levels = Arc::new(move || level.pool_levels().map(|(name, value)| Level { name: name.into(), value }).to_vec());
+        let daemon = Daemon::start(&config, engine, Hooks { pools: Some(pools) }).await?;
+        let server = Self { daemon, driver, tls, data_dir, key_file, new_key };
         write_private(&server.data_dir.join(ADDRESS_FILE), &server.url())?;
         Ok(server)
     }
@@ -61,7 +60,6 @@ impl Server {
     /// Ends the server and leaves the sandboxes running.
     pub async fn stop(self) {
         self.daemon.shut_down().await;
-        self.engine.shut_down().await;
         self.driver.settled().await;
         let driver = self.driver;
         // Gives back what the pools hold; takes as long as unmounting it.

@@ -3,14 +3,14 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nagaya_engine::ports::StoreError;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 /// Name of the lock file inside the data directory.
-const FILE_NAME: &str = "nagaya.lock";
+const FILE_NAME: &str = "nagaya.db.lock";
 
 /// Exclusive use of a data directory, until it is dropped or the process dies.
 #[derive(Debug)]
@@ -46,7 +46,7 @@ impl DirectoryLock {
     }
 }
 
-fn held(directory: &Path, path: &PathBuf, file: &mut File) -> StoreError {
+fn held(directory: &Path, path: &Path, file: &mut File) -> StoreError {
     let mut pid = String::new();
     let readable = file
         .rewind()

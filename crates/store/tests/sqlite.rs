@@ -98,7 +98,10 @@ fn everything_is_there_after_a_restart() {
     let store = open(directory.path());
     runtime().block_on(async {
         assert_eq!(store.workspaces().await.unwrap(), [workspace(1)]);
-        assert_eq!(store.live_sessions().await.unwrap(), std::slice::from_ref(&session));
+        assert_eq!(
+            store.live_sessions().await.unwrap(),
+            std::slice::from_ref(&session)
+        );
         assert_eq!(store.executions(session.id).await.unwrap(), [execution]);
     });
 }

@@ -5,6 +5,7 @@ use std::fmt;
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// The kinds of things that a sandbox is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -17,6 +18,8 @@ pub enum Kind {
     LoopDevice,
     Socket,
     Directory,
+    /// A table of packet rules.
+    Rules,
 }
 
 /// Everything found at one moment.
@@ -50,22 +53,28 @@ impl fmt::Display for Leftovers {
     }
 }
 
-/// Looks for everything of the sandboxes of one data directory. Cgroups, links and named network
-/// namespaces do not tell whose they are: those of all servers on this host are found.
+/// Looks for everything of the server of one data directory and of its sandboxes. What lies
+/// outside the directory bears a name made from its path, so other servers are not in the way.
 pub fn leftovers(data_dir: &Path) -> Leftovers {
     let mut found = Leftovers::default();
     let name = data_dir.to_str().expect("tests use plain paths");
-    processes_and_mounts(name, &mut found);
+    let instance = nagaya_runtime::namespace::instance_name(data_dir);
+    processes_and_mounts(name, &instance, &mut found);
     for root in cgroup_roots() {
-        cgroups(&root, &mut found);
+        let own = root.join("nagaya").join(&instance);
+        if own.exists() {
+            found.add(Kind::Cgroup, own.display().to_string());
+            cgroups(&own, &mut found);
+        }
     }
+    rules(&instance, &mut found);
     for (kind, directory) in [
         (Kind::Link, "/sys/class/net"),
         (Kind::NetworkNamespace, "/run/netns"),
     ] {
         for path in entries(Path::new(directory)) {
             let name = file_name(&path);
-            if name.starts_with("ngy") || name.starts_with("nagaya") {
+            if name.starts_with(&format!("ngy{instance}")) {
                 found.add(kind, name);
             }
         }
@@ -100,7 +109,7 @@ pub fn leftovers(data_dir: &Path) -> Leftovers {
 
 /// Every process that belongs to a sandbox: by its cgroup, its command line, or by mounts in a
 /// namespace other than ours that come from the data directory.
-fn processes_and_mounts(data_dir: &str, found: &mut Leftovers) {
+fn processes_and_mounts(data_dir: &str, instance: &str, found: &mut Leftovers) {
     let mut seen_namespaces = BTreeSet::new();
     let ours = fs::read_link("/proc/self/ns/mnt").ok();
     let this_process = std::process::id().to_string();
@@ -121,7 +130,7 @@ fn processes_and_mounts(data_dir: &str, found: &mut Leftovers) {
             .collect();
         let foreign = namespace.is_some() && namespace != ours;
         if command.contains(data_dir)
-            || cgroup.lines().any(in_our_cgroup)
+            || cgroup.lines().any(|line| in_our_cgroup(line, instance))
             || (foreign && !mounts.is_empty())
         {
             found.add(Kind::Process, format!("{pid} {}", command.trim()));
@@ -145,9 +154,18 @@ fn processes_and_mounts(data_dir: &str, found: &mut Leftovers) {
     }
 }
 
-fn in_our_cgroup(line: &str) -> bool {
+fn in_our_cgroup(line: &str, instance: &str) -> bool {
     let path = line.splitn(3, ':').nth(2).unwrap_or_default();
-    path.split('/').any(|part| part.starts_with("nagaya"))
+    Path::new(path).starts_with(Path::new("/nagaya").join(instance))
+}
+
+/// The server's table of packet rules, where the host has `nft` to ask.
+fn rules(instance: &str, found: &mut Leftovers) {
+    let output = Command::new("nft").args(["list", "tables"]).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").output();
+    let tables = output.map(|output| output.stdout).unwrap_or_default();
+    for line in String::from_utf8_lossy(&tables).lines().filter(|line| line.ends_with(&format!("nagaya_{instance}"))) {
+        found.add(Kind::Rules, line);
+    }
 }
 
 /// The mount points of all cgroup hierarchies, v1 and v2.
@@ -161,18 +179,10 @@ fn cgroup_roots() -> BTreeSet<PathBuf> {
         .collect()
 }
 
-/// Every cgroup at or below one that is named after us.
+/// Every cgroup below one of ours.
 fn cgroups(directory: &Path, found: &mut Leftovers) {
-    for child in entries(directory)
-        .into_iter()
-        .filter(|path| path.is_dir() && !path.is_symlink())
-    {
-        if child
-            .components()
-            .any(|part| part.as_os_str().to_string_lossy().starts_with("nagaya"))
-        {
-            found.add(Kind::Cgroup, child.display().to_string());
-        }
+    for child in entries(directory).into_iter().filter(|path| path.is_dir() && !path.is_symlink()) {
+        found.add(Kind::Cgroup, child.display().to_string());
         cgroups(&child, found);
     }
 }
@@ -210,7 +220,7 @@ fn file_name(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixListener;
-    use std::process::{Command, Stdio};
+    use std::process::Stdio;
 
     use super::*;
 
@@ -293,9 +303,10 @@ mod tests {
 
     #[test]
     fn cgroup_lines_are_told_apart() {
-        assert!(in_our_cgroup("0::/system.slice/nagaya/sandbox"));
-        assert!(in_our_cgroup("4:cpu,cpuacct:/nagaya"));
-        assert!(!in_our_cgroup("0::/user.slice/my-nagaya-shell"));
-        assert!(!in_our_cgroup("1:name=systemd:/"));
+        assert!(in_our_cgroup("0::/nagaya/12ab/slot-3/commands", "12ab"));
+        assert!(in_our_cgroup("4:cpu,cpuacct:/nagaya/12ab", "12ab"));
+        assert!(!in_our_cgroup("4:cpu,cpuacct:/nagaya/12ac/slot-3", "12ab"));
+        assert!(!in_our_cgroup("0::/user.slice/my-nagaya-shell", "12ab"));
+        assert!(!in_our_cgroup("1:name=systemd:/", "12ab"));
     }
 }

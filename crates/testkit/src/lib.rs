@@ -5,8 +5,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod client;
 mod leftovers;
 mod server;
+mod suite;
 
+pub use client::{Client, Finished, Running, Sandbox, Wanted};
 pub use leftovers::{Kind, Leftovers, leftovers};
 pub use server::{Server, binary};
+pub use suite::{NotRun, Outcome, Suite};

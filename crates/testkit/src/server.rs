@@ -40,7 +40,7 @@ pub struct Server {
 impl Server {
     /// Starts a server with small pools.
     pub fn start() -> Self {
-        Self::start_with("[pools]\nnetwork_slots_ready = 4\ndisks_ready = 4\n")
+        Self::start_with("[pools]\nslots_ready = 4\nisolated_slots_ready = 1\n")
     }
 
     /// Starts a server with this configuration (TOML).

@@ -13,7 +13,7 @@ const START_TIMEOUT_MS = 60_000;
 const STOP_TIMEOUT_MS = 60_000;
 
 // Small pools: the tests make few sandboxes at a time and start several servers.
-const CONFIGURATION = "[pools]\nnetwork_slots_ready = 4\ndisks_ready = 4\n";
+const CONFIGURATION = "[pools]\nslots_ready = 4\nisolated_slots_ready = 1\n";
 
 /** The program under test: NAGAYA_BIN, else the debug build of this workspace. */
 export function binary() {

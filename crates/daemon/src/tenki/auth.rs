@@ -24,7 +24,7 @@ pub(crate) fn certificate(headers: &HeaderMap) -> Result<&str, Error> {
         .ok_or_else(|| Error::new(Code::InvalidCertificate, "header x-tenki-session-cert is missing"))
 }
 
-fn text(headers: &HeaderMap, name: &str) -> Option<&str> {
+fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok().map(str::trim).filter(|text| !text.is_empty())
 }
 

@@ -3,7 +3,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use connectrpc::dispatcher::{Dispatcher, MethodDescriptor, RequestStream, StreamingResult, UnaryResult};
@@ -31,18 +31,12 @@ impl<D> Observed<D> {
         Call {
             metrics: Arc::clone(&self.metrics),
             rpc: context.spec().map_or("unknown", |spec| spec.method()),
-            // What it stays when the caller goes away before there is an outcome.
-            code: "canceled",
+            code: CANCELED,
         }
     }
 
-    fn stream(&self, context: &RequestContext, start: impl FnOnce(RequestContext) -> StreamingResult) -> StreamingResult
-    where
-        D: Dispatcher,
-    {
-        let mut call = self.call(context);
+    fn stream(&self, mut call: Call, starting: StreamingResult) -> StreamingResult {
         let mut ends: Ends = is_long(call.rpc).then(|| Box::pin(self.lifecycle.reached(Phase::Draining)) as _);
-        let starting = start(context.clone());
         Box::pin(async move {
             let started = match &mut ends {
                 None => starting.await,
@@ -56,7 +50,7 @@ impl<D> Observed<D> {
                     Box::pin(ObservedStream { inner, call, ends })
                 })),
                 Err(error) => {
-                    call.code = error.code.as_str();
+                    call.end(error.code.as_str());
                     Err(error)
                 }
             }
@@ -75,7 +69,7 @@ impl<D: Dispatcher> Dispatcher for Observed<D> {
     }
 
     fn call_server_streaming(&self, path: &str, context: RequestContext, request: Bytes, format: CodecFormat) -> StreamingResult {
-        self.stream(&context, |context| self.inner.call_server_streaming(path, context, request, format))
+        self.stream(self.call(&context), self.inner.call_server_streaming(path, context, request, format))
     }
 
     fn call_client_streaming(&self, path: &str, context: RequestContext, requests: RequestStream, format: CodecFormat) -> UnaryResult {
@@ -84,25 +78,33 @@ impl<D: Dispatcher> Dispatcher for Observed<D> {
     }
 
     fn call_bidi_streaming(&self, path: &str, context: RequestContext, requests: RequestStream, format: CodecFormat) -> StreamingResult {
-        self.stream(&context, |context| self.inner.call_bidi_streaming(path, context, requests, format))
+        self.stream(self.call(&context), self.inner.call_bidi_streaming(path, context, requests, format))
     }
 }
 
 fn finish(mut call: Call, result: UnaryResult) -> UnaryResult {
     Box::pin(async move {
         let result = result.await;
-        call.code = result.as_ref().map_or_else(|error| error.code.as_str(), |_| OK);
+        call.end(result.as_ref().map_or_else(|error| error.code.as_str(), |_| OK));
         result
     })
 }
 
 const OK: &str = "ok";
+/// The caller went away before there was an outcome.
+const CANCELED: &str = "canceled";
 
 /// One call, counted when it is dropped.
 struct Call {
     metrics: Arc<Metrics>,
     rpc: &'static str,
     code: &'static str,
+}
+
+impl Call {
+    fn end(&mut self, code: &'static str) {
+        self.code = code;
+    }
 }
 
 impl Drop for Call {
@@ -126,19 +128,18 @@ impl Stream for ObservedStream {
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let item = match self.inner.as_mut().poll_next(context) {
             Poll::Ready(item) => item,
-            Poll::Pending => match &mut self.ends {
-                Some(ends) if ends.as_mut().poll(context).is_ready() => {
-                    self.ends = None;
-                    // Dropping the stream ends what it stands for, e.g. a command.
-                    self.inner = Box::pin(futures::stream::empty());
-                    Some(Err(Error::from(Code::Draining).into()))
-                }
-                _ => return Poll::Pending,
-            },
+            Poll::Pending => {
+                let Some(ends) = &mut self.ends else { return Poll::Pending };
+                ready!(ends.as_mut().poll(context));
+                self.ends = None;
+                // Dropping the stream ends what it stands for, e.g. a command.
+                self.inner = Box::pin(futures::stream::empty());
+                Some(Err(Error::from(Code::Draining).into()))
+            }
         };
         match &item {
-            None if self.call.code == "canceled" => self.call.code = OK,
-            Some(Err(error)) => self.call.code = error.code.as_str(),
+            None if self.call.code == CANCELED => self.call.end(OK),
+            Some(Err(error)) => self.call.end(error.code.as_str()),
             _ => {}
         }
         Poll::Ready(item)

@@ -17,6 +17,8 @@ struct Waiting {
     endpoint: String,
     watched: watch::Receiver<Session>,
     sent: Option<Session>,
+    /// Nothing more is sent.
+    ended: bool,
 }
 
 pub(super) async fn wait_session(
@@ -28,7 +30,7 @@ pub(super) async fn wait_session(
     let id = convert::id(session_id, "session_id")?;
     let watched = tenki.engine.watch_session(&caller, id).await?;
     let waiting =
-        Waiting { tenki: Arc::clone(tenki), caller, endpoint: tenki.endpoint(context), watched, sent: None };
+        Waiting { tenki: Arc::clone(tenki), caller, endpoint: tenki.endpoint(context), watched, sent: None, ended: false };
     Response::stream_ok(futures::stream::unfold(waiting, |mut waiting| async move {
         let message = waiting.next().await?;
         Some((message.map_err(Into::into), waiting))
@@ -38,18 +40,21 @@ pub(super) async fn wait_session(
 impl Waiting {
     async fn next(&mut self) -> Option<Result<wire::WaitSessionResponse, Error>> {
         loop {
+            if self.ended {
+                return None;
+            }
             let session = self.watched.borrow_and_update().clone();
             match &self.sent {
-                Some(sent) if is_end(sent.state) => return None,
                 Some(sent) if *sent == session => {
                     if self.watched.changed().await.is_err() {
                         // The engine stopped before there was an outcome.
-                        self.sent = Some(Session { state: SessionState::Terminated, ..session });
+                        self.ended = true;
                         return Some(Err(Code::Draining.into()));
                     }
                 }
                 _ => {
                     let route = self.tenki.route(self.endpoint.clone(), &self.caller, session.clone()).await;
+                    self.ended = matches!(session.state, SessionState::Running | SessionState::Terminated);
                     self.sent = Some(session);
                     return Some(Ok(wire::WaitSessionResponse {
                         session: route.session.into(),
@@ -62,8 +67,4 @@ impl Waiting {
             }
         }
     }
-}
-
-fn is_end(state: SessionState) -> bool {
-    matches!(state, SessionState::Running | SessionState::Terminated)
 }

@@ -157,4 +157,3 @@ fn refuse(message: Message) {
         }
     }
 }
-

@@ -2,11 +2,10 @@
 
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::ExecutionId;
-use tokio::sync::watch;
 
 use super::{Actor, Flow, Message, Reply};
 use crate::calls::{NewExecution, SessionUpdate};
-use crate::executions::{Ended, Outcome};
+use crate::executions::{Ended, Outcome, Started};
 use crate::model::{Execution, ExecutionStatus, Session};
 use crate::ports::{Change, Command};
 use crate::session::{Request, check};
@@ -82,11 +81,7 @@ impl Actor {
         }
     }
 
-    async fn execute(
-        &mut self,
-        new: NewExecution,
-        reply: Reply<watch::Receiver<Execution>>,
-    ) -> Result<(), (Error, Reply<watch::Receiver<Execution>>)> {
+    async fn execute(&mut self, new: NewExecution, reply: Reply<Started>) -> Result<(), (Error, Reply<Started>)> {
         let started = async {
             check(self.session.state, Request::Use)?;
             let guest = self.live.guest().ok_or(Code::GuestUnreachable)?;

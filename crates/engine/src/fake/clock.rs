@@ -1,3 +1,4 @@
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ pub struct FakeClock(Arc<Shared>);
 struct Shared {
     from: Mutex<(UnixMs, Instant)>,
     jumps: watch::Sender<()>,
+    deaf: AtomicBool,
 }
 
 impl Shared {
@@ -25,13 +27,22 @@ impl Shared {
 
 impl FakeClock {
     pub fn new(now: UnixMs) -> Self {
-        Self(Arc::new(Shared { from: Mutex::new((now, Instant::now())), jumps: watch::Sender::new(()) }))
+        Self(Arc::new(Shared {
+            from: Mutex::new((now, Instant::now())),
+            jumps: watch::Sender::new(()),
+            deaf: AtomicBool::new(false),
+        }))
     }
 
     /// Sets the time, as an operator would; also to go on after the runtime was replaced.
     pub fn set(&self, now: UnixMs) {
         *self.0.from.lock().expect("no holder of this lock panics") = (now, Instant::now());
         self.0.jumps.send_replace(());
+    }
+
+    /// Makes sleepers sleep for ever: for tests of tests.
+    pub fn set_deaf(&self, deaf: bool) {
+        self.0.deaf.store(deaf, Ordering::Relaxed);
     }
 
     /// Jumps forward at once; sleepers whose time has come wake up.
@@ -53,6 +64,9 @@ impl Clock for FakeClock {
                 let left = at.saturating_sub(shared.now());
                 if left == 0 {
                     return;
+                }
+                if shared.deaf.load(Ordering::Relaxed) {
+                    std::future::pending::<()>().await;
                 }
                 // This is the clock; there is no other to ask.
                 #[allow(clippy::disallowed_methods)]

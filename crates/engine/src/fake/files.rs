@@ -108,7 +108,7 @@ impl Files {
                     Some(Node { content: None, .. }) => {}
                     Some(_) => return refuse(Code::NotADirectory, 20),
                     None if recursive => {
-                        self.make_directory(&parent(&path).to_owned(), mode, true)?;
+                        self.make_directory(parent(&path), mode, true)?;
                     }
                     None => return refuse(Code::FileNotFound, 2),
                 }

@@ -118,10 +118,7 @@ async fn program(
 }
 
 /// Waits for input: what arrives on stdin is copied to `echo` where given, and its end is the end.
-async fn listen(
-    inputs: &mut mpsc::Receiver<ProcessInput>,
-    echo: Option<&mpsc::Sender<ProcessEvent>>,
-) -> ExitStatus {
+async fn listen(inputs: &mut mpsc::Receiver<ProcessInput>, echo: Option<&mpsc::Sender<ProcessEvent>>) -> ExitStatus {
     while let Some(input) = inputs.recv().await {
         match (input, echo) {
             (ProcessInput::Stdin(bytes), Some(echo)) => {

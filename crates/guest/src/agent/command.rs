@@ -10,14 +10,12 @@ use tokio::net::unix::pipe;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep_until};
 
-use super::Agent;
 use super::detached::Execution;
-use super::oom::OutOfMemory;
 use super::program::Running;
 use super::signals;
 use crate::frame::{DATA_BYTES_MAX, Kind};
 use crate::messages::{self, Exit, Input, input};
-use crate::mux::{Incoming, Receiver, Sender};
+use crate::mux::{Incoming, Receiver, Sender, charge};
 
 /// Between TERM and KILL.
 const GRACE: Duration = Duration::from_secs(5);
@@ -54,8 +52,7 @@ enum Asked {
 }
 
 /// Sees a command through to its end.
-pub async fn supervise(agent: &Agent, mut running: Running, timeout_ms: u64, sink: Sink, mut control: Option<Control>) -> Exit {
-    let out_of_memory = OutOfMemory::watch(agent);
+pub async fn supervise(mut running: Running, timeout_ms: u64, sink: Sink, mut control: Option<Control>) -> Exit {
     let group = Group(running.pid);
     let stderr = running.stderr.take();
     let outputs = async {
@@ -103,7 +100,7 @@ pub async fn supervise(agent: &Agent, mut running: Running, timeout_ms: u64, sin
     }
     ending.finish_off(group);
     let duration_ms = running.started.elapsed().as_millis() as u64;
-    exit(status.expect("the loop ends with a status"), &ending, out_of_memory, duration_ms, agent)
+    exit(status.expect("the loop ends with a status"), &ending, duration_ms)
 }
 
 async fn ended(ended: &mut oneshot::Receiver<WaitStatus>) -> Option<WaitStatus> {
@@ -227,19 +224,20 @@ impl Ending {
 /// What the command has not read yet.
 struct Stdin {
     pipe: Option<pipe::Sender>,
-    queue: VecDeque<(Bytes, usize)>,
+    /// With what each chunk cost of the stream's window.
+    queue: VecDeque<(Bytes, u32)>,
     closing: bool,
     terminal: bool,
 }
 
 impl Stdin {
     fn push(&mut self, data: Bytes, control: &mut Option<Control>) {
-        let length = data.len();
+        let cost = charge(data.len());
         if self.pipe.is_some() && !self.closing {
-            self.queue.push_back((data, length));
+            self.queue.push_back((data, cost));
         } else if let Some(Control::Stream(receiver)) = control {
             // Nobody will read it; the window is given back so that the stream does not stall.
-            receiver.release(length);
+            receiver.release(cost);
         }
     }
 
@@ -257,11 +255,11 @@ impl Stdin {
         }
     }
 
-    /// Writes some, and returns the length of a chunk that is used up. Cancelling loses nothing.
-    async fn write(&mut self) -> usize {
+    /// Writes some, and returns the cost of chunks that are used up. Cancelling loses nothing.
+    async fn write(&mut self) -> u32 {
         loop {
             self.close_when_written();
-            let (Some(pipe), Some((data, length))) = (&self.pipe, self.queue.front_mut()) else {
+            let (Some(pipe), Some((data, cost))) = (&self.pipe, self.queue.front_mut()) else {
                 return std::future::pending().await;
             };
             let result = match pipe.writable().await {
@@ -274,15 +272,15 @@ impl Stdin {
                 // Its reader is gone.
                 Err(_) => {
                     self.pipe = None;
-                    return self.queue.drain(..).map(|(_, length)| length).sum();
+                    return self.queue.drain(..).map(|(_, cost)| cost).sum();
                 }
             }
             if data.is_empty() {
-                let length = *length;
+                let cost = *cost;
                 self.queue.pop_front();
-                if length > 0 {
+                if cost > 0 {
                     self.close_when_written();
-                    return length;
+                    return cost;
                 }
             }
         }
@@ -333,14 +331,12 @@ async fn pump(output: pipe::Receiver, kind: Kind, sink: &Sink) {
     }
 }
 
-fn exit(status: Option<WaitStatus>, ending: &Ending, out_of_memory: OutOfMemory, duration_ms: u64, agent: &Agent) -> Exit {
+fn exit(status: Option<WaitStatus>, ending: &Ending, duration_ms: u64) -> Exit {
     let signal = status.and_then(|status| status.terminating_signal());
     let code = status.and_then(|status| status.exit_status()).unwrap_or(-1);
-    let killed_by_kernel = signal == Some(libc::SIGKILL) && ending.stage != Stage::Killed;
     let reason = match (ending.timed_out, ending.stage, signal) {
         (true, Stage::Killed, _) => "grace_timeout",
         (true, _, _) => "timeout",
-        (false, _, Some(_)) if killed_by_kernel && out_of_memory.happened(agent) => "out_of_memory",
         (false, _, Some(_)) => "signaled",
         (false, _, None) => "exit",
     };

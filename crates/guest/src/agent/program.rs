@@ -72,7 +72,7 @@ struct Spawned {
 
 fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
     let Strings { candidates, argv, env, cwd } = strings(agent, command)?;
-    let mut program = |streams: [BorrowedFd<'_>; 3], terminal: bool| {
+    let program = |streams: [BorrowedFd<'_>; 3], terminal: bool| {
         agent.reaper.spawn(|| {
             sys::spawn(&sys::Program {
                 candidates: candidates.clone(),

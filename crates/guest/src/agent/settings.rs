@@ -11,8 +11,6 @@ pub struct Settings {
     pub cgroup_procs: Vec<OwnedFd>,
     /// Reads as the bytes of memory in use.
     pub memory_usage: Option<OwnedFd>,
-    /// Has a line `oom_kill N`, the number of processes killed for want of memory.
-    pub memory_events: Option<OwnedFd>,
     /// What the sandbox sees as `/proc/meminfo`.
     pub meminfo: Option<OwnedFd>,
     /// Bytes; 0 when unlimited.
@@ -60,7 +58,6 @@ impl Settings {
                 "--listen-fd" => listener = Some(take(&argument, value)?),
                 "--cgroup-procs-fd" => settings.cgroup_procs.push(take(&argument, value)?),
                 "--memory-usage-fd" => settings.memory_usage = Some(take(&argument, value)?),
-                "--memory-events-fd" => settings.memory_events = Some(take(&argument, value)?),
                 "--meminfo-fd" => settings.meminfo = Some(take(&argument, value)?),
                 "--control-fd" => settings.control = Some(take(&argument, value)?),
                 "--memory-limit-bytes" => {
@@ -75,7 +72,6 @@ impl Settings {
             listener: listener.ok_or(SettingsError::NoListener)?,
             cgroup_procs: settings.cgroup_procs,
             memory_usage: settings.memory_usage,
-            memory_events: settings.memory_events,
             meminfo: settings.meminfo,
             memory_limit_bytes: settings.memory_limit_bytes,
             control: settings.control,
@@ -88,7 +84,6 @@ impl Settings {
 struct PartialSettings {
     cgroup_procs: Vec<OwnedFd>,
     memory_usage: Option<OwnedFd>,
-    memory_events: Option<OwnedFd>,
     meminfo: Option<OwnedFd>,
     memory_limit_bytes: u64,
     control: Option<OwnedFd>,

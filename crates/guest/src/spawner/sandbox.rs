@@ -125,12 +125,17 @@ fn become_sandbox(
 fn build_root(order: &Sandbox, parts: &Parts<'_>, system: &str) -> Result<OwnedFd, StepError> {
     mount::attach(parts.disk, DISK).step("attach the disk")?;
     mount::attach(parts.base, BASE).step("attach the base layer")?;
-    overlay(BASE, "root", NEW_ROOT)?;
-    for (index, (layer, name)) in parts.layers.iter().zip(&order.layers).enumerate() {
-        let lower = format!("{LAYERS}/{index}");
-        mount::attach(*layer, &lower).step("attach a layer")?;
-        overlay(&lower, name, &format!("{NEW_ROOT}/{name}"))?;
+    for (index, layer) in parts.layers.iter().enumerate() {
+        mount::attach(*layer, &format!("{LAYERS}/{index}")).step("attach a layer")?;
     }
+    // An overlay works on its disk as whoever mounted it. The disk knows the sandbox's ids only, so
+    // that has to be the sandbox's root.
+    act_as(order.first_id).step("act as the sandbox's root")?;
+    overlay(BASE, "root", NEW_ROOT)?;
+    for (index, name) in order.layers.iter().enumerate() {
+        overlay(&format!("{LAYERS}/{index}"), name, &format!("{NEW_ROOT}/{name}"))?;
+    }
+    act_as(0).step("act as the host's root")?;
     build_devices(order)?;
     let tree = mount::clone_tree(rustix::fs::CWD, system, false).step("copy /sys")?;
     mount::set_attributes(tree.as_fd(), READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC, None).step("protect /sys")?;
@@ -142,6 +147,24 @@ fn build_root(order: &Sandbox, parts: &Parts<'_>, system: &str) -> Result<OwnedF
     rustix::mount::unmount(".", UnmountFlags::DETACH).step("leave the old root")?;
     std::env::set_current_dir("/").step("enter the new root")?;
     Ok(meminfo)
+}
+
+/// Uses another id for files, and keeps all capabilities.
+fn act_as(id: u32) -> Result<(), Errno> {
+    const KEEP_CAPABILITIES: libc::c_ulong = 1 << 2; // SECBIT_NO_SETUID_FIXUP
+    // SAFETY: takes no pointers; the process has one thread.
+    unsafe {
+        if libc::prctl(libc::PR_SET_SECUREBITS, KEEP_CAPABILITIES) != 0 {
+            return Err(mount::last_errno());
+        }
+        libc::setfsgid(id);
+        libc::setfsuid(id);
+        // These calls tell success only by what a second one finds.
+        if libc::setfsgid(id) as u32 != id || libc::setfsuid(id) as u32 != id {
+            return Err(Errno::PERM);
+        }
+    }
+    Ok(())
 }
 
 /// Mounts `lower` under the disk's upper directory of that name.

@@ -1,0 +1,105 @@
+use super::*;
+
+/// A cgroup v2 tree made of plain files.
+fn unified() -> (tempfile::TempDir, String) {
+    let root = tempfile::tempdir().expect("a directory");
+    fs::write(root.path().join("cgroup.controllers"), "cpuset cpu io memory pids\n").expect("write");
+    let mounts = format!("proc /proc proc rw 0 0\ncgroup2 {} cgroup2 rw,nosuid 0 0\n", root.path().display());
+    (root, mounts)
+}
+
+fn split() -> (tempfile::TempDir, String) {
+    let root = tempfile::tempdir().expect("a directory");
+    let path = root.path().display();
+    fs::create_dir(root.path().join("unified")).expect("make");
+    fs::write(root.path().join("unified/cgroup.controllers"), "hugetlb\n").expect("write");
+    let mounts = format!(
+        "cgroup {path}/cpu,cpuacct cgroup rw,cpu,cpuacct 0 0\n\
+         cgroup {path}/memory cgroup rw,memory 0 0\n\
+         cgroup {path}/pids cgroup rw,pids 0 0\n\
+         cgroup {path}/systemd cgroup rw,name=systemd 0 0\n\
+         cgroup2 {path}/unified cgroup2 rw 0 0\n"
+    );
+    (root, mounts)
+}
+
+const LIMITS: Limits = Limits { cpu_cores: 2, memory_bytes: 512 << 20, processes_max: 100 };
+
+fn read(root: &tempfile::TempDir, path: &str) -> String {
+    fs::read_to_string(root.path().join(path)).unwrap_or_else(|error| panic!("{path}: {error}")).trim().to_owned()
+}
+
+#[test]
+fn on_v2_limits_are_on_the_commands_and_controllers_are_handed_down() {
+    let (root, mounts) = unified();
+    let cgroups = Cgroups::open_in(&mounts, "ab12").expect("open");
+    let group = cgroups.group("slot-3").expect("a group");
+    group.set_limits(LIMITS).expect("limits");
+    let commands = "nagaya/ab12/slot-3/commands";
+    assert_eq!(read(&root, &format!("{commands}/cpu.max")), "200000 100000");
+    assert_eq!(read(&root, &format!("{commands}/memory.max")), (512 << 20).to_string());
+    assert_eq!(read(&root, &format!("{commands}/memory.swap.max")), "0");
+    assert_eq!(read(&root, &format!("{commands}/pids.max")), "100");
+    for parent in ["", "nagaya/", "nagaya/ab12/", "nagaya/ab12/slot-3/"] {
+        assert_eq!(read(&root, &format!("{parent}cgroup.subtree_control")), "+cpu +memory +pids", "{parent}");
+    }
+    assert!(!root.path().join("nagaya/ab12/slot-3/agent/memory.max").exists());
+    assert!(!root.path().join(format!("{commands}/cgroup.subtree_control")).exists(), "processes live in leaves only");
+    assert_eq!(cgroups.names(), ["slot-3"]);
+}
+
+#[test]
+fn on_v1_each_limit_goes_to_its_hierarchy() {
+    let (root, mounts) = split();
+    let cgroups = Cgroups::open_in(&mounts, "ab12").expect("open");
+    let group = cgroups.group("slot-0").expect("a group");
+    group.set_limits(LIMITS).expect("limits");
+    let commands = "nagaya/ab12/slot-0/commands";
+    assert_eq!(read(&root, &format!("cpu,cpuacct/{commands}/cpu.cfs_quota_us")), "200000");
+    assert_eq!(read(&root, &format!("memory/{commands}/memory.limit_in_bytes")), (512 << 20).to_string());
+    assert_eq!(read(&root, &format!("memory/{commands}/memory.memsw.limit_in_bytes")), (512 << 20).to_string());
+    assert_eq!(read(&root, &format!("pids/{commands}/pids.max")), "100");
+    assert!(!root.path().join("systemd/nagaya").exists());
+}
+
+#[test]
+fn out_of_memory_kills_are_read_from_both_versions() {
+    for (tree, file) in [
+        (unified(), "nagaya/x/slot-0/commands/memory.events"),
+        (split(), "memory/nagaya/x/slot-0/commands/memory.oom_control"),
+    ] {
+        let (root, mounts) = tree;
+        let group = Cgroups::open_in(&mounts, "x").expect("open").group("slot-0").expect("a group");
+        assert_eq!(group.out_of_memory_kills(), 0);
+        fs::write(root.path().join(file), "oom_kill_disable 0\nunder_oom 0\noom 9\noom_kill 4\n").expect("write");
+        assert_eq!(group.out_of_memory_kills(), 4);
+    }
+}
+
+#[test]
+fn processes_are_listed_by_part() {
+    let (root, mounts) = unified();
+    let group = Cgroups::open_in(&mounts, "x").expect("open").group("slot-0").expect("a group");
+    fs::write(root.path().join("nagaya/x/slot-0/agent/cgroup.procs"), "41\n").expect("write");
+    fs::write(root.path().join("nagaya/x/slot-0/commands/cgroup.procs"), "42\n43\n").expect("write");
+    assert_eq!(group.processes(Part::Agent), [41]);
+    assert_eq!(group.processes(Part::Commands), [42, 43]);
+}
+
+#[test]
+fn a_removed_group_is_gone_and_removing_it_again_is_no_error() {
+    let (root, mounts) = split();
+    let cgroups = Cgroups::open_in(&mounts, "x").expect("open");
+    let group = cgroups.group("slot-0").expect("a group");
+    group.remove().expect("remove");
+    group.remove().expect("remove again");
+    assert!(cgroups.names().is_empty());
+    cgroups.remove();
+    assert!(!root.path().join("memory/nagaya").exists());
+}
+
+#[test]
+fn a_host_without_the_controllers_is_refused_with_their_names() {
+    let error = Cgroups::open_in("proc /proc proc rw 0 0\n", "x").expect_err("nothing to open").to_string();
+    assert!(error.contains("cpu, memory and pids"), "{error}");
+}

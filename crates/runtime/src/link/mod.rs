@@ -1,22 +1,145 @@
-//! Placeholder while the real link is written.
-pub struct Link;
-#[derive(Debug, thiserror::Error)]
-#[error("x")]
-pub struct LinkError;
-#[async_trait::async_trait]
-impl nagaya_engine::ports::Guest for Link {
-    async fn run(&self, _: nagaya_engine::ports::Command) -> Result<nagaya_engine::ports::Process, nagaya_engine::ports::GuestError> { todo!() }
-    async fn run_detached(&self, _: nagaya_api::ids::ExecutionId, _: nagaya_engine::ports::Command) -> Result<u32, nagaya_engine::ports::GuestError> { todo!() }
-    async fn follow(&self, _: nagaya_api::ids::ExecutionId) -> Result<tokio::sync::mpsc::Receiver<nagaya_engine::ports::ProcessEvent>, nagaya_engine::ports::GuestError> { todo!() }
-    async fn forget(&self, _: nagaya_api::ids::ExecutionId) -> Result<(), nagaya_engine::ports::GuestError> { todo!() }
-    async fn read_file(&self, _: &str, _: u64, _: u64, _: u32) -> Result<nagaya_engine::ports::FileReader, nagaya_engine::ports::GuestError> { todo!() }
-    async fn write_file(&self, _: &str, _: nagaya_engine::ports::WriteOptions) -> Result<nagaya_engine::ports::FileWriter, nagaya_engine::ports::GuestError> { todo!() }
-    async fn stat(&self, _: &str) -> Result<Option<nagaya_engine::ports::FileStat>, nagaya_engine::ports::GuestError> { todo!() }
-    async fn make_directory(&self, _: &str, _: u32, _: bool) -> Result<i64, nagaya_engine::ports::GuestError> { todo!() }
-    async fn remove(&self, _: &str, _: bool) -> Result<u64, nagaya_engine::ports::GuestError> { todo!() }
-    async fn list_directory(&self, _: &str, _: bool) -> Result<Vec<nagaya_engine::ports::DirectoryEntry>, nagaya_engine::ports::GuestError> { todo!() }
+//! The host's end of the connection to the agent in a sandbox.
+//!
+//! Every byte that comes from there is taken as hostile: it may have been sent by whoever took over
+//! the sandbox. The protocol itself is in `nagaya_guest`; see `docs/decisions/0002-agent-protocol.md`.
+
+use std::fmt;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use nagaya_api::error::Code;
+use nagaya_engine::ports::GuestError;
+use nagaya_guest::handshake::{Handshake, HandshakeError};
+use nagaya_guest::messages::{self, Error, Outcome, Request, event, outcome, request};
+use nagaya_guest::mux::{Incoming, Mux, OpenError, Receiver, Role, Sender};
+use tokio::net::UnixStream;
+
+mod files;
+mod guest;
+mod process;
+#[cfg(test)]
+mod tests;
+
+/// A connection to the agent of one sandbox.
+pub struct Link {
+    mux: Mux,
+    out_of_memory_kills: OnceLock<Counter>,
 }
+
+/// Something that only ever grows.
+type Counter = Arc<dyn Fn() -> u64 + Send + Sync>;
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link").field("mux", &self.mux).finish_non_exhaustive()
+    }
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    #[error("connect to the sandbox's agent: {0}")]
+    Connect(#[from] io::Error),
+    #[error("greet the sandbox's agent: {0}")]
+    Handshake(#[from] HandshakeError),
+}
+
 impl Link {
-    pub async fn connect(_: &std::path::Path) -> Result<std::sync::Arc<Link>, LinkError> { Err(LinkError) }
-    pub fn count_out_of_memory_kills(&self, _: impl Fn() -> u64 + Send + Sync + 'static) {}
+    /// Connects to the socket on which an agent listens. An older connection to it ends.
+    pub async fn connect(path: &Path) -> Result<Arc<Self>, LinkError> {
+        Self::from_stream(UnixStream::connect(path).await?).await
+    }
+
+    /// Greets the agent at the other end of a stream.
+    pub async fn from_stream(stream: UnixStream) -> Result<Arc<Self>, LinkError> {
+        Self::with_handshake(stream, Handshake::default()).await
+    }
+
+    async fn with_handshake(stream: UnixStream, handshake: Handshake) -> Result<Arc<Self>, LinkError> {
+        let (reader, writer) = stream.into_split();
+        let (mux, _) = Mux::start(reader, writer, Role::Host, handshake).await?;
+        Ok(Arc::new(Self { mux, out_of_memory_kills: OnceLock::new() }))
+    }
+
+    /// Completes when the connection has ended, with the reason in words for the log.
+    pub async fn closed(&self) -> Arc<str> {
+        self.mux.closed().await
+    }
+
+    /// Whether the connection has ended.
+    pub fn is_closed(&self) -> bool {
+        self.mux.is_closed()
+    }
+
+    /// Tells how many processes of the sandbox were killed for want of memory so far, so that a
+    /// command killed that way ends with the reason `out_of_memory`. Only the first call counts.
+    pub fn count_out_of_memory_kills(&self, count: impl Fn() -> u64 + Send + Sync + 'static) {
+        let _ = self.out_of_memory_kills.set(Arc::new(count));
+    }
+
+    /// Sends a request.
+    async fn open(&self, kind: impl Into<request::Kind>) -> Result<(Sender, Receiver), GuestError> {
+        let request = Request { kind: Some(kind.into()), ..Default::default() };
+        self.mux.open(messages::encode(&request)).await.map_err(|error| match error {
+            OpenError::Closed => unreachable_guest(),
+            OpenError::TooMany => guest_error(Code::CapacityUnavailable, "streams to the sandbox"),
+            OpenError::TooLarge => guest_error(Code::MessageTooLarge, "arguments and environment"),
+        })
+    }
+
+    /// Sends a request that has one answer.
+    async fn ask(&self, kind: impl Into<request::Kind>) -> Result<Option<outcome::Kind>, GuestError> {
+        let (_sender, mut receiver) = self.open(kind).await?;
+        match receiver.next().await {
+            Some(Incoming::End(end)) => finish(&end),
+            other => Err(unexpected(other)),
+        }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.mux.close("the server let go of the sandbox");
+    }
+}
+
+fn guest_error(code: Code, detail: &str) -> GuestError {
+    GuestError { code, detail: detail.into(), errno: 0 }
+}
+
+fn unreachable_guest() -> GuestError {
+    guest_error(Code::GuestUnreachable, "the connection to the sandbox was lost")
+}
+
+/// The agent did not keep to the protocol; or the stream or the connection is gone.
+fn unexpected(incoming: Option<Incoming>) -> GuestError {
+    match incoming {
+        None => unreachable_guest(),
+        Some(Incoming::Reset) => guest_error(Code::GuestUnreachable, "the sandbox's agent gave the request up"),
+        Some(_) => guest_error(Code::GuestUnreachable, "the sandbox's agent answered something else"),
+    }
+}
+
+/// What an END frame says.
+fn finish(payload: &[u8]) -> Result<Option<outcome::Kind>, GuestError> {
+    match messages::decode::<Outcome>(payload) {
+        Ok(Outcome { kind: Some(outcome::Kind::Error(error)), .. }) => Err(from_error(*error)),
+        Ok(outcome) => Ok(outcome.kind),
+        Err(_) => Err(guest_error(Code::GuestUnreachable, "the sandbox's agent sent a malformed answer")),
+    }
+}
+
+/// What a MESSAGE frame says.
+fn event_of(payload: &[u8]) -> Option<event::Kind> {
+    messages::decode::<messages::Event>(payload).ok()?.kind
+}
+
+fn from_error(error: Error) -> GuestError {
+    /// Characters of a detail that are passed on.
+    const DETAIL_CHARS_MAX: usize = 200;
+    let known = Code::ALL.iter().copied().find(|code| code.name() == error.code);
+    let detail = error.detail.chars().filter(|character| !character.is_control()).take(DETAIL_CHARS_MAX).collect();
+    // A code of a newer agent: its detail is all there is to tell.
+    GuestError { code: known.unwrap_or(Code::FileSystem), detail, errno: error.errno }
 }

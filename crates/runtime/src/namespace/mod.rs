@@ -169,9 +169,13 @@ impl NamespaceDriver {
         Ok(Self { inner: Arc::new(inner), exits: Mutex::new(Some(receiver)) })
     }
 
-    /// Slots that are ready now, of all shapes.
-    pub fn pool_level(&self) -> usize {
-        self.inner.pools.iter().map(|pool| pool.level()).sum()
+    /// Slots that are ready now, by pool.
+    pub fn pool_levels(&self) -> [(&'static str, i64); 2] {
+        let level = |outbound| {
+            let pools = self.inner.pools.iter().filter(|pool| pool.shape().outbound == outbound);
+            pools.map(|pool| pool.level() as i64).sum()
+        };
+        [("slots", level(true)), ("isolated_slots", level(false))]
     }
 
     /// Waits until everything that belonged to destroyed sandboxes is gone.

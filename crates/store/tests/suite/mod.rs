@@ -1,6 +1,7 @@
 //! What every store must do, whatever it keeps its records in.
 
-#![allow(clippy::unwrap_used)]
+// Each test program uses its own part of this.
+#![allow(clippy::unwrap_used, dead_code)]
 
 use std::collections::BTreeMap;
 

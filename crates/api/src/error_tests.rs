@@ -1,0 +1,248 @@
+use std::collections::BTreeSet;
+
+use super::*;
+
+/// The error that the Go client reports for an answer; the order of its searches matters.
+fn go(status: Status, text: &str) -> &'static str {
+    first_match(status, text, GO_NOT_FOUND, "SessionNotFound", "RawError")
+}
+
+/// The same for the TypeScript client, which looks for a missing file later.
+fn typescript(status: Status, text: &str) -> &'static str {
+    first_match(status, text, TYPESCRIPT_NOT_FOUND, "SessionNotFound", "SandboxError")
+}
+
+type Searches = &'static [(&'static str, &'static str)];
+
+const GO_NOT_FOUND: Searches = &[
+    ("template build", "TemplateBuildNotFound"),
+    ("template", "TemplateNotFound"),
+    ("registry image", "RegistryImageNotFound"),
+    ("no such file or directory", "FileNotFound"),
+    ("session", "SessionNotFound"),
+    ("snapshot", "SnapshotNotFound"),
+    ("volume", "VolumeNotFound"),
+    ("artifact", "SessionExpired"),
+];
+const TYPESCRIPT_NOT_FOUND: Searches = &[
+    ("template build", "TemplateBuildNotFound"),
+    ("template", "TemplateNotFound"),
+    ("registry image", "RegistryImageNotFound"),
+    ("snapshot", "SnapshotNotFound"),
+    ("volume", "VolumeNotFound"),
+    ("artifact", "SessionExpired"),
+    ("no such file or directory", "FileNotFound"),
+];
+const RESOURCE_EXHAUSTED: Searches = &[
+    ("maximum exposed ports", "PortLimitExceeded"),
+    ("volume", "VolumeLimitExceeded"),
+    ("rate limit", "RateLimited"),
+    ("capacity", "CapacityUnavailable"),
+];
+const FAILED_PRECONDITION: Searches = &[
+    ("snapshot not yet durable", "SnapshotNotDurable"),
+    ("template build already in progress", "TemplateBuildInProgress"),
+    ("build in progress", "TemplateBuildInProgress"),
+    ("terminated", "SessionTerminated"),
+    ("failed (exit_code=", "GitOperationFailed"),
+    ("sync_pending", "VolumeSyncPending"),
+    ("sync pending", "VolumeSyncPending"),
+    ("volume is attached", "VolumeInUse"),
+    ("volume is in use", "VolumeInUse"),
+    ("inbound access is disabled", "InboundDisabled"),
+    ("ssh", "SSHUnavailable"),
+];
+
+fn first_match(
+    status: Status,
+    text: &str,
+    not_found: Searches,
+    not_found_else: &'static str,
+    raw: &'static str,
+) -> &'static str {
+    let (searches, otherwise): (Searches, _) = match status {
+        Status::Unauthenticated => (&[], "Unauthorized"),
+        Status::PermissionDenied => (&[], "PermissionDenied"),
+        Status::DeadlineExceeded => (&[], "CommandTimeout"),
+        Status::NotFound => (not_found, not_found_else),
+        Status::AlreadyExists => (&[("template", "TemplateExists")], raw),
+        Status::ResourceExhausted => (RESOURCE_EXHAUSTED, "QuotaExceeded"),
+        Status::FailedPrecondition => (FAILED_PRECONDITION, "InvalidState"),
+        Status::Unavailable => (&[("ssh", "SSHUnavailable")], raw),
+        Status::Unimplemented => (&[("404", "DataPlaneNotReady")], raw),
+        Status::InvalidArgument | Status::Aborted | Status::Internal => (&[], raw),
+    };
+    let text = text.to_lowercase();
+    searches.iter().find(|(word, _)| text.contains(word)).map_or(otherwise, |(_, class)| class)
+}
+
+/// What a user of a client should see for each code; `None` where clients have no class of their own.
+fn intended(code: Code) -> Option<&'static str> {
+    Some(match code {
+        Code::Unauthenticated | Code::InvalidCertificate => "Unauthorized",
+        Code::PermissionDenied => "PermissionDenied",
+        // Clients know nothing of workspaces and executions; they name the session instead.
+        Code::SessionNotFound | Code::WorkspaceNotFound | Code::ExecutionNotFound => "SessionNotFound",
+        Code::FileNotFound | Code::CommandNotFound => "FileNotFound",
+        Code::TemplateNotFound => "TemplateNotFound",
+        Code::TemplateBuildNotFound => "TemplateBuildNotFound",
+        Code::RegistryImageNotFound => "RegistryImageNotFound",
+        Code::SnapshotNotFound => "SnapshotNotFound",
+        Code::VolumeNotFound => "VolumeNotFound",
+        Code::ArtifactExpired => "SessionExpired",
+        Code::SessionTerminated => "SessionTerminated",
+        Code::SessionNotRunning
+        | Code::IsADirectory
+        | Code::NotADirectory
+        | Code::NotARegularFile
+        | Code::DirectoryNotEmpty
+        | Code::FileSystem => "InvalidState",
+        Code::InboundDisabled => "InboundDisabled",
+        Code::SshUnavailable | Code::SshGatewayUnavailable => "SSHUnavailable",
+        Code::SnapshotNotDurable => "SnapshotNotDurable",
+        Code::TemplateBuildInProgress => "TemplateBuildInProgress",
+        Code::VolumeInUse => "VolumeInUse",
+        Code::VolumeSyncPending => "VolumeSyncPending",
+        Code::TemplateExists => "TemplateExists",
+        Code::DiskFull | Code::QuotaExceeded | Code::MessageTooLarge => "QuotaExceeded",
+        Code::CapacityUnavailable => "CapacityUnavailable",
+        Code::PortLimit => "PortLimitExceeded",
+        Code::VolumeLimit => "VolumeLimitExceeded",
+        Code::RateLimited => "RateLimited",
+        Code::CommandTimedOut | Code::DeadlineExceeded => "CommandTimeout",
+        Code::InvalidArgument
+        | Code::InvalidId
+        | Code::InvalidResources
+        | Code::InvalidCommand
+        | Code::InvalidPath
+        | Code::StreamProtocol
+        | Code::FileExists
+        | Code::Draining
+        | Code::GuestUnreachable
+        | Code::CapabilityUnavailable
+        | Code::Unimplemented
+        | Code::Internal => return None,
+    })
+}
+
+#[track_caller]
+fn assert_reported_as_intended(error: &Error) {
+    let (status, text) = (error.code.status(), error.wire_text());
+    assert_eq!(go(status, &text), intended(error.code).unwrap_or("RawError"), "Go client, {text:?}");
+    assert_eq!(
+        typescript(status, &text),
+        intended(error.code).unwrap_or("SandboxError"),
+        "TypeScript client, {text:?}"
+    );
+}
+
+#[test]
+fn names_are_unique_and_in_snake_case() {
+    let names: BTreeSet<_> = Code::ALL.iter().map(|code| code.name()).collect();
+    assert_eq!(names.len(), Code::ALL.len());
+    for name in names {
+        assert!(name.split('_').all(|word| !word.is_empty()), "{name}");
+        assert!(name.chars().all(|letter| letter.is_ascii_lowercase() || letter == '_'), "{name}");
+        assert_eq!(Code::from_name(name).map(Code::name), Some(name));
+    }
+}
+
+#[test]
+fn every_code_is_reported_as_intended_by_both_clients() {
+    for code in Code::ALL {
+        assert_reported_as_intended(&Error::from(*code));
+    }
+}
+
+#[test]
+fn every_error_that_clients_match_by_text_can_be_caused() {
+    let reachable: BTreeSet<_> = Code::ALL.iter().filter_map(|code| intended(*code)).collect();
+    for (_, class) in [GO_NOT_FOUND, TYPESCRIPT_NOT_FOUND, RESOURCE_EXHAUSTED, FAILED_PRECONDITION].concat() {
+        // A failed git command needs its exit status and output in the text; nothing runs git yet.
+        assert!(reachable.contains(class) || class == "GitOperationFailed", "{class}");
+    }
+}
+
+/// Everything that any client searches for in any text.
+fn all_words() -> impl Iterator<Item = &'static str> {
+    [GO_NOT_FOUND, TYPESCRIPT_NOT_FOUND, RESOURCE_EXHAUSTED, FAILED_PRECONDITION]
+        .into_iter()
+        .flatten()
+        .map(|(word, _)| *word)
+        .chain(["404", "HTTP status 404"])
+}
+
+#[test]
+fn no_detail_changes_what_clients_report() {
+    for code in Code::ALL {
+        for word in all_words() {
+            for detail in [
+                word.to_string(),
+                word.to_uppercase(),
+                format!("/home/tenki/{word}s/a"),
+                format!("state=PAUSED, {word}-box"),
+            ] {
+                assert_reported_as_intended(&Error::new(*code, detail));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_word_that_begins_in_the_text_and_ends_in_the_detail_is_noticed() {
+    for code in Code::ALL {
+        for word in all_words() {
+            for (split, _) in word.char_indices() {
+                assert_reported_as_intended(&Error::new(*code, &word[split..]));
+            }
+        }
+    }
+}
+
+#[test]
+fn known_traps_are_avoided() {
+    let path = Error::new(Code::FileNotFound, "/home/tenki/templates/a");
+    assert_eq!(path.wire_text(), "no such file or directory [file_not_found]");
+    let name = Error::new(Code::SessionNotRunning, "session ssh-box");
+    assert_eq!(name.wire_text(), "session not RUNNING [session_not_running]");
+    let number = Error::new(Code::Unimplemented, "port 404");
+    assert_eq!(number.wire_text(), "not implemented by this server yet [unimplemented]");
+}
+
+#[test]
+fn harmless_details_reach_the_client() {
+    let paused = Error::new(Code::SessionNotRunning, "state=PAUSED");
+    assert_eq!(paused.wire_text(), "session not RUNNING: state=PAUSED [session_not_running]");
+    // A word may be repeated where the text has it already, and where it is not searched for.
+    let limit = Error::new(Code::CapacityUnavailable, "sessions_max, the capacity, is 4");
+    assert!(limit.wire_text().contains("sessions_max, the capacity, is 4"));
+}
+
+#[test]
+fn the_code_can_be_read_back_from_the_text() {
+    for code in Code::ALL {
+        assert_eq!(Code::in_wire_text(&Error::new(*code, "a [b] c").wire_text()), Some(*code));
+    }
+    for text in ["", "session not found", "session not found [nonsense]", "[internal]", "x [internal] y"] {
+        assert_eq!(Code::in_wire_text(text), None, "{text:?}");
+    }
+}
+
+#[test]
+fn every_code_has_a_text_a_remedy_and_an_exit_code_of_a_failure() {
+    for code in Code::ALL {
+        assert!(!code.text().is_empty() && !code.text().ends_with('.'), "{code:?}");
+        assert!(code.remedy().ends_with('.'), "{code:?}");
+        assert!((64..=127).contains(&code.exit_code()), "{code:?}");
+        assert!((400..=599).contains(&code.http_status()), "{code:?}");
+    }
+}
+
+#[test]
+fn http_statuses_are_those_that_ssh_clients_look_at() {
+    // An SSH bridge refuses before its upgrade with these four.
+    assert_eq!(Code::InvalidCertificate.http_status(), 401);
+    assert_eq!(Code::PermissionDenied.http_status(), 403);
+    assert_eq!(Code::SessionNotFound.http_status(), 404);
+    assert_eq!(Code::SessionNotRunning.http_status(), 409);
+}

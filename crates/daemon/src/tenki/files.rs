@@ -1,0 +1,229 @@
+//! File contents as streams. Content is passed on by reference; nothing here copies it.
+
+use std::sync::Arc;
+
+use buffa::encoding::encode_varint;
+use bytes::{Bytes, BytesMut};
+use connectrpc::{CodecFormat, ConnectError, Encodable, EncodedBody, EncodedStream, RequestContext, ServiceStream};
+use futures::StreamExt;
+use nagaya_api::error::{Code, Error};
+use nagaya_api::tenki::v1 as wire;
+use nagaya_api::tenki::v1::write_file_stream_request::Payload;
+use nagaya_engine::OpenSession;
+use nagaya_engine::ports::{FileReader, WriteOptions};
+use tokio::sync::mpsc;
+
+use super::data::{check_path, required};
+use super::{Tenki, convert};
+
+/// The guest takes this much at once.
+const WRITE_CHUNK_BYTES: usize = 64 * 1024;
+
+/// Sizes are signed on the wire.
+pub(super) fn size(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+/// Hands content to a guest in pieces of the size it takes. `Err` when it takes no more.
+pub(super) async fn send(chunks: &mpsc::Sender<Bytes>, mut content: Bytes) -> Result<(), mpsc::error::SendError<Bytes>> {
+    while !content.is_empty() {
+        let chunk = content.split_to(content.len().min(WRITE_CHUNK_BYTES));
+        chunks.send(chunk).await?;
+    }
+    Ok(())
+}
+
+pub(super) async fn write_file_stream(
+    tenki: &Tenki,
+    context: &RequestContext,
+    mut requests: ServiceStream<wire::SandboxSessionDataPlaneServiceWriteFileStreamRequest>,
+) -> Result<wire::WriteFileStreamResponse, ConnectError> {
+    let protocol = |problem: &str| Error::new(Code::StreamProtocol, problem);
+    let Some(first) = requests.next().await.transpose()? else {
+        return Err(protocol("the stream ended before its start frame").into());
+    };
+    let Some(Payload::Start(start)) = required(first.frame.into_option(), "frame")?.payload else {
+        return Err(protocol("the first frame is not start").into());
+    };
+    check_path(&start.path)?;
+    let open = tenki.open(context, &start.session_id).await?;
+    let options = WriteOptions { mode: start.mode, truncate: start.truncate, sync: start.sync };
+    let writer = open.guest.write_file(&start.path, options).await.map_err(convert::guest_error)?;
+    // Whatever ends this function early drops the writer, which leaves the file as it was.
+    while let Some(message) = requests.next().await.transpose()? {
+        match required(message.frame.into_option(), "frame")?.payload {
+            Some(Payload::Data(data)) => {
+                if send(&writer.chunks, data).await.is_err() {
+                    break;
+                }
+            }
+            Some(Payload::Start(_)) => return Err(protocol("a second start frame").into()),
+            None => {}
+        }
+    }
+    let written = writer.finish().await.map_err(convert::guest_error)?;
+    Ok(wire::WriteFileStreamResponse { bytes_written: size(written), path: start.path, ..Default::default() })
+}
+
+/// Reads a file and gives its encoded messages.
+pub(super) async fn read_file_stream(
+    tenki: &Arc<Tenki>,
+    context: &RequestContext,
+    request: Option<wire::ReadFileStreamRequest>,
+    format: CodecFormat,
+) -> Result<EncodedStream, ConnectError> {
+    let request = required(request, "request")?;
+    check_path(&request.path)?;
+    let unsigned = |number: i64, field: &str| {
+        u64::try_from(number).map_err(|_| Error::new(Code::InvalidArgument, format!("{field} must not be negative")))
+    };
+    let (offset, length) = (unsigned(request.offset, "offset")?, unsigned(request.length, "length")?);
+    let message_bytes = match request.chunk_bytes {
+        0 => tenki.read_chunk_bytes,
+        asked => (asked as usize).min(tenki.read_chunk_bytes.max(WRITE_CHUNK_BYTES)),
+    };
+    let open = tenki.open(context, &request.session_id).await?;
+    let reader = open.guest.read_file(&request.path, offset, length, request.chunk_bytes).await;
+    let reading = Reading {
+        reader: reader.map_err(convert::guest_error)?,
+        message_bytes,
+        rest: None,
+        format,
+        ended: false,
+        _open: open,
+    };
+    Ok(Box::pin(futures::stream::unfold(reading, |mut reading| async move {
+        let message = reading.next().await?;
+        Some((message, reading))
+    })))
+}
+
+struct Reading {
+    reader: FileReader,
+    /// Content of one message at most.
+    message_bytes: usize,
+    /// What did not fit into the last message.
+    rest: Option<Bytes>,
+    format: CodecFormat,
+    ended: bool,
+    /// Keeps the session in use.
+    _open: OpenSession,
+}
+
+impl Reading {
+    /// One message of what is there already: a fast reader gets large ones, a slow source is not
+    /// waited for.
+    async fn next(&mut self) -> Option<Result<EncodedBody, ConnectError>> {
+        if self.ended {
+            return None;
+        }
+        let first = match self.rest.take() {
+            Some(rest) => Some(Ok(rest)),
+            None => self.reader.chunks.recv().await,
+        };
+        let (mut chunks, mut bytes) = (Vec::with_capacity(8), 0);
+        let mut chunk = first;
+        loop {
+            match chunk {
+                Some(Ok(mut piece)) => {
+                    let room = self.message_bytes - bytes;
+                    if piece.len() > room {
+                        self.rest = Some(piece.split_off(room));
+                    }
+                    bytes += piece.len();
+                    chunks.push(piece);
+                    if bytes == self.message_bytes {
+                        break;
+                    }
+                }
+                Some(Err(error)) => {
+                    self.ended = true;
+                    return Some(Err(convert::guest_error(error)));
+                }
+                None => {
+                    self.ended = true;
+                    break;
+                }
+            }
+            chunk = match self.reader.chunks.try_recv() {
+                Ok(next) => Some(next),
+                Err(mpsc::error::TryRecvError::Disconnected) => None,
+                Err(mpsc::error::TryRecvError::Empty) => break,
+            };
+        }
+        Some(encode(chunks, bytes, self.ended, self.reader.total_size, self.format))
+    }
+}
+
+/// Encodes `{response: {data, eof, total_size}}` with the content left where it is.
+fn encode(chunks: Vec<Bytes>, bytes: usize, eof: bool, total_size: u64, format: CodecFormat) -> Result<EncodedBody, ConnectError> {
+    if format != CodecFormat::Proto {
+        let response = wire::ReadFileStreamResponse {
+            data: EncodedBody::from_segments(chunks).into_contiguous(),
+            eof,
+            total_size: size(total_size),
+            ..Default::default()
+        };
+        let message = wire::SandboxSessionDataPlaneServiceReadFileStreamResponse { response: response.into(), ..Default::default() };
+        return message.encode_segments(format);
+    }
+    // The small fields go first, so that everything but the content is one segment.
+    let mut inner = BytesMut::with_capacity(32);
+    if eof {
+        encode_varint(u64::from(FIELD_EOF << 3), &mut inner);
+        encode_varint(1, &mut inner);
+    }
+    if total_size > 0 {
+        encode_varint(u64::from(FIELD_TOTAL_SIZE << 3), &mut inner);
+        encode_varint(total_size, &mut inner);
+    }
+    if bytes > 0 {
+        encode_varint(u64::from(FIELD_DATA << 3 | LENGTH_DELIMITED), &mut inner);
+        encode_varint(bytes as u64, &mut inner);
+    }
+    let mut head = BytesMut::with_capacity(inner.len() + 12);
+    encode_varint(u64::from(FIELD_RESPONSE << 3 | LENGTH_DELIMITED), &mut head);
+    encode_varint((inner.len() + bytes) as u64, &mut head);
+    head.extend_from_slice(&inner);
+    let mut segments = Vec::with_capacity(chunks.len() + 1);
+    segments.push(head.freeze());
+    segments.extend(chunks);
+    Ok(EncodedBody::from_segments(segments))
+}
+
+const FIELD_RESPONSE: u32 = 1;
+const FIELD_DATA: u32 = 1;
+const FIELD_EOF: u32 = 2;
+const FIELD_TOTAL_SIZE: u32 = 3;
+const LENGTH_DELIMITED: u32 = 2;
+
+#[cfg(test)]
+mod tests {
+    use buffa::Message;
+
+    use super::*;
+
+    fn decode(body: EncodedBody) -> wire::ReadFileStreamResponse {
+        wire::SandboxSessionDataPlaneServiceReadFileStreamResponse::decode_from_slice(&body.into_contiguous())
+            .unwrap()
+            .response
+            .into_option()
+            .unwrap()
+    }
+
+    #[test]
+    fn messages_encoded_by_hand_read_like_generated_ones() {
+        for (chunks, eof, total_size) in [
+            (vec![], true, 0),
+            (vec![], false, 0),
+            (vec![Bytes::from_static(b"abc")], false, 3),
+            (vec![Bytes::from(vec![1; 70_000]), Bytes::from(vec![2; 300])], true, u64::from(u32::MAX) + 1),
+        ] {
+            let data = chunks.concat();
+            let response = decode(encode(chunks, data.len(), eof, total_size, CodecFormat::Proto).unwrap());
+            assert_eq!(response.data, data);
+            assert_eq!(response.eof, eof);
+            assert_eq!(response.total_size, size(total_size));
+        }
+    }
+}

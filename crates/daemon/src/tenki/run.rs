@@ -1,0 +1,246 @@
+//! Commands: the Run stream, and the output of detached ones.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
+
+use bytes::Bytes;
+use connectrpc::{ConnectError, RequestContext, Response, ServiceResult, ServiceStream};
+use futures::{Stream, StreamExt};
+use nagaya_api::error::{Code, Error};
+use nagaya_api::tenki::v1 as wire;
+use nagaya_api::tenki::v1::{run_request, run_response};
+use nagaya_engine::OpenSession;
+use nagaya_engine::ports::{Command, ProcessEvent, ProcessInput};
+use nagaya_engine::validate;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+use super::data::required;
+use super::{Tenki, convert};
+
+type Request = wire::SandboxSessionDataPlaneServiceRunRequest;
+type Answer = wire::SandboxSessionDataPlaneServiceRunResponse;
+
+/// Largest piece of output in one frame; clients read with buffers of this size.
+const OUTPUT_BYTES_MAX: usize = 32 * 1024;
+/// The guest takes this much at once.
+const INPUT_BYTES_MAX: usize = 64 * 1024;
+
+fn protocol(problem: &str) -> ConnectError {
+    Error::new(Code::StreamProtocol, problem).into()
+}
+
+pub(super) async fn run(
+    tenki: &Arc<Tenki>,
+    context: &RequestContext,
+    mut requests: ServiceStream<Request>,
+) -> ServiceResult<ServiceStream<Answer>> {
+    let Some(first) = requests.next().await.transpose()? else {
+        return Err(protocol("the stream ended before its start frame"));
+    };
+    let Some(run_request::Payload::Start(start)) = required(first.frame.into_option(), "frame")?.payload else {
+        return Err(protocol("the first frame is not start"));
+    };
+    let started_at = Instant::now();
+    let open = tenki.open(context, &start.session_id).await?;
+    let takes_input = start.stream_stdin;
+    let command = command(tenki, &open, *start)?;
+    // A command that cannot be started is a status, never an exit: clients wait for `started`.
+    let process = open.guest.run(command).await.map_err(convert::guest_error)?;
+    tenki.metrics.run_started(started_at.elapsed());
+
+    let started = wire::RunStarted {
+        pid: process.pid.into(),
+        stdin_window_bytes: if takes_input { tenki.stdin_window_bytes } else { 0 },
+        ..Default::default()
+    };
+    let (failed, failure) = oneshot::channel();
+    let input = process.input;
+    let pump = tokio::spawn(async move {
+        if let Err(error) = pump(&mut requests, &input, takes_input).await {
+            // Nobody listens any more when the command has ended.
+            let _ = failed.send(error);
+        }
+    });
+    let running = Running {
+        frames: VecDeque::from([frame(run_response::Payload::from(started))]),
+        events: Some(process.events),
+        failure: Some(failure),
+        _pump: AbortOnDrop(pump),
+        _open: open,
+    };
+    Response::stream_ok(running)
+}
+
+fn command(tenki: &Tenki, open: &OpenSession, start: wire::RunStart) -> Result<Command, Error> {
+    if start.cmd.iter().any(String::is_empty) {
+        return Err(Error::new(Code::InvalidCommand, "cmd must not hold empty arguments"));
+    }
+    let mut env = open.env.clone();
+    env.extend(start.env);
+    let command = Command {
+        argv: start.cmd,
+        env,
+        cwd: start.cwd,
+        privileged: start.privileged,
+        pty: start.pty,
+        stdin: start.stream_stdin,
+        timeout_ms: start.timeout_ms.into(),
+    };
+    validate::command(&command, &tenki.engine_config)?;
+    Ok(command)
+}
+
+/// Carries a client's frames to its command until the client has no more. A client that ends its
+/// side without `stdin_close` has no more input either.
+async fn pump(
+    requests: &mut ServiceStream<Request>,
+    input: &mpsc::Sender<ProcessInput>,
+    takes_input: bool,
+) -> Result<(), ConnectError> {
+    let mut open = takes_input;
+    while let Some(message) = requests.next().await.transpose()? {
+        match required(message.frame.into_option(), "frame")?.payload {
+            Some(run_request::Payload::Start(_)) => return Err(protocol("a second start frame")),
+            Some(run_request::Payload::Stdin(mut bytes)) if open => {
+                while !bytes.is_empty() {
+                    let piece = bytes.split_to(bytes.len().min(INPUT_BYTES_MAX));
+                    if input.send(ProcessInput::Stdin(piece)).await.is_err() {
+                        break;
+                    }
+                }
+            }
+            Some(run_request::Payload::StdinClose(true)) if open => {
+                open = false;
+                let _ = input.send(ProcessInput::StdinClose).await;
+            }
+            Some(run_request::Payload::Signal(signal)) => {
+                let signal = signal.signal.as_known().map_or(nagaya_engine::ports::Signal::Term, convert::signal);
+                let _ = input.send(ProcessInput::Signal(signal)).await;
+            }
+            // Input after its end, and kinds of frames that this server does not know. Frames for
+            // a command that has ended are read and forgotten until the client notices.
+            _ => {}
+        }
+    }
+    if open {
+        let _ = input.send(ProcessInput::StdinClose).await;
+    }
+    Ok(())
+}
+
+/// The answers of one Run. Dropping it ends the command.
+struct Running {
+    frames: VecDeque<Answer>,
+    /// `None` when the last frame was made.
+    events: Option<mpsc::Receiver<ProcessEvent>>,
+    /// Why the client's frames could not be followed any further.
+    failure: Option<oneshot::Receiver<ConnectError>>,
+    _pump: AbortOnDrop,
+    /// Keeps the session in use.
+    _open: OpenSession,
+}
+
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Stream for Running {
+    type Item = Result<Answer, ConnectError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if let Some(frame) = self.frames.pop_front() {
+            return Poll::Ready(Some(Ok(frame)));
+        }
+        if let Some(failure) = &mut self.failure
+            && let Poll::Ready(failed) = Pin::new(failure).poll(context)
+        {
+            self.failure = None;
+            if let Ok(error) = failed {
+                self.events = None;
+                return Poll::Ready(Some(Err(error)));
+            }
+        }
+        let Some(events) = &mut self.events else {
+            return Poll::Ready(None);
+        };
+        match ready!(events.poll_recv(context)) {
+            Some(ProcessEvent::Stdout(bytes)) => self.push(bytes, run_response::Payload::Stdout),
+            Some(ProcessEvent::Stderr(bytes)) => self.push(bytes, run_response::Payload::Stderr),
+            Some(ProcessEvent::Exit(status)) => {
+                self.events = None;
+                self.failure = None;
+                self.frames.push_back(frame(run_response::Payload::from(convert::exit(status))));
+            }
+            None => {
+                self.events = None;
+                let lost = Error::new(Code::GuestUnreachable, "the connection to the command was lost");
+                return Poll::Ready(Some(Err(lost.into())));
+            }
+        }
+        Poll::Ready(self.frames.pop_front().map(Ok))
+    }
+}
+
+impl Running {
+    /// Queues output as frames; an empty piece still makes one, so that there is a next item.
+    fn push(&mut self, mut bytes: Bytes, payload: fn(Bytes) -> run_response::Payload) {
+        while bytes.len() > OUTPUT_BYTES_MAX {
+            self.frames.push_back(frame(payload(bytes.split_to(OUTPUT_BYTES_MAX))));
+        }
+        self.frames.push_back(frame(payload(bytes)));
+    }
+}
+
+fn frame(payload: run_response::Payload) -> Answer {
+    let frame = wire::RunResponse { payload: Some(payload), ..Default::default() };
+    Answer { frame: frame.into(), ..Default::default() }
+}
+
+/// The output of a command started by ExecuteCommand, from its beginning. The last message says
+/// how it ended.
+pub(super) async fn stream_command_output(
+    tenki: &Arc<Tenki>,
+    context: &RequestContext,
+    request: wire::StreamCommandOutputRequest,
+) -> ServiceResult<ServiceStream<wire::StreamCommandOutputResponse>> {
+    let caller = tenki.caller(context)?;
+    let session_id = convert::id(&request.session_id, "session_id")?;
+    let execution_id = convert::id(&request.execution_id, "execution_id")?;
+    let events = tenki.engine.follow_execution(&caller, session_id, execution_id).await?;
+    let execution_id = request.execution_id;
+    Response::stream_ok(futures::stream::unfold(Some(events), move |events| {
+        let execution_id = execution_id.clone();
+        async move {
+            let mut events = events?;
+            let message = wire::StreamCommandOutputResponse { execution_id, ..Default::default() };
+            let (message, events) = match events.recv().await {
+                Some(ProcessEvent::Stdout(data)) => {
+                    (Ok(wire::StreamCommandOutputResponse { data, ..message }), Some(events))
+                }
+                Some(ProcessEvent::Stderr(data)) => {
+                    (Ok(wire::StreamCommandOutputResponse { data, is_stderr: true, ..message }), Some(events))
+                }
+                Some(ProcessEvent::Exit(status)) => {
+                    let message = wire::StreamCommandOutputResponse {
+                        is_final: true,
+                        exit_code: status.code,
+                        duration_ms: i64::try_from(status.duration_ms).unwrap_or(i64::MAX),
+                        timed_out: status.timed_out,
+                        ..message
+                    };
+                    (Ok(message), None)
+                }
+                None => (Err(Error::new(Code::GuestUnreachable, "the connection to the command was lost").into()), None),
+            };
+            Some((message, events))
+        }
+    }))
+}

@@ -1,0 +1,11 @@
+//! The server from outside: a real socket, the generated clients and raw HTTP; behind the engine a
+//! fake world. One binary, so that it links once.
+#![allow(clippy::unwrap_used)]
+
+mod control;
+mod data;
+mod listener;
+mod run;
+mod sessions;
+mod speed;
+mod support;

@@ -1,0 +1,251 @@
+//! Looking at, making, listing and removing entries of directories.
+
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsFd, OwnedFd};
+
+use nagaya_api::error::Code;
+use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, RawMode, Stat, Uid};
+use rustix::io::Errno;
+
+use super::failure::Failure;
+use super::paths::{Place, Root};
+use super::program::TENKI;
+use crate::messages::{Entry, FileStatus, ListDirectory, MakeDirectory, Made, Remove, Removed};
+
+/// Entries of one listing.
+const ENTRIES_MAX: usize = 100_000;
+/// Directories that are open at once while a tree is removed.
+const DEPTH_MAX: usize = 64;
+
+fn modified_unix_ns(status: &Stat) -> i64 {
+    (status.st_mtime as i64).saturating_mul(1_000_000_000).saturating_add(status.st_mtime_nsec as i64)
+}
+
+/// What is at a path. A final symbolic link is not followed.
+pub fn status(root: &Root, path: &str) -> Result<FileStatus, Failure> {
+    let file = match root.open_path(path, OFlags::PATH | OFlags::NOFOLLOW) {
+        Ok(file) => file,
+        Err(failure) if matches!(failure.code, Code::FileNotFound | Code::NotADirectory) => return Ok(FileStatus::default()),
+        Err(failure) => return Err(failure),
+    };
+    let status = rustix::fs::fstat(&file)?;
+    let is_symlink = FileType::from_raw_mode(status.st_mode) == FileType::Symlink;
+    let target = match is_symlink {
+        true => rustix::fs::readlinkat(&file, c"", Vec::new())?.to_string_lossy().into_owned(),
+        false => String::new(),
+    };
+    Ok(FileStatus {
+        exists: true,
+        size: status.st_size as u64,
+        mode: status.st_mode,
+        modified_unix_ns: modified_unix_ns(&status),
+        is_dir: FileType::from_raw_mode(status.st_mode) == FileType::Directory,
+        is_symlink,
+        symlink_target: target,
+        ..Default::default()
+    })
+}
+
+/// Makes a directory; with `recursive` also those above it, and one that is there is fine.
+pub fn make(root: &Root, request: &MakeDirectory) -> Result<Made, Failure> {
+    let path = root.absolute(&request.path)?;
+    let mode = Mode::from_raw_mode(if request.mode == 0 { 0o755 } else { request.mode as RawMode & 0o7777 });
+    let names: Vec<&str> = path.split('/').filter(|name| !matches!(*name, "" | ".")).collect();
+    let flags = OFlags::PATH | OFlags::DIRECTORY;
+    let mut directory = root.open_path("/", flags)?;
+    let mut existed = true;
+    for (index, name) in names.iter().enumerate() {
+        let is_last = index + 1 == names.len();
+        existed = true;
+        directory = match root.open_at(directory.as_fd(), name.as_bytes(), flags) {
+            Ok(next) => next,
+            Err(Errno::NOENT) if request.recursive || is_last => {
+                existed = false;
+                make_one(&directory, &c_string(name)?, mode)?
+            }
+            Err(Errno::NOTDIR) if is_last => return Err(Errno::EXIST.into()),
+            Err(errno) => return Err(errno.into()),
+        };
+    }
+    if existed && !request.recursive {
+        return Err(Errno::EXIST.into());
+    }
+    Ok(Made { modified_unix_ns: modified_unix_ns(&rustix::fs::fstat(&directory)?), ..Default::default() })
+}
+
+fn c_string(name: &str) -> Result<CString, Failure> {
+    CString::new(name).map_err(|_| Failure::new(Code::InvalidPath, ""))
+}
+
+fn make_one(parent: &OwnedFd, name: &CStr, mode: Mode) -> Result<OwnedFd, Failure> {
+    match rustix::fs::mkdirat(parent, name, Mode::RWXU) {
+        Ok(()) => {}
+        // Made by somebody else meanwhile, or a symbolic link to nowhere.
+        Err(Errno::EXIST) => {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+            return rustix::fs::openat(parent, name, flags, Mode::empty()).map_err(|_| Errno::EXIST.into());
+        }
+        Err(errno) => return Err(errno.into()),
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let made = rustix::fs::openat(parent, name, flags, Mode::empty())?;
+    rustix::fs::fchown(&made, Some(Uid::from_raw(TENKI)), Some(Gid::from_raw(TENKI)))?;
+    rustix::fs::fchmod(&made, mode)?;
+    Ok(made)
+}
+
+/// The entries of a directory, sorted by name.
+pub fn list(root: &Root, request: &ListDirectory) -> Result<Vec<Entry>, Failure> {
+    let directory = root.open_path(&request.path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK)?;
+    let mut entries = Vec::new();
+    for entry in Dir::read_from(&directory)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let bytes = name.to_bytes();
+        if matches!(bytes, b"." | b"..") || (!request.include_hidden && bytes.starts_with(b".")) {
+            continue;
+        }
+        if entries.len() == ENTRIES_MAX {
+            return Err(Failure::new(Code::FileSystem, format!("more than {ENTRIES_MAX} entries")));
+        }
+        entries.push(describe(&directory, name, entry.file_type()));
+    }
+    entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+    Ok(entries)
+}
+
+/// An entry that cannot be looked at is listed with what the directory itself says about it.
+fn describe(directory: &OwnedFd, name: &CStr, kind: FileType) -> Entry {
+    let name_text = name.to_string_lossy().into_owned();
+    match rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(status) => Entry {
+            name: name_text,
+            size: status.st_size as u64,
+            mode: status.st_mode,
+            modified_unix_ns: modified_unix_ns(&status),
+            is_dir: FileType::from_raw_mode(status.st_mode) == FileType::Directory,
+            ..Default::default()
+        },
+        Err(_) => Entry { name: name_text, mode: kind.as_raw_mode(), is_dir: kind == FileType::Directory, ..Default::default() },
+    }
+}
+
+/// Removes what is at a path, never through a symbolic link.
+pub fn remove(root: &Root, request: &Remove) -> Result<Removed, Failure> {
+    let place = match root.place(&request.path) {
+        Ok(Some(place)) => place,
+        Ok(None) => return Err(Failure::new(Code::InvalidPath, "this directory cannot be removed")),
+        Err(failure) if matches!(failure.code, Code::FileNotFound | Code::NotADirectory) => return Ok(Removed::default()),
+        Err(failure) => return Err(failure),
+    };
+    let entries = remove_place(&place, request.recursive)?;
+    Ok(Removed { entries, ..Default::default() })
+}
+
+fn remove_place(place: &Place, recursive: bool) -> Result<u64, Failure> {
+    let Place { directory, name, directory_meant } = place;
+    if !directory_meant {
+        match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
+            Ok(()) => return Ok(1),
+            Err(Errno::NOENT) => return Ok(0),
+            Err(Errno::ISDIR) => {}
+            // Some file systems refuse to unlink a directory this way.
+            Err(Errno::PERM) if is_directory(directory, name) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    match rustix::fs::unlinkat(directory, name, AtFlags::REMOVEDIR) {
+        Ok(()) => return Ok(1),
+        Err(Errno::NOENT) => return Ok(0),
+        Err(Errno::NOTEMPTY | Errno::EXIST) if recursive => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    remove_tree(directory, name)
+}
+
+fn is_directory(directory: &OwnedFd, name: &CStr) -> bool {
+    rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)
+        .is_ok_and(|status| FileType::from_raw_mode(status.st_mode) == FileType::Directory)
+}
+
+/// A directory whose entries are being removed.
+struct Level {
+    directory: OwnedFd,
+    name: CString,
+    entries: Vec<CString>,
+}
+
+impl Level {
+    fn open(parent: &OwnedFd, name: CString) -> Result<Self, Errno> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let directory = rustix::fs::openat(parent, &name, flags, Mode::empty())?;
+        let mut level = Self { directory, name, entries: Vec::new() };
+        level.refill()?;
+        Ok(level)
+    }
+
+    /// Reads some of the entries; true when there are any.
+    fn refill(&mut self) -> Result<bool, Errno> {
+        const ENTRIES_AT_ONCE: usize = 1024;
+        for entry in Dir::read_from(&self.directory)? {
+            let name = entry?.file_name().to_owned();
+            if !matches!(name.to_bytes(), b"." | b"..") {
+                self.entries.push(name);
+            }
+            if self.entries.len() == ENTRIES_AT_ONCE {
+                break;
+            }
+        }
+        Ok(!self.entries.is_empty())
+    }
+}
+
+/// Removes a directory and all below it. Trees deeper than [`DEPTH_MAX`] are flattened on the way,
+/// so that the number of open directories is bounded.
+fn remove_tree(parent: &OwnedFd, name: &CStr) -> Result<u64, Failure> {
+    let mut removed = 0;
+    let mut levels = vec![Level::open(parent, name.into())?];
+    // Somebody who keeps adding entries must not keep us here for ever.
+    let mut refills = 0;
+    while let Some(level) = levels.last_mut() {
+        let Some(entry) = level.entries.pop() else {
+            let above = levels.len().checked_sub(2).map_or(parent, |index| &levels[index].directory);
+            let level = &levels[levels.len() - 1];
+            match rustix::fs::unlinkat(above, &level.name, AtFlags::REMOVEDIR) {
+                Ok(()) => removed += 1,
+                Err(Errno::NOENT) => {}
+                Err(Errno::NOTEMPTY | Errno::EXIST) if refills < 1_000_000 => {
+                    refills += 1;
+                    if levels.last_mut().is_some_and(|level| matches!(level.refill(), Ok(true))) {
+                        continue;
+                    }
+                    return Err(Errno::NOTEMPTY.into());
+                }
+                Err(errno) => return Err(errno.into()),
+            }
+            levels.pop();
+            continue;
+        };
+        match rustix::fs::unlinkat(&level.directory, &entry, AtFlags::empty()) {
+            Ok(()) => removed += 1,
+            Err(Errno::NOENT) => {}
+            Err(Errno::ISDIR | Errno::PERM) if is_directory(&level.directory, &entry) => {
+                if levels.len() < DEPTH_MAX {
+                    let next = match Level::open(&levels[levels.len() - 1].directory, entry) {
+                        Ok(next) => next,
+                        Err(Errno::NOENT) => continue,
+                        Err(errno) => return Err(errno.into()),
+                    };
+                    levels.push(next);
+                } else {
+                    let flat = CString::new(format!(".nagaya-{:016x}", super::random())).expect("digits hold no NUL");
+                    let (top, deep) = (&levels[0], &levels[levels.len() - 1]);
+                    rustix::fs::renameat(&deep.directory, &entry, &top.directory, &flat)?;
+                    levels[0].entries.push(flat);
+                }
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(removed)
+}

@@ -1,0 +1,150 @@
+//! The agent: process 1 of every sandbox.
+//!
+//! It listens on one socket for a server, which may come and go; the newest connection counts.
+//! Commands belong to the sandbox's life, not to the connection: when it is lost they run on.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nagaya_api::error::Code;
+use rustix::fs::{Mode, OFlags};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Mutex, Notify};
+
+use crate::handshake::Handshake;
+use crate::mux::{Mux, Role};
+use detached::Executions;
+use failure::Failure;
+use paths::Root;
+use reaper::Reaper;
+use settings::Settings;
+
+mod command;
+mod detached;
+mod directories;
+mod failure;
+mod files;
+mod meminfo;
+mod paths;
+mod program;
+mod reaper;
+mod serve;
+mod settings;
+mod signals;
+mod sys;
+
+/// Threads for calls that may wait for a disk.
+const BLOCKING_THREADS_MAX: usize = 8;
+/// How long such a thread waits for more work.
+const BLOCKING_THREAD_IDLE: Duration = Duration::from_secs(2);
+const BLOCKING_THREAD_STACK_BYTES: usize = 256 * 1024;
+/// Connections that have not greeted yet.
+const GREETINGS_MAX: usize = 8;
+
+/// What all parts of the agent share.
+#[derive(Debug)]
+pub struct Agent {
+    settings: Settings,
+    root: Root,
+    /// `/dev/null`, opened before anybody could put something else there.
+    null: OwnedFd,
+    reaper: Arc<Reaper>,
+    executions: Executions,
+    /// Notified when a command starts.
+    busy: Notify,
+}
+
+/// Runs the agent with the arguments after the program's name. Returns only when it cannot start or
+/// go on, with the reason.
+pub fn main(arguments: impl Iterator<Item = String>) -> Result<(), String> {
+    sys::forbid_inspection();
+    sys::close_on_exec_from(3);
+    sys::reset_signals();
+    sys::drop_groups();
+    sys::tune_heap();
+    if rustix::process::getpid().as_raw_nonzero().get() != 1 {
+        sys::become_subreaper();
+    }
+    rustix::process::umask(Mode::empty());
+    let settings = Settings::take(arguments).map_err(|error| error.to_string())?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .thread_keep_alive(BLOCKING_THREAD_IDLE)
+        .thread_stack_size(BLOCKING_THREAD_STACK_BYTES)
+        .build()
+        .map_err(|error| format!("start the runtime: {error}"))?;
+    runtime.block_on(serve(settings)).map_err(|error| format!("serve: {error}"))
+}
+
+async fn serve(mut settings: Settings) -> std::io::Result<()> {
+    let listener = StdUnixListener::from(settings.listener.try_clone()?);
+    listener.set_nonblocking(true)?;
+    let listener = UnixListener::from_std(listener)?;
+    let control = settings.control.take();
+    let agent = Arc::new(Agent {
+        root: Root::open(&settings.home)?,
+        null: rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?,
+        reaper: Reaper::start()?,
+        executions: Executions::default(),
+        busy: Notify::new(),
+        settings,
+    });
+    meminfo::maintain(agent.clone());
+    if let Some(control) = control {
+        // Whoever waits for it may have given up; that is not our trouble.
+        let _ = rustix::io::write(&control, b"r");
+    }
+    let newest = Arc::new(Mutex::new(None::<Mux>));
+    let greetings = Arc::new(tokio::sync::Semaphore::new(GREETINGS_MAX));
+    loop {
+        let permit = greetings.clone().acquire_owned().await.expect("never closed");
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            // Out of descriptors or memory for a moment; the process must live.
+            Err(_) => {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (agent, newest) = (agent.clone(), newest.clone());
+        tokio::spawn(async move {
+            let greeted = greet(stream, &newest).await;
+            drop(permit);
+            if let Some(mut requests) = greeted {
+                while let Some(request) = requests.recv().await {
+                    tokio::spawn(serve::answer(agent.clone(), request));
+                }
+            }
+        });
+    }
+}
+
+/// Becomes the newest connection, once the other side has said who it is.
+async fn greet(stream: UnixStream, newest: &Mutex<Option<Mux>>) -> Option<tokio::sync::mpsc::UnboundedReceiver<crate::mux::Request>> {
+    let (reader, writer) = stream.into_split();
+    let (mux, requests) = Mux::start(reader, writer, Role::Agent, Handshake::default()).await.ok()?;
+    if let Some(older) = newest.lock().await.replace(mux) {
+        older.close("a newer connection took over");
+    }
+    Some(requests)
+}
+
+/// Runs something that may wait for a disk beside the main loop.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> + Send + 'static) -> Result<T, Failure> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(_) => Err(Failure::new(Code::Internal, "a file operation ended abruptly")),
+    }
+}
+
+/// A number nobody else has guessed, for names of temporary files.
+fn random() -> u64 {
+    let mut bytes = [0; 8];
+    // With no flags and a few bytes this only fails before the kernel has any randomness.
+    let _ = rustix::rand::getrandom(&mut bytes[..], rustix::rand::GetRandomFlags::empty());
+    u64::from_ne_bytes(bytes)
+}

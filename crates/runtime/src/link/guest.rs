@@ -1,0 +1,106 @@
+//! The engine's view of a sandbox, over a link.
+
+use async_trait::async_trait;
+use nagaya_api::error::Code;
+use nagaya_api::ids::ExecutionId;
+use nagaya_engine::ports::{
+    Command, DirectoryEntry, FileReader, FileStat, FileWriter, Guest, GuestError, Process, ProcessEvent, WriteOptions,
+};
+use nagaya_guest::messages::{self, ListDirectory, MakeDirectory, ReadFile, Remove, event, outcome};
+use nagaya_guest::mux::Incoming;
+use tokio::sync::mpsc;
+
+use super::{Link, event_of, files, finish, guest_error, process, unexpected};
+
+/// Entries of one directory that are taken from an agent.
+const ENTRIES_MAX: usize = 100_000;
+
+fn unexpected_outcome() -> GuestError {
+    guest_error(Code::GuestUnreachable, "the sandbox's agent answered something else")
+}
+
+#[async_trait]
+impl Guest for Link {
+    async fn run(&self, command: Command) -> Result<Process, GuestError> {
+        process::run(self, command).await
+    }
+
+    async fn run_detached(&self, id: ExecutionId, command: Command) -> Result<u32, GuestError> {
+        let request = messages::RunDetached {
+            execution_id: id.to_string(),
+            command: process::to_message(command).into(),
+            ..Default::default()
+        };
+        let (_sender, mut receiver) = self.open(request).await?;
+        process::started(&mut receiver).await
+    }
+
+    async fn follow(&self, id: ExecutionId) -> Result<mpsc::Receiver<ProcessEvent>, GuestError> {
+        process::follow(self, id.to_string()).await
+    }
+
+    async fn forget(&self, id: ExecutionId) -> Result<(), GuestError> {
+        let request = messages::Forget { execution_id: id.to_string(), ..Default::default() };
+        self.ask(request).await.map(|_| ())
+    }
+
+    async fn read_file(&self, path: &str, offset: u64, length: u64, chunk_bytes: u32) -> Result<FileReader, GuestError> {
+        files::read(self, ReadFile { path: path.into(), offset, length, chunk_bytes, ..Default::default() }).await
+    }
+
+    async fn write_file(&self, path: &str, options: WriteOptions) -> Result<FileWriter, GuestError> {
+        files::write(self, path.into(), options).await
+    }
+
+    async fn stat(&self, path: &str) -> Result<Option<FileStat>, GuestError> {
+        match self.ask(messages::Stat { path: path.into(), ..Default::default() }).await? {
+            Some(outcome::Kind::FileStatus(status)) => Ok(status.exists.then(|| FileStat {
+                size: status.size,
+                mode: status.mode,
+                modified_unix_ns: status.modified_unix_ns,
+                is_dir: status.is_dir,
+                is_symlink: status.is_symlink,
+                symlink_target: status.symlink_target,
+            })),
+            _ => Err(unexpected_outcome()),
+        }
+    }
+
+    async fn make_directory(&self, path: &str, mode: u32, recursive: bool) -> Result<i64, GuestError> {
+        match self.ask(MakeDirectory { path: path.into(), mode, recursive, ..Default::default() }).await? {
+            Some(outcome::Kind::Made(made)) => Ok(made.modified_unix_ns),
+            _ => Err(unexpected_outcome()),
+        }
+    }
+
+    async fn remove(&self, path: &str, recursive: bool) -> Result<u64, GuestError> {
+        match self.ask(Remove { path: path.into(), recursive, ..Default::default() }).await? {
+            Some(outcome::Kind::Removed(removed)) => Ok(removed.entries),
+            _ => Err(unexpected_outcome()),
+        }
+    }
+
+    async fn list_directory(&self, path: &str, include_hidden: bool) -> Result<Vec<DirectoryEntry>, GuestError> {
+        let (_sender, mut receiver) = self.open(ListDirectory { path: path.into(), include_hidden, ..Default::default() }).await?;
+        let mut entries = Vec::new();
+        loop {
+            match receiver.next().await {
+                Some(Incoming::Message(message)) => {
+                    let Some(event::Kind::Entries(part)) = event_of(&message) else { continue };
+                    entries.extend(part.entries.into_iter().map(|entry| DirectoryEntry {
+                        name: entry.name,
+                        size: entry.size,
+                        mode: entry.mode,
+                        modified_unix_ns: entry.modified_unix_ns,
+                        is_dir: entry.is_dir,
+                    }));
+                    if entries.len() > ENTRIES_MAX {
+                        return Err(guest_error(Code::FileSystem, "too many entries"));
+                    }
+                }
+                Some(Incoming::End(end)) => return finish(&end).map(|_| entries),
+                other => return Err(unexpected(other)),
+            }
+        }
+    }
+}

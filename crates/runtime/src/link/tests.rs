@@ -1,0 +1,125 @@
+//! The link against the real agent, which runs as an ordinary process of the host here: commands and
+//! files are the host's own, so everything happens below a temporary directory.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use nagaya_engine::ports::{Command, ExitStatus, Guest, Process, ProcessEvent};
+use tempfile::TempDir;
+
+use super::Link;
+
+mod commands;
+mod connections;
+mod detached;
+mod directories;
+mod files;
+
+/// An agent, and a home directory for the user it runs commands as.
+struct Agent {
+    process: Child,
+    directory: TempDir,
+}
+
+impl Agent {
+    fn start() -> Self {
+        let directory = TempDir::new().unwrap();
+        std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        let home = directory.path().join("home");
+        std::fs::create_dir(&home).unwrap();
+        std::os::unix::fs::chown(&home, Some(1000), Some(1000)).unwrap();
+        let program = crate::programs::agent().unwrap();
+        let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
+        rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
+        let process = std::process::Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))
+            .arg(format!("--listen-fd={}", listener.as_raw_fd()))
+            .arg(format!("--home={}", home.display()))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { process, directory }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.home().join(name).to_str().unwrap().into()
+    }
+
+    fn home(&self) -> PathBuf {
+        self.directory.path().join("home")
+    }
+
+    async fn connect(&self) -> Arc<Link> {
+        Link::connect(&self.directory.path().join("socket")).await.unwrap()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn command(argv: &[&str]) -> Command {
+    Command { argv: argv.iter().map(|argument| (*argument).into()).collect(), cwd: "/".into(), ..Default::default() }
+}
+
+fn shell(script: &str) -> Command {
+    command(&["/bin/sh", "-c", script])
+}
+
+/// Everything a command put out, and how it ended.
+#[derive(Debug, Default)]
+struct Ended {
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+    exit: Option<ExitStatus>,
+}
+
+async fn collect(events: &mut tokio::sync::mpsc::Receiver<ProcessEvent>) -> Ended {
+    let mut ended = Ended::default();
+    while let Some(event) = events.recv().await {
+        assert!(ended.exit.is_none(), "the exit is the last event");
+        match event {
+            ProcessEvent::Stdout(data) => ended.stdout.extend_from_slice(&data),
+            ProcessEvent::Stderr(data) => ended.stderr.extend_from_slice(&data),
+            ProcessEvent::Exit(exit) => ended.exit = Some(exit),
+        }
+    }
+    ended
+}
+
+async fn finish(mut process: Process) -> (Ended, ExitStatus) {
+    let mut ended = collect(&mut process.events).await;
+    let exit = ended.exit.take().expect("an exit");
+    (ended, exit)
+}
+
+async fn run(link: &Link, command: Command) -> (Ended, ExitStatus) {
+    finish(link.run(command).await.unwrap()).await
+}
+
+/// Waits for something that has no event of its own.
+async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(15);
+    while !condition() {
+        assert!(tokio::time::Instant::now() < deadline, "never happened: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn is_alive(pid: u32) -> bool {
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    !status.rsplit(')').next().unwrap_or_default().trim_start().starts_with('Z')
+}
+
+fn bytes(text: &str) -> Bytes {
+    Bytes::copy_from_slice(text.as_bytes())
+}

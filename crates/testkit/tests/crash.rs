@@ -1,0 +1,282 @@
+//! The server is killed at random moments under load. Afterwards no sandbox may be lost, none may
+//! have come back from the dead, and when all are ended nothing of them may be left on the host.
+//!
+//! `NAGAYA_CRASH_KILLS` sets how often (default 50), `NAGAYA_CRASH_SEED` repeats the choices of
+//! an earlier run as far as the machine's own timing lets it.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use connectrpc::client::{ClientConfig, HttpClient};
+use nagaya_api::tenki::v1::{self, SandboxServiceClient, SandboxSessionDataPlaneServiceClient, SessionState};
+use nagaya_testkit::{Kind, Leftovers, Server, leftovers};
+
+const WORKERS: usize = 6;
+/// Sandboxes alive at once, so that the load stays the same over the whole run.
+const ALIVE_MAX: usize = 12;
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What callers were told, which is what the server must keep.
+#[derive(Default)]
+struct Promises {
+    /// Told RUNNING, and never asked to end; with what was written into its file.
+    running: BTreeMap<String, u64>,
+    /// Asked to end, without an answer: either is right.
+    unknown: BTreeSet<String>,
+    /// Told TERMINATED.
+    ended: BTreeSet<String>,
+}
+
+#[derive(Clone)]
+struct Clients {
+    control: SandboxServiceClient<HttpClient>,
+    http: HttpClient,
+    uri: http::Uri,
+}
+
+impl Clients {
+    fn of(server: &Server) -> Self {
+        let uri: http::Uri = server.endpoint().parse().unwrap();
+        let http = HttpClient::plaintext_http2_only();
+        let config = ClientConfig::new(uri.clone())
+            .with_protocol(connectrpc::Protocol::Grpc)
+            .with_default_header("authorization", format!("Bearer {}", server.api_key()))
+            .with_default_timeout(Duration::from_secs(60));
+        Self { control: SandboxServiceClient::new(http.clone(), config), http, uri }
+    }
+
+    async fn data(&self, id: &str) -> Option<SandboxSessionDataPlaneServiceClient<HttpClient>> {
+        let request = v1::CreateSessionCredentialRequest { session_id: id.into(), ..Default::default() };
+        let answer = self.control.create_session_credential(request).await.ok()?;
+        let config = ClientConfig::new(self.uri.clone())
+            .with_protocol(connectrpc::Protocol::Grpc)
+            .with_default_header("x-tenki-session-cert", answer.credential.credential.clone())
+            .with_default_timeout(Duration::from_secs(60));
+        Some(SandboxSessionDataPlaneServiceClient::new(self.http.clone(), config))
+    }
+}
+
+#[test]
+fn nothing_is_lost_and_nothing_is_left_when_the_server_is_killed_at_random_moments_under_load() {
+    let kills = number("NAGAYA_CRASH_KILLS").unwrap_or(50);
+    let seed = number("NAGAYA_CRASH_SEED").unwrap_or_else(|| u64::from(std::process::id()) ^ clock_nanoseconds());
+    println!("crash suite: {kills} kills, repeat with NAGAYA_CRASH_SEED={seed}");
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let random = Arc::new(Random(AtomicU64::new(seed)));
+    let promises = Arc::new(Mutex::new(Promises::default()));
+
+    let mut server = Server::start();
+    for kill in 1..=kills {
+        let stop = Arc::new(AtomicBool::new(false));
+        let clients = Clients::of(&server);
+        let workers: Vec<_> = (0..WORKERS)
+            .map(|_| runtime.spawn(load(clients.clone(), promises.clone(), random.clone(), stop.clone())))
+            .collect();
+        // The one wait that is meant: the moment of the accident.
+        std::thread::sleep(Duration::from_millis(random.below(400)));
+        server.kill();
+        stop.store(true, Ordering::Relaxed);
+        runtime.block_on(async {
+            for worker in workers {
+                worker.await.unwrap();
+            }
+        });
+        server.restart();
+        runtime.block_on(check(&Clients::of(&server), &mut promises.lock().unwrap(), kill));
+    }
+
+    let clients = Clients::of(&server);
+    runtime.block_on(end_everything(&clients));
+    settle("no sandbox's directory is left", || leftovers(server.data_dir()).count(Kind::Directory) == 0);
+    drop(clients);
+    let status = server.terminate();
+    assert!(status.success(), "the server ended with {status}:\n{}", server.log());
+    server.purge();
+    settle_empty(server.data_dir());
+    let promises = promises.lock().unwrap();
+    println!("crash suite: {} sandboxes ended, {} were still running at the end", promises.ended.len(), promises.running.len());
+    assert!(promises.ended.len() as u64 >= kills / 5, "too little happened for this to be a test");
+}
+
+/// Creates, uses and ends sandboxes until told to stop, or until the server is gone.
+async fn load(clients: Clients, promises: Arc<Mutex<Promises>>, random: Arc<Random>, stop: Arc<AtomicBool>) {
+    while !stop.load(Ordering::Relaxed) {
+        let (alive, candidate) = {
+            let promises = promises.lock().unwrap();
+            let index = random.below(promises.running.len().max(1) as u64) as usize;
+            (promises.running.len(), promises.running.keys().nth(index).cloned())
+        };
+        let went_well = match (random.below(3), candidate) {
+            (0, Some(id)) | (_, Some(id)) if alive >= ALIVE_MAX => end(&clients, &promises, id).await,
+            (0, Some(id)) => use_sandbox(&clients, &id).await,
+            (1, Some(id)) if alive > ALIVE_MAX / 2 => end(&clients, &promises, id).await,
+            _ => create(&clients, &promises, random.next()).await,
+        };
+        if !went_well {
+            return;
+        }
+    }
+}
+
+async fn create(clients: &Clients, promises: &Mutex<Promises>, content: u64) -> bool {
+    let request = v1::CreateSessionRequest {
+        owner_id: "self".into(),
+        owner_type: "SERVICE".into(),
+        cpu_cores: Some(1),
+        memory_mb: Some(128),
+        wait_ready: true,
+        ..Default::default()
+    };
+    let Ok(answer) = clients.control.create_session(request).await else { return false };
+    assert_eq!(answer.session.state.as_known(), Some(SessionState::Running), "{}", answer.session.terminal_error);
+    let id = answer.session.id.clone();
+    let Some(data) = clients.data(&id).await else { return keep_unwritten(promises, id) };
+    let request = v1::WriteFileRequest {
+        session_id: id.clone(),
+        path: "promise".into(),
+        content: content.to_string().into(),
+        ..Default::default()
+    };
+    let request = v1::SandboxSessionDataPlaneServiceWriteFileRequest { request: request.into(), ..Default::default() };
+    if data.write_file(request).await.is_err() {
+        return keep_unwritten(promises, id);
+    }
+    promises.lock().unwrap().running.insert(id, content);
+    true
+}
+
+/// It was told to be running, but its file may or may not be there.
+fn keep_unwritten(promises: &Mutex<Promises>, id: String) -> bool {
+    promises.lock().unwrap().running.insert(id, 0);
+    false
+}
+
+async fn end(clients: &Clients, promises: &Mutex<Promises>, id: String) -> bool {
+    // From here on it may be gone, whatever is answered.
+    if promises.lock().unwrap().running.remove(&id).is_none() {
+        return true;
+    }
+    promises.lock().unwrap().unknown.insert(id.clone());
+    let request = v1::TerminateSessionRequest { session_id: id.clone(), ..Default::default() };
+    if clients.control.terminate_session(request).await.is_err() {
+        return false;
+    }
+    let mut promises = promises.lock().unwrap();
+    promises.unknown.remove(&id);
+    promises.ended.insert(id);
+    true
+}
+
+async fn use_sandbox(clients: &Clients, id: &str) -> bool {
+    let request = v1::ExecuteCommandRequest {
+        session_id: id.into(),
+        command: "sleep".into(),
+        args: vec!["600".into()],
+        stream_output: true,
+        ..Default::default()
+    };
+    // Another worker may end the sandbox meanwhile; only a lost server ends this one's work.
+    match clients.control.execute_command(request).await {
+        Ok(_) => true,
+        Err(error) => !matches!(error.code, connectrpc::ErrorCode::Unavailable),
+    }
+}
+
+/// Every promise that was made before the server was killed still holds.
+async fn check(clients: &Clients, promises: &mut Promises, kill: u64) {
+    for (id, content) in &promises.running {
+        let session = get(clients, id).await;
+        assert_eq!(
+            session.state.as_known(),
+            Some(SessionState::Running),
+            "after kill {kill} the sandbox {id} is lost: {}",
+            session.terminal_error
+        );
+        let data = clients.data(id).await.expect("a running sandbox gives certificates");
+        let request = v1::ReadFileRequest { session_id: id.clone(), path: "promise".into(), ..Default::default() };
+        let request =
+            v1::SandboxSessionDataPlaneServiceReadFileRequest { request: request.into(), ..Default::default() };
+        match data.read_file(request).await {
+            Ok(answer) if *content != 0 => assert_eq!(answer.response.content, content.to_string().as_bytes()),
+            Ok(_) => {}
+            Err(error) => assert_eq!(*content, 0, "after kill {kill} the sandbox {id} lost its file: {error}"),
+        }
+    }
+    for id in std::mem::take(&mut promises.unknown) {
+        let request = v1::TerminateSessionRequest { session_id: id.clone(), ..Default::default() };
+        clients.control.terminate_session(request).await.unwrap();
+        promises.ended.insert(id);
+    }
+    for id in &promises.ended {
+        let state = get(clients, id).await.state.as_known();
+        assert_eq!(state, Some(SessionState::Terminated), "after kill {kill} the sandbox {id} came back");
+    }
+}
+
+async fn get(clients: &Clients, id: &str) -> v1::SandboxSession {
+    let request = v1::GetSessionRequest { session_id: id.into(), ..Default::default() };
+    let answer = clients.control.get_session(request).await.unwrap();
+    answer.session.as_option().expect("an answer has its session").clone()
+}
+
+/// Also the sandboxes whose creator never heard of them.
+async fn end_everything(clients: &Clients) {
+    loop {
+        let request = v1::ListSessionsRequest { page_size: 100, ..Default::default() };
+        let sessions = clients.control.list_sessions(request).await.unwrap().sessions.clone();
+        if sessions.is_empty() {
+            return;
+        }
+        let session_ids = sessions.into_iter().map(|session| session.id).collect();
+        let request = v1::TerminateSessionsRequest { session_ids, ..Default::default() };
+        let answer = clients.control.terminate_sessions(request).await.unwrap();
+        assert!(answer.failures.is_empty(), "{:?}", answer.failures);
+    }
+}
+
+fn settle_empty(data_dir: &std::path::Path) {
+    let mut found = Leftovers::default();
+    settle("nothing is left on the host", || {
+        found = leftovers(data_dir);
+        found.is_empty() || {
+            println!("still there:\n{found}");
+            false
+        }
+    });
+}
+
+fn settle(what: &str, mut ask: impl FnMut() -> bool) {
+    let deadline = Instant::now() + SETTLE_TIMEOUT;
+    while !ask() {
+        assert!(Instant::now() < deadline, "after {SETTLE_TIMEOUT:?} still not true: {what}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// splitmix64; shared, so that the workers draw different numbers.
+struct Random(AtomicU64);
+
+impl Random {
+    fn next(&self) -> u64 {
+        let mut z = self.0.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) | 1
+    }
+
+    fn below(&self, end: u64) -> u64 {
+        (self.next() >> 1) % end
+    }
+}
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{variable} is no number")))
+}
+
+fn clock_nanoseconds() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64
+}

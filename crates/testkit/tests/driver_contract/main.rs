@@ -1,0 +1,91 @@
+//! The driver contract: one suite of behaviours, run on every driver that this host can start.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+mod inside;
+mod limits;
+mod place;
+
+use std::process::ExitCode;
+
+use nagaya_testkit::Suite;
+use place::Place;
+
+/// Runs behaviours of a module on a place, or counts them as not run.
+macro_rules! behaviours {
+    ($suite:ident, $driver:literal, $place:expr, $module:ident: $($name:ident),* $(,)?) => {
+        $(
+            let name = concat!($driver, "::", stringify!($name));
+            match &mut $place {
+                Ok(place) => {
+                    $suite.case(name, $module::$name(place)).await;
+                    place.clear().await;
+                }
+                Err(reason) => $suite.skip(name, reason),
+            }
+        )*
+    };
+}
+
+macro_rules! common_behaviours {
+    ($suite:ident, $driver:literal, $place:expr) => {
+        behaviours!($suite, $driver, $place, common:
+            a_sandbox_is_created_used_and_destroyed,
+            destroying_twice_or_the_unknown_is_no_error,
+            the_list_names_every_sandbox_and_no_other,
+            a_sandbox_too_many_is_refused_with_the_limits_name_and_fits_when_one_went,
+            a_sandbox_outlives_its_driver_with_files_and_running_commands,
+            what_does_not_run_cannot_be_adopted,
+            a_killed_first_process_is_reported_and_a_destroyed_sandbox_is_not,
+            commands_get_their_environment_directory_and_input,
+            signals_and_timeouts_end_commands_and_say_so,
+            files_are_whole_or_absent_and_listed_in_order,
+            a_detached_command_starts_once_and_keeps_its_output,
+        );
+    };
+}
+
+fn main() -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut suite = Suite::start("driver contract");
+        let mut fake: Result<Place, String> = Ok(Place::fake());
+        common_behaviours!(suite, "fake", fake);
+
+        let mut namespace = if suite.is_listing() { Err("only listing".to_owned()) } else { Place::namespace().await };
+        if let Err(reason) = &namespace
+            && rustix::process::geteuid().is_root()
+            && !suite.is_listing()
+        {
+            panic!("root must be able to start the namespace driver: {reason}");
+        }
+        common_behaviours!(suite, "namespace", namespace);
+        behaviours!(suite, "namespace", namespace, limits:
+            a_process_above_the_memory_limit_dies_with_that_reason_and_the_agent_answers,
+            a_fork_bomb_is_contained_and_the_sandbox_stays_usable,
+            a_full_disk_is_told_to_commands_and_to_the_file_calls_and_the_sandbox_stays_usable,
+            processor_time_is_limited_to_the_cores_asked_for,
+            the_tools_inside_show_the_sandboxs_own_limits,
+        );
+        behaviours!(suite, "namespace", namespace, inside:
+            commands_run_as_tenki_and_privileged_ones_as_root,
+            sudo_works_where_the_host_has_it,
+            a_terminal_is_one_and_changes_its_size,
+            background_processes_live_on_and_orphans_are_reaped,
+            letting_go_of_a_command_ends_it_with_its_group,
+            a_command_nobody_reads_stalls_no_other,
+            what_ignores_term_is_killed_and_says_so,
+            only_sandboxes_with_outbound_access_have_a_link,
+            many_sandboxes_at_once_come_and_go,
+        );
+        if let Ok(place) = namespace {
+            suite.case("namespace::nothing_is_left_on_the_host", async {
+                place.close().await;
+                Ok(())
+            })
+            .await;
+        }
+        suite.finish()
+    })
+}

@@ -1,0 +1,293 @@
+//! Where a driver is tried: the fake's world, or this host.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nagaya_api::ids::SessionId;
+use nagaya_engine::fake::{FakeDriver, Faults};
+use nagaya_engine::model::Machine;
+use nagaya_engine::ports::{
+    Command, Driver, ExitStatus, Guest, GuestError, Process, ProcessEvent, ProcessInput, SandboxExit, WriteOptions,
+};
+use nagaya_runtime::namespace::{Config, NamespaceDriver};
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+
+/// Sandboxes that fit into a place.
+pub const SLOTS_MAX: u32 = 6;
+/// Processes of one sandbox.
+pub const PROCESSES_MAX: u64 = 128;
+const WAIT_MAX: Duration = Duration::from_secs(30);
+
+pub struct Place {
+    kind: Kind,
+    pub exits: mpsc::UnboundedReceiver<SandboxExit>,
+}
+
+enum Kind {
+    Fake(Arc<FakeDriver>),
+    Namespace { data: TempDir, driver: Option<Arc<NamespaceDriver>> },
+}
+
+impl Place {
+    pub fn fake() -> Self {
+        let driver = Arc::new(FakeDriver::new(Arc::new(Faults::new(1))));
+        driver.set_sandboxes_max(Some(SLOTS_MAX as usize));
+        let exits = driver.exits();
+        Self { kind: Kind::Fake(driver), exits }
+    }
+
+    /// `Err` says why this host has no namespace driver.
+    pub async fn namespace() -> Result<Self, String> {
+        let data = tempfile::Builder::new().prefix("nagaya-contract-").tempdir().unwrap();
+        let driver = start(data.path()).await?;
+        let exits = driver.exits();
+        Ok(Self { kind: Kind::Namespace { data, driver: Some(driver) }, exits })
+    }
+
+    pub fn driver(&self) -> Arc<dyn Driver> {
+        match &self.kind {
+            Kind::Fake(driver) => driver.clone(),
+            Kind::Namespace { driver, .. } => driver.clone().expect("there is a driver between restarts"),
+        }
+    }
+
+    pub fn data(&self) -> &Path {
+        match &self.kind {
+            Kind::Fake(_) => panic!("a fake has no directory"),
+            Kind::Namespace { data, .. } => data.path(),
+        }
+    }
+
+    /// Another driver takes the place over, as after a restart of the server.
+    pub async fn restart(&mut self) {
+        match &mut self.kind {
+            Kind::Fake(driver) => driver.disconnect(),
+            Kind::Namespace { data, driver } => {
+                drop(driver.take());
+                *driver = Some(start(data.path()).await.unwrap());
+            }
+        }
+        self.exits = self.driver().exits();
+    }
+
+    /// Kills a sandbox's first process behind the driver's back.
+    pub async fn kill_first_process(&self, id: SessionId, guest: &dyn Guest) {
+        match &self.kind {
+            Kind::Fake(driver) => assert!(driver.kill(id, "the sandbox's first process was killed")),
+            Kind::Namespace { .. } => {
+                let (_command, host_pid) = marked_process(guest).await;
+                let first = first_process_of(host_pid);
+                let pid = rustix::process::Pid::from_raw(first).unwrap();
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+            }
+        }
+    }
+
+    /// Ends the sandboxes that a failed case left.
+    pub async fn clear(&mut self) {
+        let driver = self.driver();
+        for id in driver.list().await.unwrap() {
+            driver.destroy(id).await.unwrap();
+        }
+        drop(driver);
+        self.settled().await;
+        while self.exits.try_recv().is_ok() {}
+    }
+
+    /// Ends all sandboxes and gives back what the driver set on the host.
+    pub async fn close(mut self) {
+        self.clear().await;
+        if let Kind::Namespace { data, driver } = &mut self.kind {
+            let driver = driver.take().expect("there is a driver between restarts");
+            driver.settled().await;
+            tokio::task::spawn_blocking(move || {
+                driver.remove_host_state();
+                drop(driver);
+            })
+            .await
+            .unwrap();
+            let directory = data.path().to_owned();
+            eventually("the host has nothing left of it", || {
+                let found = nagaya_testkit::leftovers(&directory);
+                found.is_empty() || {
+                    println!("still there:\n{found}");
+                    false
+                }
+            })
+            .await;
+        }
+    }
+
+    /// Waits until everything of destroyed sandboxes is gone.
+    pub async fn settled(&self) {
+        if let Kind::Namespace { driver: Some(driver), .. } = &self.kind {
+            driver.settled().await;
+        }
+    }
+}
+
+async fn start(data: &Path) -> Result<Arc<NamespaceDriver>, String> {
+    let mut config = Config::new(data.to_owned());
+    config.slots_max = SLOTS_MAX;
+    config.pool_ready = 1;
+    config.pool_ready_isolated = 1;
+    config.processes_max = PROCESSES_MAX;
+    let started = tokio::task::spawn_blocking(move || NamespaceDriver::start(config)).await.unwrap();
+    started.map(Arc::new).map_err(|error| {
+        let mut text = error.to_string();
+        let mut cause = std::error::Error::source(&error);
+        while let Some(inner) = cause {
+            text = format!("{text}: {inner}");
+            cause = inner.source();
+        }
+        text
+    })
+}
+
+/// A session id that no other has.
+pub fn fresh_id() -> SessionId {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let mut random = [0; 10];
+    random[..8].copy_from_slice(&number.to_le_bytes());
+    SessionId::new(1_767_225_600_000 + number, random)
+}
+
+pub fn machine() -> Machine {
+    Machine { cpu_cores: 1, memory_mb: 256, disk_gb: 5, outbound: false }
+}
+
+pub fn command(argv: &[&str]) -> Command {
+    Command { argv: argv.iter().map(|argument| (*argument).to_owned()).collect(), ..Command::default() }
+}
+
+pub fn root(argv: &[&str]) -> Command {
+    Command { privileged: true, ..command(argv) }
+}
+
+#[derive(Debug, Default)]
+pub struct Finished {
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub exit: ExitStatus,
+}
+
+impl Finished {
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).trim_end().to_owned()
+    }
+}
+
+/// Reads a command's events to the end.
+pub async fn finish(events: &mut mpsc::Receiver<ProcessEvent>) -> Finished {
+    let mut finished = Finished::default();
+    while let Some(event) = events.recv().await {
+        match event {
+            ProcessEvent::Stdout(bytes) => finished.stdout.extend_from_slice(&bytes),
+            ProcessEvent::Stderr(bytes) => finished.stderr.extend_from_slice(&bytes),
+            ProcessEvent::Exit(exit) => {
+                finished.exit = exit;
+                return finished;
+            }
+        }
+    }
+    panic!("the events ended without an exit, after {finished:?}");
+}
+
+pub async fn run(guest: &dyn Guest, command: Command) -> Finished {
+    let mut process = guest.run(command).await.unwrap();
+    finish(&mut process.events).await
+}
+
+/// Output of a shell script that must succeed.
+pub async fn shell(guest: &dyn Guest, script: &str) -> String {
+    shell_as(guest, script, false).await
+}
+
+pub async fn shell_as(guest: &dyn Guest, script: &str, privileged: bool) -> String {
+    let finished = run(guest, Command { privileged, ..command(&["/bin/sh", "-c", script]) }).await;
+    assert_eq!(finished.exit.code, 0, "{script}\n{finished:?}");
+    finished.text()
+}
+
+/// Waits until stdout holds this line.
+pub async fn wait_for_line(process: &mut Process, line: &str) {
+    let mut text = Vec::new();
+    while !String::from_utf8_lossy(&text).lines().any(|each| each.trim_end() == line) {
+        match process.events.recv().await {
+            Some(ProcessEvent::Stdout(bytes)) => text.extend_from_slice(&bytes),
+            other => panic!("waiting for {line}: {other:?} after {}", String::from_utf8_lossy(&text)),
+        }
+    }
+}
+
+pub async fn write(guest: &dyn Guest, path: &str, content: &[u8]) -> Result<u64, GuestError> {
+    let options = WriteOptions { mode: 0, truncate: true, sync: false };
+    let writer = guest.write_file(path, options).await?;
+    for chunk in content.chunks(64 << 10) {
+        if writer.chunks.send(chunk.to_vec().into()).await.is_err() {
+            break;
+        }
+    }
+    writer.finish().await
+}
+
+pub async fn read(guest: &dyn Guest, path: &str) -> Result<Vec<u8>, GuestError> {
+    read_part(guest, path, 0, 0).await
+}
+
+pub async fn read_part(guest: &dyn Guest, path: &str, offset: u64, length: u64) -> Result<Vec<u8>, GuestError> {
+    let mut reader = guest.read_file(path, offset, length, 0).await?;
+    let mut content = Vec::new();
+    while let Some(chunk) = reader.chunks.recv().await {
+        content.extend_from_slice(&chunk?);
+    }
+    Ok(content)
+}
+
+/// Asks again and again until it is so.
+pub async fn eventually(what: &str, mut ask: impl FnMut() -> bool) {
+    let deadline = Instant::now() + WAIT_MAX;
+    while !ask() {
+        assert!(Instant::now() < deadline, "after {WAIT_MAX:?} still not so: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+pub async fn close_stdin(process: &Process) {
+    process.input.send(ProcessInput::StdinClose).await.unwrap();
+}
+
+/// A process of the sandbox, waiting, and its number on the host.
+pub async fn marked_process(guest: &dyn Guest) -> (Process, i32) {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let marker = format!("marked-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let script = "echo started; read -r _ || true";
+    let mut process = guest.run(Command { stdin: true, ..command(&["/bin/sh", "-c", script, &marker]) }).await.unwrap();
+    wait_for_line(&mut process, "started").await;
+    let host_pid = host_processes().into_iter().find(|pid| {
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&command).split('\0').any(|argument| argument == marker)
+    });
+    (process, host_pid.expect("the host sees the sandbox's processes"))
+}
+
+pub fn host_processes() -> Vec<i32> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// The host's number of process 1 in the namespace of this one.
+pub fn first_process_of(host_pid: i32) -> i32 {
+    let namespace = fs::read_link(format!("/proc/{host_pid}/ns/pid")).unwrap();
+    let first = host_processes().into_iter().find(|pid| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let inner = status.lines().find_map(|line| line.strip_prefix("NSpid:")?.split_whitespace().last());
+        inner == Some("1") && fs::read_link(format!("/proc/{pid}/ns/pid")).is_ok_and(|each| each == namespace)
+    });
+    first.expect("a sandbox has a first process")
+}
