@@ -234,11 +234,14 @@ impl Actor {
                     Err(_) => Flow::End("the server could not record the sandbox".to_owned()),
                 }
             }
-            Done::Created(Err(error)) => Flow::End(match error {
-                DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit).to_string(),
-                DriverError::Gone => "the sandbox ended while it was being created".to_owned(),
-                DriverError::Failed(reason) => format!("the sandbox could not be created: {reason}"),
-            }),
+            Done::Created(Err(error)) => {
+                tracing::warn!(session = %self.session.id, %error, "a sandbox could not be created");
+                Flow::End(match error {
+                    DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit).to_string(),
+                    DriverError::Gone => "the sandbox ended while it was being created".to_owned(),
+                    DriverError::Failed(reason) => format!("the sandbox could not be created: {reason}"),
+                })
+            }
             Done::Adopted(Ok((guest, executions))) => {
                 let backoff = self.engine.backoff();
                 self.executions_known = true;

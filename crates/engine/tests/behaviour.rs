@@ -472,6 +472,43 @@ async fn a_key_given_at_the_first_start_is_the_only_one() {
     assert_eq!(fakes.store.api_keys().await.unwrap().len(), 1);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn many_clients_on_many_threads_leave_nothing_behind() {
+    let config = EngineConfig { sessions_max: 40, ..EngineConfig::default() };
+    let (engine, _, caller, fakes) = fake::start(config).await;
+    fakes.faults.yield_up_to(3);
+    let client = |engine: Engine| async move {
+        for round in 0..20 {
+            let session = match engine.create_session(&caller, NewSession::default()).await {
+                Ok(session) => session,
+                Err(error) => {
+                    assert_eq!(error.code, Code::CapacityUnavailable);
+                    continue;
+                }
+            };
+            if round % 3 > 0 {
+                settled(&engine, &caller, session.id).await;
+                let execution = engine.execute(&caller, session.id, run("true"), true).await.unwrap();
+                assert_eq!(execution.status, ExecutionStatus::Succeeded);
+                let (certificate, _) = engine.certificate(&caller, session.id).await.unwrap();
+                engine.open(&certificate.text, session.id).await.unwrap();
+            }
+            let ended = engine.terminate_session(&caller, session.id).await.unwrap();
+            assert_eq!(ended.state, SessionState::Terminated);
+        }
+    };
+    let clients: Vec<_> = (0..50).map(|_| tokio::spawn(client(engine.clone()))).collect();
+    for client in clients {
+        client.await.unwrap();
+    }
+    assert_eq!(engine.usage(&caller, None).await.unwrap().active_sessions, 0);
+    assert!(fakes.store.all_sessions().len() >= 40);
+    assert!(fakes.store.all_sessions().iter().all(|session| session.state == SessionState::Terminated));
+    assert!(fakes.driver.sandboxes().values().all(|alive| !alive));
+    assert_eq!(fakes.driver.violations(), [""; 0]);
+    engine.shut_down().await;
+}
+
 #[test]
 fn fake_randomness_repeats_by_seed() {
     let draw = |seed| {

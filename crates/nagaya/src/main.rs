@@ -63,7 +63,8 @@ fn main() -> ExitCode {
     let quiet = matches!(arguments.verb, Verb::Demo | Verb::Doctor(_));
     let filter = EnvFilter::try_from_env("NAGAYA_LOG")
         .unwrap_or_else(|_| EnvFilter::new(if quiet { "error" } else { "info" }));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colour = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr).init();
     let done = match arguments.verb {
         Verb::Serve(settings) => settings.load().and_then(serve::run),
         Verb::Demo => demo::run(),

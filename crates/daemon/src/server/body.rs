@@ -13,6 +13,7 @@ use hyper::body::{Body, Frame, Incoming, SizeHint};
 use nagaya_api::error::{Code, Error};
 
 use super::lifecycle::Busy;
+use crate::tenki::reframe::Reframed;
 
 /// Flag byte and length of a gRPC message.
 const GRPC_HEADER_BYTES: usize = 5;
@@ -25,6 +26,8 @@ pub(crate) enum RequestBody {
     Whole(Full<Bytes>),
     /// Read while the call runs.
     Stream(Incoming),
+    /// The same, with large messages cut into small ones.
+    Reframed(Reframed),
 }
 
 impl Body for RequestBody {
@@ -35,6 +38,7 @@ impl Body for RequestBody {
         match self.get_mut() {
             Self::Whole(body) => Pin::new(body).poll_frame(context).map_err(|never| match never {}),
             Self::Stream(body) => Pin::new(body).poll_frame(context),
+            Self::Reframed(body) => Pin::new(body).poll_frame(context),
         }
     }
 
@@ -42,6 +46,7 @@ impl Body for RequestBody {
         match self {
             Self::Whole(body) => body.is_end_stream(),
             Self::Stream(body) => body.is_end_stream(),
+            Self::Reframed(_) => false,
         }
     }
 
@@ -49,6 +54,7 @@ impl Body for RequestBody {
         match self {
             Self::Whole(body) => body.size_hint(),
             Self::Stream(body) => body.size_hint(),
+            Self::Reframed(_) => SizeHint::default(),
         }
     }
 }

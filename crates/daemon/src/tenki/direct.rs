@@ -14,7 +14,7 @@ use nagaya_api::tenki::v1 as wire;
 use super::{Tenki, files, services};
 
 const READ_FILE_STREAM: &str = "tenki.sandbox.v1.SandboxSessionDataPlaneService/ReadFileStream";
-const WRITE_FILE_STREAM: &str = "tenki.sandbox.v1.SandboxSessionDataPlaneService/WriteFileStream";
+pub(super) const WRITE_FILE_STREAM: &str = "tenki.sandbox.v1.SandboxSessionDataPlaneService/WriteFileStream";
 
 pub(super) struct Direct {
     router: Router,

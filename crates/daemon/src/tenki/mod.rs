@@ -12,6 +12,7 @@ mod data;
 mod direct;
 mod files;
 mod observe;
+pub(crate) mod reframe;
 mod run;
 mod services;
 mod wait;
@@ -40,6 +41,7 @@ use crate::server::lifecycle::{Lifecycle, Phase};
 use crate::server::routes::Origin;
 use direct::Direct;
 use observe::Observed;
+use reframe::Reframed;
 
 const CONTROL_PLANE: &str = "tenki.sandbox.v1.SandboxService";
 const DATA_PLANE: &str = "tenki.sandbox.v1.SandboxSessionDataPlaneService";
@@ -153,7 +155,9 @@ impl Facade {
             method.map(|method| method.kind),
             Some(MethodKind::ClientStreaming | MethodKind::BidiStreaming)
         );
-        let body = if streams {
+        let body = if streams && path == direct::WRITE_FILE_STREAM && is_plain_grpc(&parts.headers) {
+            RequestBody::Reframed(Reframed::new(incoming, self.read_limits.message_bytes_max))
+        } else if streams {
             RequestBody::Stream(incoming)
         } else {
             match body::read_whole(&mut incoming, &parts.headers, self.read_limits).await {
@@ -205,6 +209,11 @@ impl Facade {
         body::discard(rest, self.refused_body_drain);
         error.into_http_response(&parts.headers).map(|body| ResponseBody::rpc(body, None))
     }
+}
+
+/// Whether messages travel in binary form, each behind a length.
+fn is_plain_grpc(headers: &http::HeaderMap) -> bool {
+    headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind == "application/grpc" || kind == "application/grpc+proto")
 }
 
 /// How far the way to a session's data plane is, as told in several answers.

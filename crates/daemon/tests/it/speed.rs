@@ -51,3 +51,12 @@ async fn speed() {
         println!("read stream chunk {chunk_bytes}: {:.0} MB/s in {messages} messages", bytes as f64 / 1e6 / t.elapsed().as_secs_f64());
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore]
+async fn serve() {
+    let world = World::new().await;
+    std::fs::write("/tmp/daemon-helper.env", format!("export TENKI_API_ENDPOINT={}\nexport TENKI_API_KEY={}\n", world.url(), world.secret)).unwrap();
+    while std::path::Path::new("/tmp/daemon-helper.env").exists() { tokio::time::sleep(std::time::Duration::from_millis(200)).await; }
+    world.daemon.shut_down().await;
+}

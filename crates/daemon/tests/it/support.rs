@@ -177,9 +177,6 @@ pub fn code<T>(result: Result<T, ConnectError>) -> connectrpc::ErrorCode {
     result.err().expect("an error").code
 }
 
-pub fn message<T>(result: Result<T, ConnectError>) -> String {
-    result.err().expect("an error").message.unwrap_or_default()
-}
 
 pub async fn soon<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.expect("happens soon")

@@ -157,7 +157,7 @@ impl FakeDriver {
         if let Some(refusal) = refusal {
             return Err(refusal);
         }
-        let guest = Arc::new(FakeGuest::new());
+        let guest = Arc::new(FakeGuest::new(self.faults.clone()));
         for part in [Part::Network, Part::Disk, Part::Processes] {
             if part == Part::Processes {
                 // The sender is ours, so waiting cannot fail.

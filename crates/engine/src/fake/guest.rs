@@ -8,7 +8,7 @@ use nagaya_api::ids::ExecutionId;
 use tokio::sync::{mpsc, watch};
 
 use super::files::Files;
-use super::programs;
+use super::{Faults, programs};
 use crate::ports::{
     Command, DirectoryEntry, ExitStatus, FileReader, FileStat, FileWriter, Guest, GuestError, Process, ProcessEvent,
     WriteOptions,
@@ -20,6 +20,7 @@ const CHANNEL_MAX: usize = 4;
 
 /// The inside of a fake sandbox: files in memory, and a handful of programs (see `programs.rs`).
 pub struct FakeGuest {
+    faults: Arc<Faults>,
     files: Arc<Mutex<Files>>,
     detached: Mutex<BTreeMap<ExecutionId, watch::Sender<Vec<ProcessEvent>>>>,
     /// Why the sandbox died, once it has.
@@ -31,8 +32,8 @@ pub(super) fn refuse<T>(code: Code, errno: i32) -> Result<T, GuestError> {
 }
 
 impl FakeGuest {
-    pub(super) fn new() -> Self {
-        Self { files: Arc::default(), detached: Mutex::default(), death: watch::Sender::new(None) }
+    pub(super) fn new(faults: Arc<Faults>) -> Self {
+        Self { faults, files: Arc::default(), detached: Mutex::default(), death: watch::Sender::new(None) }
     }
 
     pub(super) fn is_alive(&self) -> bool {
@@ -104,7 +105,7 @@ impl Guest for FakeGuest {
     async fn run_detached(&self, id: ExecutionId, command: Command) -> Result<u32, GuestError> {
         self.check()?;
         if self.detached.lock().expect("no holder of this lock panics").contains_key(&id) {
-            return Ok(1);
+            return Ok(programs::PID);
         }
         let mut process = self.start(Command { stdin: false, ..command })?;
         let events = watch::Sender::new(Vec::new());
@@ -115,14 +116,19 @@ impl Guest for FakeGuest {
                 record(&events, event);
             }
         });
-        Ok(pid)
+        // It runs, whether or not the answer arrives.
+        if self.faults.effect().await { refuse(Code::GuestUnreachable, 0) } else { Ok(pid) }
     }
 
     async fn follow(&self, id: ExecutionId) -> Result<mpsc::Receiver<ProcessEvent>, GuestError> {
         self.check()?;
         let events = self.detached.lock().expect("no holder of this lock panics").get(&id).cloned();
         let Some(events) = events else { return refuse(Code::ExecutionNotFound, 0) };
+        if self.faults.effect().await {
+            return refuse(Code::GuestUnreachable, 0);
+        }
         let (sender, receiver) = mpsc::channel(CHANNEL_MAX);
+        let faults = self.faults.clone();
         tokio::spawn(async move {
             let mut changes = events.subscribe();
             let mut sent = 0;
@@ -131,7 +137,8 @@ impl Guest for FakeGuest {
                 sent += new.len();
                 let last = ended(&new);
                 for event in new {
-                    if sender.send(event).await.is_err() {
+                    // The connection is lost, or nobody reads any more.
+                    if faults.effect().await || sender.send(event).await.is_err() {
                         return;
                     }
                 }

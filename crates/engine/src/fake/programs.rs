@@ -13,6 +13,8 @@ use super::guest::refuse;
 use crate::ports::{Command, ExitStatus, GuestError, Process, ProcessEvent, ProcessInput, Signal};
 
 const CHANNEL_MAX: usize = 4;
+/// Every fake command says that this is its number.
+pub(super) const PID: u32 = 42;
 const PROGRAMS: [&str; 10] = ["true", "false", "exit", "echo", "both", "env", "pwd", "cat", "yes", "hang"];
 
 pub(super) fn start(command: Command, death: watch::Receiver<Option<String>>) -> Result<Process, GuestError> {
@@ -24,7 +26,7 @@ pub(super) fn start(command: Command, death: watch::Receiver<Option<String>>) ->
     let (input, inputs) = mpsc::channel(CHANNEL_MAX);
     let (outputs, events) = mpsc::channel(CHANNEL_MAX);
     tokio::spawn(live(command, inputs, outputs, death));
-    Ok(Process { pid: 42, input, events })
+    Ok(Process { pid: PID, input, events })
 }
 
 fn exit(code: i32) -> ExitStatus {

@@ -59,7 +59,7 @@ pub struct Agent {
 /// Runs the agent with the arguments after the program's name. Returns only when it cannot start or
 /// go on, with the reason.
 pub fn main(arguments: impl Iterator<Item = String>) -> Result<(), String> {
-    sys::forbid_inspection();
+    sys::introduce();
     sys::close_on_exec_from(3);
     sys::reset_signals();
     sys::drop_groups();

@@ -207,11 +207,14 @@ pub fn close_on_exec_from(first: RawFd) {
 
 /// Puts all signals to their default action and unblocks them, except SIGPIPE, which is ignored.
 pub fn reset_signals() {
+    // All zero is the default action in every field of the kernel's structure, which has 32 bytes on
+    // the architectures we know. libc would refuse the signals it keeps for itself.
+    let default = [0u64; 4];
     // SAFETY: no handler has been installed yet; setting an action to its default is always allowed
-    // or refused without effect.
+    // or refused without effect. The kernel only reads the structure.
     unsafe {
         for signal in 1..=64 {
-            libc::signal(signal, libc::SIG_DFL);
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null_mut::<u64>(), 8);
         }
         libc::signal(libc::SIGPIPE, libc::SIG_IGN);
         let mut none: libc::sigset_t = std::mem::zeroed();
@@ -236,10 +239,11 @@ pub fn become_subreaper() {
     }
 }
 
-/// Forbids others of the same user to look into this process.
-pub fn forbid_inspection() {
-    // SAFETY: a plain system call without pointers.
+/// Forbids others of the same user to look into this process, and gives it a name to be seen by.
+pub fn introduce() {
+    // SAFETY: plain system calls; the name ends with a NUL.
     unsafe {
+        libc::prctl(libc::PR_SET_NAME, c"nagaya-agent".as_ptr(), 0, 0, 0);
         libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
     }
 }

@@ -368,15 +368,22 @@ impl Driver for NamespaceDriver {
         let directory = self.inner.directory(id);
         let record = Record::read(&directory).map_err(|_| DriverError::Gone)?;
         let known = self.inner.live().get(&id).cloned();
-        if known.is_none() {
-            let pidfd = live::find(&self.inner.factory.cgroups, record.slot).ok_or(DriverError::Gone)?;
-            let pidfd = PidFd::new(pidfd).map_err(|error| failed("watch the sandbox", &error))?;
-            let live = Arc::new(Live::new(id, record.slot, pidfd));
-            self.inner.live().insert(id, live.clone());
-            self.inner.watch(&live);
+        let live = match known {
+            Some(live) => live,
+            None => {
+                let pidfd = live::find(&self.inner.factory.cgroups, record.slot).ok_or(DriverError::Gone)?;
+                let pidfd = PidFd::new(pidfd).map_err(|error| failed("watch the sandbox", &error))?;
+                let live = Arc::new(Live::new(id, record.slot, pidfd));
+                self.inner.live().insert(id, live.clone());
+                self.inner.watch(&live);
+                live
+            }
+        };
+        tokio::select! {
+            biased;
+            () = live.pidfd.ended() => Err(DriverError::Gone),
+            link = live::connect(&directory, &self.inner.factory.cgroups, record.slot) => Ok(link?),
         }
-        let link: Arc<Link> = live::connect(&directory, &self.inner.factory.cgroups, record.slot).await?;
-        Ok(link)
     }
 
     async fn destroy(&self, id: SessionId) -> Result<(), DriverError> {
@@ -418,34 +425,5 @@ impl Driver for NamespaceDriver {
 impl Drop for NamespaceDriver {
     fn drop(&mut self) {
         self.shut_down();
-    }
-}
-
-#[cfg(test)]
-mod scratch {
-    use super::*;
-    #[test]
-    fn boots() {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        let data = tempfile::tempdir().unwrap();
-        let _guard = runtime.enter();
-        let mut config = Config::new(data.path().into());
-        config.pool_ready = 4;
-        let driver = NamespaceDriver::start(config).unwrap();
-        let machine = Machine { cpu_cores: 1, memory_mb: 512, disk_gb: 5, outbound: true };
-        for round in 0..20u64 {
-            let id = SessionId::new(round, [1; 10]);
-            let t = std::time::Instant::now();
-            let slot = driver.inner.slot(&machine).unwrap();
-            let t1 = t.elapsed();
-            let started = live::start(&driver.inner, id, &machine, &slot).map_err(|e| format!("{e}")).unwrap();
-            drop(slot);
-            let t2 = t.elapsed();
-            let mut text = [0; 512];
-            let n = rustix::io::read(&started.error, &mut text).unwrap();
-            eprintln!("slot {t1:?} started {t2:?} exec {:?} error {:?}", t.elapsed(), String::from_utf8_lossy(&text[..n]));
-            if round % 5 == 4 { std::thread::sleep(std::time::Duration::from_millis(500)); }
-        }
-        if std::env::var("HOLD").is_ok() { std::thread::sleep(std::time::Duration::from_secs(1000)); }
     }
 }

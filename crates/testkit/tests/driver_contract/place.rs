@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use tokio::sync::mpsc;
 
 /// Sandboxes that fit into a place.
-pub const SLOTS_MAX: u32 = 6;
+pub const SLOTS_MAX: u32 = 8;
 /// Processes of one sandbox.
 pub const PROCESSES_MAX: u64 = 128;
 const WAIT_MAX: Duration = Duration::from_secs(30);

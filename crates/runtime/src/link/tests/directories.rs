@@ -1,1 +1,131 @@
+use std::os::unix::fs::{MetadataExt, symlink};
 
+use nagaya_api::error::Code;
+use rustix::fs::{Mode, OFlags};
+
+use super::*;
+
+#[tokio::test]
+async fn stat_tells_what_is_there_and_does_not_follow_the_last_link() {
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    std::fs::write(agent.home().join("file"), "12345").unwrap();
+    symlink("file", agent.home().join("link")).unwrap();
+    symlink(agent.home(), agent.home().join("up")).unwrap();
+
+    let file = link.stat("file").await.unwrap().unwrap();
+    let expected = std::fs::metadata(agent.home().join("file")).unwrap();
+    assert_eq!((file.size, file.mode, file.is_dir, file.is_symlink), (5, expected.mode(), false, false));
+    assert_eq!(file.modified_unix_ns, expected.mtime() * 1_000_000_000 + expected.mtime_nsec());
+    let through = link.stat("up/file").await.unwrap().unwrap();
+    assert_eq!(through, file);
+    let itself = link.stat("link").await.unwrap().unwrap();
+    assert_eq!((itself.is_symlink, itself.symlink_target.as_str()), (true, "file"));
+    assert!(link.stat(".").await.unwrap().unwrap().is_dir);
+    assert!(link.stat("/").await.unwrap().unwrap().is_dir);
+    for missing in ["missing", "missing/further", "file/below"] {
+        assert_eq!(link.stat(missing).await.unwrap(), None);
+    }
+    assert_eq!(link.stat("").await.unwrap_err().code, Code::InvalidPath);
+}
+
+#[tokio::test]
+async fn directories_are_made_for_the_user_with_the_mode_asked_for() {
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    link.make_directory("a", 0o2770, false).await.unwrap();
+    let status = std::fs::metadata(agent.home().join("a")).unwrap();
+    assert_eq!((status.uid(), status.gid(), status.mode() & 0o7777), (1000, 1000, 0o2770));
+    let modified = link.make_directory("a/b/./c//d/", 0, true).await.unwrap();
+    let status = std::fs::metadata(agent.home().join("a/b/c/d")).unwrap();
+    assert_eq!((status.mode() & 0o777, modified), (0o755, status.mtime() * 1_000_000_000 + status.mtime_nsec()));
+    link.make_directory("a/b/c/d", 0o700, true).await.unwrap();
+    assert_eq!(std::fs::metadata(agent.home().join("a/b/c/d")).unwrap().mode() & 0o777, 0o755, "an existing one stays");
+
+    std::fs::write(agent.home().join("file"), "").unwrap();
+    symlink("nowhere", agent.home().join("dangling")).unwrap();
+    let cases = [
+        ("a", false, Code::FileExists),
+        ("x/y", false, Code::FileNotFound),
+        ("file", true, Code::FileExists),
+        ("file/x", true, Code::NotADirectory),
+        ("dangling", true, Code::FileExists),
+        ("/", false, Code::FileExists),
+    ];
+    for (path, recursive, code) in cases {
+        assert_eq!(link.make_directory(path, 0o755, recursive).await.unwrap_err().code, code, "{path}");
+    }
+    link.make_directory("/", 0o755, true).await.unwrap();
+}
+
+#[tokio::test]
+async fn lists_are_sorted_and_hide_what_begins_with_a_dot() {
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    for name in ["b", "a", ".hidden", "c"] {
+        std::fs::write(agent.home().join(name), name).unwrap();
+    }
+    std::fs::create_dir(agent.home().join("directory")).unwrap();
+    symlink("nowhere", agent.home().join("dangling")).unwrap();
+    let list = async |hidden: bool| -> Vec<String> {
+        link.list_directory(".", hidden).await.unwrap().into_iter().map(|entry| entry.name).collect()
+    };
+    assert_eq!(list(false).await, ["a", "b", "c", "dangling", "directory"]);
+    assert_eq!(list(true).await, [".hidden", "a", "b", "c", "dangling", "directory"]);
+    let entries = link.list_directory(".", false).await.unwrap();
+    assert_eq!((entries[0].size, entries[0].is_dir, entries[4].is_dir), (1, false, true));
+    assert_eq!(link.list_directory("a", false).await.unwrap_err().code, Code::NotADirectory);
+    assert_eq!(link.list_directory("missing", false).await.unwrap_err().code, Code::FileNotFound);
+}
+
+#[tokio::test]
+async fn long_lists_arrive_whole() {
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    for number in 0..5_000 {
+        std::fs::write(agent.home().join(format!("{number:05}-{}", "x".repeat(100))), "").unwrap();
+    }
+    let entries = link.list_directory(".", false).await.unwrap();
+    assert_eq!(entries.len(), 5_000);
+    assert!(entries.is_sorted_by(|a, b| a.name < b.name));
+    assert_eq!(link.remove(&agent.path(""), true).await.unwrap(), 5_001);
+}
+
+#[tokio::test]
+async fn removal_counts_and_never_goes_through_links() {
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    let outside = TempDir::new().unwrap();
+    std::fs::write(outside.path().join("kept"), "").unwrap();
+    std::fs::create_dir_all(agent.home().join("tree/deep/deeper")).unwrap();
+    std::fs::write(agent.home().join("tree/deep/file"), "").unwrap();
+    symlink(outside.path(), agent.home().join("tree/deep/link")).unwrap();
+    symlink(outside.path(), agent.home().join("link")).unwrap();
+
+    assert_eq!(link.remove("tree", false).await.unwrap_err().code, Code::DirectoryNotEmpty);
+    assert_eq!(link.remove("tree", true).await.unwrap(), 5);
+    assert_eq!(link.remove("link", true).await.unwrap(), 1);
+    assert_eq!(link.remove("link", true).await.unwrap(), 0);
+    assert_eq!(link.remove("missing/further", true).await.unwrap(), 0);
+    assert!(outside.path().join("kept").exists());
+    for path in ["/", "//", ".", "..", "/proc/..", "a/.."] {
+        let error = link.remove(path, true).await.unwrap_err();
+        assert_eq!(error.code, Code::InvalidPath, "{path}");
+    }
+    std::fs::write(agent.home().join("file"), "").unwrap();
+    assert_eq!(link.remove("file/", true).await.unwrap_err().code, Code::NotADirectory);
+    assert_eq!(link.remove("file", false).await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn trees_deeper_than_any_path_are_removed_with_few_descriptors() {
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let mut directory = rustix::fs::open(agent.home(), flags, Mode::empty()).unwrap();
+    for _ in 0..3_000 {
+        rustix::fs::mkdirat(&directory, "d", Mode::RWXU).unwrap();
+        directory = rustix::fs::openat(&directory, "d", flags, Mode::empty()).unwrap();
+    }
+    assert_eq!(link.remove("d", true).await.unwrap(), 3_000);
+}

@@ -1,0 +1,121 @@
+# Files of the host, of other sandboxes, and of the kernel.
+
+
+def markers():
+    """Looks everywhere for files whose names hold the marker."""
+    marker = sys.argv[1]
+    seen = 0
+    for directory, names, files in os.walk("/"):
+        if directory == "/":
+            names[:] = [name for name in names if name not in ("proc", "sys")]
+        for name in names + files:
+            seen += 1
+            if marker in name:
+                reached(os.path.join(directory, name))
+    refused(f"{seen} names, none of them")
+
+
+def paths():
+    """Tries exact paths, below every root that /proc offers."""
+    wanted = sys.argv[1:]
+    roots = [""]
+    for name in os.listdir("/proc"):
+        if name.isdigit() or name in ("self", "thread-self"):
+            roots += [f"/proc/{name}/root", f"/proc/{name}/cwd/../../../../../../..", f"/proc/{name}/task/{name}/root"]
+            try:
+                roots += [f"/proc/{name}/fd/{fd}/../../../../.." for fd in os.listdir(f"/proc/{name}/fd")]
+            except OSError:
+                pass
+    for root in roots:
+        for path in wanted:
+            try:
+                with open(root + path, "rb") as file:
+                    reached(f"{root}{path}: {file.read(40)!r}")
+            except OSError:
+                pass
+    refused(f"{len(roots)} roots")
+
+
+def written(root, top):
+    """Files below a directory that open for writing. Nothing is written."""
+    found = []
+    for directory, names, files in os.walk(top):
+        names[:] = [name for name in names if not os.path.islink(os.path.join(directory, name))]
+        for name in files:
+            path = os.path.join(directory, name)
+            try:
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            except OSError:
+                continue
+            found.append(path)
+    return found
+
+
+def writes_to_proc():
+    # What the kernel lets a process set for itself or its own namespaces is not the host's.
+    found = written("", "/proc/sys")
+    for path in ("/proc/sysrq-trigger", "/proc/irq/default_smp_affinity", "/proc/bus/pci", "/proc/mtrr", "/proc/acpi",
+                 "/proc/scsi/scsi", "/proc/timer_list", "/proc/kcore", "/proc/kmsg", "/proc/kpageflags", "/proc/fs",
+                 "/proc/latency_stats", "/proc/profile", "/proc/sys/kernel/core_pattern", "/proc/sys/vm/drop_caches"):
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            found.append(path)
+        except OSError:
+            pass
+    reached(str(found[:5])) if found else refused("none opens for writing")
+
+
+def writes_to_sys():
+    found = written("", "/sys")
+    reached(str(found[:5])) if found else refused("none opens for writing")
+
+
+def secrets_of_the_kernel():
+    def kallsyms():
+        for line in open("/proc/kallsyms"):
+            if int(line.split()[0], 16):
+                return line.strip()
+    def content(path):
+        return os.read(os.open(path, os.O_RDONLY | os.O_NONBLOCK), 64)
+    quiet = ("/proc/kcore", "/proc/keys", "/proc/key-users", "/proc/timer_list", "/proc/sched_debug", "/proc/vmallocinfo",
+             "/proc/slabinfo", "/proc/iomem_real", "/proc/kpagecount", "/proc/kpageflags", "/proc/cmdline", "/proc/modules")
+    first_success([("kallsyms", kallsyms)] + [(path, lambda path=path: content(path)) for path in quiet])
+
+
+def control_groups():
+    """Files that move processes between groups or start programs of the host."""
+    wanted = ("release_agent", "cgroup.procs", "notify_on_release", "cgroup.kill", "cgroup.subtree_control", "devices.allow")
+    for directory, names, files in os.walk("/"):
+        if directory == "/":
+            names[:] = [name for name in names if name != "proc"]
+        for name in files:
+            if name in wanted:
+                reached(os.path.join(directory, name))
+    refused("no such file anywhere")
+
+
+def text_in_the_mount_table():
+    needle = sys.argv[1]
+    for path in ("/proc/self/mountinfo", "/proc/self/mounts", "/proc/1/mountinfo", "/proc/1/cgroup", "/proc/self/cgroup"):
+        try:
+            if needle in open(path).read():
+                reached(path)
+        except OSError:
+            pass
+    refused("not in it")
+
+
+def events_on_files():
+    """Watches places; the test makes changes on the host at the same paths meanwhile."""
+    fd = libc.inotify_init1(os.O_NONBLOCK)
+    watched = 0
+    for path in sys.argv[1:]:
+        if libc.inotify_add_watch(fd, path.encode(), 0xFFF & ~0x31) >= 0:
+            watched += 1
+    print("WATCHING", flush=True)
+    sys.stdin.readline()
+    try:
+        data = os.read(fd, 4096)
+    except BlockingIOError:
+        refused(f"{watched} places, no event")
+    reached(f"{len(data)} bytes of events")
