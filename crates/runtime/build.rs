@@ -16,7 +16,18 @@ fn main() {
     // A build directory of their own: the outer cargo holds the lock of its own one.
     let directory = out.join("guest");
     let status = Command::new(env::var_os("CARGO").expect("cargo sets it"))
-        .args(["build", "--quiet", "--locked", "--package", "nagaya-guest", "--bins", "--profile", "guest", "--target", &target])
+        .args([
+            "build",
+            "--quiet",
+            "--locked",
+            "--package",
+            "nagaya-guest",
+            "--bins",
+            "--profile",
+            "guest",
+            "--target",
+            &target,
+        ])
         .arg("--target-dir")
         .arg(&directory)
         .current_dir(&workspace)

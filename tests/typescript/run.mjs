@@ -17,7 +17,7 @@ const server = await Server.start();
 let failed = false;
 try {
   // One file at a time: the machine is small, and usage counts would mix.
-  const tests = spawn(process.execPath, ["--test", "--test-reporter=spec", "--test-concurrency=1", "--test-timeout=120000", ...files], {
+  const tests = spawn(process.execPath, ["--test", "--test-reporter=spec", "--test-force-exit", "--test-concurrency=1", "--test-timeout=120000", ...files], {
     stdio: "inherit",
     env: { ...process.env, NAGAYA_TEST_ENDPOINT: server.endpoint, NAGAYA_TEST_API_KEY: server.apiKey },
   });

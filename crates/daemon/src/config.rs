@@ -65,7 +65,8 @@ pub struct Limits {
     pub connections_max: usize,
     /// Calls at once on one HTTP/2 connection. Default 1000.
     pub streams_per_connection_max: u32,
-    /// Header fields of one request, bytes in sum. Default 64 KiB.
+    /// Header fields of one HTTP/2 request, bytes in sum; HTTP/1.1 has about 400 KiB and 100 fields.
+    /// Default 64 KiB.
     pub request_header_bytes_max: u32,
     /// From the opening of a connection, or the end of the last HTTP/1.1 exchange on it, to the
     /// end of the next request's header. Default 30,000.
@@ -318,7 +319,8 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_an_error_that_names_it() {
-        for text in ["listn = '127.0.0.1:1'", "[limits]\nmessage_bytes = 1", "[tls]\nkey = 'x'", "[network]\ncdir = ''"] {
+        for text in ["listn = '127.0.0.1:1'", "[limits]\nmessage_bytes = 1", "[tls]\nkey = 'x'", "[network]\ncdir = ''"]
+        {
             let problem = problem(text);
             assert!(problem.contains("unknown field"), "{problem}");
         }
@@ -357,6 +359,9 @@ mod tests {
 
     #[test]
     fn the_public_url_loses_its_trailing_slash() {
-        assert_eq!(parse("public_url = 'https://sandboxes.example/'").unwrap().public_url.unwrap(), "https://sandboxes.example");
+        assert_eq!(
+            parse("public_url = 'https://sandboxes.example/'").unwrap().public_url.unwrap(),
+            "https://sandboxes.example"
+        );
     }
 }

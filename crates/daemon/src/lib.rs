@@ -16,13 +16,13 @@ use std::time::Duration;
 use nagaya_engine::Engine;
 
 use config::Config;
-pub use metrics::{Level, Levels};
 use metrics::Metrics;
-use server::Server;
+pub use metrics::{Level, Levels};
 pub use server::ListenError;
+use server::Server;
 use server::lifecycle::{Lifecycle, Phase};
-pub use server::tls::TlsError;
 use server::routes::Routes;
+pub use server::tls::TlsError;
 
 /// What parts below the engine contribute to the server's surface.
 #[derive(Clone, Default)]
@@ -44,7 +44,10 @@ impl Daemon {
     pub async fn start(config: &Config, engine: Engine, hooks: Hooks) -> Result<Self, ListenError> {
         let counted = engine.clone();
         let sessions: Levels = Arc::new(move || {
-            let level = |(name, value): (&str, u64)| Level { name: name.into(), value: i64::try_from(value).unwrap_or(i64::MAX) };
+            let level = |(name, value): (&str, u64)| Level {
+                name: name.into(),
+                value: i64::try_from(value).unwrap_or(i64::MAX),
+            };
             counted.session_counts().into_iter().map(level).collect()
         });
         let metrics = Arc::new(Metrics::new(Some(sessions), hooks.pools));

@@ -115,7 +115,8 @@ impl Frame {
     /// Bytes and messages that a WINDOW frame grants.
     pub fn granted(&self) -> Option<(u32, u32)> {
         let mut payload = &self.payload[..];
-        (self.kind == Kind::Window && payload.len() == WINDOW_BYTES).then(|| (payload.get_u32_le(), payload.get_u32_le()))
+        (self.kind == Kind::Window && payload.len() == WINDOW_BYTES)
+            .then(|| (payload.get_u32_le(), payload.get_u32_le()))
     }
 }
 

@@ -50,7 +50,11 @@ pub enum HandshakeError {
 }
 
 /// Sends our greeting and waits for the other one. What follows the greeting stays in the decoder.
-pub(crate) async fn shake_hands<R, W>(reader: &mut R, writer: &mut W, ours: Handshake) -> Result<Decoder, HandshakeError>
+pub(crate) async fn shake_hands<R, W>(
+    reader: &mut R,
+    writer: &mut W,
+    ours: Handshake,
+) -> Result<Decoder, HandshakeError>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,

@@ -10,7 +10,11 @@ use rustix::mount::{
 };
 
 /// Makes a file system instance and returns it as a detached mount. Options without a value are flags.
-pub fn new_filesystem(kind: &str, options: &[(&str, Option<&str>)], attributes: MountAttrFlags) -> Result<OwnedFd, Errno> {
+pub fn new_filesystem(
+    kind: &str,
+    options: &[(&str, Option<&str>)],
+    attributes: MountAttrFlags,
+) -> Result<OwnedFd, Errno> {
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
     for (name, value) in options {
         match value {
@@ -46,7 +50,11 @@ pub const NO_EXEC: u64 = libc::MOUNT_ATTR_NOEXEC;
 
 /// Sets attributes on a detached mount; with `user_namespace`, also shows every file's owner
 /// through that namespace's id map.
-pub fn set_attributes(mount: BorrowedFd<'_>, attributes: u64, user_namespace: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
+pub fn set_attributes(
+    mount: BorrowedFd<'_>,
+    attributes: u64,
+    user_namespace: Option<BorrowedFd<'_>>,
+) -> Result<(), Errno> {
     let mut request = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation: 0, userns_fd: 0 };
     if let Some(namespace) = user_namespace {
         request.attr_set |= libc::MOUNT_ATTR_IDMAP;

@@ -9,12 +9,16 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::frame::{DATA_BYTES_MAX, Frame, Kind, OPEN_BYTES_MAX};
 use crate::handshake::{Handshake, HandshakeError, shake_hands};
 use crate::writer;
+
+mod receive;
+#[cfg(test)]
+mod tests;
 
 /// Content that may be under way per stream and direction before more is granted, bytes.
 pub const WINDOW_BYTES_INITIAL: u32 = 256 * 1024;
@@ -182,7 +186,7 @@ impl Mux {
             closed: watch::Sender::new(None),
         });
         tokio::spawn(writer::write(writer, shared.clone(), outbound_queue, shared.closed.subscribe()));
-        tokio::spawn(read(reader, decoder, shared.clone(), requests));
+        tokio::spawn(receive::read(reader, decoder, shared.clone(), requests));
         Ok((Self { shared }, requests_queue))
     }
 
@@ -338,7 +342,8 @@ impl Sender {
     /// Agent: the outcome, and the end of the stream.
     pub fn end(&self, outcome: Bytes) {
         if self.handle.finish() {
-            let _ = self.handle.shared.outbound.send(Frame { kind: Kind::End, stream: self.handle.id, payload: outcome });
+            let _ =
+                self.handle.shared.outbound.send(Frame { kind: Kind::End, stream: self.handle.id, payload: outcome });
         }
     }
 
@@ -412,127 +417,5 @@ impl Receiver {
             granted.1 = granted.1.saturating_add(messages);
         }
         let _ = self.handle.shared.outbound.send(Frame::window(self.handle.id, bytes, messages));
-    }
-}
-
-async fn read<R: AsyncRead + Unpin>(
-    mut reader: R,
-    mut decoder: crate::frame::Decoder,
-    shared: Arc<Shared>,
-    requests: mpsc::UnboundedSender<Request>,
-) {
-    let mut closed = shared.closed.subscribe();
-    loop {
-        loop {
-            match decoder.next_frame() {
-                Ok(Some(frame)) => match accept(&shared, &requests, frame) {
-                    Ok(()) => {}
-                    Err(reason) => return shared.close(&reason),
-                },
-                Ok(None) => break,
-                Err(error) => return shared.close(&error.to_string()),
-            }
-        }
-        decoder.rest();
-        let buffer = decoder.buffer();
-        tokio::select! {
-            read = reader.read_buf(buffer) => match read {
-                Ok(0) => return shared.close("the other side closed the connection"),
-                Ok(_) => {}
-                Err(error) => return shared.close(&format!("read: {error}")),
-            },
-            () = writer::ended(&mut closed) => return,
-        }
-    }
-}
-
-/// Handles one frame. An error is a violation of the protocol, in words.
-fn accept(shared: &Arc<Shared>, requests: &mpsc::UnboundedSender<Request>, frame: Frame) -> Result<(), String> {
-    let Frame { kind, stream, .. } = frame;
-    match (kind, shared.role) {
-        (Kind::Hello, _) => return Err("a second greeting".into()),
-        (Kind::Goodbye, _) => {
-            let reason: String = String::from_utf8_lossy(&frame.payload).chars().take(200).collect();
-            return Err(format!("the other side left: {reason}"));
-        }
-        (Kind::Open, Role::Agent) => return open(shared, requests, frame),
-        (Kind::Open, Role::Host) | (Kind::ErrorData, Role::Agent) => return Err(format!("{kind:?} from the wrong side")),
-        _ => {}
-    }
-    if stream > shared.last.load(Ordering::Relaxed) {
-        return Err(format!("{kind:?} on a stream that was never opened"));
-    }
-    let mut table = shared.table();
-    let Some(entry) = table.entries.get_mut(&stream) else {
-        return Ok(()); // The stream ended here while the frame was under way.
-    };
-    match kind {
-        Kind::Window => {
-            let (bytes, messages) = frame.granted().expect("the decoder checked the length");
-            add_credit(&entry.slot.send_bytes, bytes)?;
-            add_credit(&entry.slot.send_messages, messages)?;
-        }
-        Kind::Message => {
-            take_credit(&entry.slot, 0, 1)?;
-            let _ = entry.queue.send(Incoming::Message(frame.payload));
-        }
-        Kind::Data | Kind::ErrorData => {
-            if entry.content_ended {
-                return Err("content after its end".into());
-            }
-            take_credit(&entry.slot, charge(frame.payload.len()), 0)?;
-            let data = if kind == Kind::Data { Incoming::Data } else { Incoming::ErrorData };
-            let _ = entry.queue.send(data(frame.payload));
-        }
-        Kind::End if shared.role == Role::Agent => {
-            if std::mem::replace(&mut entry.content_ended, true) {
-                return Err("a second end".into());
-            }
-            let _ = entry.queue.send(Incoming::End(frame.payload));
-        }
-        Kind::End | Kind::Reset => {
-            let entry = table.entries.remove(&stream).expect("just found");
-            entry.slot.close();
-            let _ = entry.queue.send(if kind == Kind::End { Incoming::End(frame.payload) } else { Incoming::Reset });
-        }
-        Kind::Hello | Kind::Open | Kind::Goodbye => unreachable!("handled above"),
-    }
-    Ok(())
-}
-
-fn open(shared: &Arc<Shared>, requests: &mpsc::UnboundedSender<Request>, frame: Frame) -> Result<(), String> {
-    if frame.stream <= shared.last.load(Ordering::Relaxed) {
-        return Err("a stream was opened twice".into());
-    }
-    let mut table = shared.table();
-    if table.closed {
-        return Ok(());
-    }
-    if table.entries.len() >= STREAMS_MAX {
-        return Err("too many streams".into());
-    }
-    shared.last.store(frame.stream, Ordering::Relaxed);
-    let (sender, receiver) = insert(shared, &mut table, frame.stream);
-    drop(table);
-    let _ = requests.send(Request { payload: frame.payload, sender, receiver });
-    Ok(())
-}
-
-fn add_credit(credit: &Semaphore, more: u32) -> Result<(), String> {
-    if credit.available_permits() + more as usize > CREDIT_MAX as usize {
-        return Err("more credit than a stream may have".into());
-    }
-    credit.add_permits(more as usize);
-    Ok(())
-}
-
-fn take_credit(slot: &Slot, bytes: u32, messages: u32) -> Result<(), String> {
-    let mut granted = slot.granted.lock().expect("nothing panics while holding the credit");
-    match (granted.0.checked_sub(bytes), granted.1.checked_sub(messages)) {
-        (Some(bytes), Some(messages)) => {
-            *granted = (bytes, messages);
-            Ok(())
-        }
-        _ => Err("more was sent than had been granted".into()),
     }
 }

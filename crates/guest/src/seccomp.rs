@@ -35,7 +35,7 @@ const NEW_NAMESPACES: u32 = (libc::CLONE_NEWUSER
     | libc::CLONE_NEWIPC
     | libc::CLONE_NEWUTS
     | libc::CLONE_NEWCGROUP
-    | 0x80 /* CLONE_NEWTIME */) as u32;
+    | 0x80/* CLONE_NEWTIME */) as u32;
 
 /// Refused with EPERM.
 const REFUSED: &[i64] = &[
@@ -96,12 +96,8 @@ const REFUSED: &[i64] = &[
 ];
 
 /// Answered with ENOSYS, so that programs fall back to something older.
-const ABSENT: &[i64] = &[
-    libc::SYS_clone3,
-    libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
-    libc::SYS_io_uring_setup,
-];
+const ABSENT: &[i64] =
+    &[libc::SYS_clone3, libc::SYS_io_uring_enter, libc::SYS_io_uring_register, libc::SYS_io_uring_setup];
 
 /// Address families a sandbox may use. Others, such as AF_VSOCK, reach past the network namespace.
 const SOCKET_FAMILIES: &[u32] =
@@ -146,12 +142,9 @@ fn leaf(verdict: Verdict) -> Vec<sock_filter> {
     match verdict {
         Verdict::Allow => vec![give(RETURN_ALLOW)],
         Verdict::Errno(number) => vec![give(errno(number))],
-        Verdict::RefuseBits(bits) => vec![
-            load(DATA_ARGUMENT_0),
-            jump(BPF_JSET, bits, 0, 1),
-            give(errno(libc::EPERM)),
-            give(RETURN_ALLOW),
-        ],
+        Verdict::RefuseBits(bits) => {
+            vec![load(DATA_ARGUMENT_0), jump(BPF_JSET, bits, 0, 1), give(errno(libc::EPERM)), give(RETURN_ALLOW)]
+        }
         Verdict::Families => one_of(DATA_ARGUMENT_0, SOCKET_FAMILIES, RETURN_ALLOW, errno(libc::EAFNOSUPPORT)),
         Verdict::Ioctls => one_of(DATA_ARGUMENT_1, REFUSED_IOCTLS, errno(libc::EPERM), RETURN_ALLOW),
     }

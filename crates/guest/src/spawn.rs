@@ -57,9 +57,14 @@ pub struct Sandbox {
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Answer {
     Namespaces,
-    Sandbox { pid: i32 },
+    Sandbox {
+        pid: i32,
+    },
     /// The step that failed, and the operating system's error number.
-    Failed { step: String, errno: i32 },
+    Failed {
+        step: String,
+        errno: i32,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +77,11 @@ pub enum ChannelError {
     Malformed,
 }
 
-pub fn send<M: Serialize>(socket: BorrowedFd<'_>, message: &M, descriptors: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
+pub fn send<M: Serialize>(
+    socket: BorrowedFd<'_>,
+    message: &M,
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<(), ChannelError> {
     let bytes = serde_json::to_vec(message).map_err(|_| ChannelError::Malformed)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -95,7 +104,8 @@ pub fn receive<M: DeserializeOwned>(socket: impl AsFd) -> Result<(M, Vec<OwnedFd
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let received = loop {
-        match rustix::net::recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+        match rustix::net::recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+        {
             Err(Errno::INTR) => {}
             Err(Errno::CONNRESET) => return Err(ChannelError::Closed),
             other => break other?,

@@ -47,7 +47,8 @@ pub(crate) async fn write<W: AsyncWrite + Unpin>(
             shared.close(&format!("write: {error}"));
             return;
         }
-        let room: usize = batch.iter().filter(|frame| takes_room(frame)).map(|frame| room_for(frame.payload.len()) as usize).sum();
+        let room: usize =
+            batch.iter().filter(|frame| takes_room(frame)).map(|frame| room_for(frame.payload.len()) as usize).sum();
         shared.room.add_permits(room);
         batch.clear();
     }

@@ -11,7 +11,7 @@ use nagaya_daemon::config::Config;
 use nagaya_daemon::host::{HostClock, HostEntropy};
 use nagaya_daemon::{Daemon, Hooks, Level, Levels};
 use nagaya_engine::Engine;
-use nagaya_engine::ports::{Driver, Store};
+use nagaya_engine::ports::{Driver, Entropy, Store};
 use nagaya_runtime::namespace::{self, NamespaceDriver};
 use nagaya_store::SqliteStore;
 
@@ -33,16 +33,16 @@ pub struct Server {
 impl Server {
     pub async fn start(config: Config) -> anyhow::Result<Self> {
         make_data_directory(&config.data_dir)?;
+        let key_file = config.data_dir.join(KEY_FILE);
+        let (key, new_key) = first_key(&key_file, config.data_dir.join(DATABASE).exists())?;
         let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&config.data_dir.join(DATABASE))?);
         let settings = driver_settings(&config)?;
         let driver = tokio::task::spawn_blocking(move || NamespaceDriver::start(settings)).await?;
         let driver = Arc::new(driver.context("`nagaya doctor` tells what this host lacks")?);
         let port: Arc<dyn Driver> = driver.clone();
         let engine = Engine::start(config.engine.clone(), store, port, Arc::new(HostClock), Arc::new(HostEntropy)).await?;
-        let new_key = engine.first_start(config.api_key.as_deref()).await?;
-        let key_file = config.data_dir.join(KEY_FILE);
-        if let Some(key) = &new_key {
-            write_private(&key_file, key)?;
+        for key in [key.as_deref(), config.api_key.as_deref()].into_iter().flatten() {
+            engine.first_start(Some(key)).await?;
         }
         let (tls, data_dir) = (config.tls.is_some(), config.data_dir.clone());
         let level = driver.clone();
@@ -66,6 +66,23 @@ impl Server {
         let _ = tokio::task::spawn_blocking(move || driver.shut_down()).await;
         let _ = fs::remove_file(self.data_dir.join(ADDRESS_FILE));
     }
+}
+
+/// The key of the key file, and whether it was made now. It is on disk before the store hears of
+/// it, so that no crash can leave a server whose only key nobody knows.
+fn first_key(file: &Path, known_directory: bool) -> anyhow::Result<(Option<String>, Option<String>)> {
+    if let Ok(text) = fs::read_to_string(file) {
+        return Ok((Some(text.trim().to_owned()), None));
+    }
+    // The operator of a directory that was in use has put the key elsewhere.
+    if known_directory {
+        return Ok((None, None));
+    }
+    let mut random = [0; 32];
+    HostEntropy.fill(&mut random);
+    let key = random.iter().fold(String::from("tk_"), |text, byte| format!("{text}{byte:02x}"));
+    write_private(file, &key)?;
+    Ok((Some(key.clone()), Some(key)))
 }
 
 pub fn make_data_directory(path: &Path) -> anyhow::Result<()> {

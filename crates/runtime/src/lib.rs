@@ -10,4 +10,3 @@ pub mod namespace;
 mod programs;
 pub mod spawner;
 mod sys;
-

@@ -105,7 +105,11 @@ impl Process {
         Ok(Self { child, socket: ours })
     }
 
-    fn call(&mut self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(Answer, Vec<OwnedFd>), spawn::ChannelError> {
+    fn call(
+        &mut self,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(Answer, Vec<OwnedFd>), spawn::ChannelError> {
         spawn::send(self.socket.as_fd(), request, fds)?;
         spawn::receive(&self.socket)
     }

@@ -50,7 +50,8 @@ class GrpcCall {
     stream.on("trailers", take);
     stream.on("data", (chunk) => this.#read(chunk));
     stream.on("error", (error) => (this.outcome.error = error.message));
-    this.closed = new Promise((resolve) => stream.on("close", resolve)).then(() => {
+    // A server may answer before it has heard everything: its trailers end the call, not ours.
+    this.closed = new Promise((resolve) => stream.on("end", resolve).on("close", resolve)).then(() => {
       this.waiting.splice(0).forEach((resolve) => resolve(undefined));
     });
   }

@@ -42,7 +42,11 @@ pub(crate) struct Prefixed<T> {
 }
 
 impl<T: AsyncRead + Unpin> AsyncRead for Prefixed<T> {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         if self.prefix.is_empty() {
             return Pin::new(&mut self.io).poll_read(context, buffer);
         }
@@ -95,7 +99,11 @@ mod tests {
     fn tokio_test_pieces(pieces: &[&[u8]]) -> impl AsyncRead + Unpin + use<> {
         struct Pieces(std::collections::VecDeque<Vec<u8>>);
         impl AsyncRead for Pieces {
-            fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            fn poll_read(
+                mut self: Pin<&mut Self>,
+                _: &mut Context<'_>,
+                buffer: &mut ReadBuf<'_>,
+            ) -> Poll<io::Result<()>> {
                 if let Some(piece) = self.0.pop_front() {
                     buffer.put_slice(&piece);
                 }

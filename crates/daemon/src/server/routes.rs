@@ -58,7 +58,8 @@ impl Routes {
                 response
             }
             ("/" | "/healthz" | "/readyz" | "/metrics", false) => {
-                let mut response = json(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path is read with GET");
+                let mut response =
+                    json(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path is read with GET");
                 response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
                 response
             }

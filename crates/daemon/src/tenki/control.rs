@@ -33,10 +33,8 @@ impl Tenki {
             workspaces: vec![wire::WhoAmIWorkspace {
                 workspace_id: id.clone(),
                 name: workspace.name,
-                projects: vec![wire::WhoAmIProject { project_id: id, name: "default".into(), ..Default::default() }],
-                ..Default::default()
+                projects: vec![wire::WhoAmIProject { project_id: id, name: "default".into() }],
             }],
-            ..Default::default()
         }
     }
 
@@ -63,7 +61,6 @@ impl Tenki {
             data_plane_endpoint: route.endpoint,
             credential: route.credential.into(),
             route_status: route.status.into(),
-            ..Default::default()
         })
     }
 
@@ -72,7 +69,9 @@ impl Tenki {
         let mut watched = self.engine.watch_session(caller, session.id).await?;
         let settled = watched.wait_for(|session| session.state == SessionState::Running || session.state.is_terminal());
         let outcome = match hold {
-            Some(hold) => tokio::time::timeout(hold, settled).await.map(|settled| settled.map(|session| session.clone())),
+            Some(hold) => {
+                tokio::time::timeout(hold, settled).await.map(|settled| settled.map(|session| session.clone()))
+            }
             None => Ok(settled.await.map(|session| session.clone())),
         };
         match outcome {
@@ -93,7 +92,6 @@ impl Tenki {
             credential: convert::credential(certificate).into(),
             data_plane_endpoint: self.endpoint(context),
             route_status: wire::DataPlaneRouteStatus::Verified.into(),
-            ..Default::default()
         })
     }
 
@@ -154,7 +152,11 @@ impl Tenki {
         }
     }
 
-    pub(super) async fn terminate_session(&self, caller: &Caller, session_id: &str) -> Result<wire::SandboxSession, Error> {
+    pub(super) async fn terminate_session(
+        &self,
+        caller: &Caller,
+        session_id: &str,
+    ) -> Result<wire::SandboxSession, Error> {
         let id = convert::id(session_id, "session_id")?;
         self.engine.terminate_session(caller, id).await.map(convert::session)
     }
@@ -175,11 +177,9 @@ impl Tenki {
         for (id, end) in futures::future::join_all(ends).await {
             match end {
                 Ok(session) => response.sessions.push(convert::session(session)),
-                Err(error) => response.failures.push(wire::TerminateSessionFailure {
-                    session_id: id.to_string(),
-                    message: error.to_string(),
-                    ..Default::default()
-                }),
+                Err(error) => response
+                    .failures
+                    .push(wire::TerminateSessionFailure { session_id: id.to_string(), message: error.to_string() }),
             }
         }
         Ok(response)
@@ -192,7 +192,7 @@ impl Tenki {
     ) -> Result<wire::ReportSessionActivityResponse, Error> {
         let id = convert::id(session_id, "session_id")?;
         let at = self.engine.report_activity(caller, id).await?;
-        Ok(wire::ReportSessionActivityResponse { last_activity_at: convert::timestamp(at).into(), ..Default::default() })
+        Ok(wire::ReportSessionActivityResponse { last_activity_at: convert::timestamp(at).into() })
     }
 
     pub(super) async fn usage(
@@ -202,17 +202,17 @@ impl Tenki {
     ) -> Result<wire::GetWorkspaceSandboxUsageResponse, Error> {
         let asked = workspace(&request.workspace_id, request.project_id.as_deref().unwrap_or_default())?;
         let usage = self.engine.usage(caller, asked).await?;
-        let limit = |key: &str, label: &str, unit: wire::SandboxUsageUnit, current: u64, max: Option<u64>, help: &str| {
-            wire::WorkspaceSandboxUsageLimit {
-                key: key.into(),
-                label: label.into(),
-                unit: unit.into(),
-                current: saturating(current),
-                max: max.map(saturating),
-                help_text: help.into(),
-                ..Default::default()
-            }
-        };
+        let limit =
+            |key: &str, label: &str, unit: wire::SandboxUsageUnit, current: u64, max: Option<u64>, help: &str| {
+                wire::WorkspaceSandboxUsageLimit {
+                    key: key.into(),
+                    label: label.into(),
+                    unit: unit.into(),
+                    current: saturating(current),
+                    max: max.map(saturating),
+                    help_text: help.into(),
+                }
+            };
         use wire::SandboxUsageUnit::{SANDBOX_USAGE_UNIT_BYTES as BYTES, SANDBOX_USAGE_UNIT_COUNT as COUNT};
         let limits = vec![
             limit(
@@ -241,7 +241,7 @@ impl Tenki {
                 "Disks of the active sessions together, at their full size.",
             ),
         ];
-        Ok(wire::GetWorkspaceSandboxUsageResponse { limits, ..Default::default() })
+        Ok(wire::GetWorkspaceSandboxUsageResponse { limits })
     }
 
     pub(super) async fn execute_command(
@@ -260,7 +260,7 @@ impl Tenki {
             timeout_ms: milliseconds(request.timeout.as_option(), "timeout")?.unwrap_or(0),
         };
         let execution = self.engine.execute(caller, id, new, !request.stream_output).await?;
-        Ok(wire::ExecuteCommandResponse { execution: convert::execution(execution).into(), ..Default::default() })
+        Ok(wire::ExecuteCommandResponse { execution: convert::execution(execution).into() })
     }
 }
 

@@ -44,7 +44,10 @@ pub(super) fn id<T: std::str::FromStr<Err = ParseIdError>>(text: &str, field: &s
 }
 
 /// Like [`id`], where an empty text stands for none.
-pub(super) fn optional_id<T: std::str::FromStr<Err = ParseIdError>>(text: &str, field: &str) -> Result<Option<T>, Error> {
+pub(super) fn optional_id<T: std::str::FromStr<Err = ParseIdError>>(
+    text: &str,
+    field: &str,
+) -> Result<Option<T>, Error> {
     if text.is_empty() { Ok(None) } else { id(text, field).map(Some) }
 }
 
@@ -108,11 +111,7 @@ pub(super) fn session(session: Session) -> wire::SandboxSession {
 }
 
 pub(super) fn credential(certificate: Certificate) -> wire::SessionCredential {
-    wire::SessionCredential {
-        credential: certificate.text,
-        expires_at: timestamp(certificate.expires_at).into(),
-        ..Default::default()
-    }
+    wire::SessionCredential { credential: certificate.text, expires_at: timestamp(certificate.expires_at).into() }
 }
 
 pub(super) fn execution(execution: Execution) -> wire::CommandExecution {
@@ -144,7 +143,6 @@ pub(super) fn exit(status: ExitStatus) -> wire::RunExit {
         duration_ms: status.duration_ms,
         reason: status.reason,
         errno: status.errno,
-        ..Default::default()
     }
 }
 

@@ -1,4 +1,5 @@
-//! File contents as streams. Content is passed on by reference; nothing here copies it.
+//! File contents, as wholes and as streams. Content is passed on by reference; nothing here copies
+//! it but the encoding as JSON.
 
 use std::sync::Arc;
 
@@ -25,12 +26,73 @@ pub(super) fn size(bytes: u64) -> i64 {
 }
 
 /// Hands content to a guest in pieces of the size it takes. `Err` when it takes no more.
-pub(super) async fn send(chunks: &mpsc::Sender<Bytes>, mut content: Bytes) -> Result<(), mpsc::error::SendError<Bytes>> {
+pub(super) async fn send(
+    chunks: &mpsc::Sender<Bytes>,
+    mut content: Bytes,
+) -> Result<(), mpsc::error::SendError<Bytes>> {
     while !content.is_empty() {
         let chunk = content.split_to(content.len().min(WRITE_CHUNK_BYTES));
         chunks.send(chunk).await?;
     }
     Ok(())
+}
+
+/// Reads a whole file and gives the encoded answer.
+pub(super) async fn read_file(
+    tenki: &Tenki,
+    context: &RequestContext,
+    request: Option<wire::ReadFileRequest>,
+    format: CodecFormat,
+) -> Result<EncodedBody, ConnectError> {
+    let request = required(request, "request")?;
+    check_path(&request.path)?;
+    let open = tenki.open(context, &request.session_id).await?;
+    let mut reader = open.guest.read_file(&request.path, 0, 0, 0).await.map_err(convert::guest_error)?;
+    let bytes_max = tenki.message_bytes_max;
+    // The size is checked again while reading: generated files say 0, and others may grow.
+    let (mut chunks, mut bytes) = (Vec::new(), usize::try_from(reader.total_size).unwrap_or(usize::MAX));
+    if bytes <= bytes_max {
+        bytes = 0;
+        while let Some(chunk) = reader.chunks.recv().await.transpose().map_err(convert::guest_error)? {
+            bytes += chunk.len();
+            if bytes > bytes_max {
+                break;
+            }
+            chunks.push(chunk);
+        }
+    }
+    if bytes > bytes_max {
+        let detail =
+            format!("the file is larger than message_bytes_max, {bytes_max} bytes; read it with ReadFileStream");
+        return Err(Error::new(Code::MessageTooLarge, detail).into());
+    }
+    if format != CodecFormat::Proto {
+        let content = EncodedBody::from_segments(chunks).into_contiguous();
+        let response = wire::ReadFileResponse { path: request.path, content };
+        let message = wire::SandboxSessionDataPlaneServiceReadFileResponse { response: response.into() };
+        return message.encode_segments(format);
+    }
+    let mut fields = BytesMut::with_capacity(request.path.len() + 16);
+    encode_varint(u64::from(READ_FILE_PATH << 3 | LENGTH_DELIMITED), &mut fields);
+    encode_varint(request.path.len() as u64, &mut fields);
+    fields.extend_from_slice(request.path.as_bytes());
+    Ok(enclose(fields, READ_FILE_CONTENT, chunks))
+}
+
+pub(super) async fn write_file(
+    tenki: &Tenki,
+    context: &RequestContext,
+    request: Option<wire::WriteFileRequest>,
+) -> Result<wire::WriteFileResponse, ConnectError> {
+    let request = required(request, "request")?;
+    check_path(&request.path)?;
+    let open = tenki.open(context, &request.session_id).await?;
+    let options = WriteOptions { mode: 0, truncate: true, sync: false };
+    let writer = open.guest.write_file(&request.path, options).await.map_err(convert::guest_error)?;
+    // A failed send means that writing failed; `finish` tells why.
+    let _ = send(&writer.chunks, request.content).await;
+    let written = writer.finish().await.map_err(convert::guest_error)?;
+    Ok(wire::WriteFileResponse { path: request.path, size_bytes: size(written) })
 }
 
 pub(super) async fn write_file_stream(
@@ -51,18 +113,18 @@ pub(super) async fn write_file_stream(
     let writer = open.guest.write_file(&start.path, options).await.map_err(convert::guest_error)?;
     // Whatever ends this function early drops the writer, which leaves the file as it was.
     while let Some(message) = requests.next().await.transpose()? {
-        match required(message.frame.into_option(), "frame")?.payload {
-            Some(Payload::Data(data)) => {
-                if send(&writer.chunks, data).await.is_err() {
-                    break;
-                }
-            }
+        let data = match required(message.frame.into_option(), "frame")?.payload {
+            Some(Payload::Data(data)) => data,
             Some(Payload::Start(_)) => return Err(protocol("a second start frame").into()),
-            None => {}
+            None => continue,
+        };
+        // A failed send means that writing failed; `finish` tells why.
+        if send(&writer.chunks, data).await.is_err() {
+            break;
         }
     }
     let written = writer.finish().await.map_err(convert::guest_error)?;
-    Ok(wire::WriteFileStreamResponse { bytes_written: size(written), path: start.path, ..Default::default() })
+    Ok(wire::WriteFileStreamResponse { bytes_written: size(written), path: start.path })
 }
 
 /// Reads a file and gives its encoded messages.
@@ -80,10 +142,11 @@ pub(super) async fn read_file_stream(
     let (offset, length) = (unsigned(request.offset, "offset")?, unsigned(request.length, "length")?);
     let message_bytes = match request.chunk_bytes {
         0 => tenki.read_chunk_bytes,
-        asked => (asked as usize).min(tenki.read_chunk_bytes.max(WRITE_CHUNK_BYTES)),
+        asked => (asked as usize).min(tenki.read_chunk_bytes),
     };
     let open = tenki.open(context, &request.session_id).await?;
-    let reader = open.guest.read_file(&request.path, offset, length, request.chunk_bytes).await;
+    // Messages are cut here, so that no client can make the guest work in tiny or huge pieces.
+    let reader = open.guest.read_file(&request.path, offset, length, 0).await;
     let reading = Reading {
         reader: reader.map_err(convert::guest_error)?,
         message_bytes,
@@ -151,50 +214,58 @@ impl Reading {
                 Err(mpsc::error::TryRecvError::Empty) => break,
             };
         }
-        Some(encode(chunks, bytes, self.ended, self.reader.total_size, self.format))
+        Some(encode(chunks, self.ended, self.reader.total_size, self.format))
     }
 }
 
-/// Encodes `{response: {data, eof, total_size}}` with the content left where it is.
-fn encode(chunks: Vec<Bytes>, bytes: usize, eof: bool, total_size: u64, format: CodecFormat) -> Result<EncodedBody, ConnectError> {
+/// Encodes `{response: {data, eof, total_size}}`.
+fn encode(chunks: Vec<Bytes>, eof: bool, total_size: u64, format: CodecFormat) -> Result<EncodedBody, ConnectError> {
     if format != CodecFormat::Proto {
         let response = wire::ReadFileStreamResponse {
             data: EncodedBody::from_segments(chunks).into_contiguous(),
             eof,
             total_size: size(total_size),
-            ..Default::default()
         };
-        let message = wire::SandboxSessionDataPlaneServiceReadFileStreamResponse { response: response.into(), ..Default::default() };
+        let message = wire::SandboxSessionDataPlaneServiceReadFileStreamResponse { response: response.into() };
         return message.encode_segments(format);
     }
-    // The small fields go first, so that everything but the content is one segment.
-    let mut inner = BytesMut::with_capacity(32);
+    let mut fields = BytesMut::with_capacity(32);
     if eof {
-        encode_varint(u64::from(FIELD_EOF << 3), &mut inner);
-        encode_varint(1, &mut inner);
+        encode_varint(u64::from(READ_STREAM_EOF << 3), &mut fields);
+        encode_varint(1, &mut fields);
     }
     if total_size > 0 {
-        encode_varint(u64::from(FIELD_TOTAL_SIZE << 3), &mut inner);
-        encode_varint(total_size, &mut inner);
+        encode_varint(u64::from(READ_STREAM_TOTAL_SIZE << 3), &mut fields);
+        encode_varint(total_size, &mut fields);
     }
-    if bytes > 0 {
-        encode_varint(u64::from(FIELD_DATA << 3 | LENGTH_DELIMITED), &mut inner);
-        encode_varint(bytes as u64, &mut inner);
-    }
-    let mut head = BytesMut::with_capacity(inner.len() + 12);
-    encode_varint(u64::from(FIELD_RESPONSE << 3 | LENGTH_DELIMITED), &mut head);
-    encode_varint((inner.len() + bytes) as u64, &mut head);
-    head.extend_from_slice(&inner);
-    let mut segments = Vec::with_capacity(chunks.len() + 1);
-    segments.push(head.freeze());
-    segments.extend(chunks);
-    Ok(EncodedBody::from_segments(segments))
+    Ok(enclose(fields, READ_STREAM_DATA, chunks))
 }
 
-const FIELD_RESPONSE: u32 = 1;
-const FIELD_DATA: u32 = 1;
-const FIELD_EOF: u32 = 2;
-const FIELD_TOTAL_SIZE: u32 = 3;
+/// Encodes `{response: {fields…, content}}` with the content left where it is. It comes last, so
+/// that everything else is one segment in front of it.
+fn enclose(mut fields: BytesMut, content_field: u32, content: Vec<Bytes>) -> EncodedBody {
+    let content_bytes: usize = content.iter().map(Bytes::len).sum();
+    if content_bytes > 0 {
+        encode_varint(u64::from(content_field << 3 | LENGTH_DELIMITED), &mut fields);
+        encode_varint(content_bytes as u64, &mut fields);
+    }
+    let mut head = BytesMut::with_capacity(fields.len() + 12);
+    encode_varint(u64::from(RESPONSE << 3 | LENGTH_DELIMITED), &mut head);
+    encode_varint((fields.len() + content_bytes) as u64, &mut head);
+    head.extend_from_slice(&fields);
+    let mut segments = Vec::with_capacity(content.len() + 1);
+    segments.push(head.freeze());
+    segments.extend(content);
+    EncodedBody::from_segments(segments)
+}
+
+/// Field numbers of the contract.
+const RESPONSE: u32 = 1;
+const READ_FILE_PATH: u32 = 1;
+const READ_FILE_CONTENT: u32 = 2;
+const READ_STREAM_DATA: u32 = 1;
+const READ_STREAM_EOF: u32 = 2;
+const READ_STREAM_TOTAL_SIZE: u32 = 3;
 const LENGTH_DELIMITED: u32 = 2;
 
 #[cfg(test)]
@@ -220,7 +291,7 @@ mod tests {
             (vec![Bytes::from(vec![1; 70_000]), Bytes::from(vec![2; 300])], true, u64::from(u32::MAX) + 1),
         ] {
             let data = chunks.concat();
-            let response = decode(encode(chunks, data.len(), eof, total_size, CodecFormat::Proto).unwrap());
+            let response = decode(encode(chunks, eof, total_size, CodecFormat::Proto).unwrap());
             assert_eq!(response.data, data);
             assert_eq!(response.eof, eof);
             assert_eq!(response.total_size, size(total_size));

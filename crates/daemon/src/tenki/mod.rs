@@ -112,7 +112,8 @@ impl Facade {
             create_hold: Duration::from_millis(limits.create_hold_ms),
             deadline_margin: Duration::from_millis(limits.deadline_margin_ms),
         });
-        let dispatcher = Observed { inner: Direct::new(Arc::clone(&tenki)), metrics, lifecycle: Arc::clone(&lifecycle) };
+        let dispatcher =
+            Observed { inner: Direct::new(Arc::clone(&tenki)), metrics, lifecycle: Arc::clone(&lifecycle) };
         let service = ConnectRpcService::new(dispatcher)
             .with_limits(
                 connectrpc::Limits::default()
@@ -140,7 +141,7 @@ impl Facade {
 
     pub(crate) async fn call(&self, request: Request<Incoming>, origin: Origin) -> Response<ResponseBody> {
         let (mut parts, mut incoming) = request.into_parts();
-        let path = parts.uri.path().trim_start_matches('/');
+        let path = parts.uri.path().strip_prefix('/').unwrap_or_default();
         let method = self.service.dispatcher().lookup(path);
         let busy = match method.and_then(|method| method.spec) {
             Some(spec) if observe::is_long(spec.method()) => None,
@@ -151,10 +152,8 @@ impl Facade {
             Ok(admitted) => admitted,
             Err(error) => return self.refuse(error, method, &parts, incoming),
         };
-        let streams = matches!(
-            method.map(|method| method.kind),
-            Some(MethodKind::ClientStreaming | MethodKind::BidiStreaming)
-        );
+        let streams =
+            matches!(method.map(|method| method.kind), Some(MethodKind::ClientStreaming | MethodKind::BidiStreaming));
         let body = if streams && path == direct::WRITE_FILE_STREAM && is_plain_grpc(&parts.headers) {
             RequestBody::Reframed(Reframed::new(incoming, self.read_limits.message_bytes_max))
         } else if streams {
@@ -172,8 +171,9 @@ impl Facade {
         }
     }
 
-    /// Everything that can be said before the message is read, so that nobody without a credential
-    /// makes the server take in large messages.
+    /// Everything that can be said before the message is read, so that nobody without a key makes
+    /// the server take in large messages. A certificate is checked later: it is bound to the
+    /// session, whose id is in the message.
     fn admit(
         &self,
         path: &str,

@@ -46,9 +46,9 @@ impl<D> Observed<D> {
                 },
             };
             match started {
-                Ok(response) => Ok(response.map_body(|inner| -> EncodedStream {
-                    Box::pin(ObservedStream { inner, call, ends })
-                })),
+                Ok(response) => {
+                    Ok(response.map_body(|inner| -> EncodedStream { Box::pin(ObservedStream { inner, call, ends }) }))
+                }
                 Err(error) => {
                     call.end(error.code.as_str());
                     Err(error)
@@ -68,16 +68,34 @@ impl<D: Dispatcher> Dispatcher for Observed<D> {
         finish(call, self.inner.call_unary(path, context, request, format))
     }
 
-    fn call_server_streaming(&self, path: &str, context: RequestContext, request: Bytes, format: CodecFormat) -> StreamingResult {
+    fn call_server_streaming(
+        &self,
+        path: &str,
+        context: RequestContext,
+        request: Bytes,
+        format: CodecFormat,
+    ) -> StreamingResult {
         self.stream(self.call(&context), self.inner.call_server_streaming(path, context, request, format))
     }
 
-    fn call_client_streaming(&self, path: &str, context: RequestContext, requests: RequestStream, format: CodecFormat) -> UnaryResult {
+    fn call_client_streaming(
+        &self,
+        path: &str,
+        context: RequestContext,
+        requests: RequestStream,
+        format: CodecFormat,
+    ) -> UnaryResult {
         let call = self.call(&context);
         finish(call, self.inner.call_client_streaming(path, context, requests, format))
     }
 
-    fn call_bidi_streaming(&self, path: &str, context: RequestContext, requests: RequestStream, format: CodecFormat) -> StreamingResult {
+    fn call_bidi_streaming(
+        &self,
+        path: &str,
+        context: RequestContext,
+        requests: RequestStream,
+        format: CodecFormat,
+    ) -> StreamingResult {
         self.stream(self.call(&context), self.inner.call_bidi_streaming(path, context, requests, format))
     }
 }

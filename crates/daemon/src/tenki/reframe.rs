@@ -42,7 +42,10 @@ impl Body for Reframed {
     type Data = Bytes;
     type Error = hyper::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let me = &mut *self;
         loop {
             if let Some(bytes) = me.ready.pop_front() {
@@ -230,8 +233,8 @@ mod tests {
     }
 
     fn message(payload: Payload) -> Vec<u8> {
-        let frame = wire::WriteFileStreamRequest { payload: Some(payload), ..Default::default() };
-        let message = wire::SandboxSessionDataPlaneServiceWriteFileStreamRequest { frame: frame.into(), ..Default::default() };
+        let frame = wire::WriteFileStreamRequest { payload: Some(payload) };
+        let message = wire::SandboxSessionDataPlaneServiceWriteFileStreamRequest { frame: frame.into() };
         envelope(0, &message.encode_to_vec())
     }
 

@@ -55,7 +55,6 @@ pub(super) async fn run(
     let started = wire::RunStarted {
         pid: process.pid.into(),
         stdin_window_bytes: if takes_input { tenki.stdin_window_bytes } else { 0 },
-        ..Default::default()
     };
     let (failed, failure) = oneshot::channel();
     let input = process.input;
@@ -200,8 +199,8 @@ impl Running {
 }
 
 fn frame(payload: run_response::Payload) -> Answer {
-    let frame = wire::RunResponse { payload: Some(payload), ..Default::default() };
-    Answer { frame: frame.into(), ..Default::default() }
+    let frame = wire::RunResponse { payload: Some(payload) };
+    Answer { frame: frame.into() }
 }
 
 /// The output of a command started by ExecuteCommand, from its beginning. The last message says
@@ -238,7 +237,9 @@ pub(super) async fn stream_command_output(
                     };
                     (Ok(message), None)
                 }
-                None => (Err(Error::new(Code::GuestUnreachable, "the connection to the command was lost").into()), None),
+                None => {
+                    (Err(Error::new(Code::GuestUnreachable, "the connection to the command was lost").into()), None)
+                }
             };
             Some((message, events))
         }

@@ -51,7 +51,7 @@ impl wire::SandboxService for ControlPlane {
         request: wire::GetSessionRequest,
     ) -> ServiceResult<wire::GetSessionResponse> {
         let session = self.0.get_session(&self.0.caller(&context)?, &request.session_id).await?;
-        Response::ok(wire::GetSessionResponse { session: session.into(), ..Default::default() })
+        Response::ok(wire::GetSessionResponse { session: session.into() })
     }
 
     async fn wait_session(
@@ -77,7 +77,7 @@ impl wire::SandboxService for ControlPlane {
             ..List::default()
         };
         let (sessions, next_page_token) = self.0.list(&self.0.caller(&context)?, list).await?;
-        Response::ok(wire::ListSessionsResponse { sessions, next_page_token, ..Default::default() })
+        Response::ok(wire::ListSessionsResponse { sessions, next_page_token })
     }
 
     async fn list_workspace_sandboxes(
@@ -96,7 +96,7 @@ impl wire::SandboxService for ControlPlane {
             ..List::default()
         };
         let (sessions, next_page_token) = self.0.list(&self.0.caller(&context)?, list).await?;
-        Response::ok(wire::ListWorkspaceSandboxesResponse { sessions, next_page_token, ..Default::default() })
+        Response::ok(wire::ListWorkspaceSandboxesResponse { sessions, next_page_token })
     }
 
     async fn list_project_sandboxes(
@@ -116,7 +116,7 @@ impl wire::SandboxService for ControlPlane {
             ..List::default()
         };
         let (sessions, next_page_token) = self.0.list(&self.0.caller(&context)?, list).await?;
-        Response::ok(wire::ListProjectSandboxesResponse { sessions, next_page_token, ..Default::default() })
+        Response::ok(wire::ListProjectSandboxesResponse { sessions, next_page_token })
     }
 
     async fn update_session(
@@ -125,7 +125,7 @@ impl wire::SandboxService for ControlPlane {
         request: wire::UpdateSessionRequest,
     ) -> ServiceResult<wire::UpdateSessionResponse> {
         let session = self.0.update_session(&self.0.caller(&context)?, request).await?;
-        Response::ok(wire::UpdateSessionResponse { session: session.into(), ..Default::default() })
+        Response::ok(wire::UpdateSessionResponse { session: session.into() })
     }
 
     async fn extend_session(
@@ -134,7 +134,7 @@ impl wire::SandboxService for ControlPlane {
         request: wire::ExtendSessionRequest,
     ) -> ServiceResult<wire::ExtendSessionResponse> {
         let session = self.0.extend_session(&self.0.caller(&context)?, request).await?;
-        Response::ok(wire::ExtendSessionResponse { session: session.into(), ..Default::default() })
+        Response::ok(wire::ExtendSessionResponse { session: session.into() })
     }
 
     async fn terminate_session(
@@ -143,7 +143,7 @@ impl wire::SandboxService for ControlPlane {
         request: wire::TerminateSessionRequest,
     ) -> ServiceResult<wire::TerminateSessionResponse> {
         let session = self.0.terminate_session(&self.0.caller(&context)?, &request.session_id).await?;
-        Response::ok(wire::TerminateSessionResponse { session: session.into(), ..Default::default() })
+        Response::ok(wire::TerminateSessionResponse { session: session.into() })
     }
 
     async fn terminate_sessions(
@@ -187,6 +187,7 @@ impl wire::SandboxService for ControlPlane {
     }
 }
 
+/// The rpcs that carry file contents are not here but in `direct.rs`.
 impl wire::SandboxSessionDataPlaneService for DataPlane {
     async fn run(
         &self,
@@ -196,31 +197,13 @@ impl wire::SandboxSessionDataPlaneService for DataPlane {
         run::run(&self.0, &context, requests).await
     }
 
-    async fn read_file(
-        &self,
-        context: RequestContext,
-        request: wire::SandboxSessionDataPlaneServiceReadFileRequest,
-    ) -> ServiceResult<wire::SandboxSessionDataPlaneServiceReadFileResponse> {
-        let response = self.0.read_file(&context, request.request.into_option()).await?;
-        Response::ok(wire::SandboxSessionDataPlaneServiceReadFileResponse { response: response.into(), ..Default::default() })
-    }
-
-    async fn write_file(
-        &self,
-        context: RequestContext,
-        request: wire::SandboxSessionDataPlaneServiceWriteFileRequest,
-    ) -> ServiceResult<wire::SandboxSessionDataPlaneServiceWriteFileResponse> {
-        let response = self.0.write_file(&context, request.request.into_option()).await?;
-        Response::ok(wire::SandboxSessionDataPlaneServiceWriteFileResponse { response: response.into(), ..Default::default() })
-    }
-
     async fn stat(
         &self,
         context: RequestContext,
         request: wire::SandboxSessionDataPlaneServiceStatRequest,
     ) -> ServiceResult<wire::SandboxSessionDataPlaneServiceStatResponse> {
         let response = self.0.stat(&context, request.request.into_option()).await?;
-        Response::ok(wire::SandboxSessionDataPlaneServiceStatResponse { response: response.into(), ..Default::default() })
+        Response::ok(wire::SandboxSessionDataPlaneServiceStatResponse { response: response.into() })
     }
 
     async fn mkdir(
@@ -229,7 +212,7 @@ impl wire::SandboxSessionDataPlaneService for DataPlane {
         request: wire::SandboxSessionDataPlaneServiceMkdirRequest,
     ) -> ServiceResult<wire::SandboxSessionDataPlaneServiceMkdirResponse> {
         let response = self.0.mkdir(&context, request.request.into_option()).await?;
-        Response::ok(wire::SandboxSessionDataPlaneServiceMkdirResponse { response: response.into(), ..Default::default() })
+        Response::ok(wire::SandboxSessionDataPlaneServiceMkdirResponse { response: response.into() })
     }
 
     async fn remove(
@@ -238,7 +221,7 @@ impl wire::SandboxSessionDataPlaneService for DataPlane {
         request: wire::SandboxSessionDataPlaneServiceRemoveRequest,
     ) -> ServiceResult<wire::SandboxSessionDataPlaneServiceRemoveResponse> {
         let response = self.0.remove(&context, request.request.into_option()).await?;
-        Response::ok(wire::SandboxSessionDataPlaneServiceRemoveResponse { response: response.into(), ..Default::default() })
+        Response::ok(wire::SandboxSessionDataPlaneServiceRemoveResponse { response: response.into() })
     }
 
     async fn list(
@@ -247,7 +230,7 @@ impl wire::SandboxSessionDataPlaneService for DataPlane {
         request: wire::SandboxSessionDataPlaneServiceListRequest,
     ) -> ServiceResult<wire::SandboxSessionDataPlaneServiceListResponse> {
         let response = self.0.list_directory(&context, request.request.into_option()).await?;
-        Response::ok(wire::SandboxSessionDataPlaneServiceListResponse { response: response.into(), ..Default::default() })
+        Response::ok(wire::SandboxSessionDataPlaneServiceListResponse { response: response.into() })
     }
 }
 

@@ -29,8 +29,14 @@ pub(super) async fn wait_session(
     let caller = tenki.caller(context)?;
     let id = convert::id(session_id, "session_id")?;
     let watched = tenki.engine.watch_session(&caller, id).await?;
-    let waiting =
-        Waiting { tenki: Arc::clone(tenki), caller, endpoint: tenki.endpoint(context), watched, sent: None, ended: false };
+    let waiting = Waiting {
+        tenki: Arc::clone(tenki),
+        caller,
+        endpoint: tenki.endpoint(context),
+        watched,
+        sent: None,
+        ended: false,
+    };
     Response::stream_ok(futures::stream::unfold(waiting, |mut waiting| async move {
         let message = waiting.next().await?;
         Some((message.map_err(Into::into), waiting))
@@ -61,7 +67,6 @@ impl Waiting {
                         data_plane_endpoint: route.endpoint,
                         credential: route.credential.into(),
                         route_status: route.status.into(),
-                        ..Default::default()
                     }));
                 }
             }

@@ -8,34 +8,33 @@ use nagaya_api::tenki::v1::write_file_stream_request::Payload;
 use crate::support::*;
 
 fn read(id: &str, path: &str) -> wire::SandboxSessionDataPlaneServiceReadFileRequest {
-    let request = wire::ReadFileRequest { session_id: id.into(), path: path.into(), ..Default::default() };
-    wire::SandboxSessionDataPlaneServiceReadFileRequest { request: request.into(), ..Default::default() }
+    let request = wire::ReadFileRequest { session_id: id.into(), path: path.into() };
+    wire::SandboxSessionDataPlaneServiceReadFileRequest { request: request.into() }
 }
 
 fn write(id: &str, path: &str, content: impl Into<Bytes>) -> wire::SandboxSessionDataPlaneServiceWriteFileRequest {
-    let request =
-        wire::WriteFileRequest { session_id: id.into(), path: path.into(), content: content.into(), ..Default::default() };
-    wire::SandboxSessionDataPlaneServiceWriteFileRequest { request: request.into(), ..Default::default() }
+    let request = wire::WriteFileRequest { session_id: id.into(), path: path.into(), content: content.into() };
+    wire::SandboxSessionDataPlaneServiceWriteFileRequest { request: request.into() }
 }
 
 fn stat(id: &str, path: &str) -> wire::SandboxSessionDataPlaneServiceStatRequest {
-    let request = wire::StatRequest { session_id: id.into(), path: path.into(), ..Default::default() };
-    wire::SandboxSessionDataPlaneServiceStatRequest { request: request.into(), ..Default::default() }
+    let request = wire::StatRequest { session_id: id.into(), path: path.into() };
+    wire::SandboxSessionDataPlaneServiceStatRequest { request: request.into() }
 }
 
 fn mkdir(id: &str, path: &str, recursive: bool) -> wire::SandboxSessionDataPlaneServiceMkdirRequest {
     let request = wire::MkdirRequest { session_id: id.into(), path: path.into(), recursive, ..Default::default() };
-    wire::SandboxSessionDataPlaneServiceMkdirRequest { request: request.into(), ..Default::default() }
+    wire::SandboxSessionDataPlaneServiceMkdirRequest { request: request.into() }
 }
 
 fn remove(id: &str, path: &str, recursive: bool) -> wire::SandboxSessionDataPlaneServiceRemoveRequest {
-    let request = wire::RemoveRequest { session_id: id.into(), path: path.into(), recursive, ..Default::default() };
-    wire::SandboxSessionDataPlaneServiceRemoveRequest { request: request.into(), ..Default::default() }
+    let request = wire::RemoveRequest { session_id: id.into(), path: path.into(), recursive };
+    wire::SandboxSessionDataPlaneServiceRemoveRequest { request: request.into() }
 }
 
 fn list(id: &str, path: &str, include_hidden: bool) -> wire::SandboxSessionDataPlaneServiceListRequest {
-    let request = wire::ListRequest { session_id: id.into(), path: path.into(), include_hidden, ..Default::default() };
-    wire::SandboxSessionDataPlaneServiceListRequest { request: request.into(), ..Default::default() }
+    let request = wire::ListRequest { session_id: id.into(), path: path.into(), include_hidden };
+    wire::SandboxSessionDataPlaneServiceListRequest { request: request.into() }
 }
 
 fn read_stream(id: &str, path: &str) -> wire::ReadFileStreamRequest {
@@ -43,15 +42,23 @@ fn read_stream(id: &str, path: &str) -> wire::ReadFileStreamRequest {
 }
 
 fn start(id: &str, path: &str) -> Payload {
-    Payload::from(wire::WriteFileStreamStart { session_id: id.into(), path: path.into(), truncate: true, ..Default::default() })
+    Payload::from(wire::WriteFileStreamStart {
+        session_id: id.into(),
+        path: path.into(),
+        truncate: true,
+        ..Default::default()
+    })
 }
 
 fn frame(payload: Payload) -> wire::SandboxSessionDataPlaneServiceWriteFileStreamRequest {
-    let frame = wire::WriteFileStreamRequest { payload: Some(payload), ..Default::default() };
-    wire::SandboxSessionDataPlaneServiceWriteFileStreamRequest { frame: frame.into(), ..Default::default() }
+    let frame = wire::WriteFileStreamRequest { payload: Some(payload) };
+    wire::SandboxSessionDataPlaneServiceWriteFileStreamRequest { frame: frame.into() }
 }
 
-async fn write_stream(client: &DataClient, frames: Vec<Payload>) -> Result<wire::WriteFileStreamResponse, connectrpc::ConnectError> {
+async fn write_stream(
+    client: &DataClient,
+    frames: Vec<Payload>,
+) -> Result<wire::WriteFileStreamResponse, connectrpc::ConnectError> {
     let frames: Vec<_> = frames.into_iter().map(frame).collect();
     client.write_file_stream(stream_iter(frames)).await.map(|answer| (*answer.response).clone())
 }
@@ -61,7 +68,7 @@ async fn read_all(
     client: &DataClient,
     request: wire::ReadFileStreamRequest,
 ) -> Result<Vec<wire::ReadFileStreamResponse>, connectrpc::ConnectError> {
-    let request = wire::SandboxSessionDataPlaneServiceReadFileStreamRequest { request: request.into(), ..Default::default() };
+    let request = wire::SandboxSessionDataPlaneServiceReadFileStreamRequest { request: request.into() };
     let mut stream = client.read_file_stream(request).await?;
     let mut messages = Vec::new();
     while let Some(message) = stream.message().await? {
@@ -148,7 +155,8 @@ async fn streams_carry_large_files_in_order() {
     assert!(messages.iter().all(|message| message.total_size == 5_000_000));
     assert!(messages.last().unwrap().eof && messages.iter().filter(|message| message.eof).count() == 1);
 
-    let part = wire::ReadFileStreamRequest { offset: 1_000, length: 70_000, chunk_bytes: 4_096, ..read_stream(&id, "big") };
+    let part =
+        wire::ReadFileStreamRequest { offset: 1_000, length: 70_000, chunk_bytes: 4_096, ..read_stream(&id, "big") };
     let messages = read_all(&client, part).await.unwrap();
     assert_eq!(joined(&messages), content[1_000..71_000]);
     assert!(messages.iter().all(|message| message.data.len() <= 4_096));
@@ -187,7 +195,9 @@ async fn a_stream_that_breaks_the_order_of_frames_writes_nothing() {
     let (id, client) = world.session().await;
     let data = || Payload::Data("new".into());
     client.write_file(write(&id, "file", "old")).await.unwrap();
-    for frames in [vec![], vec![data()], vec![data(), start(&id, "file")], vec![start(&id, "file"), data(), start(&id, "file")]] {
+    for frames in
+        [vec![], vec![data()], vec![data(), start(&id, "file")], vec![start(&id, "file"), data(), start(&id, "file")]]
+    {
         assert_eq!(code(write_stream(&client, frames).await), ErrorCode::InvalidArgument);
     }
     assert_eq!(client.read_file(read(&id, "file")).await.unwrap().response.content, "old");
@@ -243,7 +253,11 @@ async fn bad_paths_and_numbers_are_refused() {
         assert_eq!(code(read_all(&client, read_stream(&id, path)).await), ErrorCode::InvalidArgument);
         assert_eq!(code(write_stream(&client, vec![start(&id, path)]).await), ErrorCode::InvalidArgument);
     }
-    assert_eq!(code(client.stat(Default::default()).await), ErrorCode::InvalidArgument, "the inner request is required");
+    assert_eq!(
+        code(client.stat(Default::default()).await),
+        ErrorCode::InvalidArgument,
+        "the inner request is required"
+    );
     for request in [
         wire::ReadFileStreamRequest { offset: -1, ..read_stream(&id, "x") },
         wire::ReadFileStreamRequest { length: -1, ..read_stream(&id, "x") },
@@ -286,7 +300,7 @@ async fn only_the_sessions_own_certificate_opens_it() {
 async fn a_terminated_session_says_so() {
     let world = World::new().await;
     let (id, client) = world.session().await;
-    let request = wire::TerminateSessionRequest { session_id: id.clone(), ..Default::default() };
+    let request = wire::TerminateSessionRequest { session_id: id.clone() };
     world.control().terminate_session(request).await.unwrap();
     let error = client.stat(stat(&id, "/")).await.unwrap_err();
     assert_eq!(error.code, ErrorCode::FailedPrecondition);
@@ -297,7 +311,7 @@ async fn a_terminated_session_says_so() {
 async fn a_probe_is_no_activity() {
     let world = World::new().await;
     let (id, client) = world.session().await;
-    let get = || wire::GetSessionRequest { session_id: id.clone(), ..Default::default() };
+    let get = || wire::GetSessionRequest { session_id: id.clone() };
     let before = world.control().get_session(get()).await.unwrap().session.last_activity_at.clone();
     world.fakes.clock.advance(10_000);
     let certificate = world.certificate(&id).await;

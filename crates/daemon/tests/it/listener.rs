@@ -57,7 +57,9 @@ async fn a_head_request_on_the_root_succeeds() {
 #[tokio::test]
 async fn an_unknown_path_is_a_404_that_names_what_exists() {
     let world = World::new().await;
-    for path in ["/nothing", "/tenki.sandbox.v1.NoSuchService/Method", "/tenki.sandbox.v1.SandboxService", "/v1/sandboxes"] {
+    for path in
+        ["/nothing", "/tenki.sandbox.v1.NoSuchService/Method", "/tenki.sandbox.v1.SandboxService", "/v1/sandboxes"]
+    {
         let response = world.http1(get(path)).await;
         assert_eq!(response.status(), 404, "{path}");
         let error: serde_json::Value = serde_json::from_slice(response.body()).unwrap();
@@ -124,7 +126,9 @@ async fn unusable_certificates_are_an_error_at_start() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("empty.pem");
     std::fs::write(&file, "").unwrap();
-    for (certificate_file, key_file) in [(directory.path().join("none.pem"), file.clone()), (file.clone(), file.clone())] {
+    for (certificate_file, key_file) in
+        [(directory.path().join("none.pem"), file.clone()), (file.clone(), file.clone())]
+    {
         let config = nagaya_daemon::config::Config {
             listen: ([127, 0, 0, 1], 0).into(),
             tls: Some(TlsConfig { certificate_file, key_file }),
@@ -260,9 +264,10 @@ async fn shutting_down_finishes_calls_and_ends_streams() {
 
     // A long stream, whose command must end.
     let mut stream = data.run().await.unwrap();
-    let start = wire::RunStart { session_id: id.clone(), cmd: vec!["hang".into()], stream_stdin: true, ..Default::default() };
-    let frame = wire::RunRequest { payload: Some(run_request::Payload::from(start)), ..Default::default() };
-    stream.send(wire::SandboxSessionDataPlaneServiceRunRequest { frame: frame.into(), ..Default::default() }).await.unwrap();
+    let start =
+        wire::RunStart { session_id: id.clone(), cmd: vec!["hang".into()], stream_stdin: true, ..Default::default() };
+    let frame = wire::RunRequest { payload: Some(run_request::Payload::from(start)) };
+    stream.send(wire::SandboxSessionDataPlaneServiceRunRequest { frame: frame.into() }).await.unwrap();
     soon(stream.message()).await.unwrap();
 
     // A call under way, which is finished.
@@ -341,6 +346,17 @@ async fn answers_are_not_compressed_and_compressed_requests_are_read() {
         .with_default_header("authorization", format!("Bearer {}", world.secret))
         .compress_requests("gzip");
     let client = ControlClient::new(HttpClient::plaintext_http2_only(), config);
-    let request = wire::CreateSessionRequest { name: "x".repeat(64), metadata: pairs(&[("k", &"v".repeat(5_000))]), ..create() };
-    assert_eq!(client.create_session(request).await.unwrap().session.name.len(), 64);
+    let request =
+        wire::CreateSessionRequest { name: "x".repeat(64), metadata: pairs(&[("k", &"v".repeat(5_000))]), ..create() };
+    let id = client.create_session(request).await.unwrap().session.id.clone();
+    let request = Request::post(format!("{}/tenki.sandbox.v1.SandboxService/GetSession", world.url()))
+        .header("content-type", "application/grpc")
+        .header("grpc-accept-encoding", "gzip,br")
+        .header("authorization", format!("Bearer {}", world.secret))
+        .body(Full::new(Bytes::from([&[0, 0, 0, 0, 38, 10, 36], id.as_bytes()].concat())))
+        .unwrap();
+    let response = world.http2(request).await;
+    assert_eq!(response.headers()["grpc-status"], "0");
+    assert_eq!(response.body()[0], 0, "the message is not compressed");
+    assert!(response.body().len() > 5_000, "the metadata is in it as it is");
 }

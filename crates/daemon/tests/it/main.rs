@@ -7,5 +7,4 @@ mod data;
 mod listener;
 mod run;
 mod sessions;
-mod speed;
 mod support;

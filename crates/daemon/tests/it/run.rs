@@ -10,8 +10,8 @@ use serde_json::json;
 use crate::support::*;
 
 fn frame(payload: run_request::Payload) -> wire::SandboxSessionDataPlaneServiceRunRequest {
-    let frame = wire::RunRequest { payload: Some(payload), ..Default::default() };
-    wire::SandboxSessionDataPlaneServiceRunRequest { frame: frame.into(), ..Default::default() }
+    let frame = wire::RunRequest { payload: Some(payload) };
+    wire::SandboxSessionDataPlaneServiceRunRequest { frame: frame.into() }
 }
 
 fn start(id: &str, cmd: &[&str]) -> wire::RunStart {
@@ -24,7 +24,7 @@ fn start(id: &str, cmd: &[&str]) -> wire::RunStart {
 }
 
 fn signal(signal: Sig) -> run_request::Payload {
-    wire::RunSignal { signal: signal.into(), ..Default::default() }.into()
+    wire::RunSignal { signal: signal.into() }.into()
 }
 
 #[derive(Debug, Default)]
@@ -57,7 +57,11 @@ async fn finish(mut stream: Stream) -> Result<Outcome, ConnectError> {
     while let Some(message) = soon(stream.message()).await? {
         assert!(outcome.exit.is_none(), "exit is the last frame");
         let payload = message.frame.payload.clone().expect("every frame has a payload");
-        assert_eq!(outcome.started.is_none(), matches!(payload, run_response::Payload::Started(_)), "started is the first frame");
+        assert_eq!(
+            outcome.started.is_none(),
+            matches!(payload, run_response::Payload::Started(_)),
+            "started is the first frame"
+        );
         match payload {
             run_response::Payload::Started(started) => outcome.started = Some(*started),
             run_response::Payload::Stdout(bytes) => {
@@ -143,7 +147,8 @@ async fn the_commands_environment_lies_over_the_sessions() {
     let request = wire::CreateSessionRequest { env: pairs(&[("A", "session"), ("B", "session")]), ..create() };
     let session = world.control().create_session(request).await.unwrap();
     let client = world.data(&session.credential.credential);
-    let start = wire::RunStart { env: pairs(&[("B", "command")]), privileged: true, ..start(&session.session.id, &["env"]) };
+    let start =
+        wire::RunStart { env: pairs(&[("B", "command")]), privileged: true, ..start(&session.session.id, &["env"]) };
     let text = String::from_utf8(run(&client, start).await.unwrap().stdout).unwrap();
     assert_eq!(text, "A=session\nB=command\nUSER=root\n");
 }
@@ -206,7 +211,9 @@ async fn frames_out_of_order_end_the_stream_and_the_command() {
     let (id, client) = world.session().await;
     let stdin = || run_request::Payload::Stdin("x".into());
     let hang = || run_request::Payload::from(start(&id, &["hang"]));
-    for frames in [vec![stdin(), hang()], vec![run_request::Payload::StdinClose(true)], vec![signal(Sig::SIG_TERM)], vec![]] {
+    for frames in
+        [vec![stdin(), hang()], vec![run_request::Payload::StdinClose(true)], vec![signal(Sig::SIG_TERM)], vec![]]
+    {
         let mut stream = begin(&client, frames).await;
         stream.close_send();
         assert_eq!(code(finish(stream).await), ErrorCode::InvalidArgument);
@@ -250,10 +257,12 @@ async fn commands_end_with_their_session_and_say_why() {
     let (id, client) = world.session().await;
     let mut stream = begin(&client, vec![start(&id, &["hang"]).into()]).await;
     soon(stream.message()).await.unwrap();
-    let request = wire::TerminateSessionRequest { session_id: id, ..Default::default() };
+    let request = wire::TerminateSessionRequest { session_id: id };
     world.control().terminate_session(request).await.unwrap();
     let exit = soon(stream.message()).await.unwrap().unwrap();
-    let Some(run_response::Payload::Exit(exit)) = &exit.frame.payload else { panic!("an exit: {exit:?}", exit = exit.frame) };
+    let Some(run_response::Payload::Exit(exit)) = &exit.frame.payload else {
+        panic!("an exit: {exit:?}", exit = exit.frame)
+    };
     assert!(exit.reason.starts_with("session_terminated:"), "{}", exit.reason);
 }
 
@@ -276,16 +285,16 @@ async fn clients_without_http2_run_commands_and_read_their_output_later() {
         ..Default::default()
     };
     let execution = client.execute_command(request).await.unwrap().execution.clone();
-    let request = wire::StreamCommandOutputRequest {
-        session_id: id.clone(),
-        execution_id: execution.id.clone(),
-        ..Default::default()
-    };
+    let request = wire::StreamCommandOutputRequest { session_id: id.clone(), execution_id: execution.id.clone() };
     let mut stream = client.stream_command_output(request).await.unwrap();
     let (mut out, mut err, mut last) = (Vec::new(), Vec::new(), None);
     while let Some(message) = soon(stream.message()).await.unwrap() {
         assert_eq!(message.execution_id, execution.id);
-        if message.is_stderr { err.extend_from_slice(&message.data) } else { out.extend_from_slice(&message.data) }
+        if message.is_stderr {
+            err.extend_from_slice(&message.data)
+        } else {
+            out.extend_from_slice(&message.data)
+        }
         last = Some((message.is_final, message.exit_code, message.timed_out));
     }
     assert_eq!((&out[..], &err[..], last), (&b"out"[..], &b"err"[..], Some((true, 0, false))));
@@ -295,13 +304,14 @@ async fn clients_without_http2_run_commands_and_read_their_output_later() {
 async fn a_waited_for_command_is_ended_by_its_timeout() {
     let world = World::new().await;
     let (id, _) = world.session().await;
-    let (status, answer) = world.json("ExecuteCommand", json!({"sessionId": id, "command": "hang", "timeout": "0.020s"})).await;
+    let (status, answer) =
+        world.json("ExecuteCommand", json!({"sessionId": id, "command": "hang", "timeout": "0.020s"})).await;
     assert_eq!((status, &answer["execution"]["status"]), (200, &json!("COMMAND_STATUS_TIMED_OUT")), "{answer}");
     for body in [json!({"sessionId": id, "command": ""}), json!({"sessionId": "x", "command": "true"})] {
         assert_eq!(world.json("ExecuteCommand", body).await.0, 400);
     }
     let unknown = "01980000-0000-7000-8000-000000000000";
-    let request = wire::StreamCommandOutputRequest { session_id: id, execution_id: unknown.into(), ..Default::default() };
+    let request = wire::StreamCommandOutputRequest { session_id: id, execution_id: unknown.into() };
     let outcome = match world.control().stream_command_output(request).await {
         Ok(mut stream) => code(stream.message().await),
         Err(error) => error.code,

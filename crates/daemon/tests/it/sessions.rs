@@ -15,15 +15,15 @@ fn seconds(seconds: i64) -> buffa::MessageField<WireDuration, buffa::Inline<Wire
 }
 
 fn get(id: &str) -> wire::GetSessionRequest {
-    wire::GetSessionRequest { session_id: id.into(), ..Default::default() }
+    wire::GetSessionRequest { session_id: id.into() }
 }
 
 fn wait(id: &str) -> wire::WaitSessionRequest {
-    wire::WaitSessionRequest { session_id: id.into(), ..Default::default() }
+    wire::WaitSessionRequest { session_id: id.into() }
 }
 
 fn terminate(id: &str) -> wire::TerminateSessionRequest {
-    wire::TerminateSessionRequest { session_id: id.into(), ..Default::default() }
+    wire::TerminateSessionRequest { session_id: id.into() }
 }
 
 #[tokio::test]
@@ -99,8 +99,8 @@ async fn a_slow_sandbox_is_answered_creating_and_waited_for() {
 }
 
 fn stat_home(id: &str) -> wire::SandboxSessionDataPlaneServiceStatRequest {
-    let request = wire::StatRequest { session_id: id.into(), path: "/home/tenki".into(), ..Default::default() };
-    wire::SandboxSessionDataPlaneServiceStatRequest { request: request.into(), ..Default::default() }
+    let request = wire::StatRequest { session_id: id.into(), path: "/home/tenki".into() };
+    wire::SandboxSessionDataPlaneServiceStatRequest { request: request.into() }
 }
 
 #[tokio::test]
@@ -239,14 +239,14 @@ async fn malformed_ids_are_invalid_and_unknown_ones_not_found() {
         let session_id = || id.to_owned();
         assert_eq!(code(client.get_session(get(id)).await), expected, "{id}");
         assert_eq!(code(client.terminate_session(terminate(id)).await), expected, "{id}");
-        let request = wire::UpdateSessionRequest { session_id: session_id(), name: Some("x".into()), ..Default::default() };
-        assert_eq!(code(client.update_session(request).await), expected, "{id}");
         let request =
-            wire::ExtendSessionRequest { session_id: session_id(), additional_duration: seconds(1), ..Default::default() };
+            wire::UpdateSessionRequest { session_id: session_id(), name: Some("x".into()), ..Default::default() };
+        assert_eq!(code(client.update_session(request).await), expected, "{id}");
+        let request = wire::ExtendSessionRequest { session_id: session_id(), additional_duration: seconds(1) };
         assert_eq!(code(client.extend_session(request).await), expected, "{id}");
-        let request = wire::CreateSessionCredentialRequest { session_id: session_id(), ..Default::default() };
+        let request = wire::CreateSessionCredentialRequest { session_id: session_id() };
         assert_eq!(code(client.create_session_credential(request).await), expected, "{id}");
-        let request = wire::ReportSessionActivityRequest { session_id: session_id(), ..Default::default() };
+        let request = wire::ReportSessionActivityRequest { session_id: session_id() };
         assert_eq!(code(client.report_session_activity(request).await), expected, "{id}");
         let mut stream = client.wait_session(wait(id)).await;
         let outcome = match &mut stream {
@@ -302,7 +302,12 @@ async fn lists_filter_and_page_under_all_three_names() {
     let mut token = String::new();
     let mut pages = Vec::new();
     loop {
-        let request = wire::ListSessionsRequest { page_size: 3, page_token: token, owner_id: "self".into(), ..Default::default() };
+        let request = wire::ListSessionsRequest {
+            page_size: 3,
+            page_token: token,
+            owner_id: "self".into(),
+            ..Default::default()
+        };
         let page = client.list_sessions(request).await.unwrap();
         pages.push(page.sessions.len());
         token = page.next_page_token;
@@ -353,10 +358,11 @@ async fn updates_change_what_they_name_and_nothing_else() {
 async fn extending_moves_the_end_and_the_end_comes() {
     let world = World::new().await;
     let client = world.control();
-    let answer = client.create_session(wire::CreateSessionRequest { max_duration: seconds(60), ..create() }).await.unwrap();
+    let answer =
+        client.create_session(wire::CreateSessionRequest { max_duration: seconds(60), ..create() }).await.unwrap();
     let id = answer.session.id.clone();
     let extend = |additional_duration| {
-        let request = wire::ExtendSessionRequest { session_id: id.clone(), additional_duration, ..Default::default() };
+        let request = wire::ExtendSessionRequest { session_id: id.clone(), additional_duration };
         let client = client.clone();
         async move { client.extend_session(request).await }
     };
@@ -389,7 +395,7 @@ async fn terminating_twice_succeeds_and_a_batch_reports_each_failure() {
         assert_eq!(answer.session.state, SessionState::Terminated);
     }
     let unknown = "01980000-0000-7000-8000-000000000000".to_owned();
-    let batch = |session_ids| wire::TerminateSessionsRequest { session_ids, ..Default::default() };
+    let batch = |session_ids| wire::TerminateSessionsRequest { session_ids };
     let answer = client.terminate_sessions(batch(vec![first, second, unknown.clone()])).await.unwrap();
     assert_eq!(answer.sessions.len(), 2);
     assert_eq!(answer.failures.len(), 1);
@@ -406,7 +412,7 @@ async fn credentials_are_given_for_running_sessions_only() {
     let world = World::new().await;
     let client = world.control();
     let id = world.session().await.0;
-    let request = || wire::CreateSessionCredentialRequest { session_id: id.clone(), ..Default::default() };
+    let request = || wire::CreateSessionCredentialRequest { session_id: id.clone() };
     let answer = client.create_session_credential(request()).await.unwrap();
     assert_eq!(answer.route_status, DataPlaneRouteStatus::Verified);
     assert_eq!(answer.data_plane_endpoint, world.url());
@@ -418,7 +424,7 @@ async fn credentials_are_given_for_running_sessions_only() {
 
     world.hold_creations.send_replace(true);
     let creating = client.create_session(create()).await.unwrap().session.id.clone();
-    let request = wire::CreateSessionCredentialRequest { session_id: creating, ..Default::default() };
+    let request = wire::CreateSessionCredentialRequest { session_id: creating };
     let error = client.create_session_credential(request).await.unwrap_err();
     assert_eq!(error.code, ErrorCode::FailedPrecondition);
     assert!(error.message.unwrap().contains("state=CREATING"));
@@ -432,7 +438,7 @@ async fn activity_and_usage_are_reported() {
     let id = world.session().await.0;
     let before = client.get_session(get(&id)).await.unwrap().session.last_activity_at.seconds;
     world.fakes.clock.advance(5_000);
-    let request = wire::ReportSessionActivityRequest { session_id: id.clone(), ..Default::default() };
+    let request = wire::ReportSessionActivityRequest { session_id: id.clone() };
     let at = client.report_session_activity(request).await.unwrap().last_activity_at.seconds;
     assert!(at >= before + 5);
     assert_eq!(client.get_session(get(&id)).await.unwrap().session.last_activity_at.seconds, at);

@@ -31,7 +31,6 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub struct World {
     pub daemon: Daemon,
-    pub engine: Engine,
     pub fakes: Fakes,
     /// The API key.
     pub secret: String,
@@ -66,8 +65,8 @@ impl World {
         );
         let engine = engine.await.unwrap();
         let secret = engine.first_start(None).await.unwrap().unwrap();
-        let daemon = Daemon::start(&config, engine.clone(), Hooks::default()).await.unwrap();
-        Self { daemon, engine, fakes, secret, running: running.subscribe(), hold_creations }
+        let daemon = Daemon::start(&config, engine, Hooks::default()).await.unwrap();
+        Self { daemon, fakes, secret, running: running.subscribe(), hold_creations }
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -84,7 +83,8 @@ impl World {
 
     /// gRPC over HTTP/2, as the vendor's clients do it.
     pub fn control(&self) -> ControlClient {
-        let config = self.config(Protocol::Grpc).with_default_header("authorization", format!("Bearer {}", self.secret));
+        let config =
+            self.config(Protocol::Grpc).with_default_header("authorization", format!("Bearer {}", self.secret));
         ControlClient::new(HttpClient::plaintext_http2_only(), config)
     }
 
@@ -115,23 +115,30 @@ impl World {
 
     /// A fresh certificate for a running session.
     pub async fn certificate(&self, id: &str) -> String {
-        let request = wire::CreateSessionCredentialRequest { session_id: id.into(), ..Default::default() };
+        let request = wire::CreateSessionCredentialRequest { session_id: id.into() };
         let answer = self.control().create_session_credential(request).await.unwrap();
         answer.credential.credential.clone()
     }
 
     /// One exchange over HTTP/1.1 on a connection of its own.
     pub async fn http1(&self, request: Request<Full<Bytes>>) -> Response<Bytes> {
-        let stream = TcpStream::connect(self.address()).await.unwrap();
+        let stream = self.connect().await;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake::<_, Full<Bytes>>(TokioIo::new(stream)).await.unwrap();
         tokio::spawn(connection);
         whole(sender.send_request(request).await.unwrap()).await
     }
 
+    /// A TCP connection as real clients make them: small writes are not held back.
+    async fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.address()).await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream
+    }
+
     /// One exchange over HTTP/2 with prior knowledge on a connection of its own.
     pub async fn http2(&self, request: Request<Full<Bytes>>) -> Response<Bytes> {
-        let stream = TcpStream::connect(self.address()).await.unwrap();
+        let stream = self.connect().await;
         let (mut sender, connection) =
             hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
         tokio::spawn(connection);
@@ -176,7 +183,6 @@ pub fn create() -> wire::CreateSessionRequest {
 pub fn code<T>(result: Result<T, ConnectError>) -> connectrpc::ErrorCode {
     result.err().expect("an error").code
 }
-
 
 pub async fn soon<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.expect("happens soon")
@@ -264,7 +270,13 @@ impl Guest for WatchedGuest {
         self.inner.forget(id).await
     }
 
-    async fn read_file(&self, path: &str, offset: u64, length: u64, chunk_bytes: u32) -> Result<FileReader, GuestError> {
+    async fn read_file(
+        &self,
+        path: &str,
+        offset: u64,
+        length: u64,
+        chunk_bytes: u32,
+    ) -> Result<FileReader, GuestError> {
         self.inner.read_file(path, offset, length, chunk_bytes).await
     }
 

@@ -43,7 +43,10 @@ enum Asked {
     Stdin(Bytes),
     StdinClose,
     Signal(Signal),
-    Resize { columns: u16, rows: u16 },
+    Resize {
+        columns: u16,
+        rows: u16,
+    },
     Nothing,
     /// The holder vanished: the command must end.
     Stop,
@@ -65,7 +68,12 @@ pub async fn supervise(mut running: Running, timeout_ms: u64, sink: Sink, mut co
     tokio::pin!(outputs);
     let mut outputs_open = true;
     let mut status = None;
-    let mut stdin = Stdin { pipe: running.stdin, queue: VecDeque::new(), closing: control.is_none(), terminal: running.terminal.is_some() };
+    let mut stdin = Stdin {
+        pipe: running.stdin,
+        queue: VecDeque::new(),
+        closing: control.is_none(),
+        terminal: running.terminal.is_some(),
+    };
     let mut ending = Ending::new(timeout_ms, Instant::from_std(running.started));
 
     while outputs_open || status.is_none() {
@@ -347,6 +355,5 @@ fn exit(status: Option<WaitStatus>, ending: &Ending, duration_ms: u64) -> Exit {
         duration_ms,
         reason: reason.into(),
         errno: 0,
-        ..Default::default()
     }
 }

@@ -29,7 +29,7 @@ const SPOOL_BYTES_MAX: u64 = 4 * 1024 * 1024 * 1024;
 const RECORD_HEADER_BYTES: usize = 5;
 /// What a follower reads at once, bytes; holds any record.
 const FOLLOW_BYTES: usize = 256 * 1024;
-const TRUNCATED: &[u8] = b"\n[nagaya: the rest of the output was not kept: no space left on the sandbox's disk]\n";
+const TRUNCATED: &[u8] = b"\n[nagaya: the rest of the output was not kept for want of space]\n";
 
 /// All executions this agent knows, oldest first.
 #[derive(Debug, Default)]
@@ -152,7 +152,9 @@ impl Execution {
         record.put_slice(&data);
         let end = offset + record.len() as u64;
         let written = match end <= SPOOL_BYTES_MAX {
-            true => tokio::task::spawn_blocking(move || spool.write_all_at(&record, offset)).await.is_ok_and(|result| result.is_ok()),
+            true => tokio::task::spawn_blocking(move || spool.write_all_at(&record, offset))
+                .await
+                .is_ok_and(|result| result.is_ok()),
             false => false,
         };
         self.progress.send_modify(|progress| match written {
@@ -224,4 +226,49 @@ fn open_spool() -> Option<File> {
         }
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handshake::Handshake;
+    use crate::mux::{Incoming, Mux, Role};
+
+    #[tokio::test]
+    async fn what_a_full_disk_does_not_take_is_dropped_and_the_reader_is_told() {
+        // Opened for reading only, so that every write fails.
+        let spool = File::open("/dev/null").expect("open /dev/null");
+        let execution = Execution {
+            id: "x".into(),
+            pid: 1,
+            cancel: Arc::new(Notify::new()),
+            spool: Some(Arc::new(spool)),
+            writing: tokio::sync::Mutex::new(()),
+            progress: watch::Sender::default(),
+        };
+        execution.append(Kind::Data, Bytes::from_static(b"lost")).await;
+        execution.append(Kind::Data, Bytes::from_static(b"lost")).await;
+        execution.progress.send_modify(|progress| progress.exit = Some(Exit { code: 3, ..Default::default() }));
+
+        let (host, agent) = tokio::io::duplex(4096);
+        let (host, agent) = (tokio::io::split(host), tokio::io::split(agent));
+        let (host, agent) = tokio::join!(
+            Mux::start(host.0, host.1, Role::Host, Handshake::default()),
+            Mux::start(agent.0, agent.1, Role::Agent, Handshake::default()),
+        );
+        let (host, mut requests) = (host.expect("a greeting").0, agent.expect("a greeting").1);
+        let (_sender, mut receiver) = host.open(Bytes::new()).await.expect("a stream");
+        let request = requests.recv().await.expect("a request");
+        assert_eq!(execution.follow(&request.sender).await.map(|exit| exit.code), Ok(3));
+        assert!(matches!(receiver.next().await, Some(Incoming::Message(_))));
+        assert_eq!(receiver.next().await, Some(Incoming::ErrorData(Bytes::from_static(TRUNCATED))));
+    }
+
+    #[test]
+    fn only_whole_records_are_taken() {
+        let mut block = Bytes::from_static(&[Kind::ErrorData as u8, 2, 0, 0, 0, b'a', b'b', Kind::Data as u8, 9, 0, 0]);
+        assert_eq!(take_record(&mut block), Some((Kind::ErrorData, Bytes::from_static(b"ab"))));
+        assert_eq!(take_record(&mut block), None);
+        assert_eq!(block.len(), 4);
+    }
 }

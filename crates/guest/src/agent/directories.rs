@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use super::failure::Failure;
 use super::paths::{Place, Root};
 use super::program::TENKI;
-use crate::messages::{Entry, FileStatus, ListDirectory, MakeDirectory, Made, Remove, Removed};
+use crate::messages::{Entry, FileStatus, ListDirectory, Made, MakeDirectory, Remove, Removed};
 
 /// Entries of one listing.
 const ENTRIES_MAX: usize = 100_000;
@@ -18,14 +18,16 @@ const ENTRIES_MAX: usize = 100_000;
 const DEPTH_MAX: usize = 64;
 
 fn modified_unix_ns(status: &Stat) -> i64 {
-    (status.st_mtime as i64).saturating_mul(1_000_000_000).saturating_add(status.st_mtime_nsec as i64)
+    (status.st_mtime).saturating_mul(1_000_000_000).saturating_add(status.st_mtime_nsec as i64)
 }
 
 /// What is at a path. A final symbolic link is not followed.
 pub fn status(root: &Root, path: &str) -> Result<FileStatus, Failure> {
     let file = match root.open_path(path, OFlags::PATH | OFlags::NOFOLLOW) {
         Ok(file) => file,
-        Err(failure) if matches!(failure.code, Code::FileNotFound | Code::NotADirectory) => return Ok(FileStatus::default()),
+        Err(failure) if matches!(failure.code, Code::FileNotFound | Code::NotADirectory) => {
+            return Ok(FileStatus::default());
+        }
         Err(failure) => return Err(failure),
     };
     let status = rustix::fs::fstat(&file)?;
@@ -42,7 +44,6 @@ pub fn status(root: &Root, path: &str) -> Result<FileStatus, Failure> {
         is_dir: FileType::from_raw_mode(status.st_mode) == FileType::Directory,
         is_symlink,
         symlink_target: target,
-        ..Default::default()
     })
 }
 
@@ -70,7 +71,7 @@ pub fn make(root: &Root, request: &MakeDirectory) -> Result<Made, Failure> {
     if existed && !request.recursive {
         return Err(Errno::EXIST.into());
     }
-    Ok(Made { modified_unix_ns: modified_unix_ns(&rustix::fs::fstat(&directory)?), ..Default::default() })
+    Ok(Made { modified_unix_ns: modified_unix_ns(&rustix::fs::fstat(&directory)?) })
 }
 
 fn c_string(name: &str) -> Result<CString, Failure> {
@@ -124,9 +125,13 @@ fn describe(directory: &OwnedFd, name: &CStr, kind: FileType) -> Entry {
             mode: status.st_mode,
             modified_unix_ns: modified_unix_ns(&status),
             is_dir: FileType::from_raw_mode(status.st_mode) == FileType::Directory,
+        },
+        Err(_) => Entry {
+            name: name_text,
+            mode: kind.as_raw_mode(),
+            is_dir: kind == FileType::Directory,
             ..Default::default()
         },
-        Err(_) => Entry { name: name_text, mode: kind.as_raw_mode(), is_dir: kind == FileType::Directory, ..Default::default() },
     }
 }
 
@@ -135,11 +140,13 @@ pub fn remove(root: &Root, request: &Remove) -> Result<Removed, Failure> {
     let place = match root.place(&request.path) {
         Ok(Some(place)) => place,
         Ok(None) => return Err(Failure::new(Code::InvalidPath, "this directory cannot be removed")),
-        Err(failure) if matches!(failure.code, Code::FileNotFound | Code::NotADirectory) => return Ok(Removed::default()),
+        Err(failure) if matches!(failure.code, Code::FileNotFound | Code::NotADirectory) => {
+            return Ok(Removed::default());
+        }
         Err(failure) => return Err(failure),
     };
     let entries = remove_place(&place, request.recursive)?;
-    Ok(Removed { entries, ..Default::default() })
+    Ok(Removed { entries })
 }
 
 fn remove_place(place: &Place, recursive: bool) -> Result<u64, Failure> {

@@ -25,8 +25,8 @@ impl Failure {
 
     /// As the outcome of a stream.
     pub fn outcome(&self) -> Outcome {
-        let error = Error { code: self.code.name().into(), detail: self.detail.clone(), errno: self.errno, ..Default::default() };
-        Outcome { kind: error.into(), ..Default::default() }
+        let error = Error { code: self.code.name().into(), detail: self.detail.clone(), errno: self.errno };
+        Outcome { kind: error.into() }
     }
 }
 
@@ -45,7 +45,9 @@ impl From<Errno> for Failure {
             Errno::NXIO => (Code::NotARegularFile, ""),
             Errno::NAMETOOLONG => (Code::InvalidPath, "a name is too long"),
             Errno::LOOP => (Code::FileSystem, "too many levels of symbolic links"),
-            Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN => (Code::CapacityUnavailable, "files or memory in the sandbox"),
+            Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN => {
+                (Code::CapacityUnavailable, "files or memory in the sandbox")
+            }
             other => {
                 let reason = std::io::Error::from(other).to_string();
                 return Self::with(Code::FileSystem, reason, other);

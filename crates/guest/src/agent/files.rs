@@ -23,7 +23,7 @@ const CHUNKS_AT_ONCE: usize = 8;
 const WIDER_WINDOW_BYTES: u32 = 768 * 1024;
 
 async fn opened(sender: &Sender, total_size: u64) -> Result<(), Failure> {
-    let event = Event { kind: Opened { total_size, ..Default::default() }.into(), ..Default::default() };
+    let event = Event { kind: Opened { total_size }.into() };
     sender.message(encode(&event)).await.map_err(|_| gone())
 }
 
@@ -101,7 +101,12 @@ fn read_chunks(file: &OwnedFd, mut offset: u64, end: u64, chunk_bytes: usize) ->
 }
 
 /// Receives the content of a file and puts it in place at once, when it is complete.
-pub async fn write(agent: &Arc<Agent>, request: WriteFile, sender: &Sender, receiver: &mut Receiver) -> Result<Outcome, Failure> {
+pub async fn write(
+    agent: &Arc<Agent>,
+    request: WriteFile,
+    sender: &Sender,
+    receiver: &mut Receiver,
+) -> Result<Outcome, Failure> {
     let root = agent.clone();
     let (sync, mut offset) = (request.sync, 0);
     let draft = Arc::new(blocking(move || Draft::begin(&root.root, &request)).await?);
@@ -134,8 +139,8 @@ pub async fn write(agent: &Arc<Agent>, request: WriteFile, sender: &Sender, rece
         receiver.release(cost);
     }
     blocking(move || draft.publish(sync)).await?;
-    let written = Written { bytes: offset, ..Default::default() };
-    Ok(Outcome { kind: written.into(), ..Default::default() })
+    let written = Written { bytes: offset };
+    Ok(Outcome { kind: written.into() })
 }
 
 /// The new content of a file, before anybody can see it. Dropping it leaves no trace.
@@ -219,7 +224,12 @@ impl Draft {
             },
         }
         if sync {
-            let directory = rustix::fs::openat(directory, c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+            let directory = rustix::fs::openat(
+                directory,
+                c".",
+                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )?;
             rustix::fs::fsync(directory)?;
         }
         Ok(())
@@ -257,7 +267,8 @@ fn unnamed_file(place: &Place) -> Result<(OwnedFd, Option<CString>), Failure> {
         Err(errno) => return Err(errno.into()),
     }
     let name = draft_name();
-    let file = rustix::fs::openat(&place.directory, &name, flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW, mode)?;
+    let file =
+        rustix::fs::openat(&place.directory, &name, flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW, mode)?;
     Ok((file, Some(name)))
 }
 

@@ -36,10 +36,12 @@ mod signals;
 mod sys;
 
 /// Threads for calls that may wait for a disk.
-const BLOCKING_THREADS_MAX: usize = 8;
+const BLOCKING_THREADS_MAX: usize = 32;
 /// How long such a thread waits for more work.
 const BLOCKING_THREAD_IDLE: Duration = Duration::from_secs(2);
 const BLOCKING_THREAD_STACK_BYTES: usize = 256 * 1024;
+/// Between an answer and giving memory back.
+const TIDY_UP_AFTER: Duration = Duration::from_secs(3);
 /// Connections that have not greeted yet.
 const GREETINGS_MAX: usize = 8;
 
@@ -54,6 +56,8 @@ pub struct Agent {
     executions: Executions,
     /// Notified when a command starts.
     busy: Notify,
+    /// Notified when a request has been answered.
+    answered: Notify,
 }
 
 /// Runs the agent with the arguments after the program's name. Returns only when it cannot start or
@@ -68,6 +72,7 @@ pub fn main(arguments: impl Iterator<Item = String>) -> Result<(), String> {
         sys::become_subreaper();
     }
     rustix::process::umask(Mode::empty());
+    raise_open_files_limit();
     let settings = Settings::take(arguments).map_err(|error| error.to_string())?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -78,6 +83,14 @@ pub fn main(arguments: impl Iterator<Item = String>) -> Result<(), String> {
         .build()
         .map_err(|error| format!("start the runtime: {error}"))?;
     runtime.block_on(serve(settings)).map_err(|error| format!("serve: {error}"))
+}
+
+/// Every command and file takes descriptors; the agent may have as many as it can get.
+fn raise_open_files_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    // Refused only where the limit is as it should be already.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 async fn serve(mut settings: Settings) -> std::io::Result<()> {
@@ -91,9 +104,11 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
         reaper: Reaper::start()?,
         executions: Executions::default(),
         busy: Notify::new(),
+        answered: Notify::new(),
         settings,
     });
     meminfo::maintain(agent.clone());
+    tokio::spawn(tidy_up(agent.clone()));
     if let Some(control) = control {
         // Whoever waits for it may have given up; that is not our trouble.
         let _ = rustix::io::write(&control, b"r");
@@ -123,8 +138,20 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
     }
 }
 
+/// Gives memory back a while after it was used: there may be a thousand idle agents on a host.
+async fn tidy_up(agent: Arc<Agent>) {
+    loop {
+        agent.answered.notified().await;
+        tokio::time::sleep(TIDY_UP_AFTER).await;
+        sys::trim_heap();
+    }
+}
+
 /// Becomes the newest connection, once the other side has said who it is.
-async fn greet(stream: UnixStream, newest: &Mutex<Option<Mux>>) -> Option<tokio::sync::mpsc::UnboundedReceiver<crate::mux::Request>> {
+async fn greet(
+    stream: UnixStream,
+    newest: &Mutex<Option<Mux>>,
+) -> Option<tokio::sync::mpsc::UnboundedReceiver<crate::mux::Request>> {
     let (reader, writer) = stream.into_split();
     let (mux, requests) = Mux::start(reader, writer, Role::Agent, Handshake::default()).await.ok()?;
     if let Some(older) = newest.lock().await.replace(mux) {

@@ -121,14 +121,16 @@ fn nonblocking(fd: OwnedFd) -> Result<OwnedFd, Errno> {
 /// Our side and the command's side of a new terminal.
 fn open_terminal(privileged: bool) -> Result<(OwnedFd, OwnedFd), Failure> {
     let unavailable = |errno| Failure::with(Code::CapabilityUnavailable, "terminals", errno);
-    let ours = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).map_err(unavailable)?;
+    let ours =
+        rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).map_err(unavailable)?;
     rustix::pty::unlockpt(&ours).map_err(unavailable)?;
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let theirs = match rustix::pty::ioctl_tiocgptpeer(&ours, flags) {
         Ok(theirs) => theirs,
         Err(_) => {
             let name = rustix::pty::ptsname(&ours, Vec::new()).map_err(unavailable)?;
-            rustix::fs::open(&*name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).map_err(unavailable)?
+            rustix::fs::open(&*name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())
+                .map_err(unavailable)?
         }
     };
     if !privileged {
@@ -160,7 +162,8 @@ fn strings(agent: &Agent, command: &Command) -> Result<Strings, Failure> {
         }
         env.push(c_string(&format!("{}={}", variable.name, variable.value))?);
     }
-    let given = |name: &str| command.env.iter().find(|variable| variable.name == name).map(|variable| variable.value.as_str());
+    let given =
+        |name: &str| command.env.iter().find(|variable| variable.name == name).map(|variable| variable.value.as_str());
     let mut defaults = vec![
         ("HOME", home),
         ("USER", user),
@@ -213,7 +216,9 @@ fn refusal(error: SpawnError) -> Failure {
         (Step::Directory, Errno::NOTDIR) => (Code::InvalidCommand, "the working directory is not a directory"),
         (Step::Directory, _) => (Code::InvalidCommand, "working directory"),
         (Step::Execute, Errno::NOENT | Errno::NOTDIR) => (Code::CommandNotFound, ""),
-        (Step::Execute, Errno::ACCESS | Errno::PERM | Errno::ISDIR) => (Code::PermissionDenied, "the command cannot be executed"),
+        (Step::Execute, Errno::ACCESS | Errno::PERM | Errno::ISDIR) => {
+            (Code::PermissionDenied, "the command cannot be executed")
+        }
         (Step::Execute, Errno::NOEXEC) => (Code::InvalidCommand, "not in an executable format"),
         (Step::Execute, Errno::TOOBIG) => (Code::InvalidCommand, "arguments and environment are too long"),
         (Step::Execute, _) => (Code::InvalidCommand, "the command cannot be executed"),

@@ -26,9 +26,15 @@ pub async fn answer(agent: Arc<Agent>, incoming: mux::Request) {
     };
     let outcome = result.unwrap_or_else(|failure| failure.outcome());
     sender.end(encode(&outcome));
+    agent.answered.notify_one();
 }
 
-async fn other(agent: &Arc<Agent>, request: request::Kind, sender: &Sender, receiver: &mut Receiver) -> Result<Outcome, Failure> {
+async fn other(
+    agent: &Arc<Agent>,
+    request: request::Kind,
+    sender: &Sender,
+    receiver: &mut Receiver,
+) -> Result<Outcome, Failure> {
     use request::Kind;
     let files = agent.clone();
     Ok(match request {
@@ -41,7 +47,7 @@ async fn other(agent: &Arc<Agent>, request: request::Kind, sender: &Sender, rece
         }
         Kind::Follow(request) => {
             let exit = agent.executions.follow(&request.execution_id, sender).await?;
-            Outcome { kind: exit.into(), ..Default::default() }
+            Outcome { kind: exit.into() }
         }
         Kind::Forget(request) => {
             agent.executions.forget(&request.execution_id);
@@ -51,15 +57,15 @@ async fn other(agent: &Arc<Agent>, request: request::Kind, sender: &Sender, rece
         Kind::WriteFile(request) => files::write(agent, *request, sender, receiver).await?,
         Kind::Stat(request) => {
             let status = blocking(move || directories::status(&files.root, &request.path)).await?;
-            Outcome { kind: status.into(), ..Default::default() }
+            Outcome { kind: status.into() }
         }
         Kind::MakeDirectory(request) => {
             let made = blocking(move || directories::make(&files.root, &request)).await?;
-            Outcome { kind: made.into(), ..Default::default() }
+            Outcome { kind: made.into() }
         }
         Kind::Remove(request) => {
             let removed = blocking(move || directories::remove(&files.root, &request)).await?;
-            Outcome { kind: removed.into(), ..Default::default() }
+            Outcome { kind: removed.into() }
         }
         Kind::ListDirectory(request) => {
             let entries = blocking(move || directories::list(&files.root, &request)).await?;
@@ -76,12 +82,12 @@ async fn run(agent: &Arc<Agent>, command: Command, sender: &Sender, receiver: Re
     // When nobody listens any more, supervision finds out in its own way.
     let _ = started(sender, running.pid as u32).await;
     let exit = supervise(running, timeout_ms, Sink::Stream(sender.clone()), Some(Control::Stream(receiver))).await;
-    Ok(Outcome { kind: exit.into(), ..Default::default() })
+    Ok(Outcome { kind: exit.into() })
 }
 
 /// Tells that a command has been started.
 pub async fn started(sender: &Sender, pid: u32) -> Result<(), Failure> {
-    let event = Event { kind: Started { pid, ..Default::default() }.into(), ..Default::default() };
+    let event = Event { kind: Started { pid }.into() };
     sender.message(encode(&event)).await.map_err(|_| Failure::new(Code::GuestUnreachable, ""))
 }
 
@@ -95,7 +101,7 @@ async fn send_entries(entries: Vec<messages::Entry>, sender: &Sender) -> Result<
         bytes += entry.encoded_len() as usize + 8;
         part.entries.push(entry);
         if bytes >= PART_BYTES_MAX || entries.peek().is_none() {
-            let event = Event { kind: std::mem::take(&mut part).into(), ..Default::default() };
+            let event = Event { kind: std::mem::take(&mut part).into() };
             sender.message(encode(&event)).await.map_err(|_| Failure::new(Code::GuestUnreachable, ""))?;
             bytes = 0;
         }

@@ -61,7 +61,8 @@ impl Settings {
                 "--meminfo-fd" => settings.meminfo = Some(take(&argument, value)?),
                 "--control-fd" => settings.control = Some(take(&argument, value)?),
                 "--memory-limit-bytes" => {
-                    settings.memory_limit_bytes = value.parse().map_err(|_| SettingsError::Argument(argument.clone()))?;
+                    settings.memory_limit_bytes =
+                        value.parse().map_err(|_| SettingsError::Argument(argument.clone()))?;
                 }
                 "--home" if value.starts_with('/') => settings.home = Some(value.into()),
                 _ if name.starts_with("--optional-") => {}

@@ -110,7 +110,8 @@ pub fn spawn(program: &Program<'_>) -> Result<i32, SpawnError> {
     };
     // The child wrote to the plan behind the compiler's back.
     // SAFETY: both point to initialised fields of a live local.
-    let (step, child_errno) = unsafe { ((&raw const plan.step).read_volatile(), (&raw const plan.errno).read_volatile()) };
+    let (step, child_errno) =
+        unsafe { ((&raw const plan.step).read_volatile(), (&raw const plan.errno).read_volatile()) };
     if pid < 0 {
         return Err(SpawnError { step: Step::Clone, errno: Errno::from_raw_os_error(errno) });
     }
@@ -259,8 +260,16 @@ pub fn tune_heap() {
     }
 }
 
+/// Gives free memory of the heap back to the kernel.
+pub fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: no arguments that could be wrong; the heap is locked inside.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// The text as a C string, or `None` when it holds a NUL.
 pub fn c_string(text: impl Into<Vec<u8>>) -> Option<CString> {
     CString::new(text).ok()
 }
-

@@ -29,8 +29,9 @@ pub(super) fn prepare() -> Result<(), StepError> {
     process::unshare(libc::CLONE_NEWNS).step("unshare the mount namespace")?;
     rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .step("make mounts private")?;
-    let root = mount::new_filesystem("tmpfs", &[("mode", Some("0700")), ("size", Some("16m"))], MountAttrFlags::empty())
-        .step("make the spawner's root")?;
+    let root =
+        mount::new_filesystem("tmpfs", &[("mode", Some("0700")), ("size", Some("16m"))], MountAttrFlags::empty())
+            .step("make the spawner's root")?;
     let proc = mount::clone_tree(CWD, "/proc", false).step("copy /proc")?;
     // Any directory will do: the mount moves to the top at once.
     mount::attach(root.as_fd(), "/proc").step("attach the spawner's root")?;
@@ -53,7 +54,8 @@ fn make_devices() -> Result<(), StepError> {
     for (name, major, minor) in NODES {
         let device = rustix::fs::makedev(major, minor);
         let mode = Mode::from_raw_mode(0o666);
-        rustix::fs::mknodat(CWD, format!("/dev/{name}"), FileType::CharacterDevice, mode, device).step("make devices")?;
+        rustix::fs::mknodat(CWD, format!("/dev/{name}"), FileType::CharacterDevice, mode, device)
+            .step("make devices")?;
     }
     for directory in ["pts", "shm"] {
         fs::create_dir(format!("/dev/{directory}")).step("make devices")?;

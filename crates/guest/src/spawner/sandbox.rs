@@ -37,7 +37,16 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
 
 /// Files of /proc that tell of the host or act on it; shown empty.
 const MASKED_FILES: [&str; 11] = [
-    "cmdline", "kcore", "keys", "key-users", "kmsg", "latency_stats", "modules", "sched_debug", "sysrq-trigger", "timer_list",
+    "cmdline",
+    "kcore",
+    "keys",
+    "key-users",
+    "kmsg",
+    "latency_stats",
+    "modules",
+    "sched_debug",
+    "sysrq-trigger",
+    "timer_list",
     "vmallocinfo",
 ];
 /// Directories of /proc that are shown empty.
@@ -79,7 +88,11 @@ impl<'a> Parts<'a> {
 }
 
 /// Starts the sandbox's first process; it reports its own failures to the error pipe.
-pub(super) fn start(order: &Sandbox, descriptors: &[OwnedFd], agent: BorrowedFd<'_>) -> Result<(i32, OwnedFd), StepError> {
+pub(super) fn start(
+    order: &Sandbox,
+    descriptors: &[OwnedFd],
+    agent: BorrowedFd<'_>,
+) -> Result<(i32, OwnedFd), StepError> {
     let parts = Parts::of(order, descriptors).ok_or(StepError { step: "read the request", errno: Errno::INVAL })?;
     let system = root::system_tree(&order.processors)?;
     match process::clone(NAMESPACES).step("clone the first process")? {
@@ -109,8 +122,10 @@ fn become_sandbox(
     set_processors(&order.processors).step("set the processors")?;
 
     // From here on the process gives away what it can do.
-    rustix::thread::move_into_link_name_space(parts.network, Some(LinkNameSpaceType::Network)).step("enter the network namespace")?;
-    rustix::thread::move_into_link_name_space(parts.user, Some(LinkNameSpaceType::User)).step("enter the user namespace")?;
+    rustix::thread::move_into_link_name_space(parts.network, Some(LinkNameSpaceType::Network))
+        .step("enter the network namespace")?;
+    rustix::thread::move_into_link_name_space(parts.user, Some(LinkNameSpaceType::User))
+        .step("enter the user namespace")?;
     become_inner_root().step("become root of the sandbox")?;
     new_session_keyring().step("leave the host's keyring")?;
     limit_capabilities().step("drop capabilities")?;
@@ -211,13 +226,15 @@ fn build_devices(order: &Sandbox) -> Result<(), StepError> {
 }
 
 fn build_proc() -> Result<OwnedFd, StepError> {
-    let quiet = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC | MountAttrFlags::MOUNT_ATTR_NODEV;
+    let quiet =
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC | MountAttrFlags::MOUNT_ATTR_NODEV;
     let proc = mount::new_filesystem("proc", &[], quiet).step("make /proc")?;
     mount::attach(proc.as_fd(), "/root/proc").step("attach /proc")?;
 
     let read_only = |path: &str, target: &str| -> Result<(), StepError> {
         let copy = mount::clone_tree(rustix::fs::CWD, path, false).step("copy a part of /proc")?;
-        mount::set_attributes(copy.as_fd(), READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC, None).step("protect a part of /proc")?;
+        mount::set_attributes(copy.as_fd(), READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC, None)
+            .step("protect a part of /proc")?;
         mount::attach(copy.as_fd(), target).step("attach a part of /proc")
     };
     for name in READ_ONLY_DIRECTORIES {
@@ -226,7 +243,8 @@ fn build_proc() -> Result<OwnedFd, StepError> {
             read_only(&path, &path)?;
         }
     }
-    let empty = mount::new_filesystem("tmpfs", &[("size", Some("64k")), ("mode", Some("0555"))], quiet).step("make an empty place")?;
+    let empty = mount::new_filesystem("tmpfs", &[("size", Some("64k")), ("mode", Some("0555"))], quiet)
+        .step("make an empty place")?;
     let make = |name: &str| {
         let flags = rustix::fs::OFlags::CREATE | rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
         rustix::fs::openat(&empty, name, flags, rustix::fs::Mode::from_raw_mode(0o444))

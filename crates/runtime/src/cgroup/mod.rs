@@ -141,7 +141,8 @@ fn find(mounts: &str) -> Result<Layout, CgroupError> {
     let mut unified = None;
     for line in mounts.lines() {
         let mut fields = line.split(' ');
-        let (Some(_), Some(path), Some(kind), Some(options)) = (fields.next(), fields.next(), fields.next(), fields.next())
+        let (Some(_), Some(path), Some(kind), Some(options)) =
+            (fields.next(), fields.next(), fields.next(), fields.next())
         else {
             continue;
         };

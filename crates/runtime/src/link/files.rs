@@ -69,7 +69,7 @@ async fn deliver(mut receiver: Receiver, chunks: mpsc::Sender<Result<Bytes, Gues
 
 pub(super) async fn write(link: &Link, path: String, options: WriteOptions) -> Result<FileWriter, GuestError> {
     let WriteOptions { mode, truncate, sync } = options;
-    let request = WriteFile { path, mode, truncate, sync, ..Default::default() };
+    let request = WriteFile { path, mode, truncate, sync };
     let (sender, mut receiver) = link.open(request).await?;
     opened(&mut receiver).await?;
     let (chunks, queue) = mpsc::channel(CHUNKS_MAX);

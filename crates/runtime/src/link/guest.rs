@@ -12,8 +12,9 @@ use tokio::sync::mpsc;
 
 use super::{Link, event_of, files, finish, guest_error, process, unexpected};
 
-/// Entries of one directory that are taken from an agent.
+/// What is taken from an agent as the entries of one directory.
 const ENTRIES_MAX: usize = 100_000;
+const ENTRIES_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 fn unexpected_outcome() -> GuestError {
     guest_error(Code::GuestUnreachable, "the sandbox's agent answered something else")
@@ -26,11 +27,8 @@ impl Guest for Link {
     }
 
     async fn run_detached(&self, id: ExecutionId, command: Command) -> Result<u32, GuestError> {
-        let request = messages::RunDetached {
-            execution_id: id.to_string(),
-            command: process::to_message(command).into(),
-            ..Default::default()
-        };
+        let request =
+            messages::RunDetached { execution_id: id.to_string(), command: process::to_message(command).into() };
         let (_sender, mut receiver) = self.open(request).await?;
         process::started(&mut receiver).await
     }
@@ -40,12 +38,18 @@ impl Guest for Link {
     }
 
     async fn forget(&self, id: ExecutionId) -> Result<(), GuestError> {
-        let request = messages::Forget { execution_id: id.to_string(), ..Default::default() };
+        let request = messages::Forget { execution_id: id.to_string() };
         self.ask(request).await.map(|_| ())
     }
 
-    async fn read_file(&self, path: &str, offset: u64, length: u64, chunk_bytes: u32) -> Result<FileReader, GuestError> {
-        files::read(self, ReadFile { path: path.into(), offset, length, chunk_bytes, ..Default::default() }).await
+    async fn read_file(
+        &self,
+        path: &str,
+        offset: u64,
+        length: u64,
+        chunk_bytes: u32,
+    ) -> Result<FileReader, GuestError> {
+        files::read(self, ReadFile { path: path.into(), offset, length, chunk_bytes }).await
     }
 
     async fn write_file(&self, path: &str, options: WriteOptions) -> Result<FileWriter, GuestError> {
@@ -53,8 +57,8 @@ impl Guest for Link {
     }
 
     async fn stat(&self, path: &str) -> Result<Option<FileStat>, GuestError> {
-        match self.ask(messages::Stat { path: path.into(), ..Default::default() }).await? {
-            Some(outcome::Kind::FileStatus(status)) => Ok(status.exists.then(|| FileStat {
+        match self.ask(messages::Stat { path: path.into() }).await? {
+            Some(outcome::Kind::FileStatus(status)) => Ok(status.exists.then_some(FileStat {
                 size: status.size,
                 mode: status.mode,
                 modified_unix_ns: status.modified_unix_ns,
@@ -67,25 +71,27 @@ impl Guest for Link {
     }
 
     async fn make_directory(&self, path: &str, mode: u32, recursive: bool) -> Result<i64, GuestError> {
-        match self.ask(MakeDirectory { path: path.into(), mode, recursive, ..Default::default() }).await? {
+        match self.ask(MakeDirectory { path: path.into(), mode, recursive }).await? {
             Some(outcome::Kind::Made(made)) => Ok(made.modified_unix_ns),
             _ => Err(unexpected_outcome()),
         }
     }
 
     async fn remove(&self, path: &str, recursive: bool) -> Result<u64, GuestError> {
-        match self.ask(Remove { path: path.into(), recursive, ..Default::default() }).await? {
+        match self.ask(Remove { path: path.into(), recursive }).await? {
             Some(outcome::Kind::Removed(removed)) => Ok(removed.entries),
             _ => Err(unexpected_outcome()),
         }
     }
 
     async fn list_directory(&self, path: &str, include_hidden: bool) -> Result<Vec<DirectoryEntry>, GuestError> {
-        let (_sender, mut receiver) = self.open(ListDirectory { path: path.into(), include_hidden, ..Default::default() }).await?;
+        let (_sender, mut receiver) = self.open(ListDirectory { path: path.into(), include_hidden }).await?;
         let mut entries = Vec::new();
+        let mut bytes = 0;
         loop {
             match receiver.next().await {
                 Some(Incoming::Message(message)) => {
+                    bytes += message.len();
                     let Some(event::Kind::Entries(part)) = event_of(&message) else { continue };
                     entries.extend(part.entries.into_iter().map(|entry| DirectoryEntry {
                         name: entry.name,
@@ -94,7 +100,7 @@ impl Guest for Link {
                         modified_unix_ns: entry.modified_unix_ns,
                         is_dir: entry.is_dir,
                     }));
-                    if entries.len() > ENTRIES_MAX {
+                    if entries.len() > ENTRIES_MAX || bytes > ENTRIES_BYTES_MAX {
                         return Err(guest_error(Code::FileSystem, "too many entries"));
                     }
                 }

@@ -80,7 +80,7 @@ impl Link {
 
     /// Sends a request.
     async fn open(&self, kind: impl Into<request::Kind>) -> Result<(Sender, Receiver), GuestError> {
-        let request = Request { kind: Some(kind.into()), ..Default::default() };
+        let request = Request { kind: Some(kind.into()) };
         self.mux.open(messages::encode(&request)).await.map_err(|error| match error {
             OpenError::Closed => unreachable_guest(),
             OpenError::TooMany => guest_error(Code::CapacityUnavailable, "streams to the sandbox"),

@@ -22,17 +22,12 @@ const STDIN_BYTES_MAX: usize = 1024 * 1024;
 pub(super) fn to_message(command: Command) -> messages::Command {
     messages::Command {
         argv: command.argv,
-        env: command
-            .env
-            .into_iter()
-            .map(|(name, value)| EnvironmentVariable { name, value, ..Default::default() })
-            .collect(),
+        env: command.env.into_iter().map(|(name, value)| EnvironmentVariable { name, value }).collect(),
         cwd: command.cwd,
         privileged: command.privileged,
         pty: command.pty,
         stdin: command.stdin,
         timeout_ms: command.timeout_ms,
-        ..Default::default()
     }
 }
 
@@ -65,7 +60,10 @@ impl OutOfMemory {
 
     /// Corrects the reason of a command that the kernel killed.
     fn explain(&self, mut status: ExitStatus) -> ExitStatus {
-        if status.reason == "signaled" && status.signal == "SIGKILL" && self.count.as_ref().is_some_and(|count| count() > self.before) {
+        if status.reason == "signaled"
+            && status.signal == "SIGKILL"
+            && self.count.as_ref().is_some_and(|count| count() > self.before)
+        {
             status.reason = "out_of_memory".into();
         }
         status
@@ -162,7 +160,7 @@ async fn feed(sender: Sender, mut inputs: mpsc::Receiver<ProcessInput>) {
                 Some(ProcessInput::StdinClose) => closing = true,
                 Some(ProcessInput::Signal(signal)) => tell(&sender, to_signal(signal)).await,
                 Some(ProcessInput::Resize { columns, rows }) => {
-                    let size = Resize { columns: columns.into(), rows: rows.into(), ..Default::default() };
+                    let size = Resize { columns: columns.into(), rows: rows.into() };
                     tell(&sender, messages::input::Kind::Resize(Box::new(size))).await;
                 }
                 None => open = false,
@@ -184,7 +182,7 @@ fn split(mut data: Bytes) -> impl Iterator<Item = Bytes> {
 }
 
 async fn tell(sender: &Sender, kind: messages::input::Kind) {
-    let input = Input { kind: Some(kind), ..Default::default() };
+    let input = Input { kind: Some(kind) };
     // A closed stream means that the command has ended.
     let _ = sender.message(messages::encode(&input)).await;
 }
@@ -204,7 +202,7 @@ fn to_signal(signal: Signal) -> messages::input::Kind {
 /// The output of a detached command.
 pub(super) async fn follow(link: &Link, id: String) -> Result<mpsc::Receiver<ProcessEvent>, GuestError> {
     let out_of_memory = OutOfMemory::watch(link);
-    let request = messages::Follow { execution_id: id, ..Default::default() };
+    let request = messages::Follow { execution_id: id };
     let (sender, mut receiver) = link.open(request).await?;
     // The first thing that comes tells whether there is such an execution.
     let (events, reader) = mpsc::channel(EVENTS_MAX);

@@ -1,7 +1,7 @@
 //! The link against the real agent, which runs as an ordinary process of the host here: commands and
 //! files are the host's own, so everything happens below a temporary directory.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -15,6 +15,7 @@ use tempfile::TempDir;
 
 use super::Link;
 
+mod boot;
 mod commands;
 mod connections;
 mod detached;
@@ -29,6 +30,11 @@ struct Agent {
 
 impl Agent {
     fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Also hands it descriptors, each with the name of its argument.
+    fn start_with(descriptors: &[(&str, BorrowedFd<'_>)]) -> Self {
         let directory = TempDir::new().unwrap();
         std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let home = directory.path().join("home");
@@ -36,14 +42,13 @@ impl Agent {
         std::os::unix::fs::chown(&home, Some(1000), Some(1000)).unwrap();
         let program = crate::programs::agent().unwrap();
         let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
-        rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
-        let process = std::process::Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))
-            .arg(format!("--listen-fd={}", listener.as_raw_fd()))
-            .arg(format!("--home={}", home.display()))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut command = std::process::Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
+        command.arg(format!("--home={}", home.display())).stdin(Stdio::null()).stdout(Stdio::null());
+        for (name, descriptor) in descriptors.iter().chain(&[("listen", listener.as_fd())]) {
+            rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::empty()).unwrap();
+            command.arg(format!("--{name}-fd={}", descriptor.as_raw_fd()));
+        }
+        let process = command.arg("--memory-limit-bytes=1073741824").spawn().unwrap();
         Self { process, directory }
     }
 
@@ -62,9 +67,25 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
+        // Commands outlive the agent here, where it is not process 1.
+        for child in children(self.process.id()) {
+            if let Some(child) = rustix::process::Pid::from_raw(child) {
+                let _ = rustix::process::kill_process(child, rustix::process::Signal::KILL);
+            }
+        }
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// All processes below one, which collects their orphans.
+fn children(pid: u32) -> Vec<i32> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let lists = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+    let direct: Vec<i32> =
+        lists.flat_map(|list| list.split_whitespace().flat_map(str::parse).collect::<Vec<_>>()).collect();
+    let below: Vec<i32> = direct.iter().flat_map(|child| children(*child as u32)).collect();
+    [direct, below].concat()
 }
 
 fn command(argv: &[&str]) -> Command {

@@ -94,8 +94,11 @@ impl Disks {
         for layer in &self.layers {
             for directory in ["", "/upper", "/work"] {
                 let name = format!("{layer}{directory}");
-                rustix::fs::mkdirat(&disk, &name, Mode::from_raw_mode(0o755))
-                    .map_err(|errno| DiskError::System { step: "create", path: name, source: errno.into() })?;
+                rustix::fs::mkdirat(&disk, &name, Mode::from_raw_mode(0o755)).map_err(|errno| DiskError::System {
+                    step: "create",
+                    path: name,
+                    source: errno.into(),
+                })?;
             }
         }
         Ok(())
@@ -151,7 +154,13 @@ mod tests {
     fn a_sparse_copy_has_the_same_content_and_stays_sparse() {
         let directory = tempfile::tempdir().expect("a directory");
         let open = |name: &str| {
-            OpenOptions::new().read(true).write(true).create(true).truncate(true).open(directory.path().join(name)).expect("a file")
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .open(directory.path().join(name))
+                .expect("a file")
         };
         let (source, target) = (open("a"), open("b"));
         source.set_len(64 << 20).expect("a size");

@@ -16,10 +16,39 @@ const PROGRAM_DIRECTORIES: [&str; 7] = ["usr", "bin", "sbin", "lib", "lib32", "l
 /// What is taken from the host's `/etc`: needed by programs of `/usr`, and telling nothing of the
 /// host's users, secrets or network.
 const FROM_ETC: [&str; 33] = [
-    "alternatives", "bash.bashrc", "ca-certificates", "ca-certificates.conf", "debconf.conf", "debian_version", "dpkg",
-    "environment", "fonts", "inputrc", "java-17-openjdk", "java-21-openjdk", "ld.so.cache", "ld.so.conf", "ld.so.conf.d",
-    "locale.alias", "localtime", "login.defs", "magic", "magic.mime", "mime.types", "os-release", "pam.conf", "pam.d", "perl",
-    "profile", "protocols", "python3", "python3.11", "security", "services", "skel", "terminfo",
+    "alternatives",
+    "bash.bashrc",
+    "ca-certificates",
+    "ca-certificates.conf",
+    "debconf.conf",
+    "debian_version",
+    "dpkg",
+    "environment",
+    "fonts",
+    "inputrc",
+    "java-17-openjdk",
+    "java-21-openjdk",
+    "ld.so.cache",
+    "ld.so.conf",
+    "ld.so.conf.d",
+    "locale.alias",
+    "localtime",
+    "login.defs",
+    "magic",
+    "magic.mime",
+    "mime.types",
+    "os-release",
+    "pam.conf",
+    "pam.d",
+    "perl",
+    "profile",
+    "protocols",
+    "python3",
+    "python3.11",
+    "security",
+    "services",
+    "skel",
+    "terminfo",
 ];
 /// Of `/etc/ssl` only this: the rest may hold private keys.
 const FROM_ETC_SSL: [&str; 2] = ["certs", "openssl.cnf"];
@@ -117,9 +146,12 @@ fn fingerprint(name_server: Option<Ipv4Addr>) -> String {
 
 fn describe(path: &Path, hash: &mut blake3::Hasher) {
     let Ok(metadata) = fs::symlink_metadata(path) else { return };
-    hash.update(format!("{}\0{}\0{}\0{}", path.display(), metadata.mode(), metadata.len(), metadata.mtime()).as_bytes());
+    hash.update(
+        format!("{}\0{}\0{}\0{}", path.display(), metadata.mode(), metadata.len(), metadata.mtime()).as_bytes(),
+    );
     if metadata.is_dir() {
-        let mut entries: Vec<_> = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        let mut entries: Vec<_> =
+            fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
         entries.sort();
         entries.iter().for_each(|entry| describe(entry, hash));
     }
@@ -136,11 +168,30 @@ pub fn remove_unused(images: &Path, used: &[PathBuf]) {
 
 fn make_directories(base: &Path) -> Result<(), ImageError> {
     let directories = [
-        ("dev", 0o755, 0), ("etc", 0o755, 0), ("home", 0o755, 0), ("home/tenki", 0o755, TENKI), ("media", 0o755, 0),
-        ("mnt", 0o755, 0), ("opt", 0o755, 0), ("proc", 0o555, 0), ("root", 0o700, 0), ("run", 0o755, 0), ("run/lock", 0o1777, 0),
-        ("srv", 0o755, 0), ("sys", 0o555, 0), ("tmp", 0o1777, 0), ("var", 0o755, 0), ("var/cache", 0o755, 0),
-        ("var/lib", 0o755, 0), ("var/local", 0o755, 0), ("var/log", 0o755, 0), ("var/mail", 0o755, 0), ("var/opt", 0o755, 0),
-        ("var/spool", 0o755, 0), ("var/tmp", 0o1777, 0), ("workspace", 0o755, TENKI),
+        ("dev", 0o755, 0),
+        ("etc", 0o755, 0),
+        ("home", 0o755, 0),
+        ("home/tenki", 0o755, TENKI),
+        ("media", 0o755, 0),
+        ("mnt", 0o755, 0),
+        ("opt", 0o755, 0),
+        ("proc", 0o555, 0),
+        ("root", 0o700, 0),
+        ("run", 0o755, 0),
+        ("run/lock", 0o1777, 0),
+        ("srv", 0o755, 0),
+        ("sys", 0o555, 0),
+        ("tmp", 0o1777, 0),
+        ("var", 0o755, 0),
+        ("var/cache", 0o755, 0),
+        ("var/lib", 0o755, 0),
+        ("var/local", 0o755, 0),
+        ("var/log", 0o755, 0),
+        ("var/mail", 0o755, 0),
+        ("var/opt", 0o755, 0),
+        ("var/spool", 0o755, 0),
+        ("var/tmp", 0o1777, 0),
+        ("workspace", 0o755, TENKI),
     ];
     for (name, mode, owner) in directories {
         let path = base.join(name);
@@ -174,21 +225,33 @@ fn make_etc(etc: &Path, name_server: Option<Ipv4Addr>) -> Result<(), ImageError>
     }
     let resolver = name_server.map_or(String::new(), |address| format!("nameserver {address}\n"));
     let files = [
-        ("passwd", 0o644, "root:x:0:0:root:/root:/bin/bash\n\
+        (
+            "passwd",
+            0o644,
+            "root:x:0:0:root:/root:/bin/bash\n\
                            daemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin\n\
                            mail:x:8:8:mail:/var/mail:/usr/sbin/nologin\n\
                            www-data:x:33:33:www-data:/var/www:/usr/sbin/nologin\n\
                            _apt:x:42:65534::/nonexistent:/usr/sbin/nologin\n\
                            tenki:x:1000:1000:tenki:/home/tenki:/bin/bash\n\
-                           nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"),
-        ("group", 0o644, "root:x:0:\ndaemon:x:1:\nadm:x:4:\ntty:x:5:\ndisk:x:6:\nmail:x:8:\nsudo:x:27:tenki\nwww-data:x:33:\n\
-                          shadow:x:42:\nutmp:x:43:\nstaff:x:50:\nusers:x:100:\ntenki:x:1000:\nnogroup:x:65534:\n"),
+                           nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+        ),
+        (
+            "group",
+            0o644,
+            "root:x:0:\ndaemon:x:1:\nadm:x:4:\ntty:x:5:\ndisk:x:6:\nmail:x:8:\nsudo:x:27:tenki\nwww-data:x:33:\n\
+                          shadow:x:42:\nutmp:x:43:\nstaff:x:50:\nusers:x:100:\ntenki:x:1000:\nnogroup:x:65534:\n",
+        ),
         // No password fits `*`; `sudo` asks for none.
         ("shadow", 0o640, "root:*:19000:0:99999:7:::\ntenki:*:19000:0:99999:7:::\n"),
         ("sudoers", 0o440, "Defaults env_reset, !use_pty\nroot ALL=(ALL:ALL) ALL\ntenki ALL=(ALL:ALL) NOPASSWD: ALL\n"),
         ("hostname", 0o644, "sandbox\n"),
         ("hosts", 0o644, "127.0.0.1 localhost sandbox\n::1 localhost ip6-localhost\n"),
-        ("nsswitch.conf", 0o644, "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nservices: files\nprotocols: files\n"),
+        (
+            "nsswitch.conf",
+            0o644,
+            "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nservices: files\nprotocols: files\n",
+        ),
         ("host.conf", 0o644, "multi on\n"),
         ("shells", 0o644, "/bin/sh\n/bin/bash\n"),
         ("resolv.conf", 0o644, resolver.as_str()),

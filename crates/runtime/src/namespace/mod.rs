@@ -32,7 +32,6 @@ use tokio::sync::{Notify, mpsc};
 pub use network::{Cidr, Network, NetworkError};
 
 use crate::cgroup::Cgroups;
-use crate::link::Link;
 use crate::spawner::Spawner;
 use live::{Live, PidFd};
 use record::Record;
@@ -128,7 +127,8 @@ impl NamespaceDriver {
             None
         };
         let images = data.join("images");
-        let image = host_image::make(&images, network.as_ref().map(Network::name_server)).map_err(on("make the host image"))?;
+        let image =
+            host_image::make(&images, network.as_ref().map(Network::name_server)).map_err(on("make the host image"))?;
         let disks = disk::Disks::open(&data, &image.layer_names()).map_err(on("prepare disks"))?;
         let sandboxes = data.join("sandboxes");
         let pool_directory = data.join("pool");
@@ -148,7 +148,8 @@ impl NamespaceDriver {
         );
         claim_what_exists(&factory, &sandboxes, &images);
         let factory = Arc::new(factory);
-        let mut shapes = vec![(Shape { disk_gb: nagaya_api::limits::DEFAULT_DISK_GB, outbound: false }, config.pool_ready_isolated)];
+        let mut shapes =
+            vec![(Shape { disk_gb: nagaya_api::limits::DEFAULT_DISK_GB, outbound: false }, config.pool_ready_isolated)];
         if config.network_outbound {
             shapes.push((Shape { disk_gb: nagaya_api::limits::DEFAULT_DISK_GB, outbound: true }, config.pool_ready));
         }
@@ -217,7 +218,8 @@ fn claim_what_exists(factory: &Factory, sandboxes: &Path, images: &Path) {
             let _ = group.remove();
         }
     }
-    let used: Vec<PathBuf> = records.into_iter().map(|record| record.base).chain([factory.image.base.clone()]).collect();
+    let used: Vec<PathBuf> =
+        records.into_iter().map(|record| record.base).chain([factory.image.base.clone()]).collect();
     host_image::remove_unused(images, &used);
 }
 
@@ -268,7 +270,9 @@ impl Inner {
     /// Everything of a creation but the waiting for the agent.
     fn start(&self, id: SessionId, machine: &Machine) -> Result<Started, DriverError> {
         if machine.outbound && !self.config.network_outbound {
-            return Err(DriverError::Failed("this server gives no sandbox outbound access; ask for allow_outbound=false".into()));
+            return Err(DriverError::Failed(
+                "this server gives no sandbox outbound access; ask for allow_outbound=false".into(),
+            ));
         }
         let slot = self.slot(machine).map_err(|error| match error {
             SlotError::Exhausted(_) => DriverError::Exhausted("slots_max".into()),

@@ -124,13 +124,12 @@ impl Network {
 
     fn rules(&self, allowed: &[String], upstream: Option<Ipv4Addr>) -> String {
         let (table, links, cidr, gateway) = (self.table(), self.link_prefix(), self.cidr, self.cidr.gateway());
-        let allow = if allowed.is_empty() {
-            String::new()
-        } else {
-            format!("ip daddr {{ {} }} accept", allowed.join(", "))
-        };
+        let allow =
+            if allowed.is_empty() { String::new() } else { format!("ip daddr {{ {} }} accept", allowed.join(", ")) };
         let dns = upstream.map_or(String::new(), |upstream| {
-            format!("iifname \"{links}*\" ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 dnat ip to {upstream}")
+            format!(
+                "iifname \"{links}*\" ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 dnat ip to {upstream}"
+            )
         });
         format!(
             r#"add table inet {table}

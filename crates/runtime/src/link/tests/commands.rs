@@ -138,7 +138,11 @@ async fn starts_that_cannot_be_are_refused_with_a_reason() {
 async fn nothing_of_the_agent_leaks_into_commands() {
     let agent = Agent::start();
     let link = agent.connect().await;
-    let (ended, _) = run(&link, shell("ls -l /proc/self/fd | wc -l; grep -E 'Sig(Blk|Ign)' /proc/self/status; ps -o pid=,sid=,pgid= -p $$")).await;
+    let (ended, _) = run(
+        &link,
+        shell("ls -l /proc/self/fd | wc -l; grep -E 'Sig(Blk|Ign)' /proc/self/status; ps -o pid=,sid=,pgid= -p $$"),
+    )
+    .await;
     let text = String::from_utf8_lossy(&ended.stdout).into_owned();
     let mut lines = text.lines();
     // A total, the three streams, and the directory that `ls` reads.

@@ -106,8 +106,8 @@ async fn unknown_fields_and_requests_of_a_newer_server_are_survived() {
     let error = crate::link::finish(&end).unwrap_err();
     assert_eq!(error.code, Code::CapabilityUnavailable);
 
-    let stat = messages::Stat { path: "/".into(), ..Default::default() };
-    let mut payload = messages::encode(&Request { kind: request::Kind::from(stat).into(), ..Default::default() }).to_vec();
+    let stat = messages::Stat { path: "/".into() };
+    let mut payload = messages::encode(&Request { kind: request::Kind::from(stat).into() }).to_vec();
     payload.extend_from_slice(&[0xc0, 0x3e, 1]);
     let (_sender, mut receiver) = link.mux.open(payload.into()).await.unwrap();
     let Some(nagaya_guest::mux::Incoming::End(end)) = receiver.next().await else { panic!("no outcome") };
@@ -118,11 +118,17 @@ async fn unknown_fields_and_requests_of_a_newer_server_are_survived() {
 async fn whoever_breaks_the_rules_is_told_which_and_cut_off() {
     let agent = Agent::start();
     let open = |stream: u32| {
-        let command = nagaya_guest::messages::Command { argv: vec!["cat".into()], stdin: true, cwd: "/".into(), ..Default::default() };
-        let request = Request { kind: request::Kind::from(command).into(), ..Default::default() };
+        let command = nagaya_guest::messages::Command {
+            argv: vec!["cat".into()],
+            stdin: true,
+            cwd: "/".into(),
+            ..Default::default()
+        };
+        let request = Request { kind: request::Kind::from(command).into() };
         Frame { kind: Kind::Open, stream, payload: messages::encode(&request) }
     };
-    let frame = |kind: Kind, stream: u32, payload: &'static [u8]| Frame { kind, stream, payload: Bytes::from_static(payload) };
+    let frame =
+        |kind: Kind, stream: u32, payload: &'static [u8]| Frame { kind, stream, payload: Bytes::from_static(payload) };
     let data = |length: usize| Frame { kind: Kind::Data, stream: 1, payload: vec![0; length].into() };
     let cases: Vec<(Vec<Frame>, &str)> = vec![
         (vec![frame(Kind::Reset, 1, b"")], "did not begin with a greeting"),
@@ -135,7 +141,10 @@ async fn whoever_breaks_the_rules_is_told_which_and_cut_off() {
         (vec![hello(1, 1), open(1), Frame::window(1, u32::MAX, 0)], "more credit"),
         ([vec![hello(1, 1), open(1)], vec![data(65_536); 5]].concat(), "more was sent than had been granted"),
         ([vec![hello(1, 1), open(1)], vec![data(1); 257]].concat(), "more was sent than had been granted"),
-        ((0..=1024).map(|number| if number == 0 { hello(1, 1) } else { open(number) }).chain([open(1025)]).collect(), "too many streams"),
+        (
+            (0..=1024).map(|number| if number == 0 { hello(1, 1) } else { open(number) }).chain([open(1025)]).collect(),
+            "too many streams",
+        ),
     ];
     for (frames, reason) in cases {
         let mut stream = raw(&agent).await;
@@ -208,8 +217,8 @@ async fn a_lying_agent_loses_its_link_and_callers_learn_of_it() {
 async fn answers_that_make_no_sense_are_errors() {
     let (link, mut theirs) = false_agent(Vec::new()).await;
     let error = |code: &str| {
-        let error = messages::Error { code: code.into(), detail: format!("a\u{7}{}", "x".repeat(1000)), errno: -5, ..Default::default() };
-        messages::encode(&messages::Outcome { kind: error.into(), ..Default::default() })
+        let error = messages::Error { code: code.into(), detail: format!("a\u{7}{}", "x".repeat(1000)), errno: -5 };
+        messages::encode(&messages::Outcome { kind: error.into() })
     };
     let answers = [
         (Kind::End, Bytes::from_static(&[255; 20]), Code::GuestUnreachable),

@@ -11,7 +11,8 @@ fn id(number: u8) -> ExecutionId {
 async fn output_is_followed_from_the_beginning_live_and_to_the_exit() {
     let agent = Agent::start();
     let link = agent.connect().await;
-    let script = format!("echo one; echo two >&2; while [ ! -e {} ]; do sleep 0.01; done; echo three; exit 4", agent.path("go"));
+    let script =
+        format!("echo one; echo two >&2; while [ ! -e {} ]; do sleep 0.01; done; echo three; exit 4", agent.path("go"));
     let pid = link.run_detached(id(1), shell(&script)).await.unwrap();
     assert!(is_alive(pid));
     let mut early = link.follow(id(1)).await.unwrap();
@@ -29,7 +30,8 @@ async fn repeating_a_start_does_not_start_twice() {
     let agent = Agent::start();
     let link = agent.connect().await;
     let wanted = shell(&format!("echo x >> {}; sleep 1000", agent.path("trace")));
-    let (first, second) = tokio::join!(link.run_detached(id(1), wanted.clone()), link.run_detached(id(1), wanted.clone()));
+    let (first, second) =
+        tokio::join!(link.run_detached(id(1), wanted.clone()), link.run_detached(id(1), wanted.clone()));
     assert_eq!(first.unwrap(), second.unwrap());
     let again = agent.connect().await;
     again.run_detached(id(1), wanted).await.unwrap();
@@ -41,7 +43,8 @@ async fn repeating_a_start_does_not_start_twice() {
 async fn output_survives_the_connection() {
     let agent = Agent::start();
     let first = agent.connect().await;
-    let script = format!("head -c 5000000 /dev/zero; echo x > {}; head -c 5000000 /dev/zero; exit 2", agent.path("trace"));
+    let script =
+        format!("head -c 5000000 /dev/zero; echo x > {}; head -c 5000000 /dev/zero; exit 2", agent.path("trace"));
     first.run_detached(id(1), shell(&script)).await.unwrap();
     drop(first);
     let second = agent.connect().await;

@@ -27,8 +27,10 @@ async fn read(link: &Link, path: &str, offset: u64, length: u64) -> Result<Vec<u
 }
 
 fn names(agent: &Agent) -> Vec<String> {
-    let mut names: Vec<String> =
-        std::fs::read_dir(agent.home()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> = std::fs::read_dir(agent.home())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -148,7 +150,13 @@ async fn a_large_piece_is_split_and_an_empty_file_is_made() {
 async fn what_is_no_regular_file_is_refused_at_once() {
     let agent = Agent::start();
     let link = agent.connect().await;
-    assert!(run(&link, shell(&format!("cd {}; mkfifo fifo; mkdir directory; ln -s loop loop", agent.home().display()))).await.1.code == 0);
+    assert!(
+        run(&link, shell(&format!("cd {}; mkfifo fifo; mkdir directory; ln -s loop loop", agent.home().display())))
+            .await
+            .1
+            .code
+            == 0
+    );
     let _socket = UnixListener::bind(agent.home().join("socket")).unwrap();
     let cases = [
         ("fifo", Code::NotARegularFile),

@@ -36,7 +36,7 @@ def paths():
     refused(f"{len(roots)} roots")
 
 
-def written(root, top):
+def opened_for_writing(top):
     """Files below a directory that open for writing. Nothing is written."""
     found = []
     for directory, names, files in os.walk(top):
@@ -48,12 +48,14 @@ def written(root, top):
             except OSError:
                 continue
             found.append(path)
+            if len(found) == 5:
+                return found
     return found
 
 
 def writes_to_proc():
     # What the kernel lets a process set for itself or its own namespaces is not the host's.
-    found = written("", "/proc/sys")
+    found = opened_for_writing("/proc/sys")
     for path in ("/proc/sysrq-trigger", "/proc/irq/default_smp_affinity", "/proc/bus/pci", "/proc/mtrr", "/proc/acpi",
                  "/proc/scsi/scsi", "/proc/timer_list", "/proc/kcore", "/proc/kmsg", "/proc/kpageflags", "/proc/fs",
                  "/proc/latency_stats", "/proc/profile", "/proc/sys/kernel/core_pattern", "/proc/sys/vm/drop_caches"):
@@ -66,7 +68,7 @@ def writes_to_proc():
 
 
 def writes_to_sys():
-    found = written("", "/sys")
+    found = opened_for_writing("/sys")
     reached(str(found[:5])) if found else refused("none opens for writing")
 
 
@@ -78,14 +80,14 @@ def secrets_of_the_kernel():
     def content(path):
         return os.read(os.open(path, os.O_RDONLY | os.O_NONBLOCK), 64)
     quiet = ("/proc/kcore", "/proc/keys", "/proc/key-users", "/proc/timer_list", "/proc/sched_debug", "/proc/vmallocinfo",
-             "/proc/slabinfo", "/proc/iomem_real", "/proc/kpagecount", "/proc/kpageflags", "/proc/cmdline", "/proc/modules")
+             "/proc/slabinfo", "/proc/kpagecount", "/proc/kpageflags", "/proc/cmdline", "/proc/modules")
     first_success([("kallsyms", kallsyms)] + [(path, lambda path=path: content(path)) for path in quiet])
 
 
 def control_groups():
     """Files that move processes between groups or start programs of the host."""
     wanted = ("release_agent", "cgroup.procs", "notify_on_release", "cgroup.kill", "cgroup.subtree_control", "devices.allow")
-    for directory, names, files in os.walk("/"):
+    for directory, names, files in os.walk(sys.argv[1]):
         if directory == "/":
             names[:] = [name for name in names if name != "proc"]
         for name in files:

@@ -64,7 +64,7 @@ def io_uring():
 
 def keyring_add_key():
     result, number = call(
-        nr(248, 217), ctypes.c_char_p(b"user"), ctypes.c_char_p(b"nagaya"), ctypes.c_char_p(b"x"), 1, -3)
+        nr(248, 217), ctypes.c_char_p(b"user"), ctypes.c_char_p(b"nagaya"), ctypes.c_char_p(b"x"), 1, -2)
     judge(result, number)
 
 
@@ -79,7 +79,7 @@ def keyring_of_the_user():
 
 def keyring_request_key():
     result, number = call(
-        nr(249, 218), ctypes.c_char_p(b"user"), ctypes.c_char_p(b"no such key"), None, -3)
+        nr(249, 218), ctypes.c_char_p(b"user"), ctypes.c_char_p(b"no such key"), None, -2)
     judge(result, number, (errno.ENOKEY,))
 
 
@@ -91,11 +91,12 @@ def reboot_of_the_host():
 
 def clock_change():
     import time
-    now = time.clock_gettime(time.CLOCK_REALTIME)
+    real = time.CLOCK_REALTIME
     first_success([
-        ("clock_settime", lambda: time.clock_settime(time.CLOCK_REALTIME, time.clock_gettime(time.CLOCK_REALTIME)) or "set"),
-        ("adjtimex", lambda: raw(nr(159, 171), ctypes.create_string_buffer(struct.pack("<Iq", 0x4000, 10000).ljust(8) + b"\0" * 300)) >= 0 and "set"),
-    ]) if now else None
+        ("clock_settime", lambda: time.clock_settime(real, time.clock_gettime(real)) or "set"),
+        # ADJ_TICK with the usual length of a tick.
+        ("adjtimex", lambda: raw(nr(159, 171), ctypes.create_string_buffer(struct.pack("<I", 0x4000) + bytes(84) + struct.pack("<q", 10000), 300)) >= 0 and "set"),
+    ])
 
 
 def kernel_log():

@@ -146,24 +146,20 @@ def device_nodes():
 
 def devices_that_are_there():
     import stat
-    expected = {"null", "zero", "full", "random", "urandom", "tty", "ptmx"}
-    found = []
-    for directory, _, names in os.walk("/", onerror=None):
-        if directory.startswith(("/proc", "/sys")):
-            continue
-        for name in names:
+    expected = {f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty", "ptmx")}
+    for directory, names, files in os.walk(sys.argv[1]):
+        if directory == "/":
+            names[:] = [name for name in names if name not in ("proc", "sys")]
+        for name in files:
+            path = os.path.join(directory, name)
             try:
-                mode = os.lstat(os.path.join(directory, name)).st_mode
+                mode = os.lstat(path).st_mode
             except OSError:
                 continue
-            terminal = directory == "/dev/pts"
-            if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) and not terminal and not (
-                    directory == "/dev" and name in expected):
-                # Overlays mark what was deleted so; from inside it is never seen.
-                found.append(os.path.join(directory, name))
-        if directory == "/" and "shallow" in sys.argv:
-            break
-    reached(str(found[:5])) if found else refused("only the usual ones")
+            usual = path in expected or directory == "/dev/pts"
+            if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) and not usual:
+                reached(path)
+    refused("only the usual ones")
 
 
 def open_by_handle():

@@ -127,8 +127,7 @@ def foreign_source_address():
             datagram.bind((source, 0))
             datagram.sendto(b"ping", (target, port))
         return "sent"
-    # IP_FREEBIND needs no right, so what it sends is looked at by the test; IP_TRANSPARENT does.
-    first_success([("plain", lambda: bound(None)), ("IP_TRANSPARENT", lambda: bound(19))])
+    first_success([("plain", lambda: bound(None)), ("IP_FREEBIND", lambda: bound(15)), ("IP_TRANSPARENT", lambda: bound(19))])
 
 
 def packet_filter():

@@ -176,3 +176,17 @@ def terminal_input():
     _, status = os.waitpid(pid, 0)
     code = os.WEXITSTATUS(status)
     reached("TIOCSTI") if code == 0 else refused(name_of(code))
+
+
+def descriptors_that_came_along():
+    if "own" in sys.argv:
+        os.dup2(os.open("/etc/passwd", os.O_RDONLY), 9)
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[name] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            # The descriptor of the listing itself.
+            continue
+    strange = {name: target for name, target in found.items() if name not in ("0", "1", "2")}
+    reached(str(strange)) if strange else refused(str(found))

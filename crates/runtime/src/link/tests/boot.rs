@@ -1,0 +1,111 @@
+use std::fs::File;
+use std::io::Read;
+
+use nagaya_api::error::Code;
+use nagaya_engine::ports::{ProcessInput, WriteOptions};
+
+use super::*;
+
+fn file(directory: &TempDir, name: &str, content: &str) -> File {
+    let path = directory.path().join(name);
+    std::fs::write(&path, content).unwrap();
+    File::options().read(true).write(true).open(path).unwrap()
+}
+
+#[tokio::test]
+async fn every_command_enters_the_control_groups_before_it_runs() {
+    let directory = TempDir::new().unwrap();
+    let groups = [file(&directory, "one", ""), file(&directory, "two", "")];
+    let agent = Agent::start_with(&[("cgroup-procs", groups[0].as_fd()), ("cgroup-procs", groups[1].as_fd())]);
+    let link = agent.connect().await;
+    assert_eq!(run(&link, command(&["true"])).await.1.code, 0);
+    for name in ["one", "two"] {
+        assert_eq!(std::fs::read_to_string(directory.path().join(name)).unwrap(), "0");
+    }
+}
+
+#[tokio::test]
+async fn a_command_that_cannot_enter_its_control_group_does_not_run() {
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let agent = Agent::start_with(&[("cgroup-procs", full.as_fd())]);
+    let link = agent.connect().await;
+    let trace = agent.path("trace");
+    for _ in 0..3 {
+        let error = link.run(command(&["touch", &trace])).await.map(|_| ()).unwrap_err();
+        assert_eq!((error.code, error.errno), (Code::CapacityUnavailable, libc::ENOSPC));
+    }
+    assert_eq!(link.stat(&trace).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn it_says_when_it_is_ready_and_shows_the_memory_of_the_sandbox() {
+    let directory = TempDir::new().unwrap();
+    let usage = file(&directory, "usage", "536870912\n");
+    let meminfo = file(&directory, "meminfo", "");
+    let (mut ready, control) = std::io::pipe().unwrap();
+    let agent = Agent::start_with(&[
+        ("memory-usage", usage.as_fd()),
+        ("meminfo", meminfo.as_fd()),
+        ("control", control.as_fd()),
+    ]);
+    drop(control);
+    let mut said = Vec::new();
+    // Ends because the agent closes its end: no command could hold it open.
+    ready.read_to_end(&mut said).unwrap();
+    assert_eq!(said.len(), 1);
+    let shown = || std::fs::read_to_string(directory.path().join("meminfo")).unwrap();
+    assert!(shown().contains("MemTotal:            1048576 kB\nMemFree:              524288 kB\n"), "{}", shown());
+
+    std::fs::write(directory.path().join("usage"), "1073741824\n").unwrap();
+    let link = agent.connect().await;
+    let mut wanted = command(&["cat"]);
+    wanted.stdin = true;
+    let process = link.run(wanted).await.unwrap();
+    until("it is refreshed", || shown().contains("MemFree:                   0 kB\n")).await;
+    process.input.send(ProcessInput::StdinClose).await.unwrap();
+    finish(process).await;
+}
+
+#[tokio::test]
+async fn arguments_it_does_not_understand_stop_it() {
+    for arguments in [&["--listen-fd=0"][..], &["--listen-fd=x"], &["--what=1"], &[]] {
+        let program = crate::programs::agent().unwrap();
+        let output = std::process::Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        assert!(!output.status.success(), "{arguments:?}");
+        assert!(output.stderr.starts_with(b"nagaya-agent: "), "{arguments:?}");
+    }
+}
+
+#[tokio::test]
+async fn it_is_small_again_after_heavy_use() {
+    assert!(rustix::fs::fstat(crate::programs::agent().unwrap()).unwrap().st_size <= 4 << 20);
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    let mut transfers = tokio::task::JoinSet::new();
+    for number in 0..8 {
+        let link = link.clone();
+        transfers.spawn(async move {
+            let name = format!("file{number}");
+            let writer = link.write_file(&name, WriteOptions { mode: 0, truncate: true, sync: false }).await.unwrap();
+            for _ in 0..200 {
+                writer.chunks.send(Bytes::from(vec![1; 65_536])).await.unwrap();
+            }
+            writer.finish().await.unwrap();
+            let mut reader = link.read_file(&name, 0, 0, 0).await.unwrap();
+            while reader.chunks.recv().await.is_some() {}
+        });
+    }
+    while let Some(result) = transfers.join_next().await {
+        result.unwrap();
+    }
+    let private = || -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", agent.process.id())).unwrap();
+        let line = text.lines().find(|line| line.starts_with("Private_Dirty:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    until("its memory is given back", || private() <= 2048).await;
+}
