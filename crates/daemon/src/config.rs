@@ -129,8 +129,11 @@ pub struct Pools {
 pub struct Namespace {
     /// Sandboxes that can exist at once, those of the pools included. Default 1024, at most 4096.
     pub slots_max: u32,
-    /// Processes and threads of one sandbox. Default 4096.
+    /// Processes and threads of one sandbox. Default 1024.
     pub processes_max: u64,
+    /// Switch the host's cgroups to fast moves of processes (`favordynmods`), which saves some 8 ms
+    /// for each command and stays on for the whole host. Default true.
+    pub favor_cgroup_moves: bool,
 }
 
 /// What flags and environment say; wins over the file.
@@ -199,7 +202,7 @@ impl Default for Pools {
 
 impl Default for Namespace {
     fn default() -> Self {
-        Self { slots_max: 1_024, processes_max: 4_096 }
+        Self { slots_max: 1_024, processes_max: 1_024, favor_cgroup_moves: true }
     }
 }
 

@@ -133,27 +133,43 @@ pub enum FrameError {
 
 /// Cuts a stream of bytes into frames. Memory grows with the bytes that came, never with a length
 /// that was only announced.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Decoder {
     buffer: BytesMut,
+    /// Room to make for the next read, bytes.
+    room: usize,
+}
+
+/// An idle connection waits with this much room, bytes: there may be a thousand of them.
+const ROOM_BYTES_MIN: usize = 4 * 1024;
+/// A busy one with this much.
+const ROOM_BYTES_MAX: usize = 128 * 1024;
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self { buffer: BytesMut::new(), room: ROOM_BYTES_MIN }
+    }
 }
 
 impl Decoder {
-    /// Room asked for before each read, bytes.
-    const READ_BYTES: usize = 128 * 1024;
-
     /// The buffer to append received bytes to, with room for some.
     pub fn buffer(&mut self) -> &mut BytesMut {
-        if self.buffer.capacity() - self.buffer.len() < Self::READ_BYTES / 4 {
-            self.buffer.reserve(Self::READ_BYTES);
+        if self.buffer.is_empty() {
+            // What is left of an old one may be held by a payload that somebody keeps.
+            self.buffer = BytesMut::new();
+        }
+        if self.buffer.capacity() - self.buffer.len() < self.room / 4 {
+            self.buffer.reserve(self.room);
         }
         &mut self.buffer
     }
 
-    /// Gives back memory when nothing is pending.
-    pub fn rest(&mut self) {
-        if self.buffer.is_empty() {
-            self.buffer = BytesMut::new();
+    /// Learns from how much came at once how much room the next read should have.
+    pub fn received(&mut self, bytes: usize) {
+        if bytes >= self.room / 2 {
+            self.room = (self.room * 4).min(ROOM_BYTES_MAX);
+        } else if bytes < self.room / 8 {
+            self.room = (self.room / 2).max(ROOM_BYTES_MIN);
         }
     }
 

@@ -172,6 +172,8 @@ fn table() -> Vec<(u32, Verdict)> {
     }
     verdicts[libc::SYS_clone as usize] = Verdict::RefuseBits(NEW_NAMESPACES);
     verdicts[libc::SYS_unshare as usize] = Verdict::RefuseBits(NEW_NAMESPACES);
+    // Limits of any process but the caller's own: root of the sandbox could take its agent's.
+    verdicts[libc::SYS_prlimit64 as usize] = Verdict::RefuseBits(u32::MAX);
     verdicts[libc::SYS_socket as usize] = Verdict::Families;
     verdicts[libc::SYS_socketpair as usize] = Verdict::Families;
     verdicts[libc::SYS_ioctl as usize] = Verdict::Ioctls;
@@ -254,7 +256,14 @@ mod tests {
     fn every_listed_call_gets_its_verdict_and_all_others_are_allowed() {
         let program = program();
         for number in 0..=LAST_KNOWN {
-            let special = [libc::SYS_clone, libc::SYS_unshare, libc::SYS_socket, libc::SYS_socketpair, libc::SYS_ioctl];
+            let special = [
+                libc::SYS_clone,
+                libc::SYS_unshare,
+                libc::SYS_prlimit64,
+                libc::SYS_socket,
+                libc::SYS_socketpair,
+                libc::SYS_ioctl,
+            ];
             if special.contains(&i64::from(number)) {
                 continue;
             }
@@ -287,6 +296,14 @@ mod tests {
             assert_eq!(native(libc::SYS_unshare, [flag as u32, 0]), errno(libc::EPERM));
         }
         assert_eq!(native(libc::SYS_unshare, [libc::CLONE_FILES as u32, 0]), RETURN_ALLOW);
+    }
+
+    #[test]
+    fn processes_set_their_own_limits_only() {
+        assert_eq!(native(libc::SYS_prlimit64, [0, 7]), RETURN_ALLOW);
+        for pid in [1, 2, u32::MAX] {
+            assert_eq!(native(libc::SYS_prlimit64, [pid, 7]), errno(libc::EPERM));
+        }
     }
 
     #[test]

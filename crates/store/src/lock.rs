@@ -23,8 +23,7 @@ impl DirectoryLock {
     /// Takes the lock at once, or says which process holds it.
     pub fn acquire(directory: &Path) -> Result<Self, StoreError> {
         let path = directory.join(FILE_NAME);
-        let fail =
-            |cause: &dyn std::fmt::Display| StoreError(format!("lock {}: {cause}", path.display()));
+        let fail = |cause: &dyn std::fmt::Display| StoreError(format!("lock {}: {cause}", path.display()));
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -40,18 +39,14 @@ impl DirectoryLock {
         }
         // The pid is for people only: it is the kernel's lock that counts, so a stale one is harmless.
         file.set_len(0).map_err(|error| fail(&error))?;
-        file.write_all(format!("{}\n", std::process::id()).as_bytes())
-            .map_err(|error| fail(&error))?;
+        file.write_all(format!("{}\n", std::process::id()).as_bytes()).map_err(|error| fail(&error))?;
         Ok(Self { _file: file })
     }
 }
 
 fn held(directory: &Path, path: &Path, file: &mut File) -> StoreError {
     let mut pid = String::new();
-    let readable = file
-        .rewind()
-        .and_then(|()| file.take(32).read_to_string(&mut pid))
-        .is_ok();
+    let readable = file.rewind().and_then(|()| file.take(32).read_to_string(&mut pid)).is_ok();
     let holder = match pid.trim().parse::<u32>() {
         Ok(pid) if readable => format!("process {pid}"),
         _ => "another process".to_string(),
@@ -73,12 +68,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let first = DirectoryLock::acquire(directory.path()).unwrap();
         let refused = DirectoryLock::acquire(directory.path()).unwrap_err();
-        assert!(
-            refused
-                .0
-                .contains(&format!("process {}", std::process::id())),
-            "{refused}"
-        );
+        assert!(refused.0.contains(&format!("process {}", std::process::id())), "{refused}");
         drop(first);
         DirectoryLock::acquire(directory.path()).unwrap();
     }

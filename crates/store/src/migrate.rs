@@ -15,31 +15,22 @@ const TABLE: &str = "CREATE TABLE IF NOT EXISTS schema_migrations (
 
 /// Refuses a database that this program cannot use, without changing a byte of it.
 pub(crate) fn check(path: &Path) -> Result<(), StoreError> {
-    let database = Connection::open_with_flags(
-        path,
-        OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX,
-    )
-    .map_err(|error| StoreError(format!("open {}: {error}", path.display())))?;
-    applied(&database)
-        .map(|_| ())
-        .map_err(|reason| StoreError(format!("open {}: {reason}", path.display())))
+    let database =
+        Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX)
+            .map_err(|error| StoreError(format!("open {}: {error}", path.display())))?;
+    applied(&database).map(|_| ()).map_err(|reason| StoreError(format!("open {}: {reason}", path.display())))
 }
 
 /// Brings the schema up to date, all steps or none.
 pub(crate) fn run(database: &mut Connection) -> Result<(), StoreError> {
     let fail = |error: rusqlite::Error| StoreError(format!("migrate the database: {error}"));
-    let transaction = database
-        .transaction_with_behavior(TransactionBehavior::Immediate)
-        .map_err(fail)?;
+    let transaction = database.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fail)?;
     let done = applied(&transaction).map_err(StoreError)?;
     transaction.execute_batch(TABLE).map_err(fail)?;
     for (script, number) in SCRIPTS.iter().zip(1i64..).skip(done) {
         transaction.execute_batch(script).map_err(fail)?;
         transaction
-            .execute(
-                "INSERT INTO schema_migrations (number, checksum) VALUES (?1, ?2)",
-                (number, checksum(script)),
-            )
+            .execute("INSERT INTO schema_migrations (number, checksum) VALUES (?1, ?2)", (number, checksum(script)))
             .map_err(fail)?;
     }
     transaction.commit().map_err(fail)
@@ -49,9 +40,7 @@ pub(crate) fn run(database: &mut Connection) -> Result<(), StoreError> {
 fn applied(database: &Connection) -> Result<usize, String> {
     let text = |error: rusqlite::Error| error.to_string();
     let count = |sql: &str| database.query_row(sql, [], |row| row.get::<_, i64>(0));
-    if count("SELECT count(*) FROM sqlite_schema WHERE name = 'schema_migrations'").map_err(text)?
-        == 0
-    {
+    if count("SELECT count(*) FROM sqlite_schema WHERE name = 'schema_migrations'").map_err(text)? == 0 {
         return match count("SELECT count(*) FROM sqlite_schema").map_err(text)? {
             0 => Ok(0),
             _ => Err("this is a database of another program; choose another data directory".into()),
@@ -68,11 +57,9 @@ fn applied(database: &Connection) -> Result<usize, String> {
     }
     for (script, number) in SCRIPTS[..newest].iter().zip(1i64..) {
         let recorded = database
-            .query_row(
-                "SELECT checksum FROM schema_migrations WHERE number = ?1",
-                [number],
-                |row| row.get::<_, String>(0),
-            )
+            .query_row("SELECT checksum FROM schema_migrations WHERE number = ?1", [number], |row| {
+                row.get::<_, String>(0)
+            })
             .optional()
             .map_err(text)?;
         if recorded.as_deref() != Some(checksum(script).as_str()) {

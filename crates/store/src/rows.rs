@@ -1,9 +1,7 @@
 //! Records to rows and back.
 
 use nagaya_api::ids::{ExecutionId, KeyId, SessionId, WorkspaceId};
-use nagaya_engine::model::{
-    ApiKey, Execution, ExecutionStatus, Machine, Session, SessionState, UnixMs, Workspace,
-};
+use nagaya_engine::model::{ApiKey, Execution, ExecutionStatus, Machine, Session, SessionState, UnixMs, Workspace};
 use nagaya_engine::ports::Change;
 use rusqlite::types::Type;
 use rusqlite::{Connection, Result, Row, params};
@@ -26,9 +24,7 @@ pub(crate) fn apply(database: &Connection, change: &Change) -> Result<()> {
         Change::Session(session) => write_session(database, session),
         Change::Execution(execution) => write_execution(database, execution),
         Change::ForgetExecution(id) => {
-            database
-                .prepare_cached("DELETE FROM executions WHERE id = ?1")?
-                .execute([id.to_string()])?;
+            database.prepare_cached("DELETE FROM executions WHERE id = ?1")?.execute([id.to_string()])?;
             Ok(())
         }
         Change::Setting { name, value } => {
@@ -171,8 +167,7 @@ pub(crate) fn read_session(row: &Row<'_>) -> Result<Session> {
         workspace_id: id(row, 1, WorkspaceId::from_uuid)?,
         owner_id: id(row, 2, KeyId::from_uuid)?,
         name: row.get(3)?,
-        state: SessionState::from_number(state)
-            .ok_or(rusqlite::Error::IntegralValueOutOfRange(4, state))?,
+        state: SessionState::from_number(state).ok_or(rusqlite::Error::IntegralValueOutOfRange(4, state))?,
         machine: Machine {
             cpu_cores: row.get(5)?,
             memory_mb: row.get(6)?,
@@ -204,8 +199,7 @@ pub(crate) fn read_execution(row: &Row<'_>) -> Result<Execution> {
         session_id: id(row, 1, SessionId::from_uuid)?,
         command: row.get(2)?,
         args: from_json(row, 3)?,
-        status: execution_status(status)
-            .ok_or(rusqlite::Error::IntegralValueOutOfRange(4, status))?,
+        status: execution_status(status).ok_or(rusqlite::Error::IntegralValueOutOfRange(4, status))?,
         exit_code: row.get(5)?,
         duration_ms: time(row, 6)?,
         started_at: time(row, 7)?,
@@ -215,9 +209,7 @@ pub(crate) fn read_execution(row: &Row<'_>) -> Result<Execution> {
 
 fn execution_status(number: i64) -> Option<ExecutionStatus> {
     use ExecutionStatus::{Failed, Running, Succeeded, TimedOut};
-    [Running, Succeeded, Failed, TimedOut]
-        .into_iter()
-        .find(|status| *status as i64 == number)
+    [Running, Succeeded, Failed, TimedOut].into_iter().find(|status| *status as i64 == number)
 }
 
 /// SQLite's integers have a sign; a number that does not fit is refused rather than wrapped.
@@ -226,8 +218,7 @@ pub(crate) fn integer(number: u64) -> Result<i64> {
 }
 
 pub(crate) fn json(value: &impl Serialize) -> Result<String> {
-    serde_json::to_string(value)
-        .map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))
+    serde_json::to_string(value).map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))
 }
 
 fn from_json<T: DeserializeOwned>(row: &Row<'_>, column: usize) -> Result<T> {
@@ -237,9 +228,7 @@ fn from_json<T: DeserializeOwned>(row: &Row<'_>, column: usize) -> Result<T> {
 
 fn id<T>(row: &Row<'_>, column: usize, make: fn(uuid::Uuid) -> T) -> Result<T> {
     let text: String = row.get(column)?;
-    uuid::Uuid::try_parse(&text)
-        .map(make)
-        .map_err(|error| conversion(column, error))
+    uuid::Uuid::try_parse(&text).map(make).map_err(|error| conversion(column, error))
 }
 
 fn time(row: &Row<'_>, column: usize) -> Result<UnixMs> {
@@ -254,9 +243,6 @@ fn optional_time(row: &Row<'_>, column: usize) -> Result<Option<UnixMs>> {
     }
 }
 
-fn conversion(
-    column: usize,
-    error: impl std::error::Error + Send + Sync + 'static,
-) -> rusqlite::Error {
+fn conversion(column: usize, error: impl std::error::Error + Send + Sync + 'static) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(column, Type::Text, Box::new(error))
 }

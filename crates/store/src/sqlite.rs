@@ -49,8 +49,7 @@ impl SqliteStore {
             _ => Path::new("."),
         };
         let lock = DirectoryLock::acquire(directory)?;
-        make_private_file(path, directory)
-            .map_err(|error| StoreError(format!("open {}: {error}", path.display())))?;
+        make_private_file(path, directory).map_err(|error| StoreError(format!("open {}: {error}", path.display())))?;
         migrate::check(path)?;
 
         let mut database = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
@@ -62,12 +61,7 @@ impl SqliteStore {
         let (commits, commit_queue) = mpsc::channel(QUEUE_LENGTH);
         let (questions, question_queue) = mpsc::channel(QUEUE_LENGTH);
         let question_queue = Arc::new(Mutex::new(question_queue));
-        let mut store = Self {
-            commits: Some(commits),
-            questions: Some(questions),
-            threads: Vec::new(),
-            _lock: lock,
-        };
+        let mut store = Self { commits: Some(commits), questions: Some(questions), threads: Vec::new(), _lock: lock };
         store.start("store-writer", move || writer::run(database, commit_queue))?;
         for reader in readers {
             let queue = question_queue.clone();
@@ -76,11 +70,7 @@ impl SqliteStore {
         Ok(store)
     }
 
-    fn start(
-        &mut self,
-        name: &str,
-        work: impl FnOnce() + Send + 'static,
-    ) -> Result<(), StoreError> {
+    fn start(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), StoreError> {
         let thread = std::thread::Builder::new()
             .name(name.into())
             .spawn(work)
@@ -99,15 +89,9 @@ impl SqliteStore {
             // A caller that went away has no use for the answer.
             let _ = reply.send(ask(database));
         });
-        let questions = self
-            .questions
-            .as_ref()
-            .expect("the queue lives as long as the store");
+        let questions = self.questions.as_ref().expect("the queue lives as long as the store");
         questions.send(question).await.map_err(|_| stopped())?;
-        answer
-            .await
-            .map_err(|_| stopped())?
-            .map_err(|error| StoreError(format!("read the database: {error}")))
+        answer.await.map_err(|_| stopped())?.map_err(|error| StoreError(format!("read the database: {error}")))
     }
 }
 
@@ -126,33 +110,19 @@ impl Drop for SqliteStore {
 impl Store for SqliteStore {
     async fn commit(&self, changes: Vec<Change>) -> Result<(), StoreError> {
         let (done, outcome) = oneshot::channel();
-        let commits = self
-            .commits
-            .as_ref()
-            .expect("the queue lives as long as the store");
-        commits
-            .send(Commit { changes, done })
-            .await
-            .map_err(|_| stopped())?;
+        let commits = self.commits.as_ref().expect("the queue lives as long as the store");
+        commits.send(Commit { changes, done }).await.map_err(|_| stopped())?;
         outcome.await.map_err(|_| stopped())?
     }
 
     async fn workspaces(&self) -> Result<Vec<Workspace>, StoreError> {
-        let sql = format!(
-            "SELECT {} FROM workspaces ORDER BY created_at, id",
-            rows::WORKSPACE_COLUMNS
-        );
-        self.read(move |database| all(database, &sql, Vec::new(), rows::read_workspace))
-            .await
+        let sql = format!("SELECT {} FROM workspaces ORDER BY created_at, id", rows::WORKSPACE_COLUMNS);
+        self.read(move |database| all(database, &sql, Vec::new(), rows::read_workspace)).await
     }
 
     async fn api_keys(&self) -> Result<Vec<ApiKey>, StoreError> {
-        let sql = format!(
-            "SELECT {} FROM api_keys ORDER BY created_at, id",
-            rows::API_KEY_COLUMNS
-        );
-        self.read(move |database| all(database, &sql, Vec::new(), rows::read_api_key))
-            .await
+        let sql = format!("SELECT {} FROM api_keys ORDER BY created_at, id", rows::API_KEY_COLUMNS);
+        self.read(move |database| all(database, &sql, Vec::new(), rows::read_api_key)).await
     }
 
     async fn setting(&self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
@@ -167,15 +137,9 @@ impl Store for SqliteStore {
     }
 
     async fn session(&self, id: SessionId) -> Result<Option<Session>, StoreError> {
-        let sql = format!(
-            "SELECT {} FROM sessions WHERE id = ?1",
-            rows::SESSION_COLUMNS
-        );
+        let sql = format!("SELECT {} FROM sessions WHERE id = ?1", rows::SESSION_COLUMNS);
         self.read(move |database| {
-            database
-                .prepare_cached(&sql)?
-                .query_row([id.to_string()], rows::read_session)
-                .optional()
+            database.prepare_cached(&sql)?.query_row([id.to_string()], rows::read_session).optional()
         })
         .await
     }
@@ -190,42 +154,23 @@ impl Store for SqliteStore {
 
     async fn live_sessions(&self) -> Result<Vec<Session>, StoreError> {
         // The literal lets SQLite use the index that leaves terminated sessions out.
-        let sql = format!(
-            "SELECT {} FROM sessions WHERE state <> 6 ORDER BY created_at, id",
-            rows::SESSION_COLUMNS
-        );
-        self.read(move |database| all(database, &sql, Vec::new(), rows::read_session))
-            .await
+        let sql = format!("SELECT {} FROM sessions WHERE state <> 6 ORDER BY created_at, id", rows::SESSION_COLUMNS);
+        self.read(move |database| all(database, &sql, Vec::new(), rows::read_session)).await
     }
 
     async fn execution(&self, id: ExecutionId) -> Result<Option<Execution>, StoreError> {
-        let sql = format!(
-            "SELECT {} FROM executions WHERE id = ?1",
-            rows::EXECUTION_COLUMNS
-        );
+        let sql = format!("SELECT {} FROM executions WHERE id = ?1", rows::EXECUTION_COLUMNS);
         self.read(move |database| {
-            database
-                .prepare_cached(&sql)?
-                .query_row([id.to_string()], rows::read_execution)
-                .optional()
+            database.prepare_cached(&sql)?.query_row([id.to_string()], rows::read_execution).optional()
         })
         .await
     }
 
     async fn executions(&self, session_id: SessionId) -> Result<Vec<Execution>, StoreError> {
-        let sql = format!(
-            "SELECT {} FROM executions WHERE session_id = ?1 ORDER BY started_at, id",
-            rows::EXECUTION_COLUMNS
-        );
-        self.read(move |database| {
-            all(
-                database,
-                &sql,
-                vec![Value::Text(session_id.to_string())],
-                rows::read_execution,
-            )
-        })
-        .await
+        let sql =
+            format!("SELECT {} FROM executions WHERE session_id = ?1 ORDER BY started_at, id", rows::EXECUTION_COLUMNS);
+        self.read(move |database| all(database, &sql, vec![Value::Text(session_id.to_string())], rows::read_execution))
+            .await
     }
 }
 
@@ -257,10 +202,7 @@ fn list_statement(query: &SessionQuery) -> rusqlite::Result<(String, Vec<Value>)
         );
     }
     if let Some((created_at, id)) = query.before {
-        filter(
-            "(created_at, id) < (?, ?)",
-            Value::Integer(rows::integer(created_at)?),
-        );
+        filter("(created_at, id) < (?, ?)", Value::Integer(rows::integer(created_at)?));
         values.push(Value::Text(id.to_string()));
     }
     if !query.include_terminated {
@@ -277,19 +219,13 @@ fn all<T>(
     values: Vec<Value>,
     read: fn(&Row<'_>) -> rusqlite::Result<T>,
 ) -> rusqlite::Result<Vec<T>> {
-    database
-        .prepare_cached(sql)?
-        .query_map(params_from_iter(values), read)?
-        .collect()
+    database.prepare_cached(sql)?.query_map(params_from_iter(values), read)?.collect()
 }
 
 fn answer_questions(database: &Connection, queue: &Mutex<mpsc::Receiver<Question>>) {
     loop {
         // The guard is dropped before the question is answered, so that the others can take the next one.
-        let next = queue
-            .lock()
-            .expect("no reader panics while it takes a question")
-            .blocking_recv();
+        let next = queue.lock().expect("no reader panics while it takes a question").blocking_recv();
         match next {
             Some(question) => question(database),
             None => return,
@@ -299,39 +235,24 @@ fn answer_questions(database: &Connection, queue: &Mutex<mpsc::Receiver<Question
 
 fn connect(path: &Path, access: OpenFlags) -> Result<Connection, StoreError> {
     let fail = |error: rusqlite::Error| StoreError(format!("open {}: {error}", path.display()));
-    let database = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)
-        .map_err(fail)?;
+    let database = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX).map_err(fail)?;
     database.busy_timeout(BUSY_TIMEOUT).map_err(fail)?;
     database.set_prepared_statement_cache_capacity(64);
-    database
-        .pragma_update(None, "foreign_keys", true)
-        .map_err(fail)?;
+    database.pragma_update(None, "foreign_keys", true).map_err(fail)?;
     if access.contains(OpenFlags::SQLITE_OPEN_READ_WRITE) {
-        let mode: String = database
-            .pragma_update_and_check(None, "journal_mode", "wal", |row| row.get(0))
-            .map_err(fail)?;
+        let mode: String =
+            database.pragma_update_and_check(None, "journal_mode", "wal", |row| row.get(0)).map_err(fail)?;
         if mode != "wal" {
-            return Err(StoreError(format!(
-                "open {}: this file system cannot hold a write-ahead log",
-                path.display()
-            )));
+            return Err(StoreError(format!("open {}: this file system cannot hold a write-ahead log", path.display())));
         }
-        database
-            .pragma_update(None, "synchronous", "full")
-            .map_err(fail)?;
+        database.pragma_update(None, "synchronous", "full").map_err(fail)?;
     }
     Ok(database)
 }
 
 /// Makes the file when it is missing; tightens the mode of one that others may read.
 fn make_private_file(path: &Path, directory: &Path) -> std::io::Result<()> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)?;
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
     if file.metadata()?.permissions().mode() & 0o077 != 0 {
         file.set_permissions(Permissions::from_mode(0o600))?;
     }

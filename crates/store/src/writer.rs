@@ -39,9 +39,7 @@ pub(crate) fn run(mut database: Connection, mut queue: mpsc::Receiver<Commit>) {
                     answer(commit, outcome);
                 }
             }
-            Err(error) => group
-                .drain(..)
-                .for_each(|commit| answer(commit, Err(StoreError(error.0.clone())))),
+            Err(error) => group.drain(..).for_each(|commit| answer(commit, Err(StoreError(error.0.clone())))),
         }
     }
 }
@@ -49,9 +47,7 @@ pub(crate) fn run(mut database: Connection, mut queue: mpsc::Receiver<Commit>) {
 fn write(database: &mut Connection, group: &[Commit]) -> Result<(), StoreError> {
     let fail = |error: rusqlite::Error| StoreError(format!("write the database: {error}"));
     // Dropped without a commit, a transaction is rolled back.
-    let transaction = database
-        .transaction_with_behavior(TransactionBehavior::Immediate)
-        .map_err(fail)?;
+    let transaction = database.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fail)?;
     for change in group.iter().flat_map(|commit| &commit.changes) {
         rows::apply(&transaction, change).map_err(fail)?;
     }

@@ -11,10 +11,5 @@ use nagaya_engine::ports::Store;
 
 #[test]
 fn the_fake_store_keeps_every_promise_of_a_store() {
-    suite::every_promise(|| {
-        (
-            Box::new(FakeStore::new(Arc::new(Faults::new(1)))) as Box<dyn Store>,
-            (),
-        )
-    });
+    suite::every_promise(|| (Box::new(FakeStore::new(Arc::new(Faults::new(1)))) as Box<dyn Store>, ()));
 }

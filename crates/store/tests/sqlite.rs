@@ -26,10 +26,7 @@ fn open(directory: &Path) -> SqliteStore {
 fn sqlite_keeps_every_promise_of_a_store() {
     suite::every_promise(|| {
         let directory = tempfile::tempdir().unwrap();
-        (
-            Box::new(open(directory.path())) as Box<dyn Store>,
-            directory,
-        )
+        (Box::new(open(directory.path())) as Box<dyn Store>, directory)
     });
 }
 
@@ -38,24 +35,11 @@ fn a_commit_that_cannot_be_written_changes_nothing_and_hurts_no_other() {
     let directory = tempfile::tempdir().unwrap();
     let store = open(directory.path());
     runtime().block_on(async {
-        store
-            .commit(vec![Change::Workspace(workspace(1))])
-            .await
-            .unwrap();
-        let orphan = |number| Session {
-            workspace_id: workspace(9).id,
-            ..session(2, number)
-        };
+        store.commit(vec![Change::Workspace(workspace(1))]).await.unwrap();
+        let orphan = |number| Session { workspace_id: workspace(9).id, ..session(2, number) };
         let outcomes = join_all((0..100).map(|number| {
-            let second = if number % 10 == 3 {
-                orphan(number)
-            } else {
-                session(2, number)
-            };
-            store.commit(vec![
-                Change::Session(session(1, number)),
-                Change::Session(second),
-            ])
+            let second = if number % 10 == 3 { orphan(number) } else { session(2, number) };
+            store.commit(vec![Change::Session(session(1, number)), Change::Session(second)])
         }))
         .await;
         for (number, outcome) in (0..).zip(outcomes) {
@@ -63,21 +47,11 @@ fn a_commit_that_cannot_be_written_changes_nothing_and_hurts_no_other() {
             assert_eq!(outcome.is_err(), refused, "commit {number}");
             for created_at in [1, 2] {
                 let found = store.session(session(created_at, number).id).await.unwrap();
-                assert_eq!(
-                    found.is_none(),
-                    refused,
-                    "commit {number}, row {created_at}"
-                );
+                assert_eq!(found.is_none(), refused, "commit {number}, row {created_at}");
             }
         }
-        let too_late = Session {
-            timeout_at: Some(u64::MAX),
-            ..session(3, 3)
-        };
-        store
-            .commit(vec![Change::Session(too_late)])
-            .await
-            .unwrap_err();
+        let too_late = Session { timeout_at: Some(u64::MAX), ..session(3, 3) };
+        store.commit(vec![Change::Session(too_late)]).await.unwrap_err();
     });
 }
 
@@ -98,10 +72,7 @@ fn everything_is_there_after_a_restart() {
     let store = open(directory.path());
     runtime().block_on(async {
         assert_eq!(store.workspaces().await.unwrap(), [workspace(1)]);
-        assert_eq!(
-            store.live_sessions().await.unwrap(),
-            std::slice::from_ref(&session)
-        );
+        assert_eq!(store.live_sessions().await.unwrap(), std::slice::from_ref(&session));
         assert_eq!(store.executions(session.id).await.unwrap(), [execution]);
     });
 }
@@ -111,10 +82,7 @@ fn commits_whose_callers_went_away_are_still_written_before_the_store_closes() {
     let directory = tempfile::tempdir().unwrap();
     let store = open(directory.path());
     runtime().block_on(async {
-        store
-            .commit(vec![Change::Workspace(workspace(1))])
-            .await
-            .unwrap();
+        store.commit(vec![Change::Workspace(workspace(1))]).await.unwrap();
         for number in 0..50 {
             let mut commit = store.commit(vec![Change::Session(session(1, number))]);
             // One poll puts it into the queue; then the caller gives up.
@@ -134,24 +102,13 @@ fn commits_whose_callers_went_away_are_still_written_before_the_store_closes() {
 fn only_the_owner_can_read_the_files() {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join(FILE), "").unwrap();
-    std::fs::set_permissions(
-        directory.path().join(FILE),
-        std::fs::Permissions::from_mode(0o644),
-    )
-    .unwrap();
+    std::fs::set_permissions(directory.path().join(FILE), std::fs::Permissions::from_mode(0o644)).unwrap();
     let store = open(directory.path());
-    runtime()
-        .block_on(store.commit(vec![Change::Workspace(workspace(1))]))
-        .unwrap();
+    runtime().block_on(store.commit(vec![Change::Workspace(workspace(1))])).unwrap();
     let mut names = Vec::new();
     for entry in std::fs::read_dir(directory.path()).unwrap() {
         let entry = entry.unwrap();
-        assert_eq!(
-            entry.metadata().unwrap().permissions().mode() & 0o777,
-            0o600,
-            "{:?}",
-            entry.file_name()
-        );
+        assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{:?}", entry.file_name());
         names.push(entry.file_name().into_string().unwrap());
     }
     assert!(names.contains(&format!("{FILE}-wal")), "{names:?}");
@@ -162,12 +119,7 @@ fn a_second_server_on_the_same_directory_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let store = open(directory.path());
     let refused = SqliteStore::open(&directory.path().join(FILE)).unwrap_err();
-    assert!(
-        refused
-            .0
-            .contains(&format!("in use by process {}", std::process::id())),
-        "{refused}"
-    );
+    assert!(refused.0.contains(&format!("in use by process {}", std::process::id())), "{refused}");
     drop(store);
     open(directory.path());
 }
@@ -178,41 +130,25 @@ fn a_database_of_a_newer_version_is_refused_unchanged() {
     drop(open(directory.path()));
     let path = directory.path().join(FILE);
     let database = Connection::open(&path).unwrap();
-    database
-        .execute(
-            "INSERT INTO schema_migrations VALUES (99, 'of the future')",
-            [],
-        )
-        .unwrap();
-    database
-        .execute("CREATE TABLE of_the_future (x TEXT)", [])
-        .unwrap();
+    database.execute("INSERT INTO schema_migrations VALUES (99, 'of the future')", []).unwrap();
+    database.execute("CREATE TABLE of_the_future (x TEXT)", []).unwrap();
     drop(database);
     let before = std::fs::read(&path).unwrap();
     let refused = SqliteStore::open(&path).unwrap_err();
-    assert!(
-        refused.0.contains("schema 99") && refused.0.contains("newer version"),
-        "{refused}"
-    );
+    assert!(refused.0.contains("schema 99") && refused.0.contains("newer version"), "{refused}");
     assert_eq!(std::fs::read(&path).unwrap(), before);
 }
 
 #[test]
 fn an_edited_migration_and_a_foreign_database_are_refused_unchanged() {
     for (prepare, words) in [
-        (
-            "UPDATE schema_migrations SET checksum = 'another'",
-            "another form",
-        ),
+        ("UPDATE schema_migrations SET checksum = 'another'", "another form"),
         ("DROP TABLE schema_migrations", "another program"),
     ] {
         let directory = tempfile::tempdir().unwrap();
         drop(open(directory.path()));
         let path = directory.path().join(FILE);
-        Connection::open(&path)
-            .unwrap()
-            .execute_batch(prepare)
-            .unwrap();
+        Connection::open(&path).unwrap().execute_batch(prepare).unwrap();
         let before = std::fs::read(&path).unwrap();
         let refused = SqliteStore::open(&path).unwrap_err();
         assert!(refused.0.contains(words), "{refused}");
@@ -220,17 +156,9 @@ fn an_edited_migration_and_a_foreign_database_are_refused_unchanged() {
     }
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join(FILE);
-    std::fs::write(
-        &path,
-        "this is a letter, not a database, and a fairly long one at that",
-    )
-    .unwrap();
+    std::fs::write(&path, "this is a letter, not a database, and a fairly long one at that").unwrap();
     SqliteStore::open(&path).unwrap_err();
-    assert!(
-        std::fs::read_to_string(&path)
-            .unwrap()
-            .starts_with("this is a letter")
-    );
+    assert!(std::fs::read_to_string(&path).unwrap().starts_with("this is a letter"));
 }
 
 #[test]
@@ -238,10 +166,7 @@ fn common_lists_read_an_index_in_order() {
     let directory = tempfile::tempdir().unwrap();
     drop(open(directory.path()));
     let database = Connection::open(directory.path().join(FILE)).unwrap();
-    for (condition, index) in [
-        ("", "sessions_by_age"),
-        ("AND state <> 6", "sessions_alive_by_age"),
-    ] {
+    for (condition, index) in [("", "sessions_by_age"), ("AND state <> 6", "sessions_alive_by_age")] {
         let sql = format!(
             "EXPLAIN QUERY PLAN SELECT * FROM sessions WHERE workspace_id = ? {condition}
              AND (created_at, id) < (?, ?) ORDER BY created_at DESC, id DESC LIMIT ?"
@@ -254,10 +179,7 @@ fn common_lists_read_an_index_in_order() {
             .map(Result::unwrap)
             .collect();
         assert_eq!(plan.len(), 1, "no separate sorting: {plan:?}");
-        assert!(
-            plan[0].contains(&format!("INDEX {index} (workspace_id=?")),
-            "{plan:?}"
-        );
+        assert!(plan[0].contains(&format!("INDEX {index} (workspace_id=?")), "{plan:?}");
     }
 }
 
@@ -269,15 +191,8 @@ fn program_that_commits_until_it_is_killed() {
     let directory = std::env::var("NAGAYA_STORE_TEST").unwrap();
     let store = open(Path::new(&directory));
     runtime().block_on(async {
-        store
-            .commit(vec![Change::Workspace(workspace(1))])
-            .await
-            .unwrap();
-        let known = store.sessions(SessionQuery {
-            include_terminated: true,
-            limit: u32::MAX,
-            ..Default::default()
-        });
+        store.commit(vec![Change::Workspace(workspace(1))]).await.unwrap();
+        let known = store.sessions(SessionQuery { include_terminated: true, limit: u32::MAX, ..Default::default() });
         let first = known.await.unwrap().len() as u32;
         join_all((0..8).map(|writer| {
             let store = &store;
@@ -288,18 +203,11 @@ fn program_that_commits_until_it_is_killed() {
                         id: nagaya_api::ids::ExecutionId::from_uuid(*session.id.as_uuid()),
                         ..execution(session.id, 1)
                     };
-                    let ended = Session {
-                        state: SessionState::Terminated,
-                        ..session.clone()
-                    };
-                    store
-                        .commit(vec![Change::Session(session), Change::Execution(execution)])
-                        .await
-                        .unwrap();
+                    let ended = Session { state: SessionState::Terminated, ..session.clone() };
+                    store.commit(vec![Change::Session(session), Change::Execution(execution)]).await.unwrap();
                     store.commit(vec![Change::Session(ended)]).await.unwrap();
                     // Below the test harness's own capturing of output.
-                    let mut output =
-                        std::fs::File::from(rustix::io::dup(rustix::stdio::stdout()).unwrap());
+                    let mut output = std::fs::File::from(rustix::io::dup(rustix::stdio::stdout()).unwrap());
                     writeln!(output, "acknowledged {number}").unwrap();
                 }
             }
@@ -314,12 +222,7 @@ fn kill_9_in_the_middle_of_commits_loses_nothing_that_was_acknowledged() {
     let mut acknowledged = Vec::new();
     for round in 0..6 {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--ignored",
-                "--exact",
-                "--nocapture",
-                "program_that_commits_until_it_is_killed",
-            ])
+            .args(["--ignored", "--exact", "--nocapture", "program_that_commits_until_it_is_killed"])
             .env("NAGAYA_STORE_TEST", directory.path())
             .stdout(Stdio::piped())
             .spawn()
@@ -343,24 +246,12 @@ fn kill_9_in_the_middle_of_commits_loses_nothing_that_was_acknowledged() {
         let store = open(directory.path());
         runtime().block_on(async {
             for number in &acknowledged {
-                let kept = store
-                    .session(session(1, *number).id)
-                    .await
-                    .unwrap()
-                    .unwrap();
+                let kept = store.session(session(1, *number).id).await.unwrap().unwrap();
                 assert_eq!(kept.state, SessionState::Terminated, "session {number}");
             }
-            let query = SessionQuery {
-                include_terminated: true,
-                limit: u32::MAX,
-                ..Default::default()
-            };
+            let query = SessionQuery { include_terminated: true, limit: u32::MAX, ..Default::default() };
             for kept in store.sessions(query).await.unwrap() {
-                assert_eq!(
-                    store.executions(kept.id).await.unwrap().len(),
-                    1,
-                    "a commit is all or nothing"
-                );
+                assert_eq!(store.executions(kept.id).await.unwrap().len(), 1, "a commit is all or nothing");
             }
         });
     }

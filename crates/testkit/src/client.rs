@@ -14,7 +14,7 @@ use v1::run_response::Payload as Output;
 use crate::Server;
 
 /// Long enough for a busy machine, short enough that a hanging server fails its test.
-const CALL_TIMEOUT: Duration = Duration::from_secs(120);
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The control plane, with the server's own key.
 #[derive(Clone)]
@@ -188,14 +188,16 @@ impl Sandbox {
 
     /// Runs a shell script that must succeed; its output without the last line break.
     pub async fn shell(&self, script: &str, privileged: bool) -> String {
-        let finished = self.run_as(&["/bin/sh", "-c", script], privileged).await.unwrap();
+        let finished = self.run_as(&["/bin/sh", "-c", script], privileged).await;
+        let finished = finished.unwrap_or_else(|error| panic!("{script}: {error}"));
         assert_eq!(finished.exit.exit_code, 0, "{script}\n{}", finished.describe());
         finished.text()
     }
 
     pub async fn read(&self, path: &str) -> Result<Bytes, ConnectError> {
         let request = v1::ReadFileRequest { session_id: self.id.clone(), path: path.into(), ..Default::default() };
-        let request = v1::SandboxSessionDataPlaneServiceReadFileRequest { request: request.into(), ..Default::default() };
+        let request =
+            v1::SandboxSessionDataPlaneServiceReadFileRequest { request: request.into(), ..Default::default() };
         Ok(self.data.read_file(request).await?.response.content.clone())
     }
 
@@ -206,7 +208,8 @@ impl Sandbox {
             content: content.into(),
             ..Default::default()
         };
-        let request = v1::SandboxSessionDataPlaneServiceWriteFileRequest { request: request.into(), ..Default::default() };
+        let request =
+            v1::SandboxSessionDataPlaneServiceWriteFileRequest { request: request.into(), ..Default::default() };
         self.data.write_file(request).await.map(drop)
     }
 
@@ -218,8 +221,12 @@ impl Sandbox {
 
     /// Names in a directory, hidden ones too.
     pub async fn list(&self, path: &str) -> Result<Vec<String>, ConnectError> {
-        let request =
-            v1::ListRequest { session_id: self.id.clone(), path: path.into(), include_hidden: true, ..Default::default() };
+        let request = v1::ListRequest {
+            session_id: self.id.clone(),
+            path: path.into(),
+            include_hidden: true,
+            ..Default::default()
+        };
         let request = v1::SandboxSessionDataPlaneServiceListRequest { request: request.into(), ..Default::default() };
         let answer = self.data.list(request).await?;
         Ok(answer.response.entries.iter().map(|entry| entry.name.clone()).collect())

@@ -47,9 +47,7 @@ impl Leftovers {
 
 impl fmt::Display for Leftovers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0
-            .iter()
-            .try_for_each(|(kind, description)| writeln!(f, "{kind:?}: {description}"))
+        self.0.iter().try_for_each(|(kind, description)| writeln!(f, "{kind:?}: {description}"))
     }
 }
 
@@ -68,10 +66,7 @@ pub fn leftovers(data_dir: &Path) -> Leftovers {
         }
     }
     rules(&instance, &mut found);
-    for (kind, directory) in [
-        (Kind::Link, "/sys/class/net"),
-        (Kind::NetworkNamespace, "/run/netns"),
-    ] {
+    for (kind, directory) in [(Kind::Link, "/sys/class/net"), (Kind::NetworkNamespace, "/run/netns")] {
         for path in entries(Path::new(directory)) {
             let name = file_name(&path);
             if name.starts_with(&format!("ngy{instance}")) {
@@ -82,20 +77,11 @@ pub fn leftovers(data_dir: &Path) -> Leftovers {
     for device in entries(Path::new("/sys/block")) {
         let backing = fs::read_to_string(device.join("loop/backing_file")).unwrap_or_default();
         if backing.starts_with(name) {
-            found.add(
-                Kind::LoopDevice,
-                format!("{} of {}", file_name(&device), backing.trim()),
-            );
+            found.add(Kind::LoopDevice, format!("{} of {}", file_name(&device), backing.trim()));
         }
     }
-    for line in fs::read_to_string("/proc/net/unix")
-        .unwrap_or_default()
-        .lines()
-    {
-        if let Some(path) = line
-            .split_whitespace()
-            .nth(7)
-            .filter(|path| path.trim_start_matches('@').starts_with(name))
+    for line in fs::read_to_string("/proc/net/unix").unwrap_or_default().lines() {
+        if let Some(path) = line.split_whitespace().nth(7).filter(|path| path.trim_start_matches('@').starts_with(name))
         {
             found.add(Kind::Socket, path);
         }
@@ -124,10 +110,7 @@ fn processes_and_mounts(data_dir: &str, instance: &str, found: &mut Leftovers) {
         let cgroup = fs::read_to_string(process.join("cgroup")).unwrap_or_default();
         let namespace = fs::read_link(process.join("ns/mnt")).ok();
         let mountinfo = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
-        let mounts: Vec<&str> = mountinfo
-            .lines()
-            .filter(|line| line.contains(data_dir))
-            .collect();
+        let mounts: Vec<&str> = mountinfo.lines().filter(|line| line.contains(data_dir)).collect();
         let foreign = namespace.is_some() && namespace != ours;
         if command.contains(data_dir)
             || cgroup.lines().any(|line| in_our_cgroup(line, instance))
@@ -136,13 +119,8 @@ fn processes_and_mounts(data_dir: &str, instance: &str, found: &mut Leftovers) {
             found.add(Kind::Process, format!("{pid} {}", command.trim()));
         }
         if namespace.is_some() && seen_namespaces.insert(namespace.clone()) {
-            let place = namespace
-                .as_deref()
-                .map(|path| path.display().to_string())
-                .unwrap_or_default();
-            mounts
-                .iter()
-                .for_each(|line| found.add(Kind::Mount, format!("{place}: {line}")));
+            let place = namespace.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
+            mounts.iter().for_each(|line| found.add(Kind::Mount, format!("{place}: {line}")));
         }
     }
     // Also when this process is alone in its namespace.
@@ -202,19 +180,11 @@ fn socket_files(directory: &Path, found: &mut Leftovers) {
 
 /// The entries of a directory; none when it cannot be read, for what is not there leaves nothing.
 fn entries(directory: &Path) -> Vec<PathBuf> {
-    fs::read_dir(directory)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path())
-        .collect()
+    fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
 }
 
 fn file_name(path: &Path) -> String {
-    path.file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 #[cfg(test)]
@@ -228,13 +198,7 @@ mod tests {
     fn an_untouched_directory_has_no_leftovers_of_its_own() {
         let directory = tempfile::tempdir().unwrap();
         let found = leftovers(directory.path());
-        for kind in [
-            Kind::Process,
-            Kind::Mount,
-            Kind::LoopDevice,
-            Kind::Socket,
-            Kind::Directory,
-        ] {
+        for kind in [Kind::Process, Kind::Mount, Kind::LoopDevice, Kind::Socket, Kind::Directory] {
             assert_eq!(found.count(kind), 0, "{found}");
         }
     }
@@ -246,11 +210,7 @@ mod tests {
         fs::create_dir_all(directory.path().join("sandboxes/one")).unwrap();
         let socket = UnixListener::bind(directory.path().join("sandboxes/agent.sock")).unwrap();
         let mut child = Command::new("sh")
-            .args([
-                "-c",
-                "echo started; read _",
-                directory.path().to_str().unwrap(),
-            ])
+            .args(["-c", "echo started; read _", directory.path().to_str().unwrap()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -21,11 +21,7 @@ pub fn binary() -> PathBuf {
         Some(path) => PathBuf::from(path),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/debug/nagaya"),
     };
-    assert!(
-        path.exists(),
-        "there is no server binary at {}: build it, or name one in NAGAYA_BIN",
-        path.display()
-    );
+    assert!(path.exists(), "there is no server binary at {}: build it, or name one in NAGAYA_BIN", path.display());
     path
 }
 
@@ -45,17 +41,9 @@ impl Server {
 
     /// Starts a server with this configuration (TOML).
     pub fn start_with(configuration: &str) -> Self {
-        let data_dir = tempfile::Builder::new()
-            .prefix("nagaya-test-")
-            .tempdir()
-            .unwrap();
+        let data_dir = tempfile::Builder::new().prefix("nagaya-test-").tempdir().unwrap();
         fs::write(data_dir.path().join("test.toml"), configuration).unwrap();
-        let mut server = Self {
-            data_dir,
-            child: None,
-            endpoint: String::new(),
-            log: Arc::default(),
-        };
+        let mut server = Self { data_dir, child: None, endpoint: String::new(), log: Arc::default() };
         server.restart();
         server
     }
@@ -89,10 +77,7 @@ impl Server {
         self.child = Some(child);
         match receive.recv_timeout(START_TIMEOUT) {
             Ok(endpoint) => self.endpoint = endpoint,
-            Err(reason) => panic!(
-                "the server did not become ready ({reason}):\n{}",
-                self.log()
-            ),
+            Err(reason) => panic!("the server did not become ready ({reason}):\n{}", self.log()),
         }
     }
 
@@ -110,12 +95,7 @@ impl Server {
         use std::os::unix::fs::PermissionsExt;
         let path = self.data_dir.path().join("api-key");
         let mode = fs::metadata(&path).unwrap().permissions().mode();
-        assert_eq!(
-            mode & 0o777,
-            0o600,
-            "{} must be readable by its owner alone",
-            path.display()
-        );
+        assert_eq!(mode & 0o777, 0o600, "{} must be readable by its owner alone", path.display());
         fs::read_to_string(&path).unwrap().trim().to_string()
     }
 
@@ -155,21 +135,14 @@ impl Server {
 
     /// Sends a signal to the running server.
     pub fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.pid())
-            .ok()
-            .and_then(Pid::from_raw)
-            .unwrap();
+        let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw).unwrap();
         kill_process(pid, signal).unwrap();
     }
 
     /// `nagaya purge`: removes every sandbox and everything they left. The server must not run.
     pub fn purge(&self) {
         assert!(self.child.is_none(), "the server is still running");
-        let output = Command::new(binary())
-            .args(["purge", "--data-dir"])
-            .arg(self.data_dir.path())
-            .output()
-            .unwrap();
+        let output = Command::new(binary()).args(["purge", "--data-dir"]).arg(self.data_dir.path()).output().unwrap();
         assert!(
             output.status.success(),
             "purge ended with {}:\n{}\n{}",
@@ -188,10 +161,7 @@ impl Drop for Server {
         if std::thread::panicking() {
             eprintln!("the server's log:\n{}", self.log());
             // A second panic would hide the first; what cannot be purged is reported by the shell.
-            let _ = Command::new(binary())
-                .args(["purge", "--data-dir"])
-                .arg(self.data_dir.path())
-                .status();
+            let _ = Command::new(binary()).args(["purge", "--data-dir"]).arg(self.data_dir.path()).status();
         } else {
             self.purge();
         }
@@ -201,8 +171,6 @@ impl Drop for Server {
 fn collect(mut from: impl Read, log: &Mutex<String>) {
     let mut buffer = [0; 8192];
     while let Ok(length @ 1..) = from.read(&mut buffer) {
-        log.lock()
-            .unwrap()
-            .push_str(&String::from_utf8_lossy(&buffer[..length]));
+        log.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..length]));
     }
 }

@@ -98,7 +98,11 @@ fn nothing_is_lost_and_nothing_is_left_when_the_server_is_killed_at_random_momen
     server.purge();
     settle_empty(server.data_dir());
     let promises = promises.lock().unwrap();
-    println!("crash suite: {} sandboxes ended, {} were still running at the end", promises.ended.len(), promises.running.len());
+    println!(
+        "crash suite: {} sandboxes ended, {} were still running at the end",
+        promises.ended.len(),
+        promises.running.len()
+    );
     assert!(promises.ended.len() as u64 >= kills / 5, "too little happened for this to be a test");
 }
 

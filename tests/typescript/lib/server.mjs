@@ -8,7 +8,7 @@ import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { createInterface } from "node:readline";
 
-const READY = /^nagaya ready on (http:\/\/\S+)$/;
+const READY = /^nagaya ready on (https?:\/\/\S+)$/;
 const START_TIMEOUT_MS = 60_000;
 const STOP_TIMEOUT_MS = 60_000;
 

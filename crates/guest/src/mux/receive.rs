@@ -29,12 +29,11 @@ pub(super) async fn read<R: AsyncRead + Unpin>(
                 Err(error) => return shared.close(&error.to_string()),
             }
         }
-        decoder.rest();
         let buffer = decoder.buffer();
         tokio::select! {
             read = reader.read_buf(buffer) => match read {
                 Ok(0) => return shared.close("the other side closed the connection"),
-                Ok(_) => {}
+                Ok(bytes) => decoder.received(bytes),
                 Err(error) => return shared.close(&format!("read: {error}")),
             },
             () = writer::ended(&mut closed) => return,

@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -21,6 +21,9 @@ mod connections;
 mod detached;
 mod directories;
 mod files;
+
+/// Held while descriptors can be inherited, so that only the intended program does.
+static SPAWNING: Mutex<()> = Mutex::new(());
 
 /// An agent, and a home directory for the user it runs commands as.
 struct Agent {
@@ -44,11 +47,15 @@ impl Agent {
         let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
         let mut command = std::process::Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
         command.arg(format!("--home={}", home.display())).stdin(Stdio::null()).stdout(Stdio::null());
+        let _alone = SPAWNING.lock().unwrap_or_else(PoisonError::into_inner);
         for (name, descriptor) in descriptors.iter().chain(&[("listen", listener.as_fd())]) {
             rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::empty()).unwrap();
             command.arg(format!("--{name}-fd={}", descriptor.as_raw_fd()));
         }
         let process = command.arg("--memory-limit-bytes=1073741824").spawn().unwrap();
+        for (_, descriptor) in descriptors.iter().chain(&[("listen", listener.as_fd())]) {
+            rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::CLOEXEC).unwrap();
+        }
         Self { process, directory }
     }
 

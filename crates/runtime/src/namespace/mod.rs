@@ -22,6 +22,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 use async_trait::async_trait;
 use nagaya_api::ids::SessionId;
@@ -56,6 +57,8 @@ pub struct Config {
     pub network_allow: Vec<String>,
     /// False: there is no way out for any sandbox, and asking for one is an error.
     pub network_outbound: bool,
+    /// Switch the host's cgroups to fast moves of processes; see [`Cgroups::favor_moves`].
+    pub favor_cgroup_moves: bool,
 }
 
 impl Config {
@@ -65,10 +68,11 @@ impl Config {
             slots_max: 1_024,
             pool_ready: 16,
             pool_ready_isolated: 2,
-            processes_max: 4_096,
+            processes_max: 1_024,
             network_cidr: None,
             network_allow: Vec::new(),
             network_outbound: true,
+            favor_cgroup_moves: true,
         }
     }
 }
@@ -120,6 +124,11 @@ impl NamespaceDriver {
         let data = fs::canonicalize(&config.data).map_err(on("find the data directory"))?;
         let instance = instance_name(&data);
         let cgroups = Cgroups::open(&instance).map_err(on("open the control groups"))?;
+        if config.favor_cgroup_moves
+            && let Err(error) = Cgroups::favor_moves()
+        {
+            tracing::warn!(%error, "cgroups stay slow to move processes: creating and running take some ms longer");
+        }
         let network = if config.network_outbound {
             let cidr = config.network_cidr.unwrap_or_else(|| default_cidr(&instance));
             Some(Network::open(&instance, cidr, &config.network_allow).map_err(on("set the network's rules"))?)
@@ -350,14 +359,17 @@ impl Driver for NamespaceDriver {
     }
 
     async fn create(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError> {
+        let begin = Instant::now();
         let (inner, wanted) = (self.inner.clone(), machine.clone());
         let started = blocking(move || inner.start(id, &wanted)).await?;
+        let spawned = begin.elapsed();
         let pidfd = PidFd::new(started.pidfd).map_err(|error| failed("watch the sandbox", &error))?;
         let live = Arc::new(Live::new(id, started.slot, pidfd));
         self.inner.live().insert(id, live.clone());
         match live::connect(&self.inner.directory(id), &self.inner.factory.cgroups, started.slot).await {
             Ok(link) => {
                 self.inner.watch(&live);
+                tracing::debug!(%id, ?spawned, ready = ?begin.elapsed(), "sandbox started");
                 Ok(link)
             }
             Err(error) => {

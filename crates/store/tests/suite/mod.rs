@@ -6,9 +6,7 @@
 use std::collections::BTreeMap;
 
 use nagaya_api::ids::{ExecutionId, KeyId, SessionId, WorkspaceId};
-use nagaya_engine::model::{
-    ApiKey, Execution, ExecutionStatus, Machine, Session, SessionState, Workspace,
-};
+use nagaya_engine::model::{ApiKey, Execution, ExecutionStatus, Machine, Session, SessionState, Workspace};
 use nagaya_engine::ports::{Change, SessionQuery, Store};
 use proptest::collection::vec;
 use proptest::option;
@@ -26,10 +24,7 @@ pub fn every_promise<Keep>(fresh: impl Fn() -> (Box<dyn Store>, Keep)) {
 }
 
 pub fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap()
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
 type Promise = for<'a> fn(&'a dyn Store) -> std::pin::Pin<Box<dyn Future<Output = ()> + 'a>>;
@@ -74,17 +69,9 @@ pub fn session(created_at: u64, number: u32) -> Session {
         owner_id: key(1),
         name: "a \"quoted\" name, a ' and a 長屋".into(),
         state: SessionState::Running,
-        machine: Machine {
-            cpu_cores: 2,
-            memory_mb: 4096,
-            disk_gb: 5,
-            outbound: true,
-        },
+        machine: Machine { cpu_cores: 2, memory_mb: 4096, disk_gb: 5, outbound: true },
         inbound: false,
-        env: BTreeMap::from([
-            ("EMPTY".into(), String::new()),
-            ("LINES".into(), "a\nb".into()),
-        ]),
+        env: BTreeMap::from([("EMPTY".into(), String::new()), ("LINES".into(), "a\nb".into())]),
         metadata: BTreeMap::from([("purpose".into(), "test".into())]),
         tags: vec!["zebra".into(), "ant".into()],
         ssh_authorized_keys: vec!["ssh-ed25519 AAAA me".into()],
@@ -116,11 +103,7 @@ pub fn execution(session_id: SessionId, number: u8) -> Execution {
 }
 
 fn everything() -> SessionQuery {
-    SessionQuery {
-        include_terminated: true,
-        limit: 1_000,
-        ..SessionQuery::default()
-    }
+    SessionQuery { include_terminated: true, limit: 1_000, ..SessionQuery::default() }
 }
 
 async fn an_empty_store_answers_with_nothing(store: &dyn Store) {
@@ -130,13 +113,7 @@ async fn an_empty_store_answers_with_nothing(store: &dyn Store) {
     assert_eq!(store.session(session(1, 1).id).await.unwrap(), None);
     assert_eq!(store.sessions(everything()).await.unwrap(), []);
     assert_eq!(store.live_sessions().await.unwrap(), []);
-    assert_eq!(
-        store
-            .execution(execution(session(1, 1).id, 1).id)
-            .await
-            .unwrap(),
-        None
-    );
+    assert_eq!(store.execution(execution(session(1, 1).id, 1).id).await.unwrap(), None);
     assert_eq!(store.executions(session(1, 1).id).await.unwrap(), []);
     store.commit(Vec::new()).await.unwrap();
 }
@@ -168,24 +145,14 @@ async fn records_come_back_as_they_were_written(store: &dyn Store) {
         driver: String::new(),
         sticky: false,
         inbound: true,
-        machine: Machine {
-            cpu_cores: 16,
-            memory_mb: 65_536,
-            disk_gb: 100,
-            outbound: false,
-        },
+        machine: Machine { cpu_cores: 16, memory_mb: 65_536, disk_gb: 100, outbound: false },
         ..session(100, 2)
     };
     sessions.push(bare);
     let executions = [1, 2, 3, 4].map(|number| execution(sessions[0].id, number));
     let executions: Vec<Execution> = executions
         .into_iter()
-        .zip([
-            ExecutionStatus::Running,
-            ExecutionStatus::Succeeded,
-            ExecutionStatus::Failed,
-            ExecutionStatus::TimedOut,
-        ])
+        .zip([ExecutionStatus::Running, ExecutionStatus::Succeeded, ExecutionStatus::Failed, ExecutionStatus::TimedOut])
         .map(|(execution, status)| Execution {
             status,
             ended_at: (status != ExecutionStatus::Running).then_some(2_000),
@@ -198,29 +165,17 @@ async fn records_come_back_as_they_were_written(store: &dyn Store) {
     changes.extend(sessions.iter().cloned().map(Change::Session));
     changes.extend(keys.iter().cloned().map(Change::ApiKey));
     changes.extend([1, 2].map(workspace).map(Change::Workspace));
-    changes.push(Change::Setting {
-        name: "certificate_key".into(),
-        value: vec![0, 255, 1],
-    });
+    changes.push(Change::Setting { name: "certificate_key".into(), value: vec![0, 255, 1] });
     store.commit(changes).await.unwrap();
 
     assert_eq!(store.workspaces().await.unwrap(), [1, 2].map(workspace));
     assert_eq!(store.api_keys().await.unwrap(), keys);
-    assert_eq!(
-        store.setting("certificate_key").await.unwrap(),
-        Some(vec![0, 255, 1])
-    );
+    assert_eq!(store.setting("certificate_key").await.unwrap(), Some(vec![0, 255, 1]));
     for session in &sessions {
-        assert_eq!(
-            store.session(session.id).await.unwrap().as_ref(),
-            Some(session)
-        );
+        assert_eq!(store.session(session.id).await.unwrap().as_ref(), Some(session));
     }
     for execution in &executions {
-        assert_eq!(
-            store.execution(execution.id).await.unwrap().as_ref(),
-            Some(execution)
-        );
+        assert_eq!(store.execution(execution.id).await.unwrap().as_ref(), Some(execution));
     }
     assert_eq!(store.executions(sessions[0].id).await.unwrap(), executions);
     assert_eq!(store.executions(sessions[1].id).await.unwrap(), []);
@@ -240,33 +195,11 @@ async fn a_second_write_replaces_the_whole_record(store: &dyn Store) {
         last_activity_at: 99,
         ..before.clone()
     };
-    let renamed = Workspace {
-        name: "renamed".into(),
-        sessions_max: Some(1),
-        ..workspace(1)
-    };
-    store
-        .commit(vec![
-            Change::Workspace(workspace(1)),
-            Change::Session(before.clone()),
-        ])
-        .await
-        .unwrap();
-    store
-        .commit(vec![
-            Change::Workspace(renamed.clone()),
-            Change::Session(after.clone()),
-        ])
-        .await
-        .unwrap();
+    let renamed = Workspace { name: "renamed".into(), sessions_max: Some(1), ..workspace(1) };
+    store.commit(vec![Change::Workspace(workspace(1)), Change::Session(before.clone())]).await.unwrap();
+    store.commit(vec![Change::Workspace(renamed.clone()), Change::Session(after.clone())]).await.unwrap();
     for value in [vec![1], vec![2, 3]] {
-        store
-            .commit(vec![Change::Setting {
-                name: "x".into(),
-                value,
-            }])
-            .await
-            .unwrap();
+        store.commit(vec![Change::Setting { name: "x".into(), value }]).await.unwrap();
     }
     assert_eq!(store.workspaces().await.unwrap(), [renamed]);
     assert_eq!(store.sessions(everything()).await.unwrap(), [after]);
@@ -284,45 +217,24 @@ async fn replacing_a_session_keeps_its_executions(store: &dyn Store) {
         ])
         .await
         .unwrap();
-    store
-        .commit(vec![
-            Change::Workspace(workspace(1)),
-            Change::Session(session.clone()),
-        ])
-        .await
-        .unwrap();
+    store.commit(vec![Change::Workspace(workspace(1)), Change::Session(session.clone())]).await.unwrap();
     assert_eq!(store.executions(session.id).await.unwrap(), [execution]);
 }
 
 async fn a_forgotten_execution_is_gone_and_others_stay(store: &dyn Store) {
     let session = session(1, 1);
     let executions = [1, 2, 3].map(|number| execution(session.id, number));
-    let mut changes = vec![
-        Change::Workspace(workspace(1)),
-        Change::Session(session.clone()),
-    ];
+    let mut changes = vec![Change::Workspace(workspace(1)), Change::Session(session.clone())];
     changes.extend(executions.iter().cloned().map(Change::Execution));
     store.commit(changes).await.unwrap();
-    store
-        .commit(vec![Change::ForgetExecution(executions[1].id)])
-        .await
-        .unwrap();
-    store
-        .commit(vec![Change::ForgetExecution(executions[1].id)])
-        .await
-        .unwrap();
+    store.commit(vec![Change::ForgetExecution(executions[1].id)]).await.unwrap();
+    store.commit(vec![Change::ForgetExecution(executions[1].id)]).await.unwrap();
     assert_eq!(store.execution(executions[1].id).await.unwrap(), None);
-    assert_eq!(
-        store.executions(session.id).await.unwrap(),
-        [executions[0].clone(), executions[2].clone()]
-    );
+    assert_eq!(store.executions(session.id).await.unwrap(), [executions[0].clone(), executions[2].clone()]);
 }
 
 async fn live_sessions_are_all_but_the_terminated(store: &dyn Store) {
-    let mut changes = vec![
-        Change::Workspace(workspace(1)),
-        Change::Workspace(workspace(2)),
-    ];
+    let mut changes = vec![Change::Workspace(workspace(1)), Change::Workspace(workspace(2))];
     for (number, state) in (1..).zip(SessionState::ALL) {
         for workspace_number in [1, 2] {
             changes.push(Change::Session(Session {
@@ -335,31 +247,19 @@ async fn live_sessions_are_all_but_the_terminated(store: &dyn Store) {
     store.commit(changes).await.unwrap();
     let live = store.live_sessions().await.unwrap();
     assert_eq!(live.len(), 2 * (SessionState::ALL.len() - 1));
-    assert!(
-        live.iter()
-            .all(|session| session.state != SessionState::Terminated)
-    );
+    assert!(live.iter().all(|session| session.state != SessionState::Terminated));
 }
 
 async fn pages_cover_every_session_once_newest_first(store: &dyn Store) {
     // Several share one creation time, so that the id must decide.
-    let mut sessions: Vec<Session> = (0..25)
-        .map(|number| session(1_000 + u64::from(number / 4), number))
-        .collect();
+    let mut sessions: Vec<Session> = (0..25).map(|number| session(1_000 + u64::from(number / 4), number)).collect();
     let mut changes = vec![Change::Workspace(workspace(1))];
     changes.extend(sessions.iter().cloned().map(Change::Session));
     store.commit(changes).await.unwrap();
     let mut seen = Vec::new();
     let mut before = None;
     loop {
-        let page = store
-            .sessions(SessionQuery {
-                before,
-                limit: 4,
-                ..everything()
-            })
-            .await
-            .unwrap();
+        let page = store.sessions(SessionQuery { before, limit: 4, ..everything() }).await.unwrap();
         assert!(page.len() <= 4);
         let Some(last) = page.last() else { break };
         before = Some((last.created_at, last.id));
@@ -370,14 +270,9 @@ async fn pages_cover_every_session_once_newest_first(store: &dyn Store) {
 }
 
 async fn concurrent_commits_are_all_kept(store: &dyn Store) {
-    store
-        .commit(vec![Change::Workspace(workspace(1))])
-        .await
-        .unwrap();
+    store.commit(vec![Change::Workspace(workspace(1))]).await.unwrap();
     let sessions: Vec<Session> = (0..500).map(|number| session(5, number)).collect();
-    let commits = sessions
-        .iter()
-        .map(|session| store.commit(vec![Change::Session(session.clone())]));
+    let commits = sessions.iter().map(|session| store.commit(vec![Change::Session(session.clone())]));
     for outcome in join_all(commits).await {
         outcome.unwrap();
     }
@@ -385,30 +280,13 @@ async fn concurrent_commits_are_all_kept(store: &dyn Store) {
 }
 
 async fn an_acknowledged_commit_is_seen_by_the_next_read(store: &dyn Store) {
-    store
-        .commit(vec![Change::Workspace(workspace(1))])
-        .await
-        .unwrap();
+    store.commit(vec![Change::Workspace(workspace(1))]).await.unwrap();
     let mut session = session(1, 1);
     for activity in 0..200 {
         session.last_activity_at = activity;
-        store
-            .commit(vec![Change::Session(session.clone())])
-            .await
-            .unwrap();
-        assert_eq!(
-            store
-                .session(session.id)
-                .await
-                .unwrap()
-                .unwrap()
-                .last_activity_at,
-            activity
-        );
-        assert_eq!(
-            store.live_sessions().await.unwrap()[0].last_activity_at,
-            activity
-        );
+        store.commit(vec![Change::Session(session.clone())]).await.unwrap();
+        assert_eq!(store.session(session.id).await.unwrap().unwrap().last_activity_at, activity);
+        assert_eq!(store.live_sessions().await.unwrap()[0].last_activity_at, activity);
     }
 }
 
@@ -423,48 +301,28 @@ pub async fn join_all<T>(futures: impl Iterator<Item = impl Future<Output = T>>)
                 std::task::Poll::Pending => ready = false,
             }
         }
-        if ready {
-            std::task::Poll::Ready(())
-        } else {
-            std::task::Poll::Pending
-        }
+        if ready { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
     })
     .await;
-    pending
-        .into_iter()
-        .map(|(_, outcome)| outcome.unwrap())
-        .collect()
+    pending.into_iter().map(|(_, outcome)| outcome.unwrap()).collect()
 }
 
 fn queries_agree_with_a_naive_model<Keep>(
     runtime: &tokio::runtime::Runtime,
     fresh: &impl Fn() -> (Box<dyn Store>, Keep),
 ) {
-    let any_tags = || {
-        vec(
-            prop::sample::select(vec!["a", "ab", "b:c", "d_1.x", "a-b"]),
-            0..4,
-        )
-    };
+    let any_tags = || vec(prop::sample::select(vec!["a", "ab", "b:c", "d_1.x", "a-b"]), 0..4);
     let any_state = || prop::sample::select(SessionState::ALL.to_vec());
-    let any_session = (
-        0u64..6,
-        1u8..=2,
-        1u8..=3,
-        any_state(),
-        any_tags(),
-        any::<bool>(),
-    )
-        .prop_map(
-            |(created_at, workspace_number, key_number, state, tags, sticky)| Session {
-                workspace_id: workspace(workspace_number).id,
-                owner_id: key(key_number),
-                state,
-                tags: tags.into_iter().map(String::from).collect(),
-                sticky,
-                ..session(created_at, 0)
-            },
-        );
+    let any_session = (0u64..6, 1u8..=2, 1u8..=3, any_state(), any_tags(), any::<bool>()).prop_map(
+        |(created_at, workspace_number, key_number, state, tags, sticky)| Session {
+            workspace_id: workspace(workspace_number).id,
+            owner_id: key(key_number),
+            state,
+            tags: tags.into_iter().map(String::from).collect(),
+            sticky,
+            ..session(created_at, 0)
+        },
+    );
     let any_query = (
         option::of(1u8..=3),
         option::of(prop::sample::select(vec![
@@ -481,55 +339,39 @@ fn queries_agree_with_a_naive_model<Keep>(
         option::of((0u64..7, 0u32..40)),
         0u32..12,
     )
-        .prop_map(
-            |(
-                workspace_number,
-                owner_id,
-                state,
-                tags,
-                sticky,
-                include_terminated,
-                before,
-                limit,
-            )| SessionQuery {
+        .prop_map(|(workspace_number, owner_id, state, tags, sticky, include_terminated, before, limit)| {
+            SessionQuery {
                 workspace_id: workspace_number.map(|number| workspace(number).id),
                 owner_id,
                 state,
                 tags: tags.into_iter().map(String::from).collect(),
                 sticky,
                 include_terminated,
-                before: before
-                    .map(|(created_at, number)| (created_at, session(created_at, number).id)),
+                before: before.map(|(created_at, number)| (created_at, session(created_at, number).id)),
                 limit,
-            },
-        );
+            }
+        });
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
         cases: 24,
         failure_persistence: None,
         ..ProptestConfig::default()
     });
-    let outcome = runner.run(
-        &(vec(any_session, 0..40), vec(any_query, 40)),
-        |(mut sessions, queries)| {
-            for (number, session) in (0..).zip(&mut sessions) {
-                session.id = self::session(session.created_at, number).id;
+    let outcome = runner.run(&(vec(any_session, 0..40), vec(any_query, 40)), |(mut sessions, queries)| {
+        for (number, session) in (0..).zip(&mut sessions) {
+            session.id = self::session(session.created_at, number).id;
+        }
+        let (store, _keep) = fresh();
+        runtime.block_on(async {
+            let mut changes = vec![Change::Workspace(workspace(1)), Change::Workspace(workspace(2))];
+            changes.extend(sessions.iter().cloned().map(Change::Session));
+            store.commit(changes).await.unwrap();
+            for query in queries {
+                let found = store.sessions(query.clone()).await.unwrap();
+                prop_assert_eq!(found, naive(&sessions, &query), "{:?}", query);
             }
-            let (store, _keep) = fresh();
-            runtime.block_on(async {
-                let mut changes = vec![
-                    Change::Workspace(workspace(1)),
-                    Change::Workspace(workspace(2)),
-                ];
-                changes.extend(sessions.iter().cloned().map(Change::Session));
-                store.commit(changes).await.unwrap();
-                for query in queries {
-                    let found = store.sessions(query.clone()).await.unwrap();
-                    prop_assert_eq!(found, naive(&sessions, &query), "{:?}", query);
-                }
-                Ok(())
-            })
-        },
-    );
+            Ok(())
+        })
+    });
     if let Err(failure) = outcome {
         panic!("{failure}");
     }
@@ -538,26 +380,13 @@ fn queries_agree_with_a_naive_model<Keep>(
 fn naive(sessions: &[Session], query: &SessionQuery) -> Vec<Session> {
     let mut found: Vec<Session> = sessions
         .iter()
-        .filter(|session| {
-            query
-                .workspace_id
-                .is_none_or(|id| session.workspace_id == id)
-        })
-        .filter(|session| {
-            query
-                .owner_id
-                .as_ref()
-                .is_none_or(|id| session.owner_id.to_string() == *id)
-        })
+        .filter(|session| query.workspace_id.is_none_or(|id| session.workspace_id == id))
+        .filter(|session| query.owner_id.as_ref().is_none_or(|id| session.owner_id.to_string() == *id))
         .filter(|session| query.state.is_none_or(|state| session.state == state))
         .filter(|session| query.tags.iter().all(|tag| session.tags.contains(tag)))
         .filter(|session| query.sticky.is_none_or(|sticky| session.sticky == sticky))
         .filter(|session| query.include_terminated || session.state != SessionState::Terminated)
-        .filter(|session| {
-            query
-                .before
-                .is_none_or(|before| (session.created_at, session.id) < before)
-        })
+        .filter(|session| query.before.is_none_or(|before| (session.created_at, session.id) < before))
         .cloned()
         .collect();
     found.sort_by_key(|session| std::cmp::Reverse((session.created_at, session.id)));

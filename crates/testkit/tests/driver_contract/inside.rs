@@ -14,7 +14,10 @@ pub async fn commands_run_as_tenki_and_privileged_ones_as_root(place: &mut Place
     assert_eq!(shell(&*guest, facts).await, expected);
     assert_eq!(shell_as(&*guest, "id -un; id -u; echo $HOME", true).await, "root\n0\n/root");
     for directory in ["/home/tenki", "/workspace", "/tmp", "/var/tmp", "/dev/shm"] {
-        assert_eq!(shell(&*guest, &format!("echo x > {directory}/x && cat {directory}/x && rm {directory}/x")).await, "x");
+        assert_eq!(
+            shell(&*guest, &format!("echo x > {directory}/x && cat {directory}/x && rm {directory}/x")).await,
+            "x"
+        );
     }
     assert_ne!(run(&*guest, command(&["touch", "/etc/x"])).await.exit.code, 0);
     shell_as(&*guest, "echo x > /etc/x && echo x > /usr/x && rm /etc/x /usr/x", true).await;
@@ -38,7 +41,8 @@ pub async fn sudo_works_where_the_host_has_it(place: &mut Place) -> Outcome {
 pub async fn a_terminal_is_one_and_changes_its_size(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
     let guest = driver.create(id, &machine()).await.unwrap();
-    let script = "tty; test -t 0 && echo terminal; trap 'stty size; exit 0' WINCH; echo ready; while :; do read -r _; done";
+    let script =
+        "tty; test -t 0 && echo terminal; trap 'stty size; exit 0' WINCH; echo ready; while :; do read -r _; done";
     let shell = Command { pty: true, stdin: true, ..command(&["/bin/bash", "-c", script]) };
     let mut process = guest.run(shell).await.unwrap();
     let mut text = String::new();

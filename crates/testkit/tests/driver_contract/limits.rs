@@ -10,7 +10,9 @@ use nagaya_testkit::{NotRun, Outcome};
 
 use super::place::*;
 
-pub async fn a_process_above_the_memory_limit_dies_with_that_reason_and_the_agent_answers(place: &mut Place) -> Outcome {
+pub async fn a_process_above_the_memory_limit_dies_with_that_reason_and_the_agent_answers(
+    place: &mut Place,
+) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
     let guest = driver.create(id, &Machine { memory_mb: 128, ..machine() }).await.unwrap();
     let within = run(&*guest, command(&["python3", "-c", "print(len(b'x' * (40 << 20)))"])).await;
@@ -77,7 +79,9 @@ async fn wait_for_line_or_seen(process: &mut nagaya_engine::ports::Process) {
     assert!(!matches!(next, Ok(None)), "the bomb ended");
 }
 
-pub async fn a_full_disk_is_told_to_commands_and_to_the_file_calls_and_the_sandbox_stays_usable(place: &mut Place) -> Outcome {
+pub async fn a_full_disk_is_told_to_commands_and_to_the_file_calls_and_the_sandbox_stays_usable(
+    place: &mut Place,
+) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
     let guest = driver.create(id, &Machine { disk_gb: 1, ..machine() }).await.unwrap();
     let size_kib: u64 = shell(&*guest, "df -k --output=size /home/tenki | tail -1").await.trim().parse().unwrap();

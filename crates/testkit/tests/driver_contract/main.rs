@@ -80,11 +80,12 @@ fn main() -> ExitCode {
             many_sandboxes_at_once_come_and_go,
         );
         if let Ok(place) = namespace {
-            suite.case("namespace::nothing_is_left_on_the_host", async {
-                place.close().await;
-                Ok(())
-            })
-            .await;
+            suite
+                .case("namespace::nothing_is_left_on_the_host", async {
+                    place.close().await;
+                    Ok(())
+                })
+                .await;
         }
         suite.finish()
     })

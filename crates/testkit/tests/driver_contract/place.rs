@@ -55,13 +55,6 @@ impl Place {
         }
     }
 
-    pub fn data(&self) -> &Path {
-        match &self.kind {
-            Kind::Fake(_) => panic!("a fake has no directory"),
-            Kind::Namespace { data, .. } => data.path(),
-        }
-    }
-
     /// Another driver takes the place over, as after a restart of the server.
     pub async fn restart(&mut self) {
         match &mut self.kind {
@@ -163,10 +156,6 @@ pub fn machine() -> Machine {
 
 pub fn command(argv: &[&str]) -> Command {
     Command { argv: argv.iter().map(|argument| (*argument).to_owned()).collect(), ..Command::default() }
-}
-
-pub fn root(argv: &[&str]) -> Command {
-    Command { privileged: true, ..command(argv) }
 }
 
 #[derive(Debug, Default)]

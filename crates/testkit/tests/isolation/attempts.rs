@@ -83,14 +83,22 @@ static ATTEMPTS: &[Attempt] = &[
     attempt("markers__files_of_the_host", FILES, Control::Own)
         .with(|world| vec![world.markers.name.clone()])
         .control_with(|world| vec![world.own_marker.clone()]),
-    attempt("markers__files_of_another_sandbox", FILES, Control::Victim).with(|world| vec![world.victim_secret.clone()]),
+    attempt("markers__files_of_another_sandbox", FILES, Control::Victim)
+        .with(|world| vec![world.victim_secret.clone()]),
     attempt("paths__files_of_the_host_by_their_paths_and_through_proc", FILES, Control::Own)
         .with(|world| world.markers.texts())
         .control_with(|world| vec![format!("/srv/{}", world.own_marker)]),
     attempt("paths__identity_and_accounts_of_the_host", FILES, HOST).with(|_| {
-        ["/etc/machine-id", "/etc/ssh/sshd_config", "/etc/ssh/ssh_host_ed25519_key", "/root/.bashrc", "/root/.profile", "/boot"]
-            .map(str::to_owned)
-            .to_vec()
+        [
+            "/etc/machine-id",
+            "/etc/ssh/sshd_config",
+            "/etc/ssh/ssh_host_ed25519_key",
+            "/root/.bashrc",
+            "/root/.profile",
+            "/boot",
+        ]
+        .map(str::to_owned)
+        .to_vec()
     }),
     attempt("writes_to_proc", FILES, HOST),
     attempt("writes_to_sys", FILES, HOST),
@@ -131,7 +139,9 @@ static ATTEMPTS: &[Attempt] = &[
     attempt("pivot_root", NAMESPACES, Control::Host(APART)),
     attempt("host_name", NAMESPACES, Control::Host(APART)),
     attempt("device_nodes", NAMESPACES, HOST),
-    attempt("devices_that_are_there", NAMESPACES, HOST).with(|_| vec!["/".into()]).control_with(|_| vec!["/dev".into()]),
+    attempt("devices_that_are_there", NAMESPACES, HOST)
+        .with(|_| vec!["/".into()])
+        .control_with(|_| vec!["/dev".into()]),
     attempt("open_by_handle", NAMESPACES, HOST),
     attempt("chroot_twice__to_the_hosts_root", NAMESPACES, Control::Own)
         .with(|world| vec![world.markers.texts()[0].clone()])
@@ -175,8 +185,7 @@ static ATTEMPTS: &[Attempt] = &[
         })
         // The server does not speak first, so on the host it is enough to be connected.
         .control_with(|world| vec![PORT.into(), world.gateway.clone()]),
-    attempt("ask_a_name_server__of_a_private_network", NETWORK, HOST)
-        .with(|world| world.outside.forbidden.clone()),
+    attempt("ask_a_name_server__of_a_private_network", NETWORK, HOST).with(|world| world.outside.forbidden.clone()),
     attempt("raw_sockets", NETWORK, HOST),
     attempt("packet_sockets", NETWORK, HOST),
     attempt("vsock", NETWORK, HOST),
@@ -240,7 +249,10 @@ async fn reaches_the_public_internet(world: &World) -> Outcome {
     if world.outside.name_server.is_some() {
         let program = super::world::program(NETWORK, "ask_a_name_server");
         let verdict = inside(&world.attacker, &program, std::slice::from_ref(&world.gateway), false).await;
-        assert!(matches!(&verdict, Verdict::Reached(what) if what.contains("OUTSIDE")), "the host's name server: {verdict:?}");
+        assert!(
+            matches!(&verdict, Verdict::Reached(what) if what.contains("OUTSIDE")),
+            "the host's name server: {verdict:?}"
+        );
     }
     Ok(())
 }

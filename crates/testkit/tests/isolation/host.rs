@@ -8,7 +8,8 @@ use std::process::{Child, Command, Stdio};
 const PYTHON: &str = "/usr/bin/python3";
 
 /// Places of the host that hold secrets, or that a sandbox has under the same name.
-const MARKED: [&str; 10] = ["/root", "/etc", "/opt", "/home", "/srv", "/mnt", "/var/lib", "/var/tmp", "/tmp", "/dev/shm"];
+const MARKED: [&str; 10] =
+    ["/root", "/etc", "/opt", "/home", "/srv", "/mnt", "/var/lib", "/var/tmp", "/tmp", "/dev/shm"];
 
 /// Files with the marker's name and a secret in them.
 pub struct Markers {
@@ -110,8 +111,18 @@ impl Outside {
     pub fn make(listener: &str) -> Self {
         let own = vec!["198.51.100.1".to_owned(), "fd00:198::1".to_owned()];
         let forbidden = [
-            "169.254.169.254", "169.254.1.1", "10.77.0.5", "172.16.5.5", "172.31.255.1", "192.168.77.5", "100.64.5.5",
-            "127.1.2.3", "192.0.2.77", "198.18.0.7", "203.0.113.9", "198.51.100.2",
+            "169.254.169.254",
+            "169.254.1.1",
+            "10.77.0.5",
+            "172.16.5.5",
+            "172.31.255.1",
+            "192.168.77.5",
+            "100.64.5.5",
+            "127.1.2.3",
+            "192.0.2.77",
+            "198.18.0.7",
+            "203.0.113.9",
+            "198.51.100.2",
         ];
         // An address of a range that no machine here has business with.
         let public = "11.22.33.44";
@@ -147,7 +158,10 @@ impl Outside {
 
         let serve = |port: &str, addresses: &[String]| {
             let mut command = Command::new("nsenter");
-            command.arg(format!("--net=/proc/{pid}/ns/net")).args([PYTHON, "-c", listener, port, "OUTSIDE"]).args(addresses);
+            command
+                .arg(format!("--net=/proc/{pid}/ns/net"))
+                .args([PYTHON, "-c", listener, port, "OUTSIDE"])
+                .args(addresses);
             Helper::start(command)
         };
         let server = serve(PORT, &addresses);
@@ -156,7 +170,10 @@ impl Outside {
             _machine: machine,
             _server: server,
             _name_server: name_server_helper,
-            forbidden: addresses.into_iter().filter(|address| address != public && Some(address) != name_server.as_ref()).collect(),
+            forbidden: addresses
+                .into_iter()
+                .filter(|address| address != public && Some(address) != name_server.as_ref())
+                .collect(),
             public: public.to_owned(),
             own,
             name_server,

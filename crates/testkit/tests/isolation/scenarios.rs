@@ -45,16 +45,31 @@ scenarios!(
 /// Ways to say a path that a careless server would resolve outside the sandbox.
 fn disguises(path: &str) -> Vec<String> {
     let prefixes = [
-        "", "/proc/self/root", "/proc/1/root", "/proc/thread-self/root", "/proc/1/cwd", "/proc/self/cwd/../../../..",
-        "../../../../../../../..", "/home/tenki/../../../../../..", "/tmp/../..", "/proc/1/task/1/root", "/proc/self/fd/3",
-        "/proc/self/fd/0/../../..", "/dev/fd/5", "disguised-root", "disguised-cwd", "disguised-up", "/proc/2/root",
+        "",
+        "/proc/self/root",
+        "/proc/1/root",
+        "/proc/thread-self/root",
+        "/proc/1/cwd",
+        "/proc/self/cwd/../../../..",
+        "../../../../../../../..",
+        "/home/tenki/../../../../../..",
+        "/tmp/../..",
+        "/proc/1/task/1/root",
+        "/proc/self/fd/3",
+        "/proc/self/fd/0/../../..",
+        "/dev/fd/5",
+        "disguised-root",
+        "disguised-cwd",
+        "disguised-up",
+        "/proc/2/root",
     ];
     prefixes.iter().map(|prefix| format!("{prefix}{path}")).collect()
 }
 
 async fn file_calls_reach_no_file_of_the_host_by_any_path(world: &World) -> Outcome {
     let sandbox = &world.attacker;
-    let links = "ln -sfn /proc/1/root disguised-root; ln -sfn /proc/1/cwd disguised-cwd; ln -sfn ../../../../.. disguised-up";
+    let links =
+        "ln -sfn /proc/1/root disguised-root; ln -sfn /proc/1/cwd disguised-cwd; ln -sfn ../../../../.. disguised-up";
     sandbox.shell(links, false).await;
     let stray = format!("nagaya-stray-{:x}", clock());
     for marker in world.markers.texts() {
@@ -82,8 +97,22 @@ async fn file_calls_reach_no_file_of_the_host_by_any_path(world: &World) -> Outc
 
 async fn file_calls_read_neither_memory_nor_descriptors_of_the_agent(world: &World) -> Outcome {
     let sandbox = &world.attacker;
-    let own = ["environ", "auxv", "mem", "maps", "smaps", "pagemap", "stack", "syscall", "map_files", "exe", "root/etc/passwd", "cwd"];
-    let descriptors: Vec<String> = (0..48).flat_map(|number| [format!("fd/{number}"), format!("fdinfo/{number}")]).collect();
+    let own = [
+        "environ",
+        "auxv",
+        "mem",
+        "maps",
+        "smaps",
+        "pagemap",
+        "stack",
+        "syscall",
+        "map_files",
+        "exe",
+        "root/etc/passwd",
+        "cwd",
+    ];
+    let descriptors: Vec<String> =
+        (0..48).flat_map(|number| [format!("fd/{number}"), format!("fdinfo/{number}")]).collect();
     for process in ["self", "1", "thread-self"] {
         for name in own.iter().map(|name| (*name).to_owned()).chain(descriptors.clone()) {
             let path = format!("/proc/{process}/{name}");
@@ -185,7 +214,10 @@ async fn root_of_a_sandbox_owns_nothing_on_the_host(world: &World) -> Outcome {
     assert_eq!(own.uid(), 0, "the host's own files are seen with their owners");
     // Two sandboxes share no id.
     let (_other, other) = seen_from_the_host(&world.victim, true).await;
-    assert_ne!(fs::metadata(format!("/proc/{other}")).unwrap().uid(), fs::metadata(format!("/proc/{pid}")).unwrap().uid());
+    assert_ne!(
+        fs::metadata(format!("/proc/{other}")).unwrap().uid(),
+        fs::metadata(format!("/proc/{pid}")).unwrap().uid()
+    );
     Ok(())
 }
 
@@ -193,7 +225,9 @@ async fn writing_to_usr_leaves_the_hosts_programs_alone(world: &World) -> Outcom
     let sandbox = &world.attacker;
     let (path, stray) = ("/usr/lib/os-release", format!("/usr/bin/nagaya-stray-{:x}", clock()));
     let before = fs::read(path).unwrap();
-    let script = format!("echo changed >> {path}; cp /bin/true {stray}; ln -f {stray} {stray}-link; chmod 777 /usr/bin; touch -d @1 /usr/bin/env");
+    let script = format!(
+        "echo changed >> {path}; cp /bin/true {stray}; ln -f {stray} {stray}-link; chmod 777 /usr/bin; touch -d @1 /usr/bin/env"
+    );
     sandbox.shell(&script, true).await;
     assert!(sandbox.read(path).await.unwrap().ends_with(b"changed\n"), "the sandbox sees its own change");
     assert_eq!(fs::read(path).unwrap(), before);
@@ -293,12 +327,8 @@ async fn events_of_the_hosts_devices_are_not_heard(world: &World) -> Outcome {
         let verdict = Verdict::parse(&finished.text(), || finished.describe());
         assert!(matches!(verdict, Verdict::Refused(_)), "{verdict:?}");
     }
-    let mut control = Command::new(PYTHON)
-        .args(["-c", &program])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut control =
+        Command::new(PYTHON).args(["-c", &program]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(control.stdout.take().unwrap()).lines();
     assert_eq!(lines.next().unwrap().unwrap(), "LISTENING");
     fs::write(ANNOUNCER, "change").unwrap();

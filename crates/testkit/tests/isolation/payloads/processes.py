@@ -8,8 +8,17 @@ def target():
         return 1
     pid = os.fork()
     if pid == 0:
+        # It ends with us, and holds nothing of ours open.
+        libc.prctl(1, signal.SIGKILL)
+        null = os.open("/dev/null", os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(null, number)
         while True:
             signal.pause()
+    # Only when it waits is it sure to be set up.
+    import time
+    while open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "S":
+        time.sleep(0.001)
     return pid
 
 
