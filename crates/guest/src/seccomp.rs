@@ -20,6 +20,7 @@ const DATA_NUMBER: u32 = 0;
 const DATA_ARCH: u32 = 4;
 const DATA_ARGUMENT_0: u32 = 16;
 const DATA_ARGUMENT_1: u32 = 24;
+const DATA_ARGUMENT_2: u32 = 32;
 
 /// The newest call of Linux 6.17; later ones do not exist for a sandbox until somebody looked at them.
 const LAST_KNOWN: u32 = 469;
@@ -99,9 +100,13 @@ const REFUSED: &[i64] = &[
 const ABSENT: &[i64] =
     &[libc::SYS_clone3, libc::SYS_io_uring_enter, libc::SYS_io_uring_register, libc::SYS_io_uring_setup];
 
-/// Address families a sandbox may use. Others, such as AF_VSOCK, reach past the network namespace.
-const SOCKET_FAMILIES: &[u32] =
-    &[libc::AF_UNIX as u32, libc::AF_INET as u32, libc::AF_INET6 as u32, libc::AF_NETLINK as u32];
+/// Address families a sandbox may use, with netlink. Others, such as AF_VSOCK, reach past the
+/// network namespace.
+const SOCKET_FAMILIES: &[u32] = &[libc::AF_UNIX as u32, libc::AF_INET as u32, libc::AF_INET6 as u32];
+
+/// Netlink's protocols for addresses and for lists of sockets. Of the others some tell of the host:
+/// NETLINK_KOBJECT_UEVENT, of all its devices that come and go.
+const NETLINK_PROTOCOLS: &[u32] = &[libc::NETLINK_ROUTE as u32, libc::NETLINK_SOCK_DIAG as u32];
 
 /// Terminal requests that put input into somebody else's terminal.
 const REFUSED_IOCTLS: &[u32] = &[libc::TIOCSTI as u32, libc::TIOCLINUX as u32];
@@ -112,7 +117,8 @@ enum Verdict {
     Errno(i32),
     /// Refuse when the first argument has any of these bits.
     RefuseBits(u32),
-    /// Allow only when the first argument is one of [`SOCKET_FAMILIES`].
+    /// Allow only when the first argument is one of [`SOCKET_FAMILIES`], or netlink with one of
+    /// [`NETLINK_PROTOCOLS`] as the third.
     Families,
     /// Refuse when the second argument is one of [`REFUSED_IOCTLS`].
     Ioctls,
@@ -145,7 +151,16 @@ fn leaf(verdict: Verdict) -> Vec<sock_filter> {
         Verdict::RefuseBits(bits) => {
             vec![load(DATA_ARGUMENT_0), jump(BPF_JSET, bits, 0, 1), give(errno(libc::EPERM)), give(RETURN_ALLOW)]
         }
-        Verdict::Families => one_of(DATA_ARGUMENT_0, SOCKET_FAMILIES, RETURN_ALLOW, errno(libc::EAFNOSUPPORT)),
+        Verdict::Families => {
+            let netlink =
+                one_of(DATA_ARGUMENT_2, NETLINK_PROTOCOLS, RETURN_ALLOW, errno(libc::EPROTONOSUPPORT));
+            let others = one_of(DATA_ARGUMENT_0, SOCKET_FAMILIES, RETURN_ALLOW, errno(libc::EAFNOSUPPORT));
+            let mut block =
+                vec![load(DATA_ARGUMENT_0), jump(BPF_JEQ, libc::AF_NETLINK as u32, 0, netlink.len() as u8)];
+            block.extend(netlink);
+            block.extend(others);
+            block
+        }
         Verdict::Ioctls => one_of(DATA_ARGUMENT_1, REFUSED_IOCTLS, errno(libc::EPERM), RETURN_ALLOW),
     }
 }
@@ -222,7 +237,7 @@ mod tests {
     use super::*;
 
     /// Runs the program as the kernel would.
-    fn verdict(program: &[sock_filter], arch: u32, number: u32, arguments: [u32; 2]) -> u32 {
+    fn verdict(program: &[sock_filter], arch: u32, number: u32, arguments: [u32; 3]) -> u32 {
         let (mut at, mut accumulator) = (0usize, 0u32);
         loop {
             let instruction = program[at];
@@ -235,6 +250,7 @@ mod tests {
                         DATA_ARCH => arch,
                         DATA_ARGUMENT_0 => arguments[0],
                         DATA_ARGUMENT_1 => arguments[1],
+                        DATA_ARGUMENT_2 => arguments[2],
                         other => panic!("load from {other}"),
                     }
                 }
@@ -248,8 +264,8 @@ mod tests {
         }
     }
 
-    fn native(number: i64, arguments: [u32; 2]) -> u32 {
-        verdict(&program(), AUDIT_ARCH, number as u32, arguments)
+    fn native(number: i64, [first, second]: [u32; 2]) -> u32 {
+        verdict(&program(), AUDIT_ARCH, number as u32, [first, second, 0])
     }
 
     #[test]
@@ -274,16 +290,16 @@ mod tests {
             } else {
                 RETURN_ALLOW
             };
-            assert_eq!(verdict(&program, AUDIT_ARCH, number, [0, 0]), expected, "call {number}");
+            assert_eq!(verdict(&program, AUDIT_ARCH, number, [0, 0, 0]), expected, "call {number}");
         }
     }
 
     #[test]
     fn other_interfaces_and_unknown_calls_do_not_exist() {
         let program = program();
-        assert_eq!(verdict(&program, 0x4000_0003, 1, [0, 0]), errno(libc::ENOSYS));
+        assert_eq!(verdict(&program, 0x4000_0003, 1, [0, 0, 0]), errno(libc::ENOSYS));
         for number in [LAST_KNOWN + 1, X32_START, X32_START | libc::SYS_mount as u32, u32::MAX] {
-            assert_eq!(verdict(&program, AUDIT_ARCH, number, [0, 0]), errno(libc::ENOSYS));
+            assert_eq!(verdict(&program, AUDIT_ARCH, number, [0, 0, 0]), errno(libc::ENOSYS));
         }
     }
 
@@ -313,6 +329,21 @@ mod tests {
         }
         for family in [libc::AF_VSOCK, libc::AF_PACKET, libc::AF_ALG, libc::AF_BLUETOOTH] {
             assert_eq!(native(libc::SYS_socket, [family as u32, 1]), errno(libc::EAFNOSUPPORT));
+        }
+    }
+
+    #[test]
+    fn netlink_tells_of_addresses_and_sockets_and_of_nothing_else() {
+        let program = program();
+        let open = |protocol: i32| {
+            let arguments = [libc::AF_NETLINK as u32, libc::SOCK_RAW as u32, protocol as u32];
+            verdict(&program, AUDIT_ARCH, libc::SYS_socket as u32, arguments)
+        };
+        for protocol in [libc::NETLINK_ROUTE, libc::NETLINK_SOCK_DIAG] {
+            assert_eq!(open(protocol), RETURN_ALLOW);
+        }
+        for protocol in [libc::NETLINK_KOBJECT_UEVENT, libc::NETLINK_NETFILTER, libc::NETLINK_AUDIT, libc::NETLINK_XFRM] {
+            assert_eq!(open(protocol), errno(libc::EPROTONOSUPPORT));
         }
     }
 

@@ -35,9 +35,10 @@ pub enum Request {
     Sandbox(Box<Sandbox>),
 }
 
-/// Descriptors, in this order: error pipe (write end), listening socket, user namespace, network
-/// namespace, disk (a detached mount), base layer (a detached mount), one detached mount for each
-/// of `layers`, `agent_cgroups` files, `command_cgroups` files, and the memory usage file.
+/// Descriptors, in this order: error pipe (write end), leash pipe (read end), listening socket, user
+/// namespace, network namespace, disk (a detached mount), base layer (a detached mount), one detached
+/// mount for each of `layers`, `agent_cgroups` files, `command_cgroups` files, and the files of memory
+/// usage and memory limit.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Sandbox {
     /// Directories below the root that have a layer and an overlay of their own, such as `usr`.
@@ -48,9 +49,6 @@ pub struct Sandbox {
     pub command_cgroups: usize,
     /// The first host uid and gid of the sandbox.
     pub first_id: u32,
-    /// Processors the sandbox may use, and sees.
-    pub processors: Vec<usize>,
-    pub memory_bytes: u64,
     pub hostname: String,
 }
 

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -39,9 +40,14 @@ impl Server {
         Self::start_with("[pools]\nslots_ready = 4\nisolated_slots_ready = 1\n")
     }
 
-    /// Starts a server with this configuration (TOML).
+    /// Starts a server with this configuration (TOML), to which a network of its own is added
+    /// unless it names one.
     pub fn start_with(configuration: &str) -> Self {
         let data_dir = tempfile::Builder::new().prefix("nagaya-test-").tempdir().unwrap();
+        let mut configuration = configuration.to_string();
+        if !configuration.contains("[network]") {
+            configuration.push_str(&format!("[network]\ncidr = \"{}\"\n", free_network()));
+        }
         fs::write(data_dir.path().join("test.toml"), configuration).unwrap();
         let mut server = Self { data_dir, child: None, endpoint: String::new(), log: Arc::default() };
         server.restart();
@@ -166,6 +172,20 @@ impl Drop for Server {
             self.purge();
         }
     }
+}
+
+/// A network that no other server on this host uses: tests run several beside each other.
+fn free_network() -> String {
+    static STARTED: AtomicU32 = AtomicU32::new(0);
+    let routes = fs::read_to_string("/proc/net/route").unwrap_or_default();
+    // Destinations are little endian: 0000F60A is 10.246.0.0.
+    let used = |number: u32| {
+        let ending = format!("{number:02X}0A");
+        routes.lines().filter_map(|line| line.split('\t').nth(1)).any(|destination| destination.ends_with(&ending))
+    };
+    let first = std::process::id() + STARTED.fetch_add(1, Ordering::Relaxed);
+    let number = (0..128).map(|count| 64 + (first + count) % 128).find(|number| !used(*number));
+    format!("10.{}.0.0/16", number.expect("no host has a route to every network that a test server could use"))
 }
 
 fn collect(mut from: impl Read, log: &Mutex<String>) {

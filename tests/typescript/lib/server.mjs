@@ -31,7 +31,8 @@ export class Server {
   /** Starts a server. `configuration` is TOML that comes after the tests' own. */
   static async start({ configuration = "" } = {}) {
     const server = new Server(mkdtempSync(join(tmpdir(), "nagaya-test-")));
-    writeFileSync(join(server.dataDir, "test.toml"), configuration || CONFIGURATION);
+    const network = `[network]\ncidr = "${freeNetwork()}"\n`;
+    writeFileSync(join(server.dataDir, "test.toml"), (configuration || CONFIGURATION) + network);
     await server.launch();
     return server;
   }
@@ -95,6 +96,20 @@ export async function sharedServer() {
   const { NAGAYA_TEST_ENDPOINT: endpoint, NAGAYA_TEST_API_KEY: apiKey } = process.env;
   if (endpoint && apiKey) return { endpoint, apiKey, async remove() {} };
   return Server.start();
+}
+
+/** A network that no other server on this host uses: several of them run beside each other here. */
+function freeNetwork() {
+  const used = new Set(
+    readFileSync("/proc/net/route", "utf8").split("\n").slice(1).map((line) => line.split("\t")[1] ?? "")
+      // Little endian: 0000F60A is 10.246.0.0.
+      .filter((destination) => destination.endsWith("0A")).map((destination) => Number.parseInt(destination.slice(4, 6), 16)),
+  );
+  for (let count = 0; count < 128; count++) {
+    const number = 64 + ((process.pid + count) % 128);
+    if (!used.has(number)) return `10.${number}.0.0/16`;
+  }
+  throw new Error("this host has a route to every network that a test server could use");
 }
 
 async function run(command, commandArguments) {

@@ -1,6 +1,6 @@
 //! The sandbox's `/proc/meminfo`: its own limit instead of the host's memory.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,12 +34,14 @@ pub fn maintain(agent: Arc<Agent>) {
     });
 }
 
-fn write(agent: &Agent) {
+/// Writes the file. A server calls for it when it takes the sandbox over, having set the limit.
+pub fn write(agent: &Agent) {
     let Some(meminfo) = &agent.settings.meminfo else { return };
-    let usage = agent.settings.memory_usage.as_ref().and_then(|file| read_small(file.as_fd()));
-    let used = usage.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    let number = |file: &Option<OwnedFd>| -> Option<u64> { read_small(file.as_ref()?.as_fd())?.trim().parse().ok() };
+    let limit = number(&agent.settings.memory_limit).unwrap_or(0);
+    let used = number(&agent.settings.memory_usage).unwrap_or(0);
     // The text has the same length every time, so that a reader never sees the rest of a longer one.
-    let _ = rustix::io::pwrite(meminfo, text(agent.settings.memory_limit_bytes, used).as_bytes(), 0);
+    let _ = rustix::io::pwrite(meminfo, text(limit, used).as_bytes(), 0);
 }
 
 fn text(limit_bytes: u64, used_bytes: u64) -> String {

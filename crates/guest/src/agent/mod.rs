@@ -98,6 +98,7 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = UnixListener::from_std(listener)?;
     let control = settings.control.take();
+    let mut leash = settings.leash.take().map(|pipe| tokio::spawn(end_with(pipe)));
     let agent = Arc::new(Agent {
         root: Root::open(&settings.home)?,
         null: rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?,
@@ -125,6 +126,11 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
                 continue;
             }
         };
+        // From here on the sandbox is somebody's, and lives on without a server.
+        if let Some(leash) = leash.take() {
+            leash.abort();
+        }
+        show_machine(&agent);
         let (agent, newest) = (agent.clone(), newest.clone());
         tokio::spawn(async move {
             let greeted = greet(stream, &newest).await;
@@ -135,6 +141,25 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
                 }
             }
         });
+    }
+}
+
+/// Ends the agent when nobody holds the other end of the pipe any more.
+async fn end_with(leash: OwnedFd) {
+    if let Ok(mut leash) = tokio::net::unix::pipe::Receiver::from_owned_fd(leash) {
+        let _ = tokio::io::AsyncReadExt::read_u8(&mut leash).await;
+        std::process::exit(0);
+    }
+}
+
+/// Shows the sandbox its limits, which a server sets before it connects.
+fn show_machine(agent: &Agent) {
+    meminfo::write(agent);
+    if let (Some(file), Ok(set)) = (&agent.settings.processors, rustix::thread::sched_getaffinity(None)) {
+        let numbers = (0..rustix::thread::CpuSet::MAX_CPU).filter(|number| set.is_set(*number));
+        let list = numbers.map(|number| number.to_string()).collect::<Vec<_>>().join(",") + "\n";
+        let _ = rustix::fs::ftruncate(file, list.len() as u64);
+        let _ = rustix::io::pwrite(file, list.as_bytes(), 0);
     }
 }
 

@@ -13,8 +13,13 @@ pub struct Settings {
     pub memory_usage: Option<OwnedFd>,
     /// What the sandbox sees as `/proc/meminfo`.
     pub meminfo: Option<OwnedFd>,
-    /// Bytes; 0 when unlimited.
-    pub memory_limit_bytes: u64,
+    /// Reads as the bytes that may be used; anything but a number is no limit.
+    pub memory_limit: Option<OwnedFd>,
+    /// What the sandbox sees as `/sys/devices/system/cpu/online`.
+    pub processors: Option<OwnedFd>,
+    /// Until the first server connects, the end of this pipe is the end of the agent: a prepared
+    /// sandbox goes with the server that prepared it.
+    pub leash: Option<OwnedFd>,
     /// Gets one byte when the agent is ready.
     pub control: Option<OwnedFd>,
     /// Where relative paths start.
@@ -60,10 +65,9 @@ impl Settings {
                 "--memory-usage-fd" => settings.memory_usage = Some(take(&argument, value)?),
                 "--meminfo-fd" => settings.meminfo = Some(take(&argument, value)?),
                 "--control-fd" => settings.control = Some(take(&argument, value)?),
-                "--memory-limit-bytes" => {
-                    settings.memory_limit_bytes =
-                        value.parse().map_err(|_| SettingsError::Argument(argument.clone()))?;
-                }
+                "--memory-limit-fd" => settings.memory_limit = Some(take(&argument, value)?),
+                "--processors-fd" => settings.processors = Some(take(&argument, value)?),
+                "--leash-fd" => settings.leash = Some(take(&argument, value)?),
                 "--home" if value.starts_with('/') => settings.home = Some(value.into()),
                 _ if name.starts_with("--optional-") => {}
                 _ => return Err(SettingsError::Argument(argument)),
@@ -74,7 +78,9 @@ impl Settings {
             cgroup_procs: settings.cgroup_procs,
             memory_usage: settings.memory_usage,
             meminfo: settings.meminfo,
-            memory_limit_bytes: settings.memory_limit_bytes,
+            memory_limit: settings.memory_limit,
+            processors: settings.processors,
+            leash: settings.leash,
             control: settings.control,
             home: settings.home.unwrap_or_else(|| "/home/tenki".into()),
         })
@@ -86,7 +92,9 @@ struct PartialSettings {
     cgroup_procs: Vec<OwnedFd>,
     memory_usage: Option<OwnedFd>,
     meminfo: Option<OwnedFd>,
-    memory_limit_bytes: u64,
+    memory_limit: Option<OwnedFd>,
+    processors: Option<OwnedFd>,
+    leash: Option<OwnedFd>,
     control: Option<OwnedFd>,
     home: Option<String>,
 }

@@ -1,7 +1,7 @@
 //! The spawner's own, almost empty root: what every sandbox is copied from.
 //!
-//! It is a tmpfs with mount points for a sandbox's parts, a ready-made `/dev`, one `/sys` for each
-//! number of processors, and the host's `/proc` (for id maps; no sandbox gets to see it).
+//! It is a tmpfs with mount points for a sandbox's parts, a ready-made `/dev` and `/sys`, and the
+//! host's `/proc` (for id maps; no sandbox gets to see it).
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -19,6 +19,7 @@ pub(super) const BASE: &str = "/base";
 pub(super) const LAYERS: &str = "/layers";
 pub(super) const NEW_ROOT: &str = "/root";
 pub(super) const DEVICES: &str = "/dev";
+pub(super) const SYSTEM: &str = "/sys";
 pub(super) const LAYERS_MAX: usize = 16;
 
 /// Character devices of every sandbox: name, major, minor.
@@ -46,7 +47,8 @@ pub(super) fn prepare() -> Result<(), StepError> {
     rustix::process::pivot_root(".", ".").step("change the root")?;
     rustix::mount::unmount(".", UnmountFlags::DETACH).step("leave the host's root")?;
     std::env::set_current_dir("/").step("enter the new root")?;
-    make_devices()
+    make_devices()?;
+    make_system()
 }
 
 fn make_devices() -> Result<(), StepError> {
@@ -74,20 +76,15 @@ fn make_devices() -> Result<(), StepError> {
     Ok(())
 }
 
-/// The `/sys` of sandboxes with these processors: nothing but their list.
-pub(super) fn system_tree(processors: &[usize]) -> Result<String, StepError> {
-    let list = processors.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
-    let tree = format!("/sys/{list}");
-    if fs::exists(&tree).step("look for /sys")? {
-        return Ok(tree);
+/// The `/sys` of all sandboxes: a directory for each of the host's processors, and the place where
+/// the list of a sandbox's own is shown.
+fn make_system() -> Result<(), StepError> {
+    let set = rustix::thread::sched_getaffinity(None).step("count processors")?;
+    let directory = format!("{SYSTEM}/devices/system/cpu");
+    fs::create_dir_all(&directory).step("make /sys")?;
+    for processor in (0..rustix::thread::CpuSet::MAX_CPU).filter(|number| set.is_set(*number)) {
+        fs::create_dir(format!("{directory}/cpu{processor}")).step("make /sys")?;
     }
-    let directory = format!("{tree}/devices/system/cpu");
-    for processor in processors {
-        fs::create_dir_all(format!("{directory}/cpu{processor}")).step("make /sys")?;
-    }
-    for name in ["online", "possible", "present"] {
-        fs::write(format!("{directory}/{name}"), format!("{list}\n")).step("make /sys")?;
-    }
-    fs::create_dir_all(format!("{tree}/fs/cgroup")).step("make /sys")?;
-    Ok(tree)
+    fs::write(format!("{directory}/online"), "").step("make /sys")?;
+    fs::create_dir_all(format!("{SYSTEM}/fs/cgroup")).step("make /sys")
 }

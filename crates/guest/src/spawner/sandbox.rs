@@ -13,7 +13,7 @@ use rustix::mount::{MountAttrFlags, UnmountFlags};
 use rustix::thread::{CapabilitySet, LinkNameSpaceType};
 
 use super::process::{self, Clone, Exit};
-use super::root::{self, BASE, DEVICES, DISK, LAYERS, LAYERS_MAX, NEW_ROOT};
+use super::root::{BASE, DEVICES, DISK, LAYERS, LAYERS_MAX, NEW_ROOT, SYSTEM};
 use super::{Step, StepError};
 use crate::mount::{self, NO_DEVICES, NO_EXEC, NO_SUID, READ_ONLY};
 use crate::seccomp;
@@ -35,6 +35,9 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::AUDIT_WRITE)
     .union(CapabilitySet::SETFCAP);
 
+/// Size of /dev/shm; what is in it counts against the sandbox's memory all the same.
+const SHARED_MEMORY: &str = "1g";
+
 /// Files of /proc that tell of the host or act on it; shown empty.
 const MASKED_FILES: [&str; 11] = [
     "cmdline",
@@ -51,12 +54,14 @@ const MASKED_FILES: [&str; 11] = [
 ];
 /// Directories of /proc that are shown empty.
 const MASKED_DIRECTORIES: [&str; 4] = ["acpi", "asound", "driver", "scsi"];
-/// Directories of /proc that can only be read.
-const READ_ONLY_DIRECTORIES: [&str; 4] = ["bus", "fs", "irq", "sys"];
+/// Directories of /proc that can only be read; the agent's own among them, whose files would obey
+/// root of the sandbox.
+const READ_ONLY_DIRECTORIES: [&str; 5] = ["1", "bus", "fs", "irq", "sys"];
 
 /// The request's descriptors by name; see [`Sandbox`] for their order.
 struct Parts<'a> {
     error: BorrowedFd<'a>,
+    leash: BorrowedFd<'a>,
     listen: BorrowedFd<'a>,
     user: BorrowedFd<'a>,
     network: BorrowedFd<'a>,
@@ -66,6 +71,7 @@ struct Parts<'a> {
     agent_cgroups: Vec<BorrowedFd<'a>>,
     command_cgroups: Vec<BorrowedFd<'a>>,
     memory_usage: BorrowedFd<'a>,
+    memory_limit: BorrowedFd<'a>,
 }
 
 impl<'a> Parts<'a> {
@@ -73,6 +79,7 @@ impl<'a> Parts<'a> {
         let mut rest = descriptors.iter().map(AsFd::as_fd);
         let parts = Self {
             error: rest.next()?,
+            leash: rest.next()?,
             listen: rest.next()?,
             user: rest.next()?,
             network: rest.next()?,
@@ -82,6 +89,7 @@ impl<'a> Parts<'a> {
             agent_cgroups: rest.by_ref().take(order.agent_cgroups).collect(),
             command_cgroups: rest.by_ref().take(order.command_cgroups).collect(),
             memory_usage: rest.next()?,
+            memory_limit: rest.next()?,
         };
         (rest.next().is_none() && order.layers.len() <= LAYERS_MAX).then_some(parts)
     }
@@ -94,12 +102,11 @@ pub(super) fn start(
     agent: BorrowedFd<'_>,
 ) -> Result<(i32, OwnedFd), StepError> {
     let parts = Parts::of(order, descriptors).ok_or(StepError { step: "read the request", errno: Errno::INVAL })?;
-    let system = root::system_tree(&order.processors)?;
     match process::clone(NAMESPACES).step("clone the first process")? {
         Clone::Parent { pid, pidfd } => Ok((pid, pidfd)),
         Clone::Child => {
             process::notice_children();
-            let Err(error) = become_sandbox(order, &parts, &system, agent);
+            let Err(error) = become_sandbox(order, &parts, agent);
             let text = format!("{}: {}", error.step, std::io::Error::from(error.errno));
             let _ = rustix::io::write(parts.error, text.as_bytes());
             process::exit(Exit::Failed)
@@ -110,16 +117,14 @@ pub(super) fn start(
 fn become_sandbox(
     order: &Sandbox,
     parts: &Parts<'_>,
-    system: &str,
     agent: BorrowedFd<'_>,
 ) -> Result<std::convert::Infallible, StepError> {
     for cgroup in &parts.agent_cgroups {
         rustix::io::write(cgroup, b"0").step("join the cgroup")?;
     }
     process::unshare(libc::CLONE_NEWCGROUP).step("unshare the cgroup namespace")?;
-    let meminfo = build_root(order, parts, system)?;
+    let shown = build_root(order, parts)?;
     rustix::system::sethostname(order.hostname.as_bytes()).step("set the host name")?;
-    set_processors(&order.processors).step("set the processors")?;
 
     // From here on the process gives away what it can do.
     rustix::thread::move_into_link_name_space(parts.network, Some(LinkNameSpaceType::Network))
@@ -133,11 +138,19 @@ fn become_sandbox(
     // The spawner's standard error is the server's; standard input is /dev/null already.
     rustix::stdio::dup2_stderr(rustix::stdio::stdin()).step("close standard error")?;
     install_filter().step("install the system call filter")?;
-    run_agent(order, parts, &meminfo, agent)
+    run_agent(parts, &shown, agent)
 }
 
-/// Assembles the file system and makes it the root. Returns the file shown as /proc/meminfo.
-fn build_root(order: &Sandbox, parts: &Parts<'_>, system: &str) -> Result<OwnedFd, StepError> {
+/// Files that the agent writes and the sandbox sees: its share of what the kernel tells of the host.
+struct Shown {
+    /// As `/proc/meminfo`.
+    memory: OwnedFd,
+    /// As `/sys/devices/system/cpu/online`.
+    processors: OwnedFd,
+}
+
+/// Assembles the file system and makes it the root.
+fn build_root(order: &Sandbox, parts: &Parts<'_>) -> Result<Shown, StepError> {
     mount::attach(parts.disk, DISK).step("attach the disk")?;
     mount::attach(parts.base, BASE).step("attach the base layer")?;
     for (index, layer) in parts.layers.iter().enumerate() {
@@ -152,16 +165,16 @@ fn build_root(order: &Sandbox, parts: &Parts<'_>, system: &str) -> Result<OwnedF
     }
     act_as(0).step("act as the host's root")?;
     build_devices(order)?;
-    let tree = mount::clone_tree(rustix::fs::CWD, system, false).step("copy /sys")?;
+    let tree = mount::clone_tree(rustix::fs::CWD, SYSTEM, false).step("copy /sys")?;
     mount::set_attributes(tree.as_fd(), READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC, None).step("protect /sys")?;
     mount::attach(tree.as_fd(), "/root/sys").step("attach /sys")?;
-    let meminfo = build_proc()?;
+    let shown = build_proc()?;
 
     std::env::set_current_dir(NEW_ROOT).step("enter the new root")?;
     rustix::process::pivot_root(".", ".").step("change the root")?;
     rustix::mount::unmount(".", UnmountFlags::DETACH).step("leave the old root")?;
     std::env::set_current_dir("/").step("enter the new root")?;
-    Ok(meminfo)
+    Ok(shown)
 }
 
 /// Uses another id for files, and keeps all capabilities.
@@ -214,18 +227,17 @@ fn build_devices(order: &Sandbox) -> Result<(), StepError> {
     )
     .step("make /dev/pts")?;
     mount::attach(terminals.as_fd(), "/root/dev/pts").step("attach /dev/pts")?;
-    let size = (order.memory_bytes / 2).to_string();
     let owner = order.first_id.to_string();
     let shared = mount::new_filesystem(
         "tmpfs",
-        &[("mode", Some("1777")), ("size", Some(&size)), ("uid", Some(&owner)), ("gid", Some(&owner))],
+        &[("mode", Some("1777")), ("size", Some(SHARED_MEMORY)), ("uid", Some(&owner)), ("gid", Some(&owner))],
         quiet | MountAttrFlags::MOUNT_ATTR_NODEV,
     )
     .step("make /dev/shm")?;
     mount::attach(shared.as_fd(), "/root/dev/shm").step("attach /dev/shm")
 }
 
-fn build_proc() -> Result<OwnedFd, StepError> {
+fn build_proc() -> Result<Shown, StepError> {
     let quiet =
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC | MountAttrFlags::MOUNT_ATTR_NODEV;
     let proc = mount::new_filesystem("proc", &[], quiet).step("make /proc")?;
@@ -251,7 +263,10 @@ fn build_proc() -> Result<OwnedFd, StepError> {
     };
     let nothing = make("nothing").step("make an empty file")?;
     rustix::fs::mkdirat(&empty, "directory", rustix::fs::Mode::from_raw_mode(0o555)).step("make an empty directory")?;
-    let meminfo = make("meminfo").step("make /proc/meminfo")?;
+    let shown = Shown {
+        memory: make("meminfo").step("make /proc/meminfo")?,
+        processors: make("online").step("make the list of processors")?,
+    };
     drop(nothing);
     let show = |name: &str, target: &str| -> Result<(), StepError> {
         let file = mount::clone_tree(empty.as_fd(), name, false).step("copy an empty place")?;
@@ -264,16 +279,8 @@ fn build_proc() -> Result<OwnedFd, StepError> {
         show(if metadata.is_dir() { "directory" } else { "nothing" }, &path)?;
     }
     show("meminfo", "/root/proc/meminfo")?;
-    Ok(meminfo)
-}
-
-/// Also what `nproc` tells inside.
-fn set_processors(processors: &[usize]) -> Result<(), Errno> {
-    let mut set = rustix::thread::CpuSet::new();
-    for processor in processors {
-        set.set(*processor);
-    }
-    rustix::thread::sched_setaffinity(None, &set)
+    show("online", "/root/sys/devices/system/cpu/online")?;
+    Ok(shown)
 }
 
 fn become_inner_root() -> Result<(), Errno> {
@@ -325,17 +332,22 @@ fn install_filter() -> Result<(), Errno> {
 }
 
 fn run_agent(
-    order: &Sandbox,
     parts: &Parts<'_>,
-    meminfo: &OwnedFd,
+    shown: &Shown,
     agent: BorrowedFd<'_>,
 ) -> Result<std::convert::Infallible, StepError> {
-    let mut arguments = vec!["nagaya-agent".to_owned(), format!("--listen-fd={}", parts.listen.as_raw_fd())];
-    arguments.extend(parts.command_cgroups.iter().map(|fd| format!("--cgroup-procs-fd={}", fd.as_raw_fd())));
-    arguments.push(format!("--memory-usage-fd={}", parts.memory_usage.as_raw_fd()));
-    arguments.push(format!("--meminfo-fd={}", meminfo.as_raw_fd()));
-    arguments.push(format!("--memory-limit-bytes={}", order.memory_bytes));
-    for fd in parts.command_cgroups.iter().chain([&parts.listen, &parts.memory_usage, &meminfo.as_fd()]) {
+    let named = [
+        ("leash", parts.leash),
+        ("listen", parts.listen),
+        ("memory-usage", parts.memory_usage),
+        ("memory-limit", parts.memory_limit),
+        ("meminfo", shown.memory.as_fd()),
+        ("processors", shown.processors.as_fd()),
+    ];
+    let cgroups = parts.command_cgroups.iter().map(|fd| ("cgroup-procs", *fd));
+    let mut arguments = vec!["nagaya-agent".to_owned()];
+    for (name, fd) in named.into_iter().chain(cgroups) {
+        arguments.push(format!("--{name}-fd={}", fd.as_raw_fd()));
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).step("keep a descriptor")?;
     }
     let arguments: Vec<_> = arguments

@@ -261,9 +261,18 @@ impl Group {
 
     /// A file that tells the bytes of memory in use.
     pub fn memory_usage_file(&self) -> Result<File, CgroupError> {
+        self.memory_file("memory.current", "memory.usage_in_bytes")
+    }
+
+    /// A file that tells the bytes of memory that may be used.
+    pub fn memory_limit_file(&self) -> Result<File, CgroupError> {
+        self.memory_file("memory.max", "memory.limit_in_bytes")
+    }
+
+    fn memory_file(&self, unified: &str, split: &str) -> Result<File, CgroupError> {
         let name = match self.cgroups.layout {
-            Layout::Unified(_) => "memory.current",
-            Layout::Split { .. } => "memory.usage_in_bytes",
+            Layout::Unified(_) => unified,
+            Layout::Split { .. } => split,
         };
         let path = self.path(self.memory_parent(), "commands").join(name);
         at("open", &path, File::open(&path))

@@ -52,7 +52,7 @@ impl Agent {
             rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::empty()).unwrap();
             command.arg(format!("--{name}-fd={}", descriptor.as_raw_fd()));
         }
-        let process = command.arg("--memory-limit-bytes=1073741824").spawn().unwrap();
+        let process = command.spawn().unwrap();
         for (_, descriptor) in descriptors.iter().chain(&[("listen", listener.as_fd())]) {
             rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::CLOEXEC).unwrap();
         }

@@ -1,8 +1,8 @@
 //! A sandbox's processes: starting, finding, connecting to and ending them.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,15 +11,15 @@ use std::time::Duration;
 use nagaya_api::ids::SessionId;
 use nagaya_engine::model::Machine;
 use nagaya_engine::ports::DriverError;
-use nagaya_guest::spawn;
+use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::io::unix::AsyncFd;
 
 use super::record::Record;
-use super::slots::{self, Slot, group_name};
-use super::{Inner, Started, failed};
+use super::slots::{Slot, group_name};
+use super::{Inner, failed};
 use crate::cgroup::{Cgroups, Group, Limits, Part};
 use crate::link::Link;
 use crate::sys;
@@ -78,53 +78,42 @@ impl Live {
     }
 }
 
-/// Writes the record, sets the limits and starts the first process. On error the caller removes
-/// the directory and the slot.
-pub(super) fn start(inner: &Inner, id: SessionId, machine: &Machine, slot: &Slot) -> Result<Started, DriverError> {
-    let on = |step: &'static str| move |error: io::Error| failed(step, &error);
-    let directory = inner.directory(id);
-    fs::create_dir(&directory).map_err(on("make the sandbox's directory"))?;
-    let record = Record { slot: slot.number, machine: machine.clone(), base: inner.factory.image.base.clone() };
-    record.write(&directory).map_err(on("write the sandbox's record"))?;
-    fs::rename(&slot.image, directory.join("disk.ext4")).map_err(on("move the sandbox's disk"))?;
-    let listen = listen(&directory).map_err(on("make the agent's socket"))?;
-
-    let cgroup = |error| failed("set the sandbox's limits", &error);
-    let memory_bytes = u64::from(machine.memory_mb) << 20;
-    let limits = Limits { cpu_cores: machine.cpu_cores, memory_bytes, processes_max: inner.config.processes_max };
-    slot.group.set_limits(limits).map_err(cgroup)?;
-    let agent_files = slot.group.join_files(Part::Agent).map_err(cgroup)?;
-    let command_files = slot.group.join_files(Part::Commands).map_err(cgroup)?;
-    let memory_usage = slot.group.memory_usage_file().map_err(cgroup)?;
-
-    let (error, error_write) =
-        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|errno| on("make a pipe")(errno.into()))?;
-    let order = spawn::Sandbox {
-        layers: inner.factory.image.layer_names(),
-        agent_cgroups: agent_files.len(),
-        command_cgroups: command_files.len(),
-        first_id: slots::first_id(slot.number),
-        processors: inner.processors_for(slot.number, machine.cpu_cores),
-        memory_bytes,
-        hostname: "sandbox".into(),
+/// Makes a slot the sandbox of a session: its limits, its record, its directory. The last step gives
+/// it its name, so that a crash before it leaves a slot and a crash after it a sandbox. The slot is
+/// unharmed by an error.
+pub(super) fn take(inner: &Inner, id: SessionId, machine: &Machine, slot: &Slot) -> Result<(), DriverError> {
+    let limits = Limits {
+        cpu_cores: machine.cpu_cores,
+        memory_bytes: u64::from(machine.memory_mb) << 20,
+        processes_max: inner.factory.processes_max,
     };
-    let mut fds: Vec<BorrowedFd<'_>> = vec![
-        error_write.as_fd(),
-        listen.as_fd(),
-        slot.user.as_fd(),
-        slot.network.as_fd(),
-        slot.disk.as_fd(),
-        slot.base.as_fd(),
-    ];
-    fds.extend(slot.layers.iter().map(AsFd::as_fd));
-    fds.extend(agent_files.iter().chain(&command_files).map(File::as_fd));
-    fds.push(memory_usage.as_fd());
-    let (_, pidfd) = inner.spawner.sandbox(order, &fds).map_err(|error| failed("start the sandbox", &error))?;
-    Ok(Started { slot: slot.number, pidfd, error })
+    slot.group.set_limits(limits).map_err(|error| failed("set the sandbox's limits", &error))?;
+    let processors = inner.processors_for(slot.number, machine.cpu_cores);
+    set_processors(slot.started.pid, &processors).map_err(|error| failed("set the sandbox's processors", &error))?;
+    let record = Record { slot: slot.number, machine: machine.clone(), base: inner.factory.image.base.clone() };
+    record.write(&slot.directory).map_err(|error| failed("write the sandbox's record", &error))?;
+    fs::rename(&slot.directory, inner.directory(id)).map_err(|error| failed("name the sandbox", &error))
+}
+
+/// Also what `nproc` tells inside.
+fn set_processors(pid: i32, processors: &[usize]) -> io::Result<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    for processor in processors {
+        set.set(*processor);
+    }
+    Ok(rustix::thread::sched_setaffinity(Pid::from_raw(pid), &set)?)
+}
+
+/// Ends a process and waits for its end. Blocks.
+pub(super) fn kill_and_wait(pidfd: &OwnedFd) {
+    // A process that has ended already is what we want.
+    let _ = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
+    let mut ended = [PollFd::new(pidfd, PollFlags::IN)];
+    while rustix::event::poll(&mut ended, None) == Err(rustix::io::Errno::INTR) {}
 }
 
 /// Binds the agent's socket in the sandbox's directory, however long its path is.
-fn listen(directory: &Path) -> io::Result<OwnedFd> {
+pub(super) fn listen(directory: &Path) -> io::Result<OwnedFd> {
     let place = open_directory(directory)?;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(short_path(&place))?)?;

@@ -1,14 +1,14 @@
 //! The namespace driver: sandboxes made of Linux namespaces, cgroups and an overlay on a disk image.
 //!
 //! ```text
-//!  pool of slots ──take──▶ directory, record, limits ──▶ spawner: clone3, mounts, agent ──▶ link
-//!  (namespaces, disk,                                                                        │
-//!   cgroup, address)        release ◀── kill the first process ◀── destroy ◀─────────────────┘
+//!  ids, network, disk, cgroup ──▶ spawner: clone3, mounts, agent ──▶ slot in the pool
+//!                                                                        │ take: limits, record, name
+//!  release ◀── kill the first process ◀── destroy ◀── sandbox ◀── link ◀──┘
 //! ```
 //!
 //! What survives this process is on purpose: the sandboxes' processes and their directories below
 //! `sandboxes/`. Everything else (slots of the pool, mounts, loop devices) is held by descriptors
-//! and goes with it.
+//! and goes with it, but for files and cgroups of slots, which the next start sweeps.
 
 mod disk;
 mod host_image;
@@ -19,7 +19,6 @@ mod slots;
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
@@ -36,7 +35,7 @@ use crate::cgroup::Cgroups;
 use crate::spawner::Spawner;
 use live::{Live, PidFd};
 use record::Record;
-use slots::{Factory, Pool, Shape, Slot, SlotError, group_name};
+use slots::{Factory, Pool, Shape, Slot, SlotError, Started, group_name};
 
 /// What the operator decides about the driver.
 #[derive(Debug, Clone)]
@@ -107,8 +106,6 @@ struct Inner {
     config: Config,
     sandboxes: PathBuf,
     factory: Arc<Factory>,
-    /// Starts sandboxes; the factory's own spawner makes namespaces, so that neither waits for the other.
-    spawner: Spawner,
     pools: Vec<Arc<Pool>>,
     live: Mutex<HashMap<SessionId, Arc<Live>>>,
     releasing: Mutex<HashSet<SessionId>>,
@@ -154,6 +151,7 @@ impl NamespaceDriver {
             image,
             pool_directory,
             config.slots_max,
+            config.processes_max,
         );
         claim_what_exists(&factory, &sandboxes, &images);
         let factory = Arc::new(factory);
@@ -167,7 +165,6 @@ impl NamespaceDriver {
         let inner = Inner {
             sandboxes,
             factory,
-            spawner: Spawner::start().map_err(on("start a spawner"))?,
             pools,
             live: Mutex::default(),
             releasing: Mutex::default(),
@@ -276,21 +273,18 @@ impl Inner {
         chosen
     }
 
-    /// Everything of a creation but the waiting for the agent.
-    fn start(&self, id: SessionId, machine: &Machine) -> Result<Started, DriverError> {
+    /// Everything of a creation but the connection to the agent: the sandbox's slot and process.
+    fn start(&self, id: SessionId, machine: &Machine) -> Result<(u32, Started), DriverError> {
         if machine.outbound && !self.config.network_outbound {
-            return Err(DriverError::Failed(
-                "this server gives no sandbox outbound access; ask for allow_outbound=false".into(),
-            ));
+            return Err(DriverError::Failed("this server gives no sandbox outbound access; ask for allow_outbound=false".into()));
         }
         let slot = self.slot(machine).map_err(|error| match error {
             SlotError::Exhausted(_) => DriverError::Exhausted("slots_max".into()),
-            error => failed("take a slot", &error),
+            error => failed("make a sandbox", &error),
         })?;
-        match live::start(self, id, machine, &slot) {
-            Ok(started) => Ok(started),
+        match live::take(self, id, machine, &slot) {
+            Ok(()) => Ok((slot.number, slot.started)),
             Err(error) => {
-                let _ = fs::remove_dir_all(self.directory(id));
                 self.factory.discard(slot);
                 Err(error)
             }
@@ -326,14 +320,6 @@ impl Inner {
     }
 }
 
-/// A sandbox whose first process runs.
-struct Started {
-    slot: u32,
-    pidfd: OwnedFd,
-    /// Where the first process tells why it failed.
-    error: OwnedFd,
-}
-
 fn failed(step: &str, error: &dyn std::error::Error) -> DriverError {
     let mut text = format!("{step}: {error}");
     let mut cause = error.source();
@@ -361,20 +347,21 @@ impl Driver for NamespaceDriver {
     async fn create(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError> {
         let begin = Instant::now();
         let (inner, wanted) = (self.inner.clone(), machine.clone());
-        let started = blocking(move || inner.start(id, &wanted)).await?;
-        let spawned = begin.elapsed();
-        let pidfd = PidFd::new(started.pidfd).map_err(|error| failed("watch the sandbox", &error))?;
-        let live = Arc::new(Live::new(id, started.slot, pidfd));
+        // The leash is held until the agent is connected.
+        let (slot, Started { pidfd, error: told, leash: _leash, .. }) = blocking(move || inner.start(id, &wanted)).await?;
+        let taken = begin.elapsed();
+        let pidfd = PidFd::new(pidfd).map_err(|error| failed("watch the sandbox", &error))?;
+        let live = Arc::new(Live::new(id, slot, pidfd));
         self.inner.live().insert(id, live.clone());
-        match live::connect(&self.inner.directory(id), &self.inner.factory.cgroups, started.slot).await {
+        match live::connect(&self.inner.directory(id), &self.inner.factory.cgroups, slot).await {
             Ok(link) => {
                 self.inner.watch(&live);
-                tracing::debug!(%id, ?spawned, ready = ?begin.elapsed(), "sandbox started");
+                tracing::debug!(%id, ?taken, ready = ?begin.elapsed(), "sandbox started");
                 Ok(link)
             }
             Err(error) => {
                 self.destroy(id).await?;
-                let told = live::read_error(&started.error);
+                let told = live::read_error(&told);
                 Err(if told.is_empty() { error } else { DriverError::Failed(told) })
             }
         }

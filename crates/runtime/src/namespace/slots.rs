@@ -1,22 +1,26 @@
-//! Slots: everything a sandbox needs that takes milliseconds to make, made ahead.
+//! Slots: sandboxes made ahead, but for what a request decides.
 //!
-//! A slot is a number, from which its host ids, its address and its cgroup follow, with the
-//! descriptors of its namespaces, its disk and its layers. It is used by one sandbox and never again:
-//! the number is, once the sandbox is gone, with everything else made fresh.
+//! A slot is a number, from which its host ids, its address and its cgroup follow, with a disk, a
+//! network, a file system and an agent that waits for a server. Taking it means to set its limits and
+//! to connect. It is used by one session and never again: the number is, once everything with it is
+//! gone. A slot that nobody took ends with the server: its agent is on a leash.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use nagaya_guest::mount::{self, NO_DEVICES, READ_ONLY};
-use nagaya_guest::spawn::IDS_PER_SANDBOX;
+use nagaya_guest::spawn::{self, IDS_PER_SANDBOX};
+use rustix::pipe::PipeFlags;
 
 use super::disk::{self, DiskError, Disks};
 use super::host_image::Image;
+use super::live;
 use super::network::{Network, NetworkError};
-use crate::cgroup::{CgroupError, Cgroups, Group};
+use crate::cgroup::{CgroupError, Cgroups, Group, Part};
 use crate::spawner::{SpawnError, Spawner};
 
 /// The first host id of slot 0. systemd leaves the range from 0x7000_0000 on to nobody; see its
@@ -38,7 +42,7 @@ pub enum SlotError {
     #[error("make a control group")]
     Cgroup(#[from] CgroupError),
     #[error("{step}")]
-    Layer { step: &'static str, source: std::io::Error },
+    System { step: &'static str, source: io::Error },
 }
 
 /// What slots of one pool have in common.
@@ -48,17 +52,23 @@ pub(super) struct Shape {
     pub outbound: bool,
 }
 
-/// A slot ready for a sandbox.
+/// A sandbox that nobody has yet.
 pub(super) struct Slot {
     pub number: u32,
     pub group: Group,
-    pub user: OwnedFd,
-    pub network: OwnedFd,
-    pub disk: OwnedFd,
-    pub base: OwnedFd,
-    pub layers: Vec<OwnedFd>,
-    /// The disk's image; moved to the sandbox's directory when it is taken.
-    pub image: PathBuf,
+    /// Its disk's image and its agent's socket; becomes the directory of the sandbox.
+    pub directory: PathBuf,
+    pub started: Started,
+}
+
+/// A sandbox whose first process was started.
+pub(super) struct Started {
+    pub pid: i32,
+    pub pidfd: OwnedFd,
+    /// Where the first process tells why it failed.
+    pub error: OwnedFd,
+    /// Closing it before a server connects ends the first process.
+    pub leash: OwnedFd,
 }
 
 /// The first host uid and gid of a slot.
@@ -73,8 +83,9 @@ pub(super) struct Factory {
     pub disks: Disks,
     pub cgroups: Cgroups,
     pub image: Image,
-    /// Where images of disks wait that no sandbox has yet.
+    /// Where slots wait that no session has yet.
     pub pool_directory: PathBuf,
+    pub processes_max: u64,
     numbers: Mutex<Numbers>,
 }
 
@@ -94,10 +105,11 @@ impl Factory {
         image: Image,
         pool_directory: PathBuf,
         slots_max: u32,
+        processes_max: u64,
     ) -> Self {
         let room = network.as_ref().map_or(SLOTS_LIMIT, Network::capacity);
         let numbers = Numbers { used: BTreeSet::new(), next: 0, max: slots_max.min(SLOTS_LIMIT).min(room) };
-        Self { spawner, network, disks, cgroups, image, pool_directory, numbers: Mutex::new(numbers) }
+        Self { spawner, network, disks, cgroups, image, pool_directory, processes_max, numbers: Mutex::new(numbers) }
     }
 
     fn numbers(&self) -> MutexGuard<'_, Numbers> {
@@ -130,52 +142,91 @@ impl Factory {
         let number = self.number()?;
         let made = self.make_numbered(number, shape);
         if made.is_err() {
-            let _ = fs::remove_file(self.image_path(number));
-            let _ = self.cgroups.group(&group_name(number)).and_then(|group| group.remove());
-            self.release(number);
+            self.clear(number);
         }
         made
     }
 
-    fn image_path(&self, number: u32) -> PathBuf {
-        self.pool_directory.join(format!("{number}.ext4"))
+    fn directory(&self, number: u32) -> PathBuf {
+        self.pool_directory.join(number.to_string())
     }
 
     fn make_numbered(&self, number: u32, shape: Shape) -> Result<Slot, SlotError> {
         let group = self.cgroups.group(&group_name(number))?;
+        let directory = self.directory(number);
+        fs::create_dir(&directory).map_err(on("make the slot's directory"))?;
         let (network, user) = self.spawner.namespaces(first_id(number))?;
         match &self.network {
             Some(rules) => rules.set_up(network.as_fd(), shape.outbound.then_some(number))?,
             None => Network::set_up_isolated(network.as_fd())?,
         }
-        let image = self.image_path(number);
+        let image = directory.join("disk.ext4");
         self.disks.make(&image, shape.disk_gb)?;
         let disk = disk::attach(&image)?;
-        let layer = |step, path: &std::path::Path, attributes: u64| -> Result<OwnedFd, SlotError> {
-            let wrong = |errno: rustix::io::Errno| SlotError::Layer { step, source: errno.into() };
-            let tree = mount::clone_tree(rustix::fs::CWD, &path.to_string_lossy(), false).map_err(wrong)?;
-            mount::set_attributes(tree.as_fd(), attributes, Some(user.as_fd())).map_err(wrong)?;
-            Ok(tree)
+        mount::set_attributes(disk.as_fd(), NO_DEVICES, Some(user.as_fd())).map_err(|errno| on("map the disk")(errno.into()))?;
+        let base = layer(&self.image.base, user.as_fd())?;
+        let layers: Vec<OwnedFd> =
+            self.image.layers.iter().map(|(_, path)| layer(path, user.as_fd())).collect::<Result<_, _>>()?;
+
+        let listen = live::listen(&directory).map_err(on("make the agent's socket"))?;
+        let agent_files = group.join_files(Part::Agent)?;
+        let command_files = group.join_files(Part::Commands)?;
+        let (memory_usage, memory_limit) = (group.memory_usage_file()?, group.memory_limit_file()?);
+        let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| on("make a pipe")(errno.into()));
+        let (error, error_write) = pipe()?;
+        let (leash_read, leash) = pipe()?;
+        let order = spawn::Sandbox {
+            layers: self.image.layer_names(),
+            agent_cgroups: agent_files.len(),
+            command_cgroups: command_files.len(),
+            first_id: first_id(number),
+            hostname: "sandbox".into(),
         };
-        let base = layer("map the base layer", &self.image.base, READ_ONLY | NO_DEVICES)?;
-        let layers = self
-            .image
-            .layers
-            .iter()
-            .map(|(_, path)| layer("map a layer", path, READ_ONLY | NO_DEVICES))
-            .collect::<Result<_, _>>()?;
-        mount::set_attributes(disk.as_fd(), NO_DEVICES, Some(user.as_fd()))
-            .map_err(|errno| SlotError::Layer { step: "map the disk", source: errno.into() })?;
-        Ok(Slot { number, group, user, network, disk, base, layers, image })
+        let mut fds: Vec<BorrowedFd<'_>> = vec![
+            error_write.as_fd(),
+            leash_read.as_fd(),
+            listen.as_fd(),
+            user.as_fd(),
+            network.as_fd(),
+            disk.as_fd(),
+            base.as_fd(),
+        ];
+        fds.extend(layers.iter().map(AsFd::as_fd));
+        fds.extend(agent_files.iter().chain(&command_files).map(File::as_fd));
+        fds.extend([memory_usage.as_fd(), memory_limit.as_fd()]);
+        let (pid, pidfd) = self.spawner.sandbox(order, &fds)?;
+        Ok(Slot { number, group, directory, started: Started { pid, pidfd, error, leash } })
     }
 
-    /// Takes a slot apart that no sandbox used.
+    /// Takes a slot apart that no session used.
     pub fn discard(&self, slot: Slot) {
-        let Slot { number, group, image, .. } = slot;
-        let _ = fs::remove_file(image);
-        let _ = group.remove();
+        let Slot { number, started, .. } = slot;
+        live::kill_and_wait(&started.pidfd);
+        self.clear(number);
+    }
+
+    /// Removes what bears a number and has no processes any more, and frees the number.
+    fn clear(&self, number: u32) {
+        let directory = self.directory(number);
+        live::remove_group(&self.cgroups, number);
+        if let Err(error) = fs::remove_dir_all(&directory)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, directory = %directory.display(), "could not remove a slot's directory");
+        }
         self.release(number);
     }
+}
+
+fn on(step: &'static str) -> impl Fn(io::Error) -> SlotError {
+    move |source| SlotError::System { step, source }
+}
+
+/// A read-only copy of a layer's mount in which the ids are the sandbox's.
+fn layer(path: &Path, user: BorrowedFd<'_>) -> Result<OwnedFd, SlotError> {
+    let made = mount::clone_tree(rustix::fs::CWD, &path.to_string_lossy(), false)
+        .and_then(|tree| mount::set_attributes(tree.as_fd(), READ_ONLY | NO_DEVICES, Some(user)).map(|()| tree));
+    made.map_err(|errno| on("map a layer")(errno.into()))
 }
 
 pub(super) fn group_name(number: u32) -> String {

@@ -31,18 +31,18 @@ struct Attempt {
     control: Control,
     /// Arguments of the control, where they differ.
     control_arguments: Option<fn(&World) -> Vec<String>>,
-    from: From,
+    from: Source,
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum From {
+enum Source {
     Attacker,
     /// The sandbox without outbound access.
     Isolated,
 }
 
 const fn attempt(name: &'static str, module: &'static str, control: Control) -> Attempt {
-    Attempt { name, module, arguments: |_| Vec::new(), control, control_arguments: None, from: From::Attacker }
+    Attempt { name, module, arguments: |_| Vec::new(), control, control_arguments: None, from: Source::Attacker }
 }
 
 impl Attempt {
@@ -56,7 +56,7 @@ impl Attempt {
         self
     }
 
-    const fn from(mut self, from: From) -> Self {
+    const fn from(mut self, from: Source) -> Self {
         self.from = from;
         self
     }
@@ -118,7 +118,9 @@ static ATTEMPTS: &[Attempt] = &[
     attempt("read_process_1", PROCESSES, Control::Own).control_with(own),
     attempt("kill_process_1", PROCESSES, Control::Own).control_with(own),
     attempt("limits_of_process_1", PROCESSES, Control::Own).control_with(own),
-    attempt("less_likely_to_be_killed", PROCESSES, HOST),
+    attempt("less_likely_to_be_killed", PROCESSES, Control::Own)
+        .with(|_| vec!["-1".into()])
+        .control_with(|_| vec!["900".into()]),
     attempt("descriptors_that_came_along", PROCESSES, Control::Own).control_with(own),
     attempt("processes_of_others__of_another_sandbox", PROCESSES, Control::Victim)
         .with(|world| vec![world.victim_secret.clone()]),
@@ -130,7 +132,7 @@ static ATTEMPTS: &[Attempt] = &[
     attempt("clone", NAMESPACES, HOST),
     attempt("clone3", NAMESPACES, HOST),
     attempt("setns", NAMESPACES, HOST),
-    attempt("id_maps", NAMESPACES, Control::Host(&["unshare", "--user", "--"])),
+    attempt("id_maps", NAMESPACES, HOST).control_with(own),
     attempt("mount_new_file_systems", NAMESPACES, Control::Host(APART)),
     attempt("mount_what_is_there_elsewhere", NAMESPACES, Control::Host(APART)),
     attempt("mount_with_the_new_calls", NAMESPACES, Control::Host(APART)),
@@ -177,7 +179,7 @@ static ATTEMPTS: &[Attempt] = &[
             let all = world.outside.forbidden.iter().cloned().chain(world.host_addresses());
             at(all.chain([world.outside.public.clone(), world.victim_address.clone()]))
         })
-        .from(From::Isolated),
+        .from(Source::Isolated),
     attempt("reach_by_tcp__the_servers_own_port", NETWORK, HOST)
         .with(|world| {
             let port = world.server.endpoint().rsplit(':').next().unwrap_or_default().to_owned();
@@ -215,7 +217,7 @@ pub async fn run(suite: &mut Suite, world: &World) {
 async fn make(attempt: &Attempt, world: &World) -> Outcome {
     let program = super::world::program(attempt.module, attempt.function());
     let arguments = (attempt.arguments)(world);
-    let sandbox = if attempt.from == From::Isolated { &world.isolated } else { &world.attacker };
+    let sandbox = if attempt.from == Source::Isolated { &world.isolated } else { &world.attacker };
     for privileged in [false, true] {
         let user = if privileged { "root" } else { "tenki" };
         match inside(sandbox, &program, &arguments, privileged).await {
@@ -229,7 +231,11 @@ async fn make(attempt: &Attempt, world: &World) -> Outcome {
     let arguments = attempt.control_arguments.map_or(arguments, |arguments| arguments(world));
     let control = match attempt.control {
         Control::Host(prefix) => on_host(prefix, &program, &arguments).await,
-        Control::Own => inside(&world.attacker, &program, &arguments, false).await,
+        // Own things obey tenki; but for what only root may even try.
+        Control::Own => match inside(&world.attacker, &program, &arguments, false).await {
+            Verdict::Refused(_) => inside(&world.attacker, &program, &arguments, true).await,
+            verdict => verdict,
+        },
         Control::Victim => inside(&world.victim, &program, &arguments, false).await,
     };
     match control {

@@ -151,7 +151,8 @@ pub async fn ready(sandbox: &Sandbox, argv: &[&str]) -> Running {
 pub async fn inside(sandbox: &Sandbox, program: &str, arguments: &[String], privileged: bool) -> Verdict {
     let mut argv = vec![PYTHON, "-c", program];
     argv.extend(arguments.iter().map(String::as_str));
-    let finished = sandbox.run_as(&argv, privileged).await.unwrap_or_else(|error| panic!("the payload did not run: {error}"));
+    let finished =
+        sandbox.run_as(&argv, privileged).await.unwrap_or_else(|error| panic!("the payload did not run: {error}"));
     Verdict::parse(&finished.text(), || finished.describe())
 }
 

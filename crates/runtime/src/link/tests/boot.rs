@@ -41,10 +41,12 @@ async fn a_command_that_cannot_enter_its_control_group_does_not_run() {
 async fn it_says_when_it_is_ready_and_shows_the_memory_of_the_sandbox() {
     let directory = TempDir::new().unwrap();
     let usage = file(&directory, "usage", "536870912\n");
+    let limit = file(&directory, "limit", "1073741824\n");
     let meminfo = file(&directory, "meminfo", "");
     let (mut ready, control) = std::io::pipe().unwrap();
     let agent = Agent::start_with(&[
         ("memory-usage", usage.as_fd()),
+        ("memory-limit", limit.as_fd()),
         ("meminfo", meminfo.as_fd()),
         ("control", control.as_fd()),
     ]);
@@ -109,4 +111,29 @@ async fn it_is_small_again_after_heavy_use() {
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     };
     until("its memory is given back", || private() <= 2048).await;
+}
+
+#[tokio::test]
+async fn an_agent_that_nobody_took_ends_with_its_leash() {
+    let (leash, held) = std::io::pipe().unwrap();
+    let mut agent = Agent::start_with(&[("leash", leash.as_fd())]);
+    drop((leash, held));
+    let status = tokio::task::spawn_blocking(move || agent.process.wait().unwrap()).await.unwrap();
+    assert!(status.success());
+}
+
+#[tokio::test]
+async fn an_agent_that_was_taken_lives_on_without_its_leash() {
+    let directory = TempDir::new().unwrap();
+    let processors = file(&directory, "processors", "");
+    let (leash, held) = std::io::pipe().unwrap();
+    let agent = Agent::start_with(&[("leash", leash.as_fd()), ("processors", processors.as_fd())]);
+    let link = agent.connect().await;
+    drop((leash, held));
+    assert_eq!(link.stat("/nowhere").await.unwrap(), None);
+    drop(link);
+    let again = agent.connect().await;
+    assert_eq!(again.stat("/nowhere").await.unwrap(), None);
+    let shown = std::fs::read_to_string(directory.path().join("processors")).unwrap();
+    assert!(shown.starts_with(|first: char| first.is_ascii_digit()) && shown.ends_with('\n'), "{shown:?}");
 }

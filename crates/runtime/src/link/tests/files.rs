@@ -70,8 +70,18 @@ async fn chunks_are_as_small_as_wished() {
 async fn generated_files_are_read_to_their_end() {
     let agent = Agent::start();
     let link = agent.connect().await;
-    let content = read(&link, "/proc/self/status", 0, 0).await.unwrap();
-    assert!(String::from_utf8_lossy(&content).contains("nagaya"), "{}", String::from_utf8_lossy(&content));
+    let content = read(&link, "/proc/filesystems", 0, 0).await.unwrap();
+    assert!(String::from_utf8_lossy(&content).contains("nodev"), "{}", String::from_utf8_lossy(&content));
+}
+
+#[tokio::test]
+async fn what_proc_tells_of_the_agent_is_closed() {
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    for name in ["status", "maps", "environ", "task/../maps"] {
+        let error = read(&link, &format!("/proc/self/{name}"), 0, 0).await.unwrap_err();
+        assert_eq!(error.code, Code::PermissionDenied, "{name}");
+    }
 }
 
 #[tokio::test]

@@ -183,7 +183,10 @@ def raise_limit():
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if hard == resource.RLIM_INFINITY:
         return False
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard + 4096, hard + 4096))
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard + 4096, hard + 4096))
+    except ValueError:
+        raise OSError(errno.EPERM, "")
     return "raised"
 
 
