@@ -106,8 +106,8 @@ pub struct Limits {
 pub struct Network {
     /// False: no sandbox gets a way out, and asking for one is an error. Default true.
     pub outbound: bool,
-    /// Addresses for sandboxes, e.g. `10.213.0.0/16`. Default: a /16 of 10.192.0.0/10 chosen by the
-    /// data directory's name, so that servers beside each other differ.
+    /// Addresses for sandboxes, e.g. `10.213.0.0/16`. Default: a /16 of 10.192.0.0/10 that the host
+    /// has no route into, chosen at the first start and kept in the data directory.
     pub cidr: Option<String>,
     /// Networks that sandboxes may reach although they are denied by default.
     pub allow: Vec<String>,

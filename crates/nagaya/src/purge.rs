@@ -8,14 +8,15 @@ use std::process::ExitCode;
 use anyhow::Context;
 use nagaya_daemon::config::Config;
 use nagaya_engine::ports::Driver;
-use nagaya_runtime::namespace::NamespaceDriver;
+use nagaya_runtime::namespace::{NETWORK_FILE, NamespaceDriver};
 use nagaya_store::SqliteStore;
 
 use crate::server::{ADDRESS_FILE, DATABASE, KEY_FILE, driver_settings};
 
 /// Everything that a server may have put into its data directory.
 const DIRECTORIES: [&str; 4] = ["sandboxes", "pool", "images", "templates"];
-const FILES: [&str; 6] = [DATABASE, "nagaya.db-wal", "nagaya.db-shm", "nagaya.db.lock", KEY_FILE, ADDRESS_FILE];
+const FILES: [&str; 7] =
+    [DATABASE, "nagaya.db-wal", "nagaya.db-shm", "nagaya.db.lock", NETWORK_FILE, KEY_FILE, ADDRESS_FILE];
 
 pub fn run(config: Config) -> anyhow::Result<ExitCode> {
     if !config.data_dir.is_dir() {

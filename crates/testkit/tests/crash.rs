@@ -23,12 +23,21 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// What callers were told, which is what the server must keep.
 #[derive(Default)]
 struct Promises {
-    /// Told RUNNING, and never asked to end; with what was written into its file.
-    running: BTreeMap<String, u64>,
+    /// Told RUNNING, and never asked to end.
+    running: BTreeMap<String, Promise>,
     /// Asked to end, without an answer: either is right.
     unknown: BTreeSet<String>,
     /// Told TERMINATED.
     ended: BTreeSet<String>,
+}
+
+/// What a running sandbox was acknowledged to have.
+#[derive(Clone, Default)]
+struct Promise {
+    /// What is in its file; 0 when the writing was not acknowledged.
+    content: u64,
+    /// A command that runs until it is ended.
+    execution: Option<String>,
 }
 
 #[derive(Clone)]
@@ -60,8 +69,43 @@ impl Clients {
     }
 }
 
+/// False, and said so, where the suite cannot run.
+fn can_run() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        println!("crash suite: not run: only root can start the namespace driver");
+    }
+    root
+}
+
+#[test]
+fn a_server_told_to_stop_leaves_its_sandboxes_running_and_the_next_one_takes_them_over() {
+    if !can_run() {
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let mut server = Server::start();
+    let promises = Mutex::new(Promises::default());
+    assert!(runtime.block_on(create(&Clients::of(&server), &promises, 42)));
+    let status = server.terminate();
+    assert!(status.success(), "the server ended with {status}:\n{}", server.log());
+    assert!(leftovers(server.data_dir()).count(Kind::Process) >= 2, "the agent and the command should run on");
+    server.restart();
+    let clients = Clients::of(&server);
+    runtime.block_on(check(&clients, &mut promises.lock().unwrap(), 0));
+    runtime.block_on(end_everything(&clients));
+    drop(clients);
+    let status = server.terminate();
+    assert!(status.success(), "the server ended with {status}:\n{}", server.log());
+    server.purge();
+    settle_empty(server.data_dir());
+}
+
 #[test]
 fn nothing_is_lost_and_nothing_is_left_when_the_server_is_killed_at_random_moments_under_load() {
+    if !can_run() {
+        return;
+    }
     let kills = number("NAGAYA_CRASH_KILLS").unwrap_or(50);
     let seed = number("NAGAYA_CRASH_SEED").unwrap_or_else(|| u64::from(std::process::id()) ^ clock_nanoseconds());
     println!("crash suite: {kills} kills, repeat with NAGAYA_CRASH_SEED={seed}");
@@ -138,25 +182,34 @@ async fn create(clients: &Clients, promises: &Mutex<Promises>, content: u64) -> 
     let Ok(answer) = clients.control.create_session(request).await else { return false };
     assert_eq!(answer.session.state.as_known(), Some(SessionState::Running), "{}", answer.session.terminal_error);
     let id = answer.session.id.clone();
-    let Some(data) = clients.data(&id).await else { return keep_unwritten(promises, id) };
+    let mut promise = Promise::default();
+    let kept = keep(clients, &id, content, &mut promise).await;
+    promises.lock().unwrap().running.insert(id, promise);
+    kept.is_some()
+}
+
+/// Fills in what was acknowledged; `None` when the server was lost on the way.
+async fn keep(clients: &Clients, id: &str, content: u64, promise: &mut Promise) -> Option<()> {
+    let data = clients.data(id).await?;
     let request = v1::WriteFileRequest {
-        session_id: id.clone(),
+        session_id: id.into(),
         path: "promise".into(),
         content: content.to_string().into(),
         ..Default::default()
     };
     let request = v1::SandboxSessionDataPlaneServiceWriteFileRequest { request: request.into(), ..Default::default() };
-    if data.write_file(request).await.is_err() {
-        return keep_unwritten(promises, id);
-    }
-    promises.lock().unwrap().running.insert(id, content);
-    true
-}
-
-/// It was told to be running, but its file may or may not be there.
-fn keep_unwritten(promises: &Mutex<Promises>, id: String) -> bool {
-    promises.lock().unwrap().running.insert(id, 0);
-    false
+    data.write_file(request).await.ok()?;
+    promise.content = content;
+    let request = v1::ExecuteCommandRequest {
+        session_id: id.into(),
+        command: "sh".into(),
+        args: vec!["-c".into(), "echo begun; exec sleep 100000".into()],
+        stream_output: true,
+        ..Default::default()
+    };
+    let answer = clients.control.execute_command(request).await.ok()?;
+    promise.execution = Some(answer.execution.id.clone());
+    Some(())
 }
 
 async fn end(clients: &Clients, promises: &Mutex<Promises>, id: String) -> bool {
@@ -192,7 +245,7 @@ async fn use_sandbox(clients: &Clients, id: &str) -> bool {
 
 /// Every promise that was made before the server was killed still holds.
 async fn check(clients: &Clients, promises: &mut Promises, kill: u64) {
-    for (id, content) in &promises.running {
+    for (id, Promise { content, execution }) in &promises.running {
         let session = get(clients, id).await;
         assert_eq!(
             session.state.as_known(),
@@ -209,6 +262,9 @@ async fn check(clients: &Clients, promises: &mut Promises, kill: u64) {
             Ok(_) => {}
             Err(error) => assert_eq!(*content, 0, "after kill {kill} the sandbox {id} lost its file: {error}"),
         }
+        if let Some(execution) = execution {
+            check_running(clients, id, execution, kill).await;
+        }
     }
     for id in std::mem::take(&mut promises.unknown) {
         let request = v1::TerminateSessionRequest { session_id: id.clone(), ..Default::default() };
@@ -219,6 +275,20 @@ async fn check(clients: &Clients, promises: &mut Promises, kill: u64) {
         let state = get(clients, id).await.state.as_known();
         assert_eq!(state, Some(SessionState::Terminated), "after kill {kill} the sandbox {id} came back");
     }
+}
+
+/// The command from before the kill can be followed from its first byte, and has not ended.
+async fn check_running(clients: &Clients, id: &str, execution: &str, kill: u64) {
+    let request = v1::StreamCommandOutputRequest {
+        session_id: id.into(),
+        execution_id: execution.into(),
+        ..Default::default()
+    };
+    let mut output = clients.control.stream_command_output(request).await.unwrap();
+    let first = output.message().await.unwrap_or_else(|error| panic!("after kill {kill}, {id}: {error}"));
+    let first = first.expect("the output has a beginning");
+    assert!(!first.is_final, "after kill {kill} the command of {id} has ended");
+    assert_eq!(first.data, "begun\n", "after kill {kill} the output of the command of {id} is not whole");
 }
 
 async fn get(clients: &Clients, id: &str) -> v1::SandboxSession {

@@ -50,7 +50,7 @@ pub struct Config {
     pub pool_ready_isolated: usize,
     /// Processes and threads of one sandbox.
     pub processes_max: u64,
-    /// `None` is chosen from the data directory, so that servers beside each other differ.
+    /// `None`: a /16 that no route of the host leads to is chosen at the first start, and kept.
     pub network_cidr: Option<Cidr>,
     /// Private networks that sandboxes may reach, such as `10.1.2.0/24`.
     pub network_allow: Vec<String>,
@@ -92,10 +92,8 @@ pub fn instance_name(data: &Path) -> String {
     blake3::hash(data.as_os_str().as_encoded_bytes()).to_hex()[..4].to_owned()
 }
 
-fn default_cidr(instance: &str) -> Cidr {
-    let number = u32::from_str_radix(instance, 16).unwrap_or_default();
-    format!("10.{}.0.0/16", 192 + number % 64).parse().expect("a /16 of 10/8 is a network")
-}
+/// Holds the network that was chosen for this data directory: sandboxes keep their addresses.
+pub const NETWORK_FILE: &str = "network";
 
 pub struct NamespaceDriver {
     inner: Arc<Inner>,
@@ -127,7 +125,10 @@ impl NamespaceDriver {
             tracing::warn!(%error, "cgroups stay slow to move processes: creating and running take some ms longer");
         }
         let network = if config.network_outbound {
-            let cidr = config.network_cidr.unwrap_or_else(|| default_cidr(&instance));
+            let cidr = match config.network_cidr {
+                Some(cidr) => cidr,
+                None => Cidr::choose(&data.join(NETWORK_FILE)).map_err(on("choose a network"))?,
+            };
             Some(Network::open(&instance, cidr, &config.network_allow).map_err(on("set the network's rules"))?)
         } else {
             None

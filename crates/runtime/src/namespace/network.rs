@@ -30,6 +30,8 @@ pub enum NetworkError {
     Forwarding(#[source] io::Error),
     #[error("{step}")]
     Link { step: &'static str, source: io::Error },
+    #[error("every /16 of 10.192.0.0/10 is routed already; name a free network as network.cidr")]
+    NoneFree,
     #[error("network_cidr {0:?} is not an IPv4 network of the form a.b.c.d/n with n from 8 to 28")]
     Cidr(String),
 }
@@ -64,6 +66,36 @@ impl std::fmt::Display for Cidr {
 }
 
 impl Cidr {
+    /// The network that `file` names, or else one of 10.192.0.0/10 that the host has no route into,
+    /// which is then written there. Servers that start at the same moment try in different orders.
+    pub fn choose(file: &Path) -> Result<Self, NetworkError> {
+        let kept = |source| NetworkError::Link { step: "keep the chosen network", source };
+        match fs::read_to_string(file) {
+            Ok(text) => return text.trim().parse(),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(kept(error)),
+            Err(_) => {}
+        }
+        let routes = fs::read_to_string("/proc/net/route").map_err(kept)?;
+        let start = u32::from(blake3::hash(file.as_os_str().as_encoded_bytes()).as_bytes()[0]) % 64;
+        let all = (0..64).map(|step| Self { first: (10 << 24) | ((192 + (start + step) % 64) << 16), prefix: 16 });
+        let free = all.into_iter().find(|cidr| !cidr.is_routed(&routes)).ok_or(NetworkError::NoneFree)?;
+        fs::write(file, format!("{free}\n")).map_err(kept)?;
+        Ok(free)
+    }
+
+    /// Whether a route other than the default one leads into this network, by the text of
+    /// `/proc/net/route`: destination and mask are the second and eighth column, in reverse order.
+    fn is_routed(&self, routes: &str) -> bool {
+        let number = |text: Option<&str>| u32::from_str_radix(text?, 16).ok().map(u32::swap_bytes);
+        let own_mask = u32::MAX << (32 - self.prefix);
+        routes.lines().skip(1).any(|line| {
+            let mut columns = line.split_whitespace();
+            let (destination, mask) = (number(columns.nth(1)), number(columns.nth(5)));
+            let (Some(destination), Some(mask)) = (destination, mask) else { return false };
+            mask != 0 && destination & mask & own_mask == self.first & mask
+        })
+    }
+
     /// The one address that the host has on every link.
     fn gateway(&self) -> Ipv4Addr {
         Ipv4Addr::from(self.first + 1)
@@ -277,6 +309,26 @@ mod tests {
         for bad in ["", "10.0.0.0", "10.0.0.1/16", "10.0.0.0/7", "10.0.0.0/29", "x/16", "10.0.0.0/x", "::/16"] {
             assert!(bad.parse::<Cidr>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_network_with_a_route_into_it_is_taken() {
+        let cidr: Cidr = "10.200.0.0/16".parse().expect("a network");
+        let header = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n";
+        let route = |destination: &str, mask: &str| format!("{header}eth0\t{destination}\t00000000\t1\t0\t0\t0\t{mask}\t0\t0\t0\n");
+        assert!(!cidr.is_routed(&route("00000000", "00000000")), "the default route");
+        assert!(!cidr.is_routed(&route("0000C90A", "0000FFFF")), "10.201.0.0/16");
+        assert!(cidr.is_routed(&route("0000C80A", "0000FFFF")), "the same network");
+        assert!(cidr.is_routed(&route("0207C80A", "FFFFFFFF")), "one address in it");
+        assert!(cidr.is_routed(&route("0000000A", "000000FF")), "a network around it");
+    }
+
+    #[test]
+    fn a_chosen_network_is_kept() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let file = directory.path().join("network");
+        let chosen = Cidr::choose(&file).expect("a free network");
+        assert_eq!(Cidr::choose(&file).expect("the same"), chosen);
     }
 
     #[test]
