@@ -95,11 +95,18 @@ impl Access {
 
     /// Whether the certificate is ours, for this session, and still good.
     pub(crate) fn verify(&self, certificate: &str, id: SessionId, now: UnixMs) -> Result<(), Error> {
-        let (of, expires_at) = self.read_certificate(certificate).ok_or(Code::InvalidCertificate)?;
-        if of != id || expires_at <= now {
+        if self.certified(certificate, now)? != id {
             return Err(Code::InvalidCertificate.into());
         }
         Ok(())
+    }
+
+    /// The session that a certificate of this server opens, unless it has expired.
+    pub(crate) fn certified(&self, certificate: &str, now: UnixMs) -> Result<SessionId, Error> {
+        match self.read_certificate(certificate) {
+            Some((id, expires_at)) if expires_at > now => Ok(id),
+            _ => Err(Code::InvalidCertificate.into()),
+        }
     }
 
     fn read_certificate(&self, certificate: &str) -> Option<(SessionId, UnixMs)> {

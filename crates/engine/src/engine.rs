@@ -271,6 +271,12 @@ impl Engine {
         Ok(open)
     }
 
+    /// Which session a certificate opens, as far as that can be told without looking at the session:
+    /// what a façade asks before it takes in a large message.
+    pub fn certified_session(&self, certificate: &str) -> Result<SessionId, Error> {
+        self.0.access.certified(certificate, self.0.clock.now())
+    }
+
     /// Like [`Engine::open`], but does not count as activity.
     pub async fn probe(&self, certificate: &str, id: SessionId) -> Result<OpenSession, Error> {
         let inner = &*self.0;

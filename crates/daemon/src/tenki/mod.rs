@@ -171,9 +171,9 @@ impl Facade {
         }
     }
 
-    /// Everything that can be said before the message is read, so that nobody without a key makes
-    /// the server take in large messages. A certificate is checked later: it is bound to the
-    /// session, whose id is in the message.
+    /// Everything that can be said before the message is read, so that nobody without a key or a
+    /// certificate makes the server take in large messages. That a certificate is for the session
+    /// of the message is checked when that is known.
     fn admit(
         &self,
         path: &str,
@@ -188,7 +188,7 @@ impl Facade {
             return Err(Error::new(Code::Unimplemented, "the service has no method of this name"));
         }
         let caller = if path.starts_with(DATA_PLANE) {
-            auth::certificate(&parts.headers)?;
+            self.tenki.engine.certified_session(auth::certificate(&parts.headers)?)?;
             None
         } else {
             Some(self.tenki.engine.authenticate(auth::token(&parts.headers)?)?)

@@ -74,6 +74,7 @@ fn rpcs() -> Vec<(String, String)> {
 #[tokio::test]
 async fn every_rpc_of_the_contract_is_answered_and_none_with_http_404() {
     let world = World::new().await;
+    let certificate = world.certificate(&world.session().await.0).await;
     let rpcs = rpcs();
     assert_eq!(rpcs.len(), 91);
     let mut unimplemented = 0;
@@ -83,7 +84,7 @@ async fn every_rpc_of_the_contract_is_answered_and_none_with_http_404() {
             Request::post(format!("{}{path}", world.url()))
                 .header("content-type", kind)
                 .header("authorization", format!("Bearer {}", world.secret))
-                .header("x-tenki-session-cert", "none")
+                .header("x-tenki-session-cert", &certificate)
                 .body(Full::new(body.into()))
                 .unwrap()
         };
