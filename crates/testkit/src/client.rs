@@ -118,7 +118,7 @@ impl Client {
 
     /// A sandbox that exists, with a new certificate.
     pub async fn attach(&self, id: &str) -> Result<Sandbox, ConnectError> {
-        let request = v1::CreateSessionCredentialRequest { session_id: id.into(), ..Default::default() };
+        let request = v1::CreateSessionCredentialRequest { session_id: id.into() };
         let answer = self.control.create_session_credential(request).await?;
         Ok(self.open(id, &answer.credential.credential))
     }
@@ -131,13 +131,13 @@ impl Client {
     }
 
     pub async fn session(&self, id: &str) -> Result<v1::SandboxSession, ConnectError> {
-        let request = v1::GetSessionRequest { session_id: id.into(), ..Default::default() };
+        let request = v1::GetSessionRequest { session_id: id.into() };
         let answer = self.control.get_session(request).await?;
         Ok(answer.session.as_option().cloned().unwrap_or_default())
     }
 
     pub async fn terminate(&self, id: &str) -> Result<(), ConnectError> {
-        let request = v1::TerminateSessionRequest { session_id: id.into(), ..Default::default() };
+        let request = v1::TerminateSessionRequest { session_id: id.into() };
         self.control.terminate_session(request).await.map(drop)
     }
 }
@@ -147,10 +147,7 @@ fn configuration(uri: &http::Uri) -> ClientConfig {
 }
 
 fn frame(payload: Input) -> v1::SandboxSessionDataPlaneServiceRunRequest {
-    v1::SandboxSessionDataPlaneServiceRunRequest {
-        frame: v1::RunRequest { payload: Some(payload), ..Default::default() }.into(),
-        ..Default::default()
-    }
+    v1::SandboxSessionDataPlaneServiceRunRequest { frame: v1::RunRequest { payload: Some(payload) }.into() }
 }
 
 impl Sandbox {
@@ -195,47 +192,34 @@ impl Sandbox {
     }
 
     pub async fn read(&self, path: &str) -> Result<Bytes, ConnectError> {
-        let request = v1::ReadFileRequest { session_id: self.id.clone(), path: path.into(), ..Default::default() };
-        let request =
-            v1::SandboxSessionDataPlaneServiceReadFileRequest { request: request.into(), ..Default::default() };
+        let request = v1::ReadFileRequest { session_id: self.id.clone(), path: path.into() };
+        let request = v1::SandboxSessionDataPlaneServiceReadFileRequest { request: request.into() };
         Ok(self.data.read_file(request).await?.response.content.clone())
     }
 
     pub async fn write(&self, path: &str, content: impl Into<Bytes>) -> Result<(), ConnectError> {
-        let request = v1::WriteFileRequest {
-            session_id: self.id.clone(),
-            path: path.into(),
-            content: content.into(),
-            ..Default::default()
-        };
-        let request =
-            v1::SandboxSessionDataPlaneServiceWriteFileRequest { request: request.into(), ..Default::default() };
+        let request = v1::WriteFileRequest { session_id: self.id.clone(), path: path.into(), content: content.into() };
+        let request = v1::SandboxSessionDataPlaneServiceWriteFileRequest { request: request.into() };
         self.data.write_file(request).await.map(drop)
     }
 
     pub async fn stat(&self, path: &str) -> Result<v1::StatResponse, ConnectError> {
-        let request = v1::StatRequest { session_id: self.id.clone(), path: path.into(), ..Default::default() };
-        let request = v1::SandboxSessionDataPlaneServiceStatRequest { request: request.into(), ..Default::default() };
+        let request = v1::StatRequest { session_id: self.id.clone(), path: path.into() };
+        let request = v1::SandboxSessionDataPlaneServiceStatRequest { request: request.into() };
         Ok(self.data.stat(request).await?.response.as_option().cloned().unwrap_or_default())
     }
 
     /// Names in a directory, hidden ones too.
     pub async fn list(&self, path: &str) -> Result<Vec<String>, ConnectError> {
-        let request = v1::ListRequest {
-            session_id: self.id.clone(),
-            path: path.into(),
-            include_hidden: true,
-            ..Default::default()
-        };
-        let request = v1::SandboxSessionDataPlaneServiceListRequest { request: request.into(), ..Default::default() };
+        let request = v1::ListRequest { session_id: self.id.clone(), path: path.into(), include_hidden: true };
+        let request = v1::SandboxSessionDataPlaneServiceListRequest { request: request.into() };
         let answer = self.data.list(request).await?;
         Ok(answer.response.entries.iter().map(|entry| entry.name.clone()).collect())
     }
 
     pub async fn remove(&self, path: &str) -> Result<(), ConnectError> {
-        let request =
-            v1::RemoveRequest { session_id: self.id.clone(), path: path.into(), recursive: true, ..Default::default() };
-        let request = v1::SandboxSessionDataPlaneServiceRemoveRequest { request: request.into(), ..Default::default() };
+        let request = v1::RemoveRequest { session_id: self.id.clone(), path: path.into(), recursive: true };
+        let request = v1::SandboxSessionDataPlaneServiceRemoveRequest { request: request.into() };
         self.data.remove(request).await.map(drop)
     }
 

@@ -12,5 +12,6 @@ mod suite;
 
 pub use client::{Client, Finished, Running, Sandbox, Wanted};
 pub use leftovers::{Kind, Leftovers, leftovers};
+pub use nagaya_runtime::namespace::instance_name;
 pub use server::{Server, binary};
 pub use suite::{NotRun, Outcome, Suite};

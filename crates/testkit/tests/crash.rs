@@ -59,7 +59,7 @@ impl Clients {
     }
 
     async fn data(&self, id: &str) -> Option<SandboxSessionDataPlaneServiceClient<HttpClient>> {
-        let request = v1::CreateSessionCredentialRequest { session_id: id.into(), ..Default::default() };
+        let request = v1::CreateSessionCredentialRequest { session_id: id.into() };
         let answer = self.control.create_session_credential(request).await.ok()?;
         let config = ClientConfig::new(self.uri.clone())
             .with_protocol(connectrpc::Protocol::Grpc)
@@ -191,13 +191,9 @@ async fn create(clients: &Clients, promises: &Mutex<Promises>, content: u64) -> 
 /// Fills in what was acknowledged; `None` when the server was lost on the way.
 async fn keep(clients: &Clients, id: &str, content: u64, promise: &mut Promise) -> Option<()> {
     let data = clients.data(id).await?;
-    let request = v1::WriteFileRequest {
-        session_id: id.into(),
-        path: "promise".into(),
-        content: content.to_string().into(),
-        ..Default::default()
-    };
-    let request = v1::SandboxSessionDataPlaneServiceWriteFileRequest { request: request.into(), ..Default::default() };
+    let request =
+        v1::WriteFileRequest { session_id: id.into(), path: "promise".into(), content: content.to_string().into() };
+    let request = v1::SandboxSessionDataPlaneServiceWriteFileRequest { request: request.into() };
     data.write_file(request).await.ok()?;
     promise.content = content;
     let request = v1::ExecuteCommandRequest {
@@ -218,7 +214,7 @@ async fn end(clients: &Clients, promises: &Mutex<Promises>, id: String) -> bool 
         return true;
     }
     promises.lock().unwrap().unknown.insert(id.clone());
-    let request = v1::TerminateSessionRequest { session_id: id.clone(), ..Default::default() };
+    let request = v1::TerminateSessionRequest { session_id: id.clone() };
     if clients.control.terminate_session(request).await.is_err() {
         return false;
     }
@@ -254,9 +250,8 @@ async fn check(clients: &Clients, promises: &mut Promises, kill: u64) {
             session.terminal_error
         );
         let data = clients.data(id).await.expect("a running sandbox gives certificates");
-        let request = v1::ReadFileRequest { session_id: id.clone(), path: "promise".into(), ..Default::default() };
-        let request =
-            v1::SandboxSessionDataPlaneServiceReadFileRequest { request: request.into(), ..Default::default() };
+        let request = v1::ReadFileRequest { session_id: id.clone(), path: "promise".into() };
+        let request = v1::SandboxSessionDataPlaneServiceReadFileRequest { request: request.into() };
         match data.read_file(request).await {
             Ok(answer) if *content != 0 => assert_eq!(answer.response.content, content.to_string().as_bytes()),
             Ok(_) => {}
@@ -267,7 +262,7 @@ async fn check(clients: &Clients, promises: &mut Promises, kill: u64) {
         }
     }
     for id in std::mem::take(&mut promises.unknown) {
-        let request = v1::TerminateSessionRequest { session_id: id.clone(), ..Default::default() };
+        let request = v1::TerminateSessionRequest { session_id: id.clone() };
         clients.control.terminate_session(request).await.unwrap();
         promises.ended.insert(id);
     }
@@ -279,11 +274,7 @@ async fn check(clients: &Clients, promises: &mut Promises, kill: u64) {
 
 /// The command from before the kill can be followed from its first byte, and has not ended.
 async fn check_running(clients: &Clients, id: &str, execution: &str, kill: u64) {
-    let request = v1::StreamCommandOutputRequest {
-        session_id: id.into(),
-        execution_id: execution.into(),
-        ..Default::default()
-    };
+    let request = v1::StreamCommandOutputRequest { session_id: id.into(), execution_id: execution.into() };
     let mut output = clients.control.stream_command_output(request).await.unwrap();
     let first = output.message().await.unwrap_or_else(|error| panic!("after kill {kill}, {id}: {error}"));
     let first = first.expect("the output has a beginning");
@@ -292,7 +283,7 @@ async fn check_running(clients: &Clients, id: &str, execution: &str, kill: u64) 
 }
 
 async fn get(clients: &Clients, id: &str) -> v1::SandboxSession {
-    let request = v1::GetSessionRequest { session_id: id.into(), ..Default::default() };
+    let request = v1::GetSessionRequest { session_id: id.into() };
     let answer = clients.control.get_session(request).await.unwrap();
     answer.session.as_option().expect("an answer has its session").clone()
 }
@@ -306,7 +297,7 @@ async fn end_everything(clients: &Clients) {
             return;
         }
         let session_ids = sessions.into_iter().map(|session| session.id).collect();
-        let request = v1::TerminateSessionsRequest { session_ids, ..Default::default() };
+        let request = v1::TerminateSessionsRequest { session_ids };
         let answer = clients.control.terminate_sessions(request).await.unwrap();
         assert!(answer.failures.is_empty(), "{:?}", answer.failures);
     }

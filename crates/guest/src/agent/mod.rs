@@ -110,6 +110,9 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
     });
     meminfo::maintain(agent.clone());
     tokio::spawn(tidy_up(agent.clone()));
+    if leash.is_some() {
+        warm_up(&agent).await;
+    }
     if let Some(control) = control {
         // Whoever waits for it may have given up; that is not our trouble.
         let _ = rustix::io::write(&control, b"r");
@@ -141,6 +144,16 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
                 }
             }
         });
+    }
+}
+
+/// Runs a command once while nobody waits for it, so that the first one that somebody waits for
+/// finds its program's directories, its loader and this code in memory.
+async fn warm_up(agent: &Arc<Agent>) {
+    let command = crate::messages::Command { argv: vec!["true".into()], ..Default::default() };
+    // An image without `true` starts cold.
+    if let Ok(running) = program::start(agent, command).await {
+        let _ = running.ended.await;
     }
 }
 

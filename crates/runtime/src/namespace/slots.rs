@@ -21,6 +21,7 @@ use super::host_image::Image;
 use super::live;
 use super::network::{Network, NetworkError};
 use crate::cgroup::{CgroupError, Cgroups, Group, Part};
+use crate::sys;
 use crate::spawner::{SpawnError, Spawner};
 
 /// The first host id of slot 0. systemd leaves the range from 0x7000_0000 on to nobody; see its
@@ -271,6 +272,8 @@ impl Pool {
     }
 
     fn refill(&self) {
+        // What somebody waits for goes first.
+        sys::yield_to_others();
         loop {
             let mut state = self.state();
             while !state.closed && state.ready.len() + state.coming >= state.target {

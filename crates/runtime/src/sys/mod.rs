@@ -44,3 +44,11 @@ pub fn wait_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // owns it.
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
+
+/// Lowers the priority of the calling thread, and only of it.
+pub fn yield_to_others() {
+    const NICENESS: i32 = 10;
+    // SAFETY: takes no pointers. With id 0 Linux means the calling thread, not the process. A
+    // failure leaves the priority as it was, which is harmless.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) };
+}

@@ -1,5 +1,6 @@
 //! What programs find in a sandbox; they need a real driver to run.
 
+use nagaya_api::ids::ExecutionId;
 use nagaya_engine::model::Machine;
 use nagaya_engine::ports::{Command, ProcessEvent, ProcessInput};
 use nagaya_testkit::{NotRun, Outcome};
@@ -135,6 +136,26 @@ pub async fn what_ignores_term_is_killed_and_says_so(place: &mut Place) -> Outco
     assert_eq!((exit.code, exit.signal.as_str(), exit.reason.as_str()), (-1, "SIGKILL", "grace_timeout"));
     assert!(exit.timed_out);
     driver.destroy(id).await.unwrap();
+    place.settled().await;
+    Ok(())
+}
+
+pub async fn a_running_command_goes_on_under_the_next_driver(place: &mut Place) -> Outcome {
+    let (id, execution) = (fresh_id(), ExecutionId::new(3, [9; 10]));
+    let guest = place.driver().create(id, &machine()).await.unwrap();
+    let script = "echo begun; while [ ! -e /tmp/go ]; do sleep 0.01; done; echo ended; exit 7";
+    guest.run_detached(execution, command(&["/bin/sh", "-c", script])).await.unwrap();
+    let mut events = guest.follow(execution).await.unwrap();
+    assert_eq!(events.recv().await, Some(ProcessEvent::Stdout("begun\n".into())));
+    drop((guest, events));
+    place.restart().await;
+    let guest = place.driver().adopt(id).await.unwrap();
+    let mut events = guest.follow(execution).await.unwrap();
+    assert_eq!(events.recv().await, Some(ProcessEvent::Stdout("begun\n".into())), "its output begins anew");
+    write(&*guest, "/tmp/go", b"").await.unwrap();
+    let finished = finish(&mut events).await;
+    assert_eq!((finished.text().as_str(), finished.exit.code), ("ended", 7));
+    place.driver().destroy(id).await.unwrap();
     place.settled().await;
     Ok(())
 }

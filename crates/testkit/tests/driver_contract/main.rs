@@ -76,6 +76,7 @@ fn main() -> ExitCode {
             letting_go_of_a_command_ends_it_with_its_group,
             a_command_nobody_reads_stalls_no_other,
             what_ignores_term_is_killed_and_says_so,
+            a_running_command_goes_on_under_the_next_driver,
             only_sandboxes_with_outbound_access_have_a_link,
             many_sandboxes_at_once_come_and_go,
         );

@@ -252,10 +252,7 @@ async fn deleting_usr_leaves_the_hosts_programs_alone(world: &World) -> Outcome 
 }
 
 async fn a_certificate_opens_no_other_sandbox(world: &World) -> Outcome {
-    let request = nagaya_api::tenki::v1::CreateSessionCredentialRequest {
-        session_id: world.attacker.id.clone(),
-        ..Default::default()
-    };
+    let request = nagaya_api::tenki::v1::CreateSessionCredentialRequest { session_id: world.attacker.id.clone() };
     let answer = world.client.control.create_session_credential(request).await.unwrap();
     let certificate = &answer.credential.credential;
     let foreign = world.client.open(&world.victim.id, certificate);

@@ -1,0 +1,209 @@
+//! Peers from Debian's packages, doing equal work: the host's `/usr` read-only as the root, all
+//! namespaces new, one run of `true`. None of them gives a disk of its own, a network or an API:
+//! what they leave out is in their favour.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::json;
+
+use crate::Effort;
+use crate::samples::{Report, repeat};
+
+/// The first id of the range that containers get.
+const FIRST_ID: u32 = 0x6000_0000;
+
+pub fn run(report: &mut Report, effort: Effort) {
+    bubblewrap(report, effort);
+    for name in ["crun", "runc", "runsc"] {
+        container(report, effort, name);
+    }
+    docker(report, effort);
+}
+
+fn installed(program: &str) -> bool {
+    std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|place| place.join(program).is_file()))
+}
+
+/// Links of the root into `/usr`, as this host has them.
+fn links() -> Vec<(String, PathBuf)> {
+    let names = ["bin", "sbin", "lib", "lib32", "lib64", "libx32"];
+    names.iter().filter_map(|name| Some(((*name).to_owned(), fs::read_link(Path::new("/").join(name)).ok()?))).collect()
+}
+
+fn bubblewrap(report: &mut Report, effort: Effort) {
+    let name = "bubblewrap: run true";
+    if !installed("bwrap") {
+        return report.not_run(name, "not installed");
+    }
+    let command = || {
+        let mut command = Command::new("bwrap");
+        command.args([
+            "--unshare-all",
+            "--ro-bind",
+            "/usr",
+            "/usr",
+            "--proc",
+            "/proc",
+            "--dev",
+            "/dev",
+            "--tmpfs",
+            "/tmp",
+        ]);
+        for (link, target) in links() {
+            command.arg("--symlink").arg(target).arg(format!("/{link}"));
+        }
+        command.args(["--die-with-parent", "/bin/true"]);
+        command
+    };
+    match attempt(&mut command()) {
+        Err(reason) => report.not_run(name, &reason),
+        Ok(()) => report.timing(name, repeat(effort.of(100, 10), || must(&mut command()))),
+    }
+}
+
+fn container(report: &mut Report, effort: Effort, runtime: &str) {
+    let (run, exec) = (format!("{runtime}: run true"), format!("{runtime}: exec true"));
+    if !installed(runtime) {
+        report.not_run(&run, "not installed");
+        return report.not_run(&exec, "not installed");
+    }
+    let place = tempfile::tempdir().expect("a directory can be made");
+    let state = place.path().join("state");
+    let base = |verb: &str| {
+        let mut command = Command::new(runtime);
+        command.arg("--root").arg(&state);
+        if runtime == "runsc" {
+            command.args(["--platform=ptrace", "--network=none", "--ignore-cgroups"]);
+        }
+        command.arg(verb);
+        command
+    };
+    let once = bundle(place.path(), "once", &["/bin/true"], runtime);
+    let mut number = 0;
+    let mut start = || {
+        number += 1;
+        let mut command = base("run");
+        command.arg("--bundle").arg(&once).arg(format!("bench-{}-{number}", std::process::id()));
+        command
+    };
+    match attempt(&mut start()) {
+        Err(reason) => {
+            report.not_run(&run, &reason);
+            return report.not_run(&exec, &reason);
+        }
+        Ok(()) => report.timing(&run, repeat(effort.of(50, 5), || must(&mut start()))),
+    }
+    let long = bundle(place.path(), "long", &["/bin/sleep", "1000"], runtime);
+    let id = format!("bench-{}-long", std::process::id());
+    match attempt(base("run").arg("--detach").arg("--bundle").arg(&long).arg(&id)) {
+        Err(reason) => report.not_run(&exec, &reason),
+        Ok(()) => {
+            report.timing(&exec, repeat(effort.of(100, 10), || must(base("exec").args([&id, "/bin/true"]))));
+            let _ = attempt(base("delete").arg("--force").arg(&id));
+        }
+    }
+}
+
+/// An OCI bundle whose root is the host's `/usr` and links into it.
+fn bundle(place: &Path, name: &str, arguments: &[&str], runtime: &str) -> PathBuf {
+    let bundle = place.join(name);
+    let root = bundle.join("rootfs");
+    for directory in ["usr", "proc", "dev", "tmp", "sys"] {
+        fs::create_dir_all(root.join(directory)).expect("a directory can be made");
+    }
+    for (link, target) in links() {
+        symlink(target, root.join(link)).expect("a link can be made");
+    }
+    let kinds = ["pid", "mount", "ipc", "uts", "network"];
+    let mut namespaces: Vec<_> = kinds.iter().map(|kind| json!({ "type": kind })).collect();
+    let mut linux = json!({});
+    // This runsc takes no id range together with a directory that other ids own.
+    if runtime != "runsc" {
+        namespaces.push(json!({ "type": "user" }));
+        let map = json!([{ "containerID": 0, "hostID": FIRST_ID, "size": 65_536 }]);
+        linux = json!({ "uidMappings": map, "gidMappings": map });
+    }
+    linux["namespaces"] = json!(namespaces);
+    let mount = |target: &str, kind: &str, source: &str, options: &[&str]| json!({ "destination": target, "type": kind, "source": source, "options": options });
+    let configuration = json!({
+        "ociVersion": "1.0.2",
+        "process": {
+            "user": { "uid": 0, "gid": 0 }, "args": arguments, "cwd": "/",
+            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+            "noNewPrivileges": true,
+        },
+        "root": { "path": "rootfs", "readonly": true },
+        "hostname": "bench",
+        "mounts": [
+            mount("/proc", "proc", "proc", &[]),
+            mount("/dev", "tmpfs", "tmpfs", &["nosuid", "mode=755"]),
+            mount("/tmp", "tmpfs", "tmpfs", &["nosuid"]),
+            mount("/usr", "bind", "/usr", &["bind", "ro"]),
+        ],
+        "linux": linux,
+    });
+    fs::write(bundle.join("config.json"), configuration.to_string()).expect("a file can be written");
+    // The range's ids must be able to walk here.
+    for path in [place, &bundle, &root] {
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs::set_permissions(path, open).expect("permissions can be set");
+    }
+    bundle
+}
+
+fn docker(report: &mut Report, effort: Effort) {
+    let name = "docker: run true";
+    if !installed("docker") {
+        return report.not_run(name, "not installed");
+    }
+    if let Err(reason) = attempt(Command::new("docker").arg("info")) {
+        return report.not_run(name, &reason);
+    }
+    // An image of nothing but a place to mount the host's programs at.
+    let made = Command::new("sh").args(["-c", "tar -cf - -T /dev/null | docker import - nagaya-bench"]).output();
+    if !made.is_ok_and(|output| output.status.success()) {
+        return report.not_run(name, "docker could not import an empty image");
+    }
+    let command = || {
+        let mut command = Command::new("docker");
+        command.args(["run", "--rm", "--network=none", "-v", "/usr:/usr:ro"]);
+        for (link, _) in links() {
+            command.arg("-v").arg(format!("/{link}:/{link}:ro"));
+        }
+        command.args(["nagaya-bench", "/bin/true"]);
+        command
+    };
+    match attempt(&mut command()) {
+        Err(reason) => report.not_run(name, &reason),
+        Ok(()) => report.timing(name, repeat(effort.of(20, 3), || must(&mut command()))),
+    }
+}
+
+/// Why a command does not work here.
+fn attempt(command: &mut Command) -> Result<(), String> {
+    // Output goes to a file: a detached container would keep a pipe open.
+    let errors = tempfile::tempfile().map_err(|error| error.to_string())?;
+    let kept = errors.try_clone().map_err(|error| error.to_string())?;
+    let status = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(kept).status();
+    match status {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => {
+            let mut text = String::new();
+            let mut errors = errors;
+            let _ = std::io::Seek::rewind(&mut errors);
+            let _ = std::io::Read::read_to_string(&mut errors, &mut text);
+            let last = text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default();
+            Err(format!("{status}: {}", last.chars().take(200).collect::<String>()))
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn must(command: &mut Command) {
+    let Output { status, .. } =
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).output().expect("it ran before");
+    assert!(status.success(), "{command:?} worked before");
+}
