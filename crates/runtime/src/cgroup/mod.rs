@@ -105,8 +105,13 @@ impl Cgroups {
         mount.map(drop).map_err(Into::into)
     }
 
-    /// Makes, or opens, the group of a slot.
-    pub fn group(&self, name: &str) -> Result<Group, CgroupError> {
+    /// The group of a slot, whether it exists or not.
+    pub fn group(&self, name: &str) -> Group {
+        Group { cgroups: self.clone(), name: name.to_owned() }
+    }
+
+    /// Makes the group of a slot, unless it exists.
+    pub fn make_group(&self, name: &str) -> Result<Group, CgroupError> {
         for parent in self.parents() {
             let group = parent.join(name);
             if let Layout::Unified(_) = self.layout {
@@ -117,7 +122,7 @@ impl Cgroups {
                 at("create", &path, fs::create_dir_all(&path))?;
             }
         }
-        Ok(Group { cgroups: self.clone(), name: name.to_owned() })
+        Ok(self.group(name))
     }
 
     /// Names of all groups that exist.

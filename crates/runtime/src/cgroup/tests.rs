@@ -33,7 +33,7 @@ fn read(root: &tempfile::TempDir, path: &str) -> String {
 fn on_v2_limits_are_on_the_commands_and_controllers_are_handed_down() {
     let (root, mounts) = unified();
     let cgroups = Cgroups::open_in(&mounts, "ab12").expect("open");
-    let group = cgroups.group("slot-3").expect("a group");
+    let group = cgroups.make_group("slot-3").expect("a group");
     group.set_limits(LIMITS).expect("limits");
     let commands = "nagaya/ab12/slot-3/commands";
     assert_eq!(read(&root, &format!("{commands}/cpu.max")), "200000 100000");
@@ -52,7 +52,7 @@ fn on_v2_limits_are_on_the_commands_and_controllers_are_handed_down() {
 fn on_v1_each_limit_goes_to_its_hierarchy() {
     let (root, mounts) = split();
     let cgroups = Cgroups::open_in(&mounts, "ab12").expect("open");
-    let group = cgroups.group("slot-0").expect("a group");
+    let group = cgroups.make_group("slot-0").expect("a group");
     group.set_limits(LIMITS).expect("limits");
     let commands = "nagaya/ab12/slot-0/commands";
     assert_eq!(read(&root, &format!("cpu,cpuacct/{commands}/cpu.cfs_quota_us")), "200000");
@@ -69,7 +69,7 @@ fn out_of_memory_kills_are_read_from_both_versions() {
         (split(), "memory/nagaya/x/slot-0/commands/memory.oom_control"),
     ] {
         let (root, mounts) = tree;
-        let group = Cgroups::open_in(&mounts, "x").expect("open").group("slot-0").expect("a group");
+        let group = Cgroups::open_in(&mounts, "x").expect("open").make_group("slot-0").expect("a group");
         assert_eq!(group.out_of_memory_kills(), 0);
         fs::write(root.path().join(file), "oom_kill_disable 0\nunder_oom 0\noom 9\noom_kill 4\n").expect("write");
         assert_eq!(group.out_of_memory_kills(), 4);
@@ -79,7 +79,7 @@ fn out_of_memory_kills_are_read_from_both_versions() {
 #[test]
 fn processes_are_listed_by_part() {
     let (root, mounts) = unified();
-    let group = Cgroups::open_in(&mounts, "x").expect("open").group("slot-0").expect("a group");
+    let group = Cgroups::open_in(&mounts, "x").expect("open").make_group("slot-0").expect("a group");
     fs::write(root.path().join("nagaya/x/slot-0/agent/cgroup.procs"), "41\n").expect("write");
     fs::write(root.path().join("nagaya/x/slot-0/commands/cgroup.procs"), "42\n43\n").expect("write");
     assert_eq!(group.processes(Part::Agent), [41]);
@@ -90,7 +90,7 @@ fn processes_are_listed_by_part() {
 fn a_removed_group_is_gone_and_removing_it_again_is_no_error() {
     let (root, mounts) = split();
     let cgroups = Cgroups::open_in(&mounts, "x").expect("open");
-    let group = cgroups.group("slot-0").expect("a group");
+    let group = cgroups.make_group("slot-0").expect("a group");
     group.remove().expect("remove");
     group.remove().expect("remove again");
     assert!(cgroups.names().is_empty());

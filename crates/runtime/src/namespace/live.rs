@@ -132,7 +132,7 @@ fn short_path(directory: &OwnedFd) -> String {
 
 /// Connects to the agent and exchanges greetings.
 pub(super) async fn connect(directory: &Path, cgroups: &Cgroups, slot: u32) -> Result<Arc<Link>, DriverError> {
-    let group = cgroups.group(&group_name(slot)).map_err(|error| failed("open the control group", &error))?;
+    let group = cgroups.group(&group_name(slot));
     let place = open_directory(directory).map_err(|error| failed("open the sandbox's directory", &error))?;
     let path = short_path(&place);
     let connecting = Link::connect(Path::new(&path));
@@ -154,7 +154,7 @@ pub(super) fn read_error(pipe: &OwnedFd) -> String {
 
 /// The first process of the sandbox in a slot, found by its control group: nothing else is ever in it.
 pub(super) fn find(cgroups: &Cgroups, slot: u32) -> Option<OwnedFd> {
-    let group = cgroups.group(&group_name(slot)).ok()?;
+    let group = cgroups.group(&group_name(slot));
     let pid = Pid::from_raw(*group.processes(Part::Agent).first()?)?;
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
     // The number may have passed to another process before it was opened.
@@ -173,7 +173,7 @@ pub(super) fn kill_group(group: &Group) {
 /// Removes the group of a sandbox whose first process has ended. The kernel takes a moment to take
 /// dead processes out of their groups.
 pub(super) fn remove_group(cgroups: &Cgroups, slot: u32) {
-    let Ok(group) = cgroups.group(&group_name(slot)) else { return };
+    let group = cgroups.group(&group_name(slot));
     for pause_ms in [0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000] {
         std::thread::sleep(Duration::from_millis(pause_ms));
         match group.remove() {

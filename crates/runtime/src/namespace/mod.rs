@@ -220,10 +220,9 @@ fn claim_what_exists(factory: &Factory, sandboxes: &Path, images: &Path) {
     }
     let known: HashSet<String> = records.iter().map(|record| group_name(record.slot)).collect();
     for name in factory.cgroups.names().into_iter().filter(|name| !known.contains(name)) {
-        if let Ok(group) = factory.cgroups.group(&name) {
-            live::kill_group(&group);
-            let _ = group.remove();
-        }
+        let group = factory.cgroups.group(&name);
+        live::kill_group(&group);
+        let _ = group.remove();
     }
     let used: Vec<PathBuf> =
         records.into_iter().map(|record| record.base).chain([factory.image.base.clone()]).collect();

@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use nagaya_guest::mount::{self, NO_DEVICES, READ_ONLY};
 use nagaya_guest::spawn::{self, IDS_PER_SANDBOX};
@@ -153,7 +154,7 @@ impl Factory {
     }
 
     fn make_numbered(&self, number: u32, shape: Shape) -> Result<Slot, SlotError> {
-        let group = self.cgroups.group(&group_name(number))?;
+        let group = self.cgroups.make_group(&group_name(number))?;
         let directory = self.directory(number);
         fs::create_dir(&directory).map_err(on("make the slot's directory"))?;
         let (network, user) = self.spawner.namespaces(first_id(number))?;
@@ -244,18 +245,22 @@ pub(super) struct Pool {
 
 struct PoolState {
     ready: Vec<Slot>,
+    /// When one was taken last.
+    taken: Instant,
     /// Being made now.
     coming: usize,
     target: usize,
     closed: bool,
 }
 
+/// How long nobody may have taken a slot before a pool that is more than half full is refilled.
+const REFILL_AFTER: Duration = Duration::from_millis(20);
 /// Making a slot waits for the kernel more than it computes, so several are made at once.
 const MAKERS: usize = 4;
 
 impl Pool {
     pub fn start(factory: Arc<Factory>, shape: Shape, target: usize) -> Arc<Self> {
-        let state = PoolState { ready: Vec::new(), coming: 0, target, closed: false };
+        let state = PoolState { ready: Vec::new(), taken: Instant::now(), coming: 0, target, closed: false };
         let pool = Arc::new(Self { factory, shape, state: Mutex::new(state), changed: Condvar::new() });
         for _ in 0..MAKERS.min(target) {
             let pool = pool.clone();
@@ -282,6 +287,13 @@ impl Pool {
             if state.closed {
                 return;
             }
+            // While enough are left, whoever took one gets to use it in peace.
+            let quiet = state.taken + REFILL_AFTER;
+            let now = Instant::now();
+            if state.ready.len() * 2 >= state.target && now < quiet {
+                drop(self.changed.wait_timeout(state, quiet - now).expect("the pool is changed without panics"));
+                continue;
+            }
             state.coming += 1;
             drop(state);
             let made = self.factory.make(self.shape);
@@ -296,7 +308,7 @@ impl Pool {
                 Err(error) => {
                     // Sandboxes make their own slots and report the error where it is seen.
                     tracing::warn!(error = &error as &dyn std::error::Error, "could not make a slot ahead");
-                    let pause = std::time::Duration::from_secs(1);
+                    let pause = Duration::from_secs(1);
                     drop(self.changed.wait_timeout(state, pause).expect("the pool is changed without panics"));
                 }
             }
@@ -312,9 +324,11 @@ impl Pool {
         self.state().ready.len()
     }
 
-    /// A ready slot, the one that was used least recently being kept for later.
     pub fn take(&self) -> Option<Slot> {
-        let slot = self.state().ready.pop();
+        let mut state = self.state();
+        state.taken = Instant::now();
+        let slot = state.ready.pop();
+        drop(state);
         self.changed.notify_one();
         slot
     }
