@@ -95,13 +95,23 @@ pub(super) fn take(inner: &Inner, id: SessionId, machine: &Machine, slot: &Slot)
     fs::rename(&slot.directory, inner.directory(id)).map_err(|error| failed("name the sandbox", &error))
 }
 
-/// Also what `nproc` tells inside.
+/// Also what `nproc` tells inside. A thread hands its processors on to the threads and processes it
+/// starts, so every thread that the agent has already must get them.
 fn set_processors(pid: i32, processors: &[usize]) -> io::Result<()> {
     let mut set = rustix::thread::CpuSet::new();
     for processor in processors {
         set.set(*processor);
     }
-    Ok(rustix::thread::sched_setaffinity(Pid::from_raw(pid), &set)?)
+    rustix::thread::sched_setaffinity(Pid::from_raw(pid), &set)?;
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let thread = entry?.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
+        match thread.map(|thread| rustix::thread::sched_setaffinity(Some(thread), &set)) {
+            // A thread that has ended meanwhile needs none.
+            None | Some(Ok(()) | Err(rustix::io::Errno::SRCH)) => {}
+            Some(Err(errno)) => return Err(errno.into()),
+        }
+    }
+    Ok(())
 }
 
 /// Ends a process and waits for its end. Blocks.

@@ -261,7 +261,17 @@ impl Inner {
     fn slot(&self, machine: &Machine) -> Result<Slot, SlotError> {
         let shape = Shape { disk_gb: machine.disk_gb, outbound: machine.outbound };
         let ready = self.pools.iter().find(|pool| pool.shape() == shape).and_then(|pool| pool.take());
-        ready.map_or_else(|| self.factory.make(shape), Ok)
+        if let Some(slot) = ready {
+            return Ok(slot);
+        }
+        match self.factory.make(shape) {
+            // What is held ready of other shapes gives way to what is wanted now.
+            Err(SlotError::Exhausted(max)) => {
+                let other = self.pools.iter().find_map(|pool| pool.take());
+                other.map_or(Err(SlotError::Exhausted(max)), |slot| self.factory.reshape(slot, shape))
+            }
+            made => made,
+        }
     }
 
     /// The processors of a sandbox: all, or as many as it has cores, spread by slot number.

@@ -207,8 +207,26 @@ impl Factory {
         self.clear(number);
     }
 
+    /// Makes a slot of another shape from one that no session used, without letting go of its number.
+    pub fn reshape(&self, slot: Slot, shape: Shape) -> Result<Slot, SlotError> {
+        let Slot { number, started, .. } = slot;
+        live::kill_and_wait(&started.pidfd);
+        drop(started);
+        self.remove(number);
+        let made = self.make_numbered(number, shape);
+        if made.is_err() {
+            self.clear(number);
+        }
+        made
+    }
+
     /// Removes what bears a number and has no processes any more, and frees the number.
     fn clear(&self, number: u32) {
+        self.remove(number);
+        self.release(number);
+    }
+
+    fn remove(&self, number: u32) {
         let directory = self.directory(number);
         live::remove_group(&self.cgroups, number);
         if let Err(error) = fs::remove_dir_all(&directory)
@@ -216,7 +234,6 @@ impl Factory {
         {
             tracing::warn!(%error, directory = %directory.display(), "could not remove a slot's directory");
         }
-        self.release(number);
     }
 }
 

@@ -53,9 +53,13 @@ def reach_by_tcp():
 
 
 def ask_a_name_server():
-    addresses = sys.argv[1:]
-    first_success([(address, lambda address=address: timed(lambda: answers(address, 53))) for address in addresses]
-                  + [(f"tcp {address}", lambda address=address: timed(lambda: connects(address, 53))) for address in addresses])
+    from concurrent.futures import ThreadPoolExecutor
+    work = []
+    with ThreadPoolExecutor(64) as pool:
+        for address in sys.argv[1:]:
+            work.append((address, pool.submit(timed, lambda address=address: answers(address, 53))))
+            work.append((f"tcp {address}", pool.submit(timed, lambda address=address: connects(address, 53))))
+    first_success([(name, future.result) for name, future in work])
 
 
 def raw_sockets():
