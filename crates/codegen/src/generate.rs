@@ -32,22 +32,14 @@ const PACKAGES: &[Package] = &[
         out_dir: "crates/api/src/gen",
         services: true,
     },
-    Package {
-        sources: &["nagaya/agent/v1/agent.proto"],
-        out_dir: "crates/guest/src/gen",
-        services: false,
-    },
+    Package { sources: &["nagaya/agent/v1/agent.proto"], out_dir: "crates/guest/src/gen", services: false },
 ];
 
 /// The text of every generated file by its path from the root of the workspace.
 pub fn all(root: &Path) -> Result<BTreeMap<PathBuf, String>> {
     let mut files = BTreeMap::new();
     for package in PACKAGES {
-        if !package
-            .sources
-            .iter()
-            .all(|source| root.join("proto").join(source).exists())
-        {
+        if !package.sources.iter().all(|source| root.join("proto").join(source).exists()) {
             continue;
         }
         for (name, text) in generate(root, package)? {
@@ -59,36 +51,22 @@ pub fn all(root: &Path) -> Result<BTreeMap<PathBuf, String>> {
 
 fn generate(root: &Path, package: &Package) -> Result<Vec<(String, String)>> {
     let include = root.join("proto");
-    let sources: Vec<PathBuf> = package
-        .sources
-        .iter()
-        .map(|source| include.join(source))
-        .collect();
+    let sources: Vec<PathBuf> = package.sources.iter().map(|source| include.join(source)).collect();
     let mut compiler = protox::Compiler::new([&include])?;
-    compiler
-        .include_imports(true)
-        .include_source_info(true)
-        .open_files(&sources)?;
+    compiler.include_imports(true).include_source_info(true).open_files(&sources)?;
     let descriptors = buffa_codegen::tooling_decode_options()
         .map_err(|error| anyhow!(error))?
         .decode_from_slice::<FileDescriptorSet>(&compiler.encode_file_descriptor_set())
         .context("read back the compiled descriptors")?;
 
-    let names: Vec<String> = package
-        .sources
-        .iter()
-        .map(|source| source.to_string())
-        .collect();
+    let names: Vec<String> = package.sources.iter().map(|source| source.to_string()).collect();
     let mut files: Vec<(String, String)> =
         buffa_codegen::generate(&descriptors.file, &names, &message_options(package))?
             .into_iter()
             .map(|file| (file.name, file.content))
             .collect();
     if package.services {
-        files.push((
-            "services.rs".into(),
-            services::table(&descriptors.file, &names),
-        ));
+        files.push(("services.rs".into(), services::table(&descriptors.file, &names)));
     }
     Ok(files)
 }
@@ -146,9 +124,7 @@ pub fn update(root: &Path, path: &Path, generated: &BTreeMap<PathBuf, String>) -
     let Some(text) = generated.get(path) else {
         return fs::remove_file(&target).with_context(|| format!("remove {}", path.display()));
     };
-    let directory = target
-        .parent()
-        .context("a generated file is in a directory")?;
+    let directory = target.parent().context("a generated file is in a directory")?;
     fs::create_dir_all(directory)?;
     fs::write(&target, text).with_context(|| format!("write {}", path.display()))
 }
@@ -158,10 +134,7 @@ mod tests {
     use super::*;
 
     fn workspace() -> &'static Path {
-        Path::new(env!("CARGO_MANIFEST_DIR"))
-            .ancestors()
-            .nth(2)
-            .expect("two directories below the workspace")
+        Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("two directories below the workspace")
     }
 
     #[test]
@@ -169,44 +142,29 @@ mod tests {
         let generated = all(workspace()).expect("generate");
         assert!(generated.len() >= PACKAGES.len());
         let stale = stale(workspace(), &generated).expect("compare");
-        assert!(
-            stale.is_empty(),
-            "stale: {stale:?}; run `cargo run -p nagaya-codegen` and commit the result"
-        );
+        assert!(stale.is_empty(), "stale: {stale:?}; run `cargo run -p nagaya-codegen` and commit the result");
     }
 
     #[test]
     fn changed_missing_and_left_over_files_are_stale_and_update_repairs_them() {
         let root = tempfile::tempdir().expect("a temporary directory");
         let directory = Path::new(PACKAGES[0].out_dir);
-        let generated: BTreeMap<PathBuf, String> = ["same.rs", "changed.rs", "missing.rs"]
-            .map(|name| (directory.join(name), name.to_owned()))
-            .into();
+        let generated: BTreeMap<PathBuf, String> =
+            ["same.rs", "changed.rs", "missing.rs"].map(|name| (directory.join(name), name.to_owned())).into();
         for path in generated.keys() {
             update(root.path(), path, &generated).expect("write");
         }
-        assert_eq!(
-            stale(root.path(), &generated).expect("compare"),
-            BTreeSet::new()
-        );
+        assert_eq!(stale(root.path(), &generated).expect("compare"), BTreeSet::new());
 
         fs::write(root.path().join(directory).join("changed.rs"), "else").expect("write");
         fs::remove_file(root.path().join(directory).join("missing.rs")).expect("remove");
         fs::write(root.path().join(directory).join("left_over.rs"), "").expect("write");
         let found = stale(root.path(), &generated).expect("compare");
-        assert_eq!(
-            found,
-            ["changed.rs", "left_over.rs", "missing.rs"]
-                .map(|name| directory.join(name))
-                .into()
-        );
+        assert_eq!(found, ["changed.rs", "left_over.rs", "missing.rs"].map(|name| directory.join(name)).into());
 
         for path in &found {
             update(root.path(), path, &generated).expect("repair");
         }
-        assert_eq!(
-            stale(root.path(), &generated).expect("compare"),
-            BTreeSet::new()
-        );
+        assert_eq!(stale(root.path(), &generated).expect("compare"), BTreeSet::new());
     }
 }

@@ -152,11 +152,9 @@ fn leaf(verdict: Verdict) -> Vec<sock_filter> {
             vec![load(DATA_ARGUMENT_0), jump(BPF_JSET, bits, 0, 1), give(errno(libc::EPERM)), give(RETURN_ALLOW)]
         }
         Verdict::Families => {
-            let netlink =
-                one_of(DATA_ARGUMENT_2, NETLINK_PROTOCOLS, RETURN_ALLOW, errno(libc::EPROTONOSUPPORT));
+            let netlink = one_of(DATA_ARGUMENT_2, NETLINK_PROTOCOLS, RETURN_ALLOW, errno(libc::EPROTONOSUPPORT));
             let others = one_of(DATA_ARGUMENT_0, SOCKET_FAMILIES, RETURN_ALLOW, errno(libc::EAFNOSUPPORT));
-            let mut block =
-                vec![load(DATA_ARGUMENT_0), jump(BPF_JEQ, libc::AF_NETLINK as u32, 0, netlink.len() as u8)];
+            let mut block = vec![load(DATA_ARGUMENT_0), jump(BPF_JEQ, libc::AF_NETLINK as u32, 0, netlink.len() as u8)];
             block.extend(netlink);
             block.extend(others);
             block
@@ -342,7 +340,8 @@ mod tests {
         for protocol in [libc::NETLINK_ROUTE, libc::NETLINK_SOCK_DIAG] {
             assert_eq!(open(protocol), RETURN_ALLOW);
         }
-        for protocol in [libc::NETLINK_KOBJECT_UEVENT, libc::NETLINK_NETFILTER, libc::NETLINK_AUDIT, libc::NETLINK_XFRM] {
+        for protocol in [libc::NETLINK_KOBJECT_UEVENT, libc::NETLINK_NETFILTER, libc::NETLINK_AUDIT, libc::NETLINK_XFRM]
+        {
             assert_eq!(open(protocol), errno(libc::EPROTONOSUPPORT));
         }
     }

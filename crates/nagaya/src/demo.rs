@@ -83,28 +83,23 @@ async fn use_sandbox(server: &Server) -> anyhow::Result<()> {
         println!("    │ {line}");
     }
     let content = b"what is written is read".to_vec();
-    let write = v1::WriteFileRequest {
-        session_id: id.clone(),
-        path: "note.txt".into(),
-        content: content.clone().into(),
-        ..Default::default()
-    };
-    let write = v1::SandboxSessionDataPlaneServiceWriteFileRequest { request: MessageField::some(write), ..Default::default() };
+    let write =
+        v1::WriteFileRequest { session_id: id.clone(), path: "note.txt".into(), content: content.clone().into() };
+    let write = v1::SandboxSessionDataPlaneServiceWriteFileRequest { request: MessageField::some(write) };
     timed("file written", data.write_file(write)).await?;
-    let read = v1::ReadFileRequest { session_id: id.clone(), path: "/home/tenki/note.txt".into(), ..Default::default() };
-    let read = v1::SandboxSessionDataPlaneServiceReadFileRequest { request: MessageField::some(read), ..Default::default() };
+    let read = v1::ReadFileRequest { session_id: id.clone(), path: "/home/tenki/note.txt".into() };
+    let read = v1::SandboxSessionDataPlaneServiceReadFileRequest { request: MessageField::some(read) };
     let answer = timed("file read", data.read_file(read)).await?;
     ensure!(answer.response.content == content, "the file's content changed");
 
-    let terminate = v1::TerminateSessionRequest { session_id: id, ..Default::default() };
+    let terminate = v1::TerminateSessionRequest { session_id: id };
     timed("sandbox terminated", control.terminate_session(terminate)).await?;
     Ok(())
 }
 
 async fn run_python(data: &v1::SandboxSessionDataPlaneServiceClient<HttpClient>, id: &str) -> anyhow::Result<String> {
     let frame = |payload| v1::SandboxSessionDataPlaneServiceRunRequest {
-        frame: MessageField::some(v1::RunRequest { payload: Some(payload), ..Default::default() }),
-        ..Default::default()
+        frame: MessageField::some(v1::RunRequest { payload: Some(payload) }),
     };
     let start = v1::RunStart {
         session_id: id.to_owned(),

@@ -61,8 +61,8 @@ impl Settings {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let quiet = matches!(arguments.verb, Verb::Demo | Verb::Doctor(_));
-    let filter = EnvFilter::try_from_env("NAGAYA_LOG")
-        .unwrap_or_else(|_| EnvFilter::new(if quiet { "error" } else { "info" }));
+    let filter =
+        EnvFilter::try_from_env("NAGAYA_LOG").unwrap_or_else(|_| EnvFilter::new(if quiet { "error" } else { "info" }));
     let colour = std::io::IsTerminal::is_terminal(&std::io::stderr());
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr).init();
     let done = match arguments.verb {

@@ -40,13 +40,15 @@ impl Server {
         let driver = tokio::task::spawn_blocking(move || NamespaceDriver::start(settings)).await?;
         let driver = Arc::new(driver.context("`nagaya doctor` tells what this host lacks")?);
         let port: Arc<dyn Driver> = driver.clone();
-        let engine = Engine::start(config.engine.clone(), store, port, Arc::new(HostClock), Arc::new(HostEntropy)).await?;
+        let engine =
+            Engine::start(config.engine.clone(), store, port, Arc::new(HostClock), Arc::new(HostEntropy)).await?;
         for key in [key.as_deref(), config.api_key.as_deref()].into_iter().flatten() {
             engine.first_start(Some(key)).await?;
         }
         let (tls, data_dir) = (config.tls.is_some(), config.data_dir.clone());
         let level = driver.clone();
-        let pools: Levels = Arc::new(move || level.pool_levels().map(|(name, value)| Level { name: name.into(), value }).to_vec());
+        let pools: Levels =
+            Arc::new(move || level.pool_levels().map(|(name, value)| Level { name: name.into(), value }).to_vec());
         let daemon = Daemon::start(&config, engine, Hooks { pools: Some(pools) }).await?;
         let server = Self { daemon, driver, tls, data_dir, key_file, new_key };
         write_private(&server.data_dir.join(ADDRESS_FILE), &server.url())?;

@@ -33,7 +33,8 @@ fn no_crate_depends_against_the_arrows() {
         let Ok(text) = fs::read_to_string(&path) else { continue };
         let manifest: toml::Table = text.parse().expect("a manifest");
         let name = manifest["package"]["name"].as_str().expect("a name").to_owned();
-        let allowed = allowed.get(name.as_str()).unwrap_or_else(|| panic!("{name} has no place in the order of crates"));
+        let allowed =
+            allowed.get(name.as_str()).unwrap_or_else(|| panic!("{name} has no place in the order of crates"));
         let against: Vec<_> = own_dependencies(&manifest).difference(allowed).cloned().collect();
         assert!(against.is_empty(), "{name} must not depend on {against:?}");
         found += 1;

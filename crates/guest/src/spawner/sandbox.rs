@@ -331,11 +331,7 @@ fn install_filter() -> Result<(), Errno> {
     if result == 0 { Ok(()) } else { Err(mount::last_errno()) }
 }
 
-fn run_agent(
-    parts: &Parts<'_>,
-    shown: &Shown,
-    agent: BorrowedFd<'_>,
-) -> Result<std::convert::Infallible, StepError> {
+fn run_agent(parts: &Parts<'_>, shown: &Shown, agent: BorrowedFd<'_>) -> Result<std::convert::Infallible, StepError> {
     let named = [
         ("leash", parts.leash),
         ("listen", parts.listen),

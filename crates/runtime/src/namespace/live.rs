@@ -85,7 +85,7 @@ pub(super) fn take(inner: &Inner, id: SessionId, machine: &Machine, slot: &Slot)
     let limits = Limits {
         cpu_cores: machine.cpu_cores,
         memory_bytes: u64::from(machine.memory_mb) << 20,
-        processes_max: inner.factory.processes_max,
+        processes_max: inner.config.processes_max,
     };
     slot.group.set_limits(limits).map_err(|error| failed("set the sandbox's limits", &error))?;
     let processors = inner.processors_for(slot.number, machine.cpu_cores);

@@ -152,7 +152,6 @@ impl NamespaceDriver {
             image,
             pool_directory,
             config.slots_max,
-            config.processes_max,
         );
         claim_what_exists(&factory, &sandboxes, &images);
         let factory = Arc::new(factory);
@@ -286,7 +285,9 @@ impl Inner {
     /// Everything of a creation but the connection to the agent: the sandbox's slot and process.
     fn start(&self, id: SessionId, machine: &Machine) -> Result<(u32, Started), DriverError> {
         if machine.outbound && !self.config.network_outbound {
-            return Err(DriverError::Failed("this server gives no sandbox outbound access; ask for allow_outbound=false".into()));
+            return Err(DriverError::Failed(
+                "this server gives no sandbox outbound access; ask for allow_outbound=false".into(),
+            ));
         }
         let slot = self.slot(machine).map_err(|error| match error {
             SlotError::Exhausted(_) => DriverError::Exhausted("slots_max".into()),
@@ -358,7 +359,8 @@ impl Driver for NamespaceDriver {
         let begin = Instant::now();
         let (inner, wanted) = (self.inner.clone(), machine.clone());
         // The leash is held until the agent is connected.
-        let (slot, Started { pidfd, error: told, leash: _leash, .. }) = blocking(move || inner.start(id, &wanted)).await?;
+        let (slot, Started { pidfd, error: told, leash: _leash, .. }) =
+            blocking(move || inner.start(id, &wanted)).await?;
         let taken = begin.elapsed();
         let pidfd = PidFd::new(pidfd).map_err(|error| failed("watch the sandbox", &error))?;
         let live = Arc::new(Live::new(id, slot, pidfd));

@@ -315,7 +315,9 @@ mod tests {
     fn a_network_with_a_route_into_it_is_taken() {
         let cidr: Cidr = "10.200.0.0/16".parse().expect("a network");
         let header = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n";
-        let route = |destination: &str, mask: &str| format!("{header}eth0\t{destination}\t00000000\t1\t0\t0\t0\t{mask}\t0\t0\t0\n");
+        let route = |destination: &str, mask: &str| {
+            format!("{header}eth0\t{destination}\t00000000\t1\t0\t0\t0\t{mask}\t0\t0\t0\n")
+        };
         assert!(!cidr.is_routed(&route("00000000", "00000000")), "the default route");
         assert!(!cidr.is_routed(&route("0000C90A", "0000FFFF")), "10.201.0.0/16");
         assert!(cidr.is_routed(&route("0000C80A", "0000FFFF")), "the same network");

@@ -22,8 +22,8 @@ use super::host_image::Image;
 use super::live;
 use super::network::{Network, NetworkError};
 use crate::cgroup::{CgroupError, Cgroups, Group, Part};
-use crate::sys;
 use crate::spawner::{SpawnError, Spawner};
+use crate::sys;
 
 /// The first host id of slot 0. systemd leaves the range from 0x7000_0000 on to nobody; see its
 /// page on users, groups and ids.
@@ -87,7 +87,6 @@ pub(super) struct Factory {
     pub image: Image,
     /// Where slots wait that no session has yet.
     pub pool_directory: PathBuf,
-    pub processes_max: u64,
     numbers: Mutex<Numbers>,
 }
 
@@ -107,11 +106,10 @@ impl Factory {
         image: Image,
         pool_directory: PathBuf,
         slots_max: u32,
-        processes_max: u64,
     ) -> Self {
         let room = network.as_ref().map_or(SLOTS_LIMIT, Network::capacity);
         let numbers = Numbers { used: BTreeSet::new(), next: 0, max: slots_max.min(SLOTS_LIMIT).min(room) };
-        Self { spawner, network, disks, cgroups, image, pool_directory, processes_max, numbers: Mutex::new(numbers) }
+        Self { spawner, network, disks, cgroups, image, pool_directory, numbers: Mutex::new(numbers) }
     }
 
     fn numbers(&self) -> MutexGuard<'_, Numbers> {
@@ -165,7 +163,8 @@ impl Factory {
         let image = directory.join("disk.ext4");
         self.disks.make(&image, shape.disk_gb)?;
         let disk = disk::attach(&image)?;
-        mount::set_attributes(disk.as_fd(), NO_DEVICES, Some(user.as_fd())).map_err(|errno| on("map the disk")(errno.into()))?;
+        mount::set_attributes(disk.as_fd(), NO_DEVICES, Some(user.as_fd()))
+            .map_err(|errno| on("map the disk")(errno.into()))?;
         let base = layer(&self.image.base, user.as_fd())?;
         let layers: Vec<OwnedFd> =
             self.image.layers.iter().map(|(_, path)| layer(path, user.as_fd())).collect::<Result<_, _>>()?;
