@@ -131,6 +131,10 @@ pub struct Namespace {
     pub slots_max: u32,
     /// Processes and threads of one sandbox. Default 1024.
     pub processes_max: u64,
+    /// Free space of the data directory's file system below which no sandbox is made, MiB. Default 256.
+    pub disk_free_mb_min: u64,
+    /// Available memory of the host below which no sandbox is made, MiB. Default 256.
+    pub memory_available_mb_min: u64,
     /// Switch the host's cgroups to fast moves of processes (`favordynmods`), which saves some 8 ms
     /// for each command and stays on for the whole host. Default true.
     pub favor_cgroup_moves: bool,
@@ -202,7 +206,13 @@ impl Default for Pools {
 
 impl Default for Namespace {
     fn default() -> Self {
-        Self { slots_max: 1_024, processes_max: 1_024, favor_cgroup_moves: true }
+        Self {
+            slots_max: 1_024,
+            processes_max: 1_024,
+            disk_free_mb_min: 256,
+            memory_available_mb_min: 256,
+            favor_cgroup_moves: true,
+        }
     }
 }
 

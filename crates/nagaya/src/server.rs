@@ -118,6 +118,8 @@ pub fn driver_settings(config: &Config) -> anyhow::Result<namespace::Config> {
     settings.pool_ready_isolated = config.pools.isolated_slots_ready;
     settings.slots_max = config.namespace.slots_max;
     settings.processes_max = config.namespace.processes_max;
+    settings.disk_free_mb_min = config.namespace.disk_free_mb_min;
+    settings.memory_available_mb_min = config.namespace.memory_available_mb_min;
     settings.favor_cgroup_moves = config.namespace.favor_cgroup_moves;
     Ok(settings)
 }

@@ -52,6 +52,9 @@ impl Tenki {
         };
         let session = self.engine.create_session(&caller, new_session(request)?).await?;
         let session = self.settled(&caller, session, hold).await?;
+        if let Some(error) = refused_for_capacity(&session) {
+            return Err(error);
+        }
         if session.state == SessionState::Running {
             self.metrics.session_created(started.elapsed());
         }
@@ -349,4 +352,13 @@ fn milliseconds(duration: Option<&buffa_types::google::protobuf::Duration>, fiel
 
 fn saturating(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// A session that ended before it began because the server was full is an error of its creation.
+fn refused_for_capacity(session: &Session) -> Option<Error> {
+    if !session.state.is_terminal() || session.ready_at.is_some() {
+        return None;
+    }
+    let detail = session.terminal_error.strip_prefix(Code::CapacityUnavailable.text())?;
+    Some(Error::new(Code::CapacityUnavailable, detail.trim_start_matches(": ")))
 }

@@ -15,6 +15,7 @@ mod host_image;
 mod live;
 mod network;
 mod record;
+mod room;
 mod slots;
 
 use std::collections::{HashMap, HashSet};
@@ -50,6 +51,10 @@ pub struct Config {
     pub pool_ready_isolated: usize,
     /// Processes and threads of one sandbox.
     pub processes_max: u64,
+    /// Free space of the data directory's file system below which no sandbox is made, MiB.
+    pub disk_free_mb_min: u64,
+    /// Available memory of the host below which no sandbox is made, MiB.
+    pub memory_available_mb_min: u64,
     /// `None`: a /16 that no route of the host leads to is chosen at the first start, and kept.
     pub network_cidr: Option<Cidr>,
     /// Private networks that sandboxes may reach, such as `10.1.2.0/24`.
@@ -68,6 +73,8 @@ impl Config {
             pool_ready: 16,
             pool_ready_isolated: 2,
             processes_max: 1_024,
+            disk_free_mb_min: 256,
+            memory_available_mb_min: 256,
             network_cidr: None,
             network_allow: Vec::new(),
             network_outbound: true,
@@ -289,9 +296,13 @@ impl Inner {
                 "this server gives no sandbox outbound access; ask for allow_outbound=false".into(),
             ));
         }
-        let slot = self.slot(machine).map_err(|error| match error {
-            SlotError::Exhausted(_) => DriverError::Exhausted("slots_max".into()),
-            error => failed("make a sandbox", &error),
+        if let Some(limit) = room::lacking(&self.config) {
+            return Err(DriverError::Exhausted(limit.into()));
+        }
+        let slot = self.slot(machine).map_err(|error| match (&error, room::limit_of(&error)) {
+            (SlotError::Exhausted(_), _) => DriverError::Exhausted("slots_max".into()),
+            (_, Some(limit)) => DriverError::Exhausted(limit.into()),
+            (_, None) => failed("make a sandbox", &error),
         })?;
         match live::take(self, id, machine, &slot) {
             Ok(()) => Ok((slot.number, slot.started)),

@@ -1,0 +1,88 @@
+//! Whether the host has room for one more sandbox.
+//!
+//! Disks are sparse and memory is not set aside, so that a host holds more sandboxes than their
+//! limits add up to. This keeps the last of both for those that run already: a full host would
+//! break their disks, and kill processes that are in nobody's way.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use super::Config;
+
+/// The name of the limit that a new sandbox would break, if any. What cannot be read is no reason
+/// to refuse.
+pub(super) fn lacking(config: &Config) -> Option<&'static str> {
+    breaks(config, free_disk_mb(&config.data), available_memory_mb())
+}
+
+fn breaks(config: &Config, disk_mb: Option<u64>, memory_mb: Option<u64>) -> Option<&'static str> {
+    let below = |found: Option<u64>, least: u64| found.is_some_and(|found| found < least);
+    if below(disk_mb, config.disk_free_mb_min) {
+        Some("disk_free_mb_min")
+    } else if below(memory_mb, config.memory_available_mb_min) {
+        Some("memory_available_mb_min")
+    } else {
+        None
+    }
+}
+
+/// The limit that an error of the operating system stands for.
+pub(super) fn limit_of(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        match error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+            Some(libc::ENOSPC | libc::EDQUOT) => return Some("space on the host's disk"),
+            Some(libc::ENOMEM) => return Some("memory of the host"),
+            Some(libc::EMFILE | libc::ENFILE) => return Some("open files of the host"),
+            _ => cause = error.source(),
+        }
+    }
+    None
+}
+
+fn free_disk_mb(path: &Path) -> Option<u64> {
+    let status = rustix::fs::statvfs(path).ok()?;
+    Some(status.f_bavail.saturating_mul(status.f_frsize) >> 20)
+}
+
+fn available_memory_mb() -> Option<u64> {
+    memory_mb(&fs::read_to_string("/proc/meminfo").ok()?)
+}
+
+fn memory_mb(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? >> 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_broken_below_it_and_named() {
+        let mut config = Config::new("/".into());
+        (config.disk_free_mb_min, config.memory_available_mb_min) = (100, 50);
+        assert_eq!(breaks(&config, Some(100), Some(50)), None);
+        assert_eq!(breaks(&config, Some(99), Some(50)), Some("disk_free_mb_min"));
+        assert_eq!(breaks(&config, Some(100), Some(49)), Some("memory_available_mb_min"));
+        assert_eq!(breaks(&config, None, None), None);
+    }
+
+    #[test]
+    fn the_hosts_own_numbers_can_be_read() {
+        assert!(free_disk_mb(Path::new("/")).is_some());
+        assert!(available_memory_mb().is_some_and(|megabytes| megabytes > 0));
+        assert_eq!(memory_mb("MemTotal: 1 kB\nMemAvailable:   2048 kB\n"), Some(2));
+        assert_eq!(memory_mb("nonsense"), None);
+    }
+
+    #[test]
+    fn a_full_disk_is_a_limit_wherever_it_is_in_the_chain() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("copy")]
+        struct Outer(#[source] io::Error);
+        assert_eq!(limit_of(&Outer(io::Error::from_raw_os_error(libc::ENOSPC))), Some("space on the host's disk"));
+        assert_eq!(limit_of(&Outer(io::Error::from_raw_os_error(libc::EACCES))), None);
+    }
+}
