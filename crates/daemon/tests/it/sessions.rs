@@ -144,7 +144,10 @@ async fn a_held_create_is_answered_before_its_deadline() {
 async fn a_creation_that_fails_tells_why() {
     let world = World::new().await;
     world.fakes.driver.refuse_next(DriverError::Exhausted("network_slots_max".into()));
+    world.hold_creations.send_replace(true);
     let answer = world.control().create_session(create()).await.unwrap();
+    assert_eq!(answer.session.state, SessionState::Creating);
+    world.hold_creations.send_replace(false);
     soon(async {
         let mut waiting = world.control().wait_session(wait(&answer.session.id)).await.unwrap();
         let mut last = None;
@@ -157,6 +160,16 @@ async fn a_creation_that_fails_tells_why() {
         assert_eq!(last.route_status, DataPlaneRouteStatus::Failed);
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_server_without_room_refuses_a_creation_with_the_limits_name() {
+    let world = World::new().await;
+    world.fakes.driver.refuse_next(DriverError::Exhausted("network_slots_max".into()));
+    let error = world.control().create_session(create()).await.unwrap_err();
+    assert_eq!(error.code, connectrpc::ErrorCode::ResourceExhausted);
+    let message = error.message.unwrap_or_default();
+    assert!(message.contains("capacity") && message.contains("network_slots_max"), "{message}");
 }
 
 #[tokio::test]
