@@ -146,7 +146,7 @@ impl NamespaceDriver {
         let disks = disk::Disks::open(&data, &image.layer_names()).map_err(on("prepare disks"))?;
         let sandboxes = data.join("sandboxes");
         let pool_directory = data.join("pool");
-        // Disks that no sandbox got; their mounts went with the process that made them.
+        // Slots that nobody took; their agents and mounts went with the process that made them.
         let _ = fs::remove_dir_all(&pool_directory);
         for directory in [&sandboxes, &pool_directory] {
             fs::create_dir_all(directory).map_err(on("make directories"))?;
