@@ -5,7 +5,7 @@ CARGO ?= cargo
 NAGAYA_SIMULATION_SCHEDULES ?= 10000
 export NAGAYA_SIMULATION_SCHEDULES
 
-.PHONY: demo build test check fmt bench clean packages test-packages
+.PHONY: demo build test test-cgroup-v2 check fmt fuzz bench clean packages test-packages
 
 ## demo: build in release mode, then create a sandbox, use it and remove it
 demo: packages
@@ -19,6 +19,14 @@ build:
 ## test: everything, with the real things
 test: test-packages
 	./scripts/test
+
+## test-cgroup-v2: the driver contract in an emulated machine that has cgroup v2 only
+test-cgroup-v2:
+	./scripts/test-cgroup-v2
+
+## fuzz: hostile bytes for every target of fuzz/, NAGAYA_FUZZ_S seconds each
+fuzz:
+	./scripts/fuzz
 
 ## check: formatting and lints
 check:

@@ -1,8 +1,10 @@
 //! `make bench`: Nagaya and its peers, measured in one run on one machine.
 //!
 //! Options: `--quick` (few rounds, for a look and for CI), `--name NAME` (directory below
-//! `bench/results/`), `--only PART` (create, bursts, exec, files, memory, sustained, peers).
+//! `bench/results/`), `--only PART` (create, bursts, exec, files,
+//! memory, sustained, pauses, snapshots, forks, volumes, peers).
 
+mod life;
 mod own;
 mod peers;
 mod samples;
@@ -60,12 +62,28 @@ fn main() -> ExitCode {
         if wants("sustained") {
             own::sustained(&mut report, effort).await;
         }
+        if wants("pauses") {
+            life::pauses(&mut report, effort).await;
+        }
+        if wants("snapshots") {
+            life::snapshots(&mut report, effort).await;
+        }
+        if wants("forks") {
+            life::forks(&mut report, effort).await;
+        }
+        if wants("volumes") {
+            life::volumes(&mut report, effort).await;
+        }
     });
     if wants("peers") {
         peers::run(&mut report, effort);
         println!();
         let runs = ["bubblewrap: run true", "crun: run true", "runc: run true", "runsc: run true", "docker: run true"];
         report.ratios("create + first exec, pools full", &runs);
+        report.ratios("pause, memory kept", &["runc: pause", "docker: pause"]);
+        report.ratios("resume from memory", &["runc: resume", "docker: unpause"]);
+        report.ratios("snapshot, 10 MB dirty", &["runsc: checkpoint", "docker: commit, 10 MB dirty"]);
+        report.ratios("restore, 10 MB dirty: to first exec", &["runsc: restore"]);
         report.ratios("exec round trip of true", &["crun: exec true", "runc: exec true", "runsc: exec true"]);
     }
     report.write(&Path::new(env!("CARGO_MANIFEST_DIR")).join("results").join(name));

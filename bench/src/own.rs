@@ -186,8 +186,15 @@ async fn read(sandbox: &Sandbox) -> usize {
 }
 
 pub async fn memory(report: &mut Report, effort: Effort) {
-    let count = effort.of(200, 10);
-    let server = Server::start_with(&pools(0));
+    memory_with(report, effort.of(200, 10)).await;
+    if effort == Effort::Full {
+        memory_with(report, 1_000).await;
+    }
+}
+
+async fn memory_with(report: &mut Report, count: usize) {
+    let room = format!("[engine]\nsessions_max = {count}\n[namespace]\nslots_max = {count}\n");
+    let server = Server::start_with(&(pools(0) + &room));
     let client = Client::of(&server);
     let idle_kib = memory_kib(server.pid(), "VmRSS:");
     let made: Vec<_> =

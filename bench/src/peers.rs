@@ -10,7 +10,7 @@ use std::process::{Command, Output, Stdio};
 use serde_json::json;
 
 use crate::Effort;
-use crate::samples::{Report, repeat};
+use crate::samples::{Report, repeat, timed};
 
 /// The first id of the range that containers get.
 const FIRST_ID: u32 = 0x6000_0000;
@@ -102,8 +102,75 @@ fn container(report: &mut Report, effort: Effort, runtime: &str) {
         Err(reason) => report.not_run(&exec, &reason),
         Ok(()) => {
             report.timing(&exec, repeat(effort.of(100, 10), || must(base("exec").args([&id, "/bin/true"]))));
+            pause(report, effort, runtime, &|verb| {
+                let mut command = base(verb);
+                command.arg(&id);
+                command
+            });
+            if runtime == "runsc" {
+                checkpoint(report, effort, place.path(), &long, &id, &base);
+            }
             let _ = attempt(base("delete").arg("--force").arg(&id));
         }
+    }
+}
+
+/// Pause and resume in turn, each timed.
+fn pause(report: &mut Report, effort: Effort, runtime: &str, verb: &dyn Fn(&str) -> Command) {
+    let (pause, resume) = (format!("{runtime}: pause"), format!("{runtime}: resume"));
+    if let Err(reason) = attempt(&mut verb("pause")).and_then(|()| attempt(&mut verb("resume"))) {
+        report.not_run(&pause, &reason);
+        return report.not_run(&resume, &reason);
+    }
+    let (mut pauses, mut resumes) = (Vec::new(), Vec::new());
+    for _ in 0..effort.of(50, 5) {
+        pauses.push(timed(|| must(&mut verb("pause"))));
+        resumes.push(timed(|| must(&mut verb("resume"))));
+    }
+    report.timing(&pause, pauses);
+    report.timing(&resume, resumes);
+}
+
+/// Memory and processes of a sleeping program to a file, and back from it.
+fn checkpoint(
+    report: &mut Report,
+    effort: Effort,
+    place: &Path,
+    bundle: &Path,
+    id: &str,
+    base: &dyn Fn(&str) -> Command,
+) {
+    let (name, restore) = ("runsc: checkpoint", "runsc: restore");
+    let mut number = 0;
+    let mut image = || {
+        number += 1;
+        place.join(format!("image-{number}"))
+    };
+    let take = |image: &Path| {
+        let mut command = base("checkpoint");
+        command.arg("--leave-running").arg("--image-path").arg(image).arg(id);
+        command
+    };
+    let first = image();
+    if let Err(reason) = attempt(&mut take(&first)) {
+        report.not_run(name, &reason);
+        return report.not_run(restore, &reason);
+    }
+    report.timing(name, repeat(effort.of(20, 3), || must(&mut take(&image()))));
+    let mut copies = Vec::new();
+    let mut back = || {
+        let copy = format!("{id}-copy-{}", copies.len());
+        let mut command = base("restore");
+        command.arg("--detach").arg("--image-path").arg(&first).arg("--bundle").arg(bundle).arg(&copy);
+        copies.push(copy);
+        command
+    };
+    match attempt(&mut back()) {
+        Err(reason) => report.not_run(restore, &reason),
+        Ok(()) => report.timing(restore, repeat(effort.of(10, 2), || must(&mut back()))),
+    }
+    for copy in copies {
+        let _ = attempt(base("delete").arg("--force").arg(&copy));
     }
 }
 
@@ -156,11 +223,12 @@ fn bundle(place: &Path, name: &str, arguments: &[&str], runtime: &str) -> PathBu
 
 fn docker(report: &mut Report, effort: Effort) {
     let name = "docker: run true";
+    let names = [name, "docker: pause", "docker: unpause", "docker: commit, 10 MB dirty"];
     if !installed("docker") {
-        return report.not_run(name, "not installed");
+        return names.into_iter().for_each(|name| report.not_run(name, "not installed"));
     }
     if let Err(reason) = attempt(Command::new("docker").arg("info")) {
-        return report.not_run(name, &reason);
+        return names.into_iter().for_each(|name| report.not_run(name, &reason));
     }
     // An image of nothing but a place to mount the host's programs at.
     let made = Command::new("sh").args(["-c", "tar -cf - -T /dev/null | docker import - nagaya-bench"]).output();
@@ -180,6 +248,37 @@ fn docker(report: &mut Report, effort: Effort) {
         Err(reason) => report.not_run(name, &reason),
         Ok(()) => report.timing(name, repeat(effort.of(20, 3), || must(&mut command()))),
     }
+    docker_life(report, effort);
+}
+
+/// Pauses and commits of one long-lived container.
+fn docker_life(report: &mut Report, effort: Effort) {
+    let id = format!("nagaya-bench-{}", std::process::id());
+    let docker = |arguments: &[&str]| {
+        let mut command = Command::new("docker");
+        command.args(arguments);
+        command
+    };
+    let mut start = docker(&["run", "--detach", "--network=none", "-v", "/usr:/usr:ro", "--name", &id]);
+    for (link, _) in links() {
+        start.arg("-v").arg(format!("/{link}:/{link}:ro"));
+    }
+    let begun = attempt(start.args(["nagaya-bench", "/bin/sleep", "1000"]));
+    let (pause, unpause, commit) = ("docker: pause", "docker: unpause", "docker: commit, 10 MB dirty");
+    if let Err(reason) = begun {
+        return [pause, unpause, commit].into_iter().for_each(|name| report.not_run(name, &reason));
+    }
+    let (mut pauses, mut resumes) = (Vec::new(), Vec::new());
+    for _ in 0..effort.of(20, 3) {
+        pauses.push(timed(|| must(&mut docker(&["pause", &id]))));
+        resumes.push(timed(|| must(&mut docker(&["unpause", &id]))));
+    }
+    report.timing(pause, pauses);
+    report.timing(unpause, resumes);
+    must(&mut docker(&["exec", &id, "/bin/sh", "-c", "head -c 10M /dev/urandom >/dirty"]));
+    report.timing(commit, repeat(effort.of(10, 2), || must(&mut docker(&["commit", &id, "nagaya-bench-commit"]))));
+    let _ = attempt(&mut docker(&["rm", "--force", &id]));
+    let _ = attempt(&mut docker(&["image", "rm", "nagaya-bench-commit"]));
 }
 
 /// Why a command does not work here.

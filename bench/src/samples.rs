@@ -112,17 +112,19 @@ pub fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
+/// How long it took, milliseconds.
+pub fn timed(work: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    work();
+    milliseconds(start.elapsed())
+}
+
 /// Runs something many times, after a few that do not count.
 pub fn repeat(count: usize, mut work: impl FnMut()) -> Vec<f64> {
     for _ in 0..count.min(3) {
         work();
     }
-    let timed = |_| {
-        let start = Instant::now();
-        work();
-        milliseconds(start.elapsed())
-    };
-    (0..count).map(timed).collect()
+    (0..count).map(|_| timed(&mut work)).collect()
 }
 
 #[cfg(test)]

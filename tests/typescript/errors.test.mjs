@@ -77,14 +77,10 @@ describe("what is not built yet answers unimplemented, and never looks like a mi
 
   test("session verbs", async () => {
     const verbs = {
-      pause: () => session.pause(),
-      resume: () => session.resume(),
       exposePort: () => session.exposePort(8080),
       unexposePort: () => session.unexposePort(8080),
       listExposedPorts: () => session.listExposedPorts(),
       updateSshAuthorizedKeys: () => session.updateSshAuthorizedKeys(["ssh-ed25519 AAAA me"]),
-      attachVolume: () => session.attachVolume(UNKNOWN, "/data"),
-      detachVolume: () => session.detachVolume(UNKNOWN, { waitTimeoutMs: 0 }),
       gitOperation: () => session.gitOperation("log", {}),
     };
     for (const [name, attempt] of Object.entries(verbs)) await expectUnimplemented(name, attempt);
@@ -94,14 +90,8 @@ describe("what is not built yet answers unimplemented, and never looks like a mi
     assert.equal(await shell(session, "echo fine"), "fine");
   });
 
-  test("snapshots, volumes, templates, previews, registry and certificates", async () => {
+  test("templates, previews, registry and certificates", async () => {
     const verbs = {
-      createSnapshot: () => tenki.createSnapshot(session.id, { name: "x" }),
-      getSnapshot: () => tenki.getSnapshot(UNKNOWN),
-      listSnapshots: () => tenki.listSnapshots(),
-      deleteSnapshot: () => tenki.deleteSnapshot(UNKNOWN),
-      createVolume: () => tenki.createVolume({ name: "x", sizeBytes: 1 << 20 }),
-      listVolumes: () => tenki.listVolumes(),
       createTemplate: () => tenki.createTemplate({ name: "x" }),
       listTemplates: () => tenki.listTemplates(),
       previewUrls: () => tenki.previewUrls.list(),

@@ -170,10 +170,8 @@ describe("create", () => {
     const before = await activeSessions();
     const id = "01890000-0000-7000-8000-000000000000";
     for (const [word, options] of [
-      ["snapshot_id", { snapshotId: id }],
       ["template_spec_id", { fromTemplateSpec: id }],
       ["registry_ref", { image: "someone/image:tag" }],
-      ["volumes", { volumes: [{ volumeId: id, mountPath: "/data" }] }],
       ["clone_repo_url", { cloneRepoUrl: "https://example.com/repository.git" }],
       ["enable_opencode", { enableOpenCode: true }],
     ]) {

@@ -155,6 +155,7 @@ codes! {
     InvalidResources => "invalid_resources", InvalidArgument, "invalid argument: resources out of range", "Use 1 to 16 cores, 128 to 65536 MB of memory (an even number), 5 to 100 GB of disk.";
     InvalidCommand => "invalid_command", InvalidArgument, "invalid argument: command", "Send at least one argument; arguments, environment and directory must not hold NUL bytes.";
     InvalidPath => "invalid_path", InvalidArgument, "invalid argument: path", "Paths must not be empty or hold NUL bytes, and no longer than 4096 bytes.";
+    PathRefused => "path_refused", InvalidArgument, "invalid argument: mount path", "Use an absolute path without `..`, outside /proc, /sys, /dev and /run, that neither is nor holds nor lies below another mount.";
     StreamProtocol => "stream_protocol", InvalidArgument, "invalid argument: frames out of order", "The first frame of a stream is its start frame, and there is exactly one.";
     Unauthenticated => "unauthenticated", Unauthenticated, "missing or unknown credential", "Send an API key of this server as `Authorization: Bearer tk_…`; `nagaya serve` prints one at its first start.";
     InvalidCertificate => "invalid_certificate", Unauthenticated, "missing, expired or foreign session certificate", "Ask CreateSessionCredential for a new certificate for this session.";
@@ -175,8 +176,14 @@ codes! {
     SshUnavailable => "ssh_unavailable", FailedPrecondition, "SSH is not available for this session", "Wait until the session is RUNNING; the message names the cause.";
     SshGatewayUnavailable => "ssh_gateway_unavailable", Unavailable, "no SSH gateway is ready", "Try again in a moment.";
     SnapshotNotDurable => "snapshot_not_durable", FailedPrecondition, "snapshot not yet durable", "Wait until the snapshot's durability state is DURABLE.";
+    SnapshotInUse => "snapshot_in_use", FailedPrecondition, "snapshot is in use", "End the sessions that were made from it first; a pause's snapshot goes when its session is resumed or ends.";
+    SnapshotNotReady => "snapshot_not_ready", FailedPrecondition, "snapshot is not ready", "Wait until the snapshot's state is READY.";
+    SnapshotDamaged => "snapshot_damaged", FailedPrecondition, "snapshot is damaged", "A part of it is missing or changed in the blob store; restore that part from a backup, or use another snapshot.";
+    PauseFailed => "pause_failed", FailedPrecondition, "the session could not be paused", "It runs on; try again, and look at the server's log if it stays so.";
+    ResumeFailed => "resume_failed", FailedPrecondition, "the session could not be resumed", "Its disk is intact; remove the cause that the message names and resume it again.";
     TemplateBuildInProgress => "template_build_in_progress", FailedPrecondition, "template build already in progress", "Wait for the build, or cancel it.";
     VolumeInUse => "volume_in_use", FailedPrecondition, "volume is in use", "Detach it from every session first.";
+    VolumeBusy => "volume_busy", FailedPrecondition, "volume is in use: a process has files open", "Close the files, or detach with force_detach: then the process's later reads and writes there fail.";
     VolumeSyncPending => "volume_sync_pending", FailedPrecondition, "volume sync pending", "Try again when the last write-back has ended.";
     IsADirectory => "is_a_directory", FailedPrecondition, "is a directory", "Name a file.";
     NotADirectory => "not_a_directory", FailedPrecondition, "not a directory", "Name a directory.";
@@ -199,6 +206,8 @@ codes! {
     GuestUnreachable => "guest_unreachable", Unavailable, "the sandbox does not answer", "Try again; if it stays so, terminate the session and look at the server's log.";
     CapabilityUnavailable => "capability_unavailable", Unimplemented, "not offered by this sandbox's driver", "Use a session on a driver that offers it.";
     Unimplemented => "unimplemented", Unimplemented, "not implemented by this server yet", "See docs/roadmap.md for what works.";
+    SnapshotFailed => "snapshot_failed", Internal, "the snapshot failed", "The session is as it was; remove the cause that the message names and take it again.";
+    VolumeFailed => "volume_failed", Internal, "the volume could not be changed", "Its content is intact; the message names the cause.";
     Internal => "internal", Internal, "internal error", "This is a bug in Nagaya; please report it with the server's log.";
 }
 

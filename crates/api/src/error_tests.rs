@@ -92,6 +92,11 @@ fn intended(code: Code) -> Option<&'static str> {
         Code::ArtifactExpired => "SessionExpired",
         Code::SessionTerminated => "SessionTerminated",
         Code::SessionNotRunning
+        | Code::SnapshotInUse
+        | Code::SnapshotNotReady
+        | Code::SnapshotDamaged
+        | Code::PauseFailed
+        | Code::ResumeFailed
         | Code::IsADirectory
         | Code::NotADirectory
         | Code::NotARegularFile
@@ -101,7 +106,7 @@ fn intended(code: Code) -> Option<&'static str> {
         Code::SshUnavailable | Code::SshGatewayUnavailable => "SSHUnavailable",
         Code::SnapshotNotDurable => "SnapshotNotDurable",
         Code::TemplateBuildInProgress => "TemplateBuildInProgress",
-        Code::VolumeInUse => "VolumeInUse",
+        Code::VolumeInUse | Code::VolumeBusy => "VolumeInUse",
         Code::VolumeSyncPending => "VolumeSyncPending",
         Code::TemplateExists => "TemplateExists",
         Code::DiskFull | Code::QuotaExceeded | Code::MessageTooLarge => "QuotaExceeded",
@@ -115,12 +120,15 @@ fn intended(code: Code) -> Option<&'static str> {
         | Code::InvalidResources
         | Code::InvalidCommand
         | Code::InvalidPath
+        | Code::PathRefused
         | Code::StreamProtocol
         | Code::FileExists
         | Code::Draining
         | Code::GuestUnreachable
         | Code::CapabilityUnavailable
         | Code::Unimplemented
+        | Code::SnapshotFailed
+        | Code::VolumeFailed
         | Code::Internal => return None,
     })
 }

@@ -69,6 +69,22 @@ id!(
     /// One command started through `ExecuteCommand`.
     ExecutionId
 );
+id!(
+    /// A point in the life of a sandbox's disk, kept to start others from.
+    SnapshotId
+);
+id!(
+    /// A disk that outlives sandboxes and is mounted into them.
+    VolumeId
+);
+id!(
+    /// One volume in one session.
+    AttachmentId
+);
+id!(
+    /// A disk image at rest, on its way into or out of a sandbox.
+    ImageId
+);
 
 #[cfg(test)]
 mod tests {

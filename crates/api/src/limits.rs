@@ -11,7 +11,12 @@ pub const DEFAULT_CPU_CORES: u32 = 2;
 pub const DEFAULT_MEMORY_MB: u32 = 4_096;
 pub const DEFAULT_DISK_GB: u32 = 5;
 
-/// Characters in a session name.
+/// Size of a volume in bytes. Source: rules on `CreateVolumeRequest.size_bytes`.
+pub const VOLUME_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=100 << 30;
+/// Bytes in the path of a mount.
+pub const MOUNT_PATH_BYTES_MAX: usize = 4_096;
+
+/// Characters in the name of a session, snapshot or volume.
 pub const NAME_CHARS_MAX: usize = 64;
 pub const TAGS_MAX: usize = 20;
 pub const TAG_CHARS_MAX: usize = 32;

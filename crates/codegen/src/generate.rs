@@ -19,6 +19,8 @@ struct Package {
     out_dir: &'static str,
     /// Also services and JSON, or only messages in binary form.
     services: bool,
+    /// Other packages that its messages use, and the Rust modules that have them.
+    uses: &'static [(&'static str, &'static str)],
 }
 
 const PACKAGES: &[Package] = &[
@@ -31,8 +33,15 @@ const PACKAGES: &[Package] = &[
         ],
         out_dir: "crates/api/src/gen",
         services: true,
+        uses: &[],
     },
-    Package { sources: &["nagaya/agent/v1/agent.proto"], out_dir: "crates/guest/src/gen", services: false },
+    Package {
+        sources: &["nagaya/v1/nagaya.proto"],
+        out_dir: "crates/api/src/nagaya/gen",
+        services: true,
+        uses: &[(".tenki.sandbox.v1", "crate::tenki::v1")],
+    },
+    Package { sources: &["nagaya/agent/v1/agent.proto"], out_dir: "crates/guest/src/gen", services: false, uses: &[] },
 ];
 
 /// The text of every generated file by its path from the root of the workspace.
@@ -85,6 +94,7 @@ fn message_options(package: &Package) -> CodeGenConfig {
     // File and stream chunks go into messages without a copy.
     options.bytes_fields = vec![(".".into(), BytesRepr::Bytes)];
     options.map_fields = vec![(".".into(), MapRepr::BTreeMap)];
+    options.extern_paths = package.uses.iter().map(|(name, module)| (name.to_string(), module.to_string())).collect();
     options
 }
 

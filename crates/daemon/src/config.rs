@@ -42,6 +42,7 @@ pub struct Config {
     pub network: Network,
     pub pools: Pools,
     pub namespace: Namespace,
+    pub blobs: Blobs,
 }
 
 /// Files in PEM form.
@@ -98,6 +99,10 @@ pub struct Limits {
     /// Size of a ReadFileStream message where the client leaves it to the server, bytes.
     /// Default 512 KiB.
     pub read_chunk_bytes: u32,
+    /// How long a download URL of a snapshot may be opened. Default 900,000.
+    pub download_url_ttl_ms: u64,
+    /// Downloads of snapshots at once, each of which holds a few MiB. Default 32.
+    pub downloads_max: usize,
 }
 
 /// The network of the sandboxes.
@@ -135,9 +140,45 @@ pub struct Namespace {
     pub disk_free_mb_min: u64,
     /// Available memory of the host below which no sandbox is made, MiB. Default 256.
     pub memory_available_mb_min: u64,
+    /// Available memory of the host below which paused sandboxes give up theirs and keep their disks only,
+    /// the longest paused first, MiB. Default 512.
+    pub memory_low_mb: u64,
     /// Switch the host's cgroups to fast moves of processes (`favordynmods`), which saves some 8 ms
     /// for each command and stays on for the whole host. Default true.
     pub favor_cgroup_moves: bool,
+}
+
+/// Where snapshots are kept: in `blobs` of the data directory, and behind that where it is told.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Blobs {
+    /// A bucket as the durable place; the directory then holds what this machine has of it.
+    pub s3: Option<S3>,
+}
+
+/// A bucket of any store that speaks S3. The access key and its secret come from `credentials_file`,
+/// else from the environment variables NAGAYA_S3_ACCESS_KEY_ID and NAGAYA_S3_SECRET_ACCESS_KEY.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct S3 {
+    pub bucket: String,
+    /// Stands before every key. No two servers may share one. Default: none.
+    #[serde(default)]
+    pub prefix: String,
+    /// Default us-east-1.
+    #[serde(default = "default_region")]
+    pub region: String,
+    /// For stores other than Amazon's, e.g. `https://s3.example.org`.
+    pub endpoint: Option<String>,
+    /// Lets the endpoint be `http://`: everything can be read on the way then. Default false.
+    #[serde(default)]
+    pub allow_http: bool,
+    /// A file with the access key on its first line and the secret on its second.
+    pub credentials_file: Option<PathBuf>,
+}
+
+fn default_region() -> String {
+    "us-east-1".into()
 }
 
 /// What flags and environment say; wins over the file.
@@ -164,6 +205,7 @@ impl Default for Config {
             network: Network::default(),
             pools: Pools::default(),
             namespace: Namespace::default(),
+            blobs: Blobs::default(),
         }
     }
 }
@@ -188,6 +230,8 @@ impl Default for Limits {
             drain_timeout_ms: 10_000,
             stdin_window_bytes: MIB,
             read_chunk_bytes: 512 * 1024,
+            download_url_ttl_ms: 900_000,
+            downloads_max: 32,
         }
     }
 }
@@ -211,6 +255,7 @@ impl Default for Namespace {
             processes_max: 1_024,
             disk_free_mb_min: 256,
             memory_available_mb_min: 256,
+            memory_low_mb: 512,
             favor_cgroup_moves: true,
         }
     }
@@ -278,11 +323,22 @@ impl Config {
             ("limits.request_body_idle_timeout_ms", limits.request_body_idle_timeout_ms),
             ("limits.keep_alive_interval_ms", limits.keep_alive_interval_ms),
             ("limits.keep_alive_timeout_ms", limits.keep_alive_timeout_ms),
+            ("limits.download_url_ttl_ms", limits.download_url_ttl_ms),
+            ("limits.downloads_max", limits.downloads_max as u64),
+            ("engine.forks_max", self.engine.forks_max.into()),
             ("engine.sessions_max", self.engine.sessions_max.into()),
             ("engine.certificate_ttl_ms", self.engine.certificate_ttl_ms),
         ] {
             if count == 0 {
                 return refuse(key, "must not be 0");
+            }
+        }
+        if let Some(s3) = &self.blobs.s3 {
+            if s3.bucket.is_empty() {
+                return refuse("blobs.s3.bucket", "must not be empty");
+            }
+            if !s3.allow_http && s3.endpoint.as_ref().is_some_and(|endpoint| !endpoint.starts_with("https://")) {
+                return refuse("blobs.s3.endpoint", "must be https:// unless allow_http is set");
             }
         }
         Ok(())
@@ -364,6 +420,9 @@ mod tests {
             ("[limits]\nstream_window_bytes = 1", "limits.stream_window_bytes"),
             ("[limits]\nconnections_max = 0", "limits.connections_max"),
             ("[engine]\nsessions_max = 0", "engine.sessions_max"),
+            ("[limits]\ndownloads_max = 0", "limits.downloads_max"),
+            ("[blobs.s3]\nbucket = ''", "blobs.s3.bucket"),
+            ("[blobs.s3]\nbucket = 'b'\nendpoint = 'http://x'", "blobs.s3.endpoint"),
         ] {
             let problem = problem(text);
             assert!(problem.contains(key), "{text}: {problem}");

@@ -4,6 +4,7 @@
 //! here knows a driver, an isolation technology or a database.
 
 pub mod config;
+mod download;
 pub mod host;
 mod metrics;
 mod server;
@@ -16,8 +17,9 @@ use std::time::Duration;
 use nagaya_engine::Engine;
 
 use config::Config;
-use metrics::Metrics;
+use download::Downloads;
 pub use metrics::{Level, Levels};
+use metrics::{Metrics, Sources};
 pub use server::ListenError;
 use server::Server;
 use server::lifecycle::{Lifecycle, Phase};
@@ -50,8 +52,14 @@ impl Daemon {
             };
             counted.session_counts().into_iter().map(level).collect()
         });
-        let metrics = Arc::new(Metrics::new(Some(sessions), hooks.pools));
+        let stopping = engine.clone();
+        let metrics = Arc::new(Metrics::new(Sources {
+            sessions: Some(sessions),
+            pools: hooks.pools,
+            source_stops_us: Some(Box::new(move || stopping.take_source_stops())),
+        }));
         let lifecycle = Lifecycle::new();
+        let downloads = Arc::new(Downloads::new(engine.clone(), Arc::clone(&lifecycle), &config.limits));
         let tenki = tenki::Facade::new(tenki::Parts {
             engine: engine.clone(),
             engine_config: config.engine.clone(),
@@ -59,8 +67,9 @@ impl Daemon {
             public_url: config.public_url.clone(),
             metrics: Arc::clone(&metrics),
             lifecycle: Arc::clone(&lifecycle),
+            downloads: Arc::clone(&downloads),
         });
-        let routes = Routes { tenki, lifecycle: Arc::clone(&lifecycle), metrics: Arc::clone(&metrics) };
+        let routes = Routes { tenki, downloads, lifecycle: Arc::clone(&lifecycle), metrics: Arc::clone(&metrics) };
         let server = Server::start(
             config.listen,
             config.tls.as_ref(),

@@ -23,6 +23,15 @@ pub struct Level {
 /// Asked at every scrape; must answer at once.
 pub type Levels = Arc<dyn Fn() -> Vec<Level> + Send + Sync>;
 
+/// What is asked for at every scrape.
+#[derive(Default)]
+pub(crate) struct Sources {
+    pub(crate) sessions: Option<Levels>,
+    pub(crate) pools: Option<Levels>,
+    /// How long snapshots stopped their sources since it was asked last, microseconds.
+    pub(crate) source_stops_us: Option<Box<dyn Fn() -> Vec<u64> + Send + Sync>>,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct CallLabels {
     rpc: &'static str,
@@ -37,6 +46,8 @@ pub(crate) struct Metrics {
     connections_refused: Counter,
     create_seconds: Histogram,
     run_start_seconds: Histogram,
+    source_stopped_seconds: Histogram,
+    source_stops_us: Option<Box<dyn Fn() -> Vec<u64> + Send + Sync>>,
 }
 
 /// Counts a connection as open until it is dropped.
@@ -51,7 +62,7 @@ impl Drop for OpenConnection {
 impl Metrics {
     pub(crate) const CONTENT_TYPE: &'static str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-    pub(crate) fn new(sessions: Option<Levels>, pools: Option<Levels>) -> Self {
+    pub(crate) fn new(sources: Sources) -> Self {
         /// 0.5 ms to about 16 s.
         fn seconds() -> Histogram {
             Histogram::new((0..16).map(|step| 0.0005 * f64::from(1 << step)))
@@ -63,6 +74,9 @@ impl Metrics {
             connections_refused: Counter::default(),
             create_seconds: seconds(),
             run_start_seconds: seconds(),
+            // 0.05 ms to about 1.6 s.
+            source_stopped_seconds: Histogram::new((0..16).map(|step| 0.00005 * f64::from(1 << step))),
+            source_stops_us: sources.source_stops_us,
         };
         let mut registry = Registry::with_prefix("nagaya");
         registry.register("rpc_calls", "Calls that ended, by rpc and gRPC code", metrics.calls.clone());
@@ -82,9 +96,14 @@ impl Metrics {
             "From the start frame of a Run to its started frame",
             metrics.run_start_seconds.clone(),
         );
+        registry.register(
+            "snapshot_source_stopped_seconds",
+            "How long writes to the disk of a snapshot's source stood still",
+            metrics.source_stopped_seconds.clone(),
+        );
         for (name, label, help, levels) in [
-            ("sessions", "state", "Sessions by state", sessions),
-            ("pool_ready", "pool", "Resources made ahead and not yet used", pools),
+            ("sessions", "state", "Sessions by state", sources.sessions),
+            ("pool_ready", "pool", "Resources made ahead and not yet used", sources.pools),
         ] {
             if let Some(levels) = levels {
                 registry.register_collector(Box::new(LevelCollector { name, label, help, levels }));
@@ -94,6 +113,9 @@ impl Metrics {
     }
 
     pub(crate) fn encode(&self) -> String {
+        for microseconds in self.source_stops_us.iter().flat_map(|stops| stops()) {
+            self.source_stopped_seconds.observe(Duration::from_micros(microseconds).as_secs_f64());
+        }
         let mut text = String::new();
         if let Err(error) = prometheus_client::encoding::text::encode(&mut text, &self.registry) {
             tracing::error!(%error, "failed to encode metrics");
@@ -155,7 +177,11 @@ mod tests {
     #[test]
     fn every_number_is_in_the_text() {
         let pools: Levels = Arc::new(|| vec![Level { name: "disks".into(), value: 3 }]);
-        let metrics = Metrics::new(None, Some(pools));
+        let metrics = Metrics::new(Sources {
+            pools: Some(pools),
+            source_stops_us: Some(Box::new(|| vec![1_500, 500])),
+            ..Sources::default()
+        });
         metrics.call_ended("GetSession", "not_found");
         let open = metrics.connection_opened();
         metrics.session_created(Duration::from_millis(3));
@@ -165,6 +191,7 @@ mod tests {
             "nagaya_connections 1",
             "nagaya_session_create_seconds_count 1",
             "nagaya_pool_ready{pool=\"disks\"} 3",
+            "nagaya_snapshot_source_stopped_seconds_sum 0.002",
         ] {
             assert!(text.contains(line), "{line} is missing in\n{text}");
         }

@@ -9,7 +9,7 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{KeyId, SessionId, WorkspaceId};
 use uuid::Uuid;
 
-use crate::model::{ApiKey, UnixMs, Workspace};
+use crate::model::{ApiKey, UnixMs, Workspace, WorkspaceSettings};
 use crate::ports::Entropy;
 
 /// Somebody who showed a known API key.
@@ -63,6 +63,17 @@ impl Access {
         }
         let known = self.known.read().expect("no holder of this lock panics");
         known.workspaces.get(&caller.workspace_id).cloned().ok_or_else(|| Code::WorkspaceNotFound.into())
+    }
+
+    /// What a workspace may use; nothing is known of one that does not exist.
+    pub(crate) fn settings(&self, id: WorkspaceId) -> WorkspaceSettings {
+        let known = self.known.read().expect("no holder of this lock panics");
+        known.workspaces.get(&id).map(|workspace| workspace.settings.clone()).unwrap_or_default()
+    }
+
+    /// Replaces what is known of a workspace.
+    pub(crate) fn update(&self, workspace: Workspace) {
+        self.known.write().expect("no holder of this lock panics").workspaces.insert(workspace.id, workspace);
     }
 
     /// The workspace that new keys belong to, if there is any.
@@ -157,8 +168,8 @@ mod tests {
     use super::*;
 
     fn access() -> Access {
-        let workspace =
-            Workspace { id: WorkspaceId::new(1, [1; 10]), name: "w".into(), created_at: 1, sessions_max: None };
+        let settings = WorkspaceSettings::default();
+        let workspace = Workspace { id: WorkspaceId::new(1, [1; 10]), name: "w".into(), created_at: 1, settings };
         let key = |n, workspace_id, secret| ApiKey {
             id: KeyId::new(n, [0; 10]),
             workspace_id,

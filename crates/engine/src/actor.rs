@@ -1,27 +1,40 @@
 //! The task that owns one session. It alone writes the session's record and calls the driver for
 //! it; everybody else sends messages and reads what is published. See `session.rs` for the states.
+//!
+//! The driver does one thing at a time for a session, which is the task's `work`. What needs the driver
+//! arrives as a [`Job`] and waits while there is work; a [`Message`] is answered at once, whatever the
+//! driver does.
 
 mod ending;
+mod mounts;
+mod moves;
 mod requests;
+mod work;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use nagaya_api::error::{Code, Error};
+use nagaya_api::ids::{AttachmentId, ImageId, SnapshotId, VolumeId};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::calls::{NewExecution, SessionUpdate};
+use crate::calls::{NewExecution, NewMount, SessionUpdate};
+use crate::deadlines::Sleeper;
 use crate::executions::{Executions, Started};
 use crate::inner::Inner;
-use crate::live::{Activity, Live, Slot};
-use crate::model::{Execution, Session, SessionState, UnixMs};
-use crate::ports::{BoxFuture, Change, DriverError, Guest, StoreError};
+use crate::live::{Activity, Exit, Live, Slot};
+use crate::model::{Attachment, Session, SessionState, UnixMs};
+use crate::ports::{Change, StoreError};
 use crate::session::{Request, Verdict, accept};
 use crate::tasks::Running;
 
+pub(crate) use work::Source;
+use work::{Done, Work};
+
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
-/// What callers may ask of the task.
+/// What callers may ask of the task at any time.
 pub(crate) enum Message {
     Update { update: SessionUpdate, reply: Reply<Session> },
     Extend { additional_ms: u64, reply: Reply<Session> },
@@ -29,16 +42,43 @@ pub(crate) enum Message {
     Execute { new: NewExecution, reply: Reply<Started> },
 }
 
+/// What callers may ask of the task that needs the driver.
+pub(crate) enum Job {
+    Pause {
+        reply: Reply<Session>,
+    },
+    Resume {
+        reply: Reply<Session>,
+    },
+    /// Copy the disk; where a pause is named only while that lasts. The answer is how long the source stood still.
+    Copy {
+        images: Vec<ImageId>,
+        pause: Option<SnapshotId>,
+        reply: Reply<u64>,
+    },
+    Attach {
+        mount: NewMount,
+        reply: Reply<Attachment>,
+    },
+    Detach {
+        volume_id: VolumeId,
+        force: bool,
+        reply: Reply<()>,
+    },
+}
+
 /// How the task starts.
 pub(crate) enum Birth {
     /// The record is new: commit it, answer, create the sandbox.
-    New { reply: Reply<Session> },
+    New { source: Source, reply: Reply<Session> },
+    /// The record is being committed together with others. The sender is dropped if that fails.
+    Recorded { source: Source, recorded: oneshot::Receiver<()> },
     /// The record is from before the start: bring it and the world together. The sender is dropped
     /// once the first attempt at that is over.
     Recovered { attempted: oneshot::Sender<()> },
 }
 
-/// Messages that may wait for a session's task; further senders wait.
+/// Messages that may wait for a session's task; further senders wait. The same for jobs.
 const MAILBOX_MAX: usize = 64;
 
 pub(crate) struct Actor {
@@ -46,15 +86,29 @@ pub(crate) struct Actor {
     live: Arc<Live>,
     /// As last committed.
     session: Session,
+    /// The state that is shown instead of the committed one while the driver moves the sandbox.
+    moving: Option<SessionState>,
     published: watch::Sender<Session>,
     mailbox: mpsc::Receiver<Message>,
-    /// The share of the quotas; given back when the session has ended.
+    jobs: mpsc::Receiver<Job>,
+    /// The share of the quotas; given back when the session is stopped or has ended.
     slot: Option<Slot>,
     executions: Executions,
     /// Whether `executions` is all there are: not before a session from an earlier process is adopted.
     executions_known: bool,
     /// What the driver is doing for this session.
     work: Option<Work>,
+    /// The sandbox ended by itself; that is certain, but not recorded yet.
+    ended: Option<Exit>,
+    /// The record says that only the disk is kept; the driver has not been told yet, or failed.
+    stop_owed: bool,
+    /// Who waits for an attachment to come or go.
+    asked: BTreeMap<AttachmentId, mounts::Asked>,
+    /// Attachments to be taken away even from processes that use them.
+    forced: BTreeSet<AttachmentId>,
+    /// Pauses between attempts at what nobody waits for, and when the next one is.
+    retry: Backoff,
+    retry_at: Option<UnixMs>,
     /// Ends of commands that could not be recorded when they came.
     unrecorded: Vec<Change>,
     /// When activity and what is unrecorded is written down, if there is any.
@@ -65,22 +119,6 @@ pub(crate) struct Actor {
     /// Pauses between attempts to adopt.
     adoption: Backoff,
     _running: Running,
-}
-
-struct Work {
-    future: BoxFuture<Done>,
-    /// Whether the driver has been called for something that must not be dropped half-way.
-    begun: Arc<AtomicBool>,
-}
-
-enum Done {
-    Created(Result<Arc<dyn Guest>, DriverError>),
-    Adopted(Result<(Arc<dyn Guest>, Vec<Execution>), AdoptError>),
-}
-
-enum AdoptError {
-    Gone,
-    Other(String),
 }
 
 /// What follows a step of the task.
@@ -118,17 +156,20 @@ impl Inner {
     }
 
     /// Starts the task of a session and makes the session known.
-    pub(crate) fn spawn(self: &Arc<Self>, session: Session, slot: Slot, birth: Birth, running: Running) {
+    pub(crate) fn spawn(self: &Arc<Self>, session: Session, slot: Option<Slot>, birth: Birth, running: Running) {
         let (sender, mailbox) = mpsc::channel(MAILBOX_MAX);
+        let (jobs_sender, jobs) = mpsc::channel(MAILBOX_MAX);
         let published = watch::Sender::new(session.clone());
         let live = Arc::new(Live {
             id: session.id,
             workspace_id: session.workspace_id,
             mailbox: sender,
+            jobs: jobs_sender,
             published: published.subscribe(),
             guest: Default::default(),
             alarm: Default::default(),
             exit: Default::default(),
+            memory_low: Default::default(),
             activity: Activity::new(session.last_activity_at),
         });
         self.registry.insert(live.clone());
@@ -136,12 +177,20 @@ impl Inner {
             engine: self.clone(),
             live,
             session,
+            moving: None,
             published,
             mailbox,
-            slot: Some(slot),
+            jobs,
+            slot,
             executions: Executions::new(),
-            executions_known: matches!(birth, Birth::New { .. }),
+            executions_known: !matches!(birth, Birth::Recovered { .. }),
             work: None,
+            ended: None,
+            stop_owed: false,
+            asked: BTreeMap::new(),
+            forced: BTreeSet::new(),
+            retry: self.backoff(),
+            retry_at: None,
             unrecorded: Vec::new(),
             flush_at: None,
             waiting: Vec::new(),
@@ -155,24 +204,7 @@ impl Inner {
 
 impl Actor {
     async fn run(mut self, birth: Birth) {
-        let mut flow = match birth {
-            Birth::New { reply } => {
-                if let Err(error) = self.commit(self.session.clone(), Vec::new()).await {
-                    // Nothing happened: nobody has heard of this session.
-                    self.engine.registry.remove(self.session.id);
-                    let _ = reply.send(Err(error));
-                    return;
-                }
-                // A caller that went away finds the session in the list.
-                let _ = reply.send(Ok(self.session.clone()));
-                self.work = Some(self.create());
-                Flow::Continue
-            }
-            Birth::Recovered { attempted } => {
-                self.attempted = Some(attempted);
-                self.recover()
-            }
-        };
+        let Some(mut flow) = self.begin_life(birth).await else { return };
         self.schedule();
         loop {
             flow = match flow {
@@ -183,18 +215,53 @@ impl Actor {
         }
     }
 
+    /// `None` when the record could not be written: nothing happened, and nobody has heard of the session.
+    async fn begin_life(&mut self, birth: Birth) -> Option<Flow> {
+        match birth {
+            Birth::New { source, reply } => {
+                if let Err(error) = self.commit(self.session.clone(), Vec::new()).await {
+                    self.forget();
+                    let _ = reply.send(Err(error));
+                    return None;
+                }
+                // A caller that went away finds the session in the list.
+                let _ = reply.send(Ok(self.session.clone()));
+                self.work = Some(self.create(source));
+                Some(Flow::Continue)
+            }
+            Birth::Recorded { source, recorded } => {
+                if recorded.await.is_err() {
+                    self.forget();
+                    return None;
+                }
+                self.work = Some(self.create(source));
+                Some(Flow::Continue)
+            }
+            Birth::Recovered { attempted } => {
+                self.attempted = Some(attempted);
+                Some(self.recover())
+            }
+        }
+    }
+
+    fn forget(&mut self) {
+        for attachment in &self.session.attachments {
+            self.engine.volumes.release(attachment.volume_id, self.session.id);
+        }
+        self.engine.registry.remove(self.session.id);
+    }
+
     /// What a record from before the start asks for.
     fn recover(&mut self) -> Flow {
         match self.session.state {
             SessionState::Creating => Flow::End("the server stopped while the sandbox was being created".to_owned()),
             SessionState::Terminating | SessionState::Terminated => Flow::End(String::new()),
-            SessionState::Running => {
+            state => {
+                if state == SessionState::Pausing {
+                    // Never stored by this engine; a pause that was not recorded as done did not happen.
+                    self.session.state = SessionState::Running;
+                }
                 self.work = Some(self.adopt(0));
-                Flow::Continue
-            }
-            // These belong to pause and resume, and nothing makes them yet: keep them as they are.
-            SessionState::Paused | SessionState::Pausing | SessionState::Resuming | SessionState::UserShutdown => {
-                self.attempted = None;
                 Flow::Continue
             }
         }
@@ -202,17 +269,26 @@ impl Actor {
 
     /// Waits for the next thing to happen, and deals with it.
     async fn step(&mut self) -> Flow {
-        let creating = self.session.state == SessionState::Creating;
+        // A creation is short: it is finished, so that it need not be thrown away at the next start.
+        let unfinished = self.session.state == SessionState::Creating
+            || self.work.as_ref().is_some_and(|work| work.begun.load(Ordering::Acquire));
         tokio::select! {
             biased;
-            done = next_done(&mut self.work) => self.done(done).await,
-            // A creation is short: finish it, so that it need not be thrown away at the next start.
-            () = self.engine.tasks.stopping(), if !creating => {
+            done = work::next_done(&mut self.work) => match self.done(done).await {
+                Flow::Continue => self.due().await,
+                other => other,
+            },
+            () = self.engine.tasks.stopping(), if !unfinished => {
                 self.flush().await;
                 Flow::Stop
             }
             () = self.live.alarm.notified() => self.due().await,
             Some(message) = self.mailbox.recv() => self.handle(message).await,
+            // Nothing else begins while somebody waits for a volume to come or go.
+            Some(job) = self.jobs.recv(), if self.work.is_none() && self.asked.is_empty() => {
+                self.take_up(job).await;
+                self.due().await
+            }
             ended = self.executions.next() => {
                 self.execution_ended(ended).await;
                 Flow::Continue
@@ -220,62 +296,51 @@ impl Actor {
         }
     }
 
-    async fn done(&mut self, done: Done) -> Flow {
-        match done {
-            Done::Created(Ok(guest)) => {
-                let mut session = self.session.clone();
-                session.state = SessionState::Running;
-                session.ready_at = Some(self.engine.clock.now());
-                session.driver = self.engine.driver.name().to_owned();
-                // Set before the state is published, so that whoever reads RUNNING can use it.
-                self.live.set_guest(Some(guest));
-                match self.commit(session, Vec::new()).await {
-                    Ok(()) => self.due().await,
-                    Err(_) => Flow::End("the server could not record the sandbox".to_owned()),
-                }
-            }
-            Done::Created(Err(error)) => {
-                tracing::warn!(session = %self.session.id, %error, "a sandbox could not be created");
-                Flow::End(match error {
-                    DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit).to_string(),
-                    DriverError::Gone => "the sandbox ended while it was being created".to_owned(),
-                    DriverError::Failed(reason) => format!("the sandbox could not be created: {reason}"),
-                })
-            }
-            Done::Adopted(Ok((guest, executions))) => {
-                let backoff = self.engine.backoff();
-                self.executions_known = true;
-                self.executions.adopt(executions, &guest, &self.engine.clock, backoff);
-                self.live.set_guest(Some(guest));
-                self.attempted = None;
-                self.due().await
-            }
-            Done::Adopted(Err(AdoptError::Gone)) => {
-                Flow::End("the sandbox was no longer running when the server started again".to_owned())
-            }
-            Done::Adopted(Err(AdoptError::Other(reason))) => {
-                tracing::warn!(session = %self.session.id, reason, "a sandbox could not be adopted; trying again");
-                self.attempted = None;
-                let pause_ms = self.adoption.next_ms();
-                self.work = Some(self.adopt(pause_ms));
-                Flow::Continue
-            }
+    async fn take_up(&mut self, job: Job) {
+        match job {
+            Job::Pause { reply } => self.pause(Some(reply)),
+            Job::Resume { reply } => self.resume(reply).await,
+            Job::Copy { images, pause, reply } => self.copy(images, pause, reply),
+            Job::Attach { mount, reply } => self.attach(mount, reply).await,
+            Job::Detach { volume_id, force, reply } => self.detach(volume_id, force, reply).await,
         }
     }
 
-    /// Acts on whatever is due now: an exit, the deadline, activity to write down.
-    async fn due(&mut self) -> Flow {
-        let state = self.session.state;
-        let now = self.engine.clock.now();
-        if let Some(cause) = self.live.exit.get()
-            && accept(state, Request::Exit) == Verdict::Do
-        {
-            return Flow::End(cause.clone());
+    async fn done(&mut self, done: Done) -> Flow {
+        match done {
+            Done::Created(result) => return self.created(result).await,
+            Done::Adopted(result) => return self.adopted(result).await,
+            Done::Stopped(result) => return self.stopped(result).await,
+            Done::Frozen { result, reply } => self.frozen(result, reply).await,
+            Done::Thawed { result, reply } => self.thawed(result, reply).await,
+            Done::Booted { result, reply } => self.booted(result, reply).await,
+            Done::Undone => self.undone(),
+            Done::Probed { exit, result } => self.probed(exit, result),
+            Done::Copied { result, reply } => {
+                let _ = reply.send(result.map_err(work::copy_error));
+            }
+            Done::Mounts(results) => self.mounts_done(results).await,
         }
-        if self.session.timeout_at.is_some_and(|at| at <= now) && accept(state, Request::Expire) == Verdict::Do {
+        Flow::Continue
+    }
+
+    /// Acts on whatever is due now.
+    async fn due(&mut self) -> Flow {
+        let now = self.engine.clock.now();
+        let is_due = |at: Option<UnixMs>| at.is_some_and(|at| at <= now);
+        let state = self.state();
+        if is_due(self.session.timeout_at) && accept(state, Request::Expire) == Verdict::Do {
             return Flow::End("maximum duration reached".to_owned());
         }
-        if self.flush_at.is_some_and(|at| at <= now) {
+        let expires_at = self.session.pause.as_ref().and_then(|pause| pause.expires_at);
+        if is_due(expires_at) && accept(state, Request::Retire) == Verdict::Do {
+            return Flow::End("pause retention expired".to_owned());
+        }
+        if self.work.is_none() && self.retry_at.is_none_or(|at| at <= now) {
+            self.retry_at = None;
+            self.move_on(now).await;
+        }
+        if is_due(self.flush_at) {
             self.flush().await;
         }
         if self.flush_at.is_none() && self.has_unsaved() {
@@ -285,14 +350,63 @@ impl Actor {
         Flow::Continue
     }
 
+    /// Gives the driver what nobody asked for but is due: the most pressing thing, one at a time.
+    async fn move_on(&mut self, now: UnixMs) {
+        if let Some(exit) = self.live.take_exit() {
+            self.probe(exit);
+        }
+        if self.work.is_none()
+            && let Some(exit) = self.ended.clone()
+        {
+            self.record_exit(exit).await;
+        }
+        if self.work.is_none() && self.park_at(now).is_some_and(|(at, _)| at <= now) {
+            self.park(now).await;
+        }
+        if self.work.is_some() || self.retry_at.is_some() {
+            return;
+        }
+        if self.stop_owed {
+            self.work = Some(self.stop());
+        } else if self.session.state == SessionState::Running && self.has_unsettled_mounts() {
+            self.work = Some(self.settle_mounts());
+        } else if self.idle_at(now).is_some_and(|at| at <= now) {
+            self.pause(None);
+        }
+    }
+
+    /// The state as everybody sees it.
+    fn state(&self) -> SessionState {
+        self.moving.unwrap_or(self.session.state)
+    }
+
     fn has_unsaved(&self) -> bool {
         !self.unrecorded.is_empty() || self.live.activity.unsaved.load(Ordering::Acquire)
     }
 
     /// Registers the next time at which something is due.
     fn schedule(&self) {
-        let next = [self.session.timeout_at, self.flush_at].into_iter().flatten().min();
-        self.engine.deadlines.set(self.session.id, next);
+        let now = self.engine.clock.now();
+        let state = self.state();
+        let when = |request, at: Option<UnixMs>| at.filter(|_| accept(state, request) == Verdict::Do);
+        let expires_at = self.session.pause.as_ref().and_then(|pause| pause.expires_at);
+        // What waits for work to end is looked at when it does.
+        let own = self.work.is_none().then(|| match self.retry_at {
+            Some(at) => Some(at),
+            None => [self.park_at(now).map(|(at, _)| at), self.idle_at(now)].into_iter().flatten().min(),
+        });
+        let next = [
+            when(Request::Expire, self.session.timeout_at),
+            when(Request::Retire, expires_at),
+            own.flatten(),
+            self.flush_at,
+        ];
+        self.engine.deadlines.set(Sleeper::Session(self.session.id), next.into_iter().flatten().min());
+    }
+
+    /// Something failed that nobody waits for: try again later.
+    fn try_later(&mut self) {
+        self.retry_at = Some(self.engine.clock.now() + self.retry.next_ms());
     }
 
     async fn flush(&mut self) {
@@ -320,45 +434,19 @@ impl Actor {
         }
         self.unrecorded.clear();
         self.session = session;
-        self.published.send_replace(self.session.clone());
+        self.publish();
         Ok(())
     }
 
-    fn create(&self) -> Work {
-        let begun = Arc::new(AtomicBool::new(false));
-        let (engine, begun_too) = (self.engine.clone(), begun.clone());
-        let (id, machine) = (self.session.id, self.session.machine.clone());
-        let future = Box::pin(async move {
-            let _permit = engine.creates.acquire().await.expect("the semaphore is never closed");
-            begun_too.store(true, Ordering::Release);
-            Done::Created(engine.driver.create(id, &machine).await)
-        });
-        Work { future, begun }
+    fn publish(&self) {
+        self.published.send_replace(Session { state: self.state(), ..self.session.clone() });
     }
 
-    /// Adopting may be dropped at any point: destroying copes with whatever there is.
-    fn adopt(&self, pause_ms: u64) -> Work {
-        let (engine, id) = (self.engine.clone(), self.session.id);
-        let future = Box::pin(async move {
-            engine.clock.sleep_until(engine.clock.now() + pause_ms).await;
-            let guest = match engine.driver.adopt(id).await {
-                Ok(guest) => guest,
-                Err(DriverError::Gone) => return Done::Adopted(Err(AdoptError::Gone)),
-                Err(error) => return Done::Adopted(Err(AdoptError::Other(error.to_string()))),
-            };
-            let executions = engine.store.executions(id).await;
-            let adopted = executions.map(|executions| (guest, executions));
-            Done::Adopted(adopted.map_err(|error| AdoptError::Other(error.to_string())))
-        });
-        Work { future, begun: Arc::new(AtomicBool::new(false)) }
+    /// Shows, without recording it, that the session is on its way.
+    fn show(&mut self, moving: Option<SessionState>) {
+        self.moving = moving;
+        self.publish();
     }
-}
-
-async fn next_done(work: &mut Option<Work>) -> Done {
-    let Some(running) = work else { return std::future::pending().await };
-    let done = running.future.as_mut().await;
-    *work = None;
-    done
 }
 
 /// The store's own words stay in the log: they may name files of the host.

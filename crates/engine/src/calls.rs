@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use nagaya_api::ids::WorkspaceId;
+use nagaya_api::ids::{SessionId, SnapshotId, VolumeId, WorkspaceId};
 
 use crate::live::Live;
 use crate::model::{SessionState, UnixMs};
 use crate::ports::{Clock, Guest};
 
-/// A session to create. Absent values are the contract's defaults.
+/// A session to create. Absent values are those of the snapshot, else the contract's defaults.
 #[derive(Debug, Clone, Default)]
 pub struct NewSession {
     pub name: String,
@@ -29,8 +29,106 @@ pub struct NewSession {
     pub sticky: bool,
     pub idle_timeout_minutes: Option<u32>,
     pub pause_retention_ms: Option<u64>,
+    /// Its disk starts as a copy of this one.
+    pub snapshot_id: Option<SnapshotId>,
+    /// Volumes that are there from the start.
+    pub mounts: Vec<NewMount>,
     /// Must be the caller's own where given.
     pub workspace_id: Option<WorkspaceId>,
+}
+
+/// A volume to put into a session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewMount {
+    pub volume_id: VolumeId,
+    /// Absolute; see `validate::mount_path`.
+    pub path: String,
+    pub readonly: bool,
+}
+
+/// A snapshot to take.
+#[derive(Debug, Clone, Default)]
+pub struct NewSnapshot {
+    pub name: String,
+    /// `None`: the workspace's retention decides.
+    pub expires_at: Option<UnixMs>,
+    /// Answer when it is READY or FAILED; otherwise when it is recorded.
+    pub wait: bool,
+}
+
+/// Which snapshots to list, newest first.
+#[derive(Debug, Clone, Default)]
+pub struct ListSnapshots {
+    /// Must be the caller's own where given.
+    pub workspace_id: Option<WorkspaceId>,
+    /// Only those taken from this session.
+    pub session_id: Option<SessionId>,
+    /// Only those whose session has ended.
+    pub dangling: bool,
+    /// 0 is the default size.
+    pub page_size: u32,
+    /// Empty for the first page.
+    pub page_token: String,
+}
+
+/// Changes to a snapshot; what is `None` stays.
+#[derive(Debug, Clone, Default)]
+pub struct SnapshotUpdate {
+    pub name: Option<String>,
+    /// `Some(None)`: it does not expire any more.
+    pub expires_at: Option<Option<UnixMs>>,
+    /// An empty list removes all tags.
+    pub tags: Option<Vec<String>>,
+}
+
+/// A volume to make.
+#[derive(Debug, Clone, Default)]
+pub struct NewVolume {
+    pub name: String,
+    pub size_bytes: u64,
+    /// Must be the caller's own where given.
+    pub workspace_id: Option<WorkspaceId>,
+}
+
+/// Which volumes to list, newest first.
+#[derive(Debug, Clone, Default)]
+pub struct ListVolumes {
+    /// Must be the caller's own where given.
+    pub workspace_id: Option<WorkspaceId>,
+    /// 0 is the default size.
+    pub page_size: u32,
+    /// Empty for the first page.
+    pub page_token: String,
+}
+
+/// Changes to a volume; what is `None` stays.
+#[derive(Debug, Clone, Default)]
+pub struct VolumeUpdate {
+    pub name: Option<String>,
+    /// An empty list removes all tags.
+    pub tags: Option<Vec<String>>,
+}
+
+/// Sessions to make from the disk of another one.
+#[derive(Debug, Clone, Default)]
+pub struct Fork {
+    pub count: u32,
+    /// All of them get this name; `None`: `<name>-fork-<n>`, n from 1.
+    pub name: Option<String>,
+}
+
+/// Changes to a workspace's settings; `None` stays, `Some(None)` takes the limit away.
+#[derive(Debug, Clone, Default)]
+pub struct WorkspaceSettingsUpdate {
+    pub pause_retention_ms: Option<Option<u64>>,
+    pub snapshot_retention_ms: Option<Option<u64>>,
+    pub snapshots_max: Option<Option<u32>>,
+    pub templates_max: Option<Option<u32>>,
+    pub volumes_max: Option<Option<u32>>,
+    pub bytes_max: Option<Option<u64>>,
+    pub sessions_max: Option<Option<u32>>,
+    pub sticky_sessions_max: Option<Option<u32>>,
+    pub preview_urls_max: Option<Option<u32>>,
 }
 
 /// Changes to a session; what is `None` stays.

@@ -14,6 +14,16 @@ pub struct EngineConfig {
     pub certificate_ttl_ms: u64,
     /// Longest time that may lie between a session's creation and its end by deadline.
     pub max_duration_max_ms: u64,
+    /// Idle time after which sessions pause that do not say so themselves; absent: never.
+    pub idle_timeout_default_minutes: Option<u32>,
+    /// How long paused sessions are kept when neither they nor their workspace say so; absent: for ever.
+    pub pause_retention_default_ms: Option<u64>,
+    /// How long a paused session may keep its memory; then only its disk is kept. Absent: until memory runs low.
+    pub pause_in_memory_max_ms: Option<u64>,
+    /// Sessions made by one fork.
+    pub forks_max: u32,
+    /// Volumes in one session.
+    pub volumes_per_session_max: u32,
     /// Executions remembered per live session; a new one pushes out the oldest finished one.
     pub executions_per_session_max: u32,
     /// How long activity may stay in memory before it is written to the store.
@@ -37,6 +47,11 @@ impl Default for EngineConfig {
             creates_concurrent_max: 16,
             certificate_ttl_ms: 600_000,
             max_duration_max_ms: 365 * 24 * 3_600_000,
+            idle_timeout_default_minutes: None,
+            pause_retention_default_ms: None,
+            pause_in_memory_max_ms: Some(24 * 3_600_000),
+            forks_max: 100,
+            volumes_per_session_max: 16,
             executions_per_session_max: 100,
             activity_flush_ms: 30_000,
             retry_first_ms: 100,

@@ -1,16 +1,23 @@
-//! When sessions want to be woken: one timer for all of them.
+//! When sessions and snapshots want to be woken: one timer for all of them.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Mutex;
 
-use nagaya_api::ids::SessionId;
+use nagaya_api::ids::{SessionId, SnapshotId};
 use tokio::sync::Notify;
 
 use crate::model::UnixMs;
 use crate::ports::Clock;
 use crate::tasks::Tasks;
 
-/// At most one time per session. The session's own task knows what is due then.
+/// Who wants to be woken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Sleeper {
+    Session(SessionId),
+    Snapshot(SnapshotId),
+}
+
+/// At most one time per sleeper, who knows what is due then.
 pub(crate) struct Deadlines {
     table: Mutex<Table>,
     /// The earliest time moved forward.
@@ -19,8 +26,8 @@ pub(crate) struct Deadlines {
 
 #[derive(Default)]
 struct Table {
-    by_time: BTreeSet<(UnixMs, SessionId)>,
-    by_session: HashMap<SessionId, UnixMs>,
+    by_time: BTreeSet<(UnixMs, Sleeper)>,
+    by_sleeper: HashMap<Sleeper, UnixMs>,
 }
 
 impl Deadlines {
@@ -28,13 +35,13 @@ impl Deadlines {
         Self { table: Mutex::default(), earlier: Notify::new() }
     }
 
-    /// Replaces the session's time; `None` removes it.
-    pub(crate) fn set(&self, id: SessionId, at: Option<UnixMs>) {
+    /// Replaces the sleeper's time; `None` removes it.
+    pub(crate) fn set(&self, id: Sleeper, at: Option<UnixMs>) {
         let mut table = self.table.lock().expect("no holder of this lock panics");
         let table = &mut *table;
         let before = match at {
-            Some(at) => table.by_session.insert(id, at),
-            None => table.by_session.remove(&id),
+            Some(at) => table.by_sleeper.insert(id, at),
+            None => table.by_sleeper.remove(&id),
         };
         if before == at {
             return;
@@ -55,7 +62,7 @@ impl Deadlines {
         table.by_time.first().map(|(at, _)| *at)
     }
 
-    fn take_due(&self, now: UnixMs) -> Vec<SessionId> {
+    fn take_due(&self, now: UnixMs) -> Vec<Sleeper> {
         let mut table = self.table.lock().expect("no holder of this lock panics");
         let mut due = Vec::new();
         while let Some(&(at, id)) = table.by_time.first() {
@@ -63,14 +70,14 @@ impl Deadlines {
                 break;
             }
             table.by_time.pop_first();
-            table.by_session.remove(&id);
+            table.by_sleeper.remove(&id);
             due.push(id);
         }
         due
     }
 
-    /// The timer: calls `wake` for each session whose time has come, until the engine stops.
-    pub(crate) async fn run(&self, clock: &dyn Clock, tasks: &Tasks, wake: impl Fn(SessionId)) {
+    /// The timer: calls `wake` for each sleeper whose time has come, until the engine stops.
+    pub(crate) async fn run(&self, clock: &dyn Clock, tasks: &Tasks, wake: impl Fn(Sleeper)) {
         loop {
             let first = self.first();
             let sleep = async {
@@ -94,9 +101,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_session_is_due_once_at_its_latest_time() {
+    fn each_sleeper_is_due_once_at_its_latest_time() {
         let deadlines = Deadlines::new();
-        let [a, b, c] = [1, 2, 3].map(|n| SessionId::new(n, [0; 10]));
+        let [a, b, c] = [1, 2, 3].map(|n| Sleeper::Session(SessionId::new(n, [0; 10])));
         deadlines.set(a, Some(10));
         deadlines.set(b, Some(20));
         deadlines.set(c, Some(30));

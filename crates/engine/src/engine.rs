@@ -8,24 +8,26 @@ use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{ExecutionId, KeyId, SessionId, WorkspaceId};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::access::{self, Access, Caller};
-use crate::actor::{Birth, Message, store_error};
-use crate::calls::{Certificate, InUse, ListSessions, NewExecution, NewSession, OpenSession, SessionUpdate, Usage};
+use crate::actor::{Job, Message, store_error};
+use crate::calls::{Certificate, InUse, ListSessions, NewExecution, OpenSession, SessionUpdate, Usage};
 use crate::config::EngineConfig;
 use crate::deadlines::Deadlines;
 use crate::executions::guest_error;
 use crate::inner::{Found, Inner, certificate_key};
-use crate::model::{ApiKey, Execution, ExecutionStatus, Session, SessionState, UnixMs, Workspace};
-use crate::ports::{Change, Clock, Driver, Entropy, ProcessEvent, SessionQuery, Store};
+use crate::model::{ApiKey, Execution, ExecutionStatus, Session, SessionState, UnixMs, Workspace, WorkspaceSettings};
+use crate::ports::{Blobs, Change, Clock, Driver, Entropy, ProcessEvent, SessionQuery, Store};
 use crate::session::{Request, check};
+use crate::snapshots::Library;
 use crate::tasks::Tasks;
+use crate::volumes::Volumes;
 use crate::{query, recovery};
 
 /// The engine. Clones share it.
 #[derive(Clone)]
-pub struct Engine(Arc<Inner>);
+pub struct Engine(pub(crate) Arc<Inner>);
 
 impl Engine {
     /// Starts the engine: recovers everything recorded, then serves.
@@ -33,27 +35,32 @@ impl Engine {
         config: EngineConfig,
         store: Arc<dyn Store>,
         driver: Arc<dyn Driver>,
+        blobs: Arc<dyn Blobs>,
         clock: Arc<dyn Clock>,
         entropy: Arc<dyn Entropy>,
     ) -> Result<Self, Error> {
         let key = certificate_key(&*store, &*entropy).await?;
         let workspaces = store.workspaces().await.map_err(store_error)?;
         let keys = store.api_keys().await.map_err(store_error)?;
+        let records = recovery::read(&*store).await?;
         let inner = Arc::new(Inner {
             creates: Semaphore::new(config.creates_concurrent_max.max(1) as usize),
             config,
             store,
             driver,
+            blobs,
             clock,
             entropy,
             access: Access::new(workspaces, keys, key),
             registry: Arc::default(),
+            library: Library::default(),
+            volumes: Volumes::load(&records.volumes, &records.sessions),
             deadlines: Deadlines::new(),
             tasks: Tasks::new(),
         });
-        let exits = inner.driver.exits();
-        recovery::recover(&inner).await?;
-        inner.spawn_exits(exits)?;
+        let events = inner.driver.events();
+        recovery::recover(&inner, records).await?;
+        inner.spawn_events(events)?;
         inner.spawn_timer()?;
         Ok(Self(inner))
     }
@@ -90,7 +97,7 @@ impl Engine {
             Some(workspace) => (workspace, false),
             None => {
                 let id = WorkspaceId::new(now, inner.random());
-                (Workspace { id, name: "default".to_owned(), created_at: now, sessions_max: None }, true)
+                (Workspace { id, name: "default".to_owned(), created_at: now, settings: WorkspaceSettings::default() }, true)
             }
         };
         let key = ApiKey {
@@ -115,21 +122,6 @@ impl Engine {
     /// The caller's workspace.
     pub fn workspace(&self, caller: &Caller) -> Workspace {
         self.0.access.workspace(caller, None).expect("a caller is made from a key whose workspace is loaded")
-    }
-
-    /// Records a new session and starts to create its sandbox. Returns when the record is durable,
-    /// in state CREATING; watch the session for what becomes of it.
-    pub async fn create_session(&self, caller: &Caller, new: NewSession) -> Result<Session, Error> {
-        let inner = &self.0;
-        let running = inner.tasks.enter()?;
-        let workspace = inner.access.workspace(caller, new.workspace_id)?;
-        let session = inner.new_session(caller, new)?;
-        let slot = inner.registry.reserve(&workspace, &session.machine, inner.config.sessions_max)?;
-        // From here on the session's own task does everything, so that a caller who goes away
-        // leaves nothing half done.
-        let (reply, answer) = oneshot::channel();
-        inner.spawn(session, slot, Birth::New { reply }, running);
-        answer.await.unwrap_or_else(|_| Err(Code::Draining.into()))
     }
 
     /// The session now and whenever it changes. The channel closes after TERMINATED, or when the
@@ -160,16 +152,12 @@ impl Engine {
             tags: list.tags,
             sticky: list.sticky,
             include_terminated: list.include_terminated,
-            before: query::parse_page_token(&list.page_token)?,
+            before: query::parse_page_token(&list.page_token)?.map(|(at, id)| (at, SessionId::from_uuid(id))),
             // One more than asked tells whether there is another page.
             limit: size + 1,
         };
         let mut sessions = inner.store.sessions(query).await.map_err(store_error)?;
-        let mut next = String::new();
-        if sessions.len() > size as usize {
-            sessions.truncate(size as usize);
-            next = sessions.last().map(|last| query::page_token(last.created_at, last.id)).unwrap_or_default();
-        }
+        let next = query::page(&mut sessions, size, |last| (last.created_at, *last.id.as_uuid()));
         let now = inner.clock.now();
         for session in &mut sessions {
             if let Some(live) = inner.registry.get(session.id) {
@@ -187,6 +175,14 @@ impl Engine {
     ) -> Result<Session, Error> {
         self.0.tasks.check()?;
         let live = self.0.find_live(caller, id, Request::Change).await?;
+        let _quiet = match update.sticky {
+            Some(true) => {
+                let quiet = self.0.library.quiet.lock().await;
+                self.0.check_sticky(live.workspace_id, Some(id))?;
+                Some(quiet)
+            }
+            _ => None,
+        };
         live.ask(|reply| Message::Update { update, reply }).await
     }
 
@@ -216,6 +212,21 @@ impl Engine {
         }
     }
 
+    /// Stops the session where it is: its processes and memory are kept. Returns when it is PAUSED;
+    /// pausing a stopped one is no error.
+    pub async fn pause_session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
+        self.0.tasks.check()?;
+        let live = self.0.find_live(caller, id, Request::Pause).await?;
+        live.ask_job(|reply| Job::Pause { reply }).await
+    }
+
+    /// Lets a stopped session go on. Returns when it is RUNNING; resuming one that runs is no error.
+    pub async fn resume_session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
+        self.0.tasks.check()?;
+        let live = self.0.find_live(caller, id, Request::Resume).await?;
+        live.ask_job(|reply| Job::Resume { reply }).await
+    }
+
     /// Notes that the session is in use; returns when that was.
     pub async fn report_activity(&self, caller: &Caller, id: SessionId) -> Result<UnixMs, Error> {
         self.0.tasks.check()?;
@@ -232,7 +243,7 @@ impl Engine {
         let server = u64::from(self.0.config.sessions_max);
         Ok(Usage {
             active_sessions: u64::from(used.sessions),
-            sessions_max: Some(workspace.sessions_max.map_or(server, |max| server.min(u64::from(max)))),
+            sessions_max: Some(workspace.settings.sessions_max.map_or(server, |max| server.min(u64::from(max)))),
             cpu_cores: used.cpu_cores,
             memory_mb: used.memory_mb,
             disk_gb: used.disk_gb,

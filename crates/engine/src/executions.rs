@@ -136,6 +136,11 @@ impl Executions {
         }
     }
 
+    /// Takes over records of a sandbox that has no processes any more.
+    pub(crate) fn know(&mut self, executions: Vec<Execution>) {
+        self.known.extend(executions.into_iter().map(|execution| (execution.id, watch::Sender::new(execution))));
+    }
+
     /// The record of an execution that just ended, to be committed and then published.
     pub(crate) fn ended(&self, id: ExecutionId, status: &ExitStatus, now: UnixMs) -> Option<Execution> {
         let mut execution = self.known.get(&id)?.borrow().clone();

@@ -3,7 +3,9 @@
 //! world between any two effects. What the store and the driver hold survives the engine, and may
 //! survive the runtime it ran on.
 
+mod blobs;
 mod clock;
+mod disks;
 mod driver;
 mod faults;
 mod files;
@@ -13,7 +15,9 @@ mod store;
 
 use std::sync::{Arc, Mutex};
 
+pub use blobs::FakeBlobs;
 pub use clock::FakeClock;
+pub use disks::FakeVolume;
 pub use driver::FakeDriver;
 pub use faults::{Faults, Rng};
 pub use guest::FakeGuest;
@@ -45,6 +49,7 @@ pub struct Fakes {
     pub faults: Arc<Faults>,
     pub store: Arc<FakeStore>,
     pub driver: Arc<FakeDriver>,
+    pub blobs: Arc<FakeBlobs>,
     pub clock: Arc<FakeClock>,
     pub entropy: Arc<FakeEntropy>,
 }
@@ -53,20 +58,28 @@ impl Fakes {
     /// A world without faults; the clock stands at 2026-01-01.
     pub fn new(seed: u64) -> Self {
         let faults = Arc::new(Faults::new(seed));
+        let images = Arc::<blobs::Images>::default();
         Self {
             store: Arc::new(FakeStore::new(faults.clone())),
-            driver: Arc::new(FakeDriver::new(faults.clone())),
+            driver: Arc::new(FakeDriver::new(faults.clone(), images.clone())),
+            blobs: Arc::new(FakeBlobs::new(faults.clone(), images)),
             clock: Arc::new(FakeClock::new(1_767_225_600_000)),
             entropy: Arc::new(FakeEntropy::new(seed)),
             faults,
         }
     }
 
+    /// The process that used this world is gone, or about to be replaced.
+    pub fn disconnect(&self) {
+        self.driver.disconnect();
+        self.blobs.disconnect();
+    }
+
     /// Starts an engine in this world; again after it was shut down or dropped with its runtime.
     pub async fn start(&self, config: EngineConfig) -> Result<Engine, nagaya_api::error::Error> {
-        self.driver.disconnect();
-        let (store, driver) = (self.store.clone(), self.driver.clone());
-        Engine::start(config, store, driver, self.clock.clone(), self.entropy.clone()).await
+        self.disconnect();
+        let (store, driver, blobs) = (self.store.clone(), self.driver.clone(), self.blobs.clone());
+        Engine::start(config, store, driver, blobs, self.clock.clone(), self.entropy.clone()).await
     }
 }
 

@@ -1,22 +1,25 @@
 //! What the parts of the engine share, and how they find a caller's sessions.
 
+use std::fmt::Display;
+use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::SessionId;
-use tokio::sync::{Semaphore, mpsc};
+use nagaya_api::ids::{SessionId, WorkspaceId};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::access::{Access, Caller};
 use crate::actor::store_error;
-use crate::calls::NewSession;
 use crate::config::EngineConfig;
-use crate::deadlines::Deadlines;
-use crate::live::{Live, Registry};
-use crate::model::{Session, SessionState};
-use crate::ports::{Change, Clock, Driver, Entropy, SandboxExit, Store};
+use crate::deadlines::{Deadlines, Sleeper};
+use crate::live::{Exit, Live, Registry, Slot};
+use crate::model::{Machine, Session, SessionState};
+use crate::ports::{Blobs, Change, Clock, Driver, DriverEvent, Entropy, Store};
 use crate::session::{Request, check};
-use crate::tasks::Tasks;
-use crate::validate;
+use crate::snapshots::Library;
+use crate::tasks::{Running, Tasks};
+use crate::volumes::Volumes;
 
 /// Setting in which the store keeps the key that signs session certificates.
 const CERTIFICATE_KEY: &str = "session_certificate_key";
@@ -25,10 +28,13 @@ pub(crate) struct Inner {
     pub(crate) config: EngineConfig,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) driver: Arc<dyn Driver>,
+    pub(crate) blobs: Arc<dyn Blobs>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) entropy: Arc<dyn Entropy>,
     pub(crate) access: Access,
     pub(crate) registry: Arc<Registry>,
+    pub(crate) library: Library,
+    pub(crate) volumes: Volumes,
     pub(crate) deadlines: Deadlines,
     pub(crate) creates: Semaphore,
     pub(crate) tasks: Tasks,
@@ -75,77 +81,147 @@ impl Inner {
             }
         }
     }
-}
 
-impl Inner {
-    pub(crate) fn new_session(&self, caller: &Caller, new: NewSession) -> Result<Session, Error> {
-        validate::name(&new.name)?;
-        validate::env(&new.env, &self.config)?;
-        validate::metadata(&new.metadata, &self.config)?;
-        validate::ssh_authorized_keys(&new.ssh_authorized_keys, &self.config)?;
-        if let Some(duration_ms) = new.max_duration_ms {
-            validate::max_duration_ms(duration_ms, &self.config)?;
-        }
-        let now = self.clock.now();
-        Ok(Session {
-            id: SessionId::new(now, self.random()),
-            workspace_id: caller.workspace_id,
-            owner_id: caller.key_id,
-            name: new.name,
-            state: SessionState::Creating,
-            machine: validate::machine(new.cpu_cores, new.memory_mb, new.disk_gb, new.outbound)?,
-            inbound: new.inbound,
-            env: new.env,
-            metadata: new.metadata,
-            tags: validate::tags(new.tags)?,
-            ssh_authorized_keys: new.ssh_authorized_keys,
-            sticky: new.sticky,
-            idle_timeout_minutes: new.idle_timeout_minutes,
-            pause_retention_ms: new.pause_retention_ms,
-            created_at: now,
-            ready_at: None,
-            terminated_at: None,
-            timeout_at: new.max_duration_ms.map(|duration_ms| now.saturating_add(duration_ms)),
-            last_activity_at: now,
-            terminal_error: String::new(),
-            driver: String::new(),
-        })
+    /// Room for one more running session, if its workspace and the server have it.
+    pub(crate) fn reserve(&self, workspace_id: WorkspaceId, machine: &Machine) -> Result<Slot, Error> {
+        let of_workspace = self.access.settings(workspace_id).sessions_max;
+        self.registry.reserve(workspace_id, machine, of_workspace, self.config.sessions_max)
     }
 
-    /// Tells sessions that their sandbox ended by itself.
-    pub(crate) fn spawn_exits(self: &Arc<Self>, mut exits: mpsc::UnboundedReceiver<SandboxExit>) -> Result<(), Error> {
+    /// How long a workspace's paused sessions are kept that do not say so themselves.
+    pub(crate) fn pause_retention_ms(&self, workspace_id: WorkspaceId) -> Option<u64> {
+        self.access.settings(workspace_id).pause_retention_ms.or(self.config.pause_retention_default_ms)
+    }
+
+    /// Refuses one more sticky session where the workspace has a limit. For callers who hold the library's lock, so
+    /// that nobody else makes one meanwhile.
+    pub(crate) fn check_sticky(&self, workspace_id: WorkspaceId, but: Option<SessionId>) -> Result<(), Error> {
+        let Some(max) = self.access.settings(workspace_id).sticky_sessions_max else { return Ok(()) };
+        let counts = |live: &Arc<Live>| {
+            let session = live.published.borrow();
+            live.workspace_id == workspace_id && Some(live.id) != but && session.sticky && !session.state.is_terminal()
+        };
+        if self.registry.all().iter().filter(|live| counts(live)).count() < max as usize {
+            return Ok(());
+        }
+        Err(Error::new(Code::QuotaExceeded, format!("the workspace's sticky_sessions_max is {max}")))
+    }
+
+    /// Does something that belongs to nobody's future: a caller that goes away does not stop it half-way.
+    pub(crate) async fn detached<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Error> {
+        let running = self.tasks.enter()?;
+        let (reply, answer) = oneshot::channel();
+        tokio::spawn(async move {
+            let result = work.await;
+            drop(running);
+            let _ = reply.send(result);
+        });
+        answer.await.unwrap_or_else(|_| Err(Code::Draining.into()))
+    }
+
+    /// Starts something that nobody waits for, unless the engine stops.
+    pub(crate) fn background(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) {
+        if let Ok(running) = self.tasks.enter() {
+            spawn_running(running, work);
+        }
+    }
+
+    /// Repeats a step until it succeeds. False when the engine stops instead; the next start goes on with it.
+    pub(crate) async fn insist<E: Display, F: Future<Output = Result<(), E>>>(
+        &self,
+        what: &str,
+        mut step: impl FnMut() -> F,
+    ) -> bool {
+        let mut backoff = self.backoff();
+        loop {
+            match step().await {
+                Ok(()) => return true,
+                Err(error) => tracing::warn!(%error, "{what}; trying again"),
+            }
+            if !self.pause(backoff.next_ms()).await {
+                return false;
+            }
+        }
+    }
+
+    /// False when the engine stops meanwhile.
+    pub(crate) async fn pause(&self, pause_ms: u64) -> bool {
+        let wake = self.clock.sleep_until(self.clock.now() + pause_ms);
+        tokio::select! {
+            biased;
+            () = self.tasks.stopping() => false,
+            () = wake => true,
+        }
+    }
+
+    /// Passes on what the driver tells.
+    pub(crate) fn spawn_events(
+        self: &Arc<Self>,
+        mut events: mpsc::UnboundedReceiver<DriverEvent>,
+    ) -> Result<(), Error> {
         let (engine, running) = (self.clone(), self.tasks.enter()?);
         tokio::spawn(async move {
             let _running = running;
             loop {
-                let exit = tokio::select! {
+                let event = tokio::select! {
                     biased;
                     () = engine.tasks.stopping() => return,
-                    Some(exit) = exits.recv() => exit,
+                    Some(event) = events.recv() => event,
                 };
-                if let Some(live) = engine.registry.get(exit.id) {
-                    // The first cause is the true one.
-                    let _ = live.exit.set(exit.cause);
-                    live.alarm.notify_one();
+                match event {
+                    DriverEvent::Ended { id, powered_off, cause } => {
+                        if let Some(live) = engine.registry.get(id) {
+                            live.set_exit(Exit { cause, powered_off, host_restarted: false });
+                            live.alarm.notify_one();
+                        }
+                    }
+                    DriverEvent::MemoryLow => engine.park_longest_paused(),
                 }
             }
         });
         Ok(())
     }
 
+    /// Asks for the memory of the session that has been paused for longest.
+    fn park_longest_paused(&self) {
+        let in_memory = |live: &Arc<Live>| {
+            let session = live.published.borrow();
+            let pause = session.pause.as_ref().filter(|pause| pause.in_memory && session.state == SessionState::Paused);
+            pause.map(|pause| (pause.paused_at, live.id)).filter(|_| !live.memory_low.load(Ordering::Acquire))
+        };
+        let longest = self.registry.all().into_iter().filter_map(|live| Some((in_memory(&live)?, live)));
+        if let Some((_, live)) = longest.min_by_key(|(since, _)| *since) {
+            live.memory_low.store(true, Ordering::Release);
+            live.alarm.notify_one();
+        }
+    }
+
     pub(crate) fn spawn_timer(self: &Arc<Self>) -> Result<(), Error> {
         let (engine, running) = (self.clone(), self.tasks.enter()?);
         tokio::spawn(async move {
             let _running = running;
-            let wake = |id| {
-                if let Some(live) = engine.registry.get(id) {
-                    live.alarm.notify_one();
+            let wake = |sleeper| match sleeper {
+                Sleeper::Session(id) => {
+                    if let Some(live) = engine.registry.get(id) {
+                        live.alarm.notify_one();
+                    }
                 }
+                Sleeper::Snapshot(id) => engine.expire_snapshot(id),
             };
             engine.deadlines.run(&*engine.clock, &engine.tasks, wake).await;
         });
         Ok(())
     }
+}
+
+pub(crate) fn spawn_running(running: Running, work: impl Future<Output = ()> + Send + 'static) {
+    tokio::spawn(async move {
+        work.await;
+        drop(running);
+    });
 }
 
 pub(crate) async fn certificate_key(store: &dyn Store, entropy: &dyn Entropy) -> Result<[u8; 32], Error> {

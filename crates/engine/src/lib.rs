@@ -11,6 +11,7 @@ mod access;
 mod actor;
 mod calls;
 mod config;
+mod creation;
 mod deadlines;
 mod engine;
 mod executions;
@@ -23,10 +24,16 @@ pub mod ports;
 mod query;
 mod recovery;
 pub mod session;
+mod settings;
+mod snapshots;
 mod tasks;
 pub mod validate;
+mod volumes;
 
 pub use access::Caller;
-pub use calls::{Certificate, ListSessions, NewExecution, NewSession, OpenSession, SessionUpdate, Usage};
+pub use calls::{
+    Certificate, Fork, ListSessions, ListSnapshots, ListVolumes, NewExecution, NewMount, NewSession, NewSnapshot,
+    NewVolume, OpenSession, SessionUpdate, SnapshotUpdate, Usage, VolumeUpdate, WorkspaceSettingsUpdate,
+};
 pub use config::EngineConfig;
 pub use engine::Engine;

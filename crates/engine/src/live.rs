@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{SessionId, WorkspaceId};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use crate::actor::{Message, Reply};
-use crate::model::{Machine, Session, SessionState, UnixMs, Workspace};
+use crate::actor::{Job, Message, Reply};
+use crate::model::{Machine, Session, SessionState, UnixMs};
 use crate::ports::Guest;
 
 /// A live session as seen from outside its task.
@@ -17,15 +17,26 @@ pub(crate) struct Live {
     pub(crate) id: SessionId,
     pub(crate) workspace_id: WorkspaceId,
     pub(crate) mailbox: mpsc::Sender<Message>,
-    /// The last committed record.
+    pub(crate) jobs: mpsc::Sender<Job>,
+    /// The last committed record; in its state PAUSING and RESUMING are shown before they are recorded.
     pub(crate) published: watch::Receiver<Session>,
     /// Present while the sandbox can be reached. Look at the state first: it is set a moment early.
     pub(crate) guest: RwLock<Option<Arc<dyn Guest>>>,
     /// Makes the session's task look at what is due: deadline, exit, activity.
     pub(crate) alarm: Notify,
-    /// Why the sandbox ended by itself, once it has.
-    pub(crate) exit: OnceLock<String>,
+    /// The driver says that the sandbox ended by itself.
+    pub(crate) exit: Mutex<Option<Exit>>,
+    /// It is paused, and its memory is wanted back.
+    pub(crate) memory_low: AtomicBool,
     pub(crate) activity: Activity,
+}
+
+/// How a sandbox ended by itself.
+#[derive(Debug, Clone)]
+pub(crate) struct Exit {
+    pub(crate) cause: String,
+    pub(crate) powered_off: bool,
+    pub(crate) host_restarted: bool,
 }
 
 /// When a session was last in use. Lives in memory; its task writes it down now and then.
@@ -39,6 +50,11 @@ pub(crate) struct Activity {
 impl Activity {
     pub(crate) fn new(last: UnixMs) -> Self {
         Self { last: AtomicU64::new(last), open: AtomicU32::new(0), unsaved: AtomicBool::new(false) }
+    }
+
+    /// Counts as use now, for its task, which writes it down itself.
+    pub(crate) fn note(&self, now: UnixMs) {
+        self.last.fetch_max(now, Ordering::Relaxed);
     }
 
     pub(crate) fn last(&self, now: UnixMs) -> UnixMs {
@@ -67,6 +83,15 @@ impl Live {
         *self.guest.write().expect("no holder of this lock panics") = guest;
     }
 
+    /// The first cause is the true one.
+    pub(crate) fn set_exit(&self, exit: Exit) {
+        self.exit.lock().expect("no holder of this lock panics").get_or_insert(exit);
+    }
+
+    pub(crate) fn take_exit(&self) -> Option<Exit> {
+        self.exit.lock().expect("no holder of this lock panics").take()
+    }
+
     pub(crate) fn touch(&self, now: UnixMs) {
         self.activity.last.fetch_max(now, Ordering::Relaxed);
         if !self.activity.unsaved.swap(true, Ordering::AcqRel) {
@@ -89,13 +114,29 @@ impl Live {
     /// The message takes effect even if the asking future is dropped.
     pub(crate) async fn ask<T>(&self, message: impl FnOnce(Reply<T>) -> Message) -> Result<T, Error> {
         let (reply, answer) = oneshot::channel();
-        if self.mailbox.send(message(reply)).await.is_ok()
-            && let Ok(answer) = answer.await
-        {
+        let sent = self.mailbox.send(message(reply)).await.is_ok();
+        self.answer(sent, answer).await
+    }
+
+    /// The same for what needs the driver.
+    pub(crate) async fn ask_job<T>(&self, job: impl FnOnce(Reply<T>) -> Job) -> Result<T, Error> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.jobs.send(job(reply)).await.is_ok();
+        self.answer(sent, answer).await
+    }
+
+    async fn answer<T>(&self, sent: bool, answer: oneshot::Receiver<Result<T, Error>>) -> Result<T, Error> {
+        if sent && let Ok(answer) = answer.await {
             return answer;
         }
-        // The task is gone or dropped the question: the session ends, or the engine stops.
-        if self.state().is_terminal() { Err(Code::SessionTerminated.into()) } else { Err(Code::Draining.into()) }
+        let state = self.state();
+        Err(match (state.is_terminal(), self.mailbox.is_closed()) {
+            (true, _) => Code::SessionTerminated.into(),
+            // The task is gone: the engine stops.
+            (false, true) => Code::Draining.into(),
+            // It dropped the question together with the sandbox that it was for.
+            (false, false) => Error::new(Code::SessionNotRunning, format!("(state={})", state.name())),
+        })
     }
 }
 
@@ -168,23 +209,24 @@ impl Registry {
     /// Counts a new session, if both the workspace and the server have room for it.
     pub(crate) fn reserve(
         self: &Arc<Self>,
-        workspace: &Workspace,
+        workspace_id: WorkspaceId,
         machine: &Machine,
+        of_workspace: Option<u32>,
         sessions_max: u32,
     ) -> Result<Slot, Error> {
         self.with(|table| {
-            let used = table.used.get(&workspace.id).map_or(0, |used| used.sessions);
-            if let Some(max) = workspace.sessions_max.filter(|max| used >= *max) {
+            let used = table.used.get(&workspace_id).map_or(0, |used| used.sessions);
+            if let Some(max) = of_workspace.filter(|max| used >= *max) {
                 return Err(Error::new(Code::QuotaExceeded, format!("the workspace's sessions_max is {max}")));
             }
             if table.total >= sessions_max {
                 let detail = format!("the server's sessions_max is {sessions_max}");
                 return Err(Error::new(Code::CapacityUnavailable, detail));
             }
-            table.count(workspace.id, machine);
+            table.count(workspace_id, machine);
             Ok(())
         })?;
-        Ok(Slot { registry: self.clone(), workspace_id: workspace.id, machine: machine.clone() })
+        Ok(Slot { registry: self.clone(), workspace_id, machine: machine.clone() })
     }
 
     /// Counts a session that exists already, whatever the limits say now.
@@ -212,15 +254,14 @@ mod tests {
     #[test]
     fn racing_creators_never_get_more_than_the_quota() {
         let registry = Arc::new(Registry::default());
-        let workspace =
-            Workspace { id: WorkspaceId::new(1, [0; 10]), name: String::new(), created_at: 0, sessions_max: Some(100) };
+        let workspace = WorkspaceId::new(1, [0; 10]);
         let machine = Machine { cpu_cores: 2, memory_mb: 256, disk_gb: 5, outbound: false };
         let taken = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..50 {
-                        if let Ok(slot) = registry.reserve(&workspace, &machine, 1_000) {
+                        if let Ok(slot) = registry.reserve(workspace, &machine, Some(100), 1_000) {
                             taken.lock().unwrap().push(slot);
                         }
                     }
@@ -229,11 +270,11 @@ mod tests {
         });
         assert_eq!(taken.lock().unwrap().len(), 100);
         assert_eq!(
-            registry.used(workspace.id),
+            registry.used(workspace),
             Used { sessions: 100, cpu_cores: 200, memory_mb: 25_600, disk_gb: 500 }
         );
         drop(taken);
-        assert_eq!(registry.used(workspace.id), Used::default());
-        assert!(registry.reserve(&workspace, &machine, 0).is_err(), "the server's own limit");
+        assert_eq!(registry.used(workspace), Used::default());
+        assert!(registry.reserve(workspace, &machine, None, 0).is_err(), "the server's own limit");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use nagaya_api::ids::{ExecutionId, KeyId, SessionId, WorkspaceId};
+use nagaya_api::ids::{AttachmentId, ExecutionId, ImageId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use serde::{Deserialize, Serialize};
 
 /// Milliseconds since the Unix epoch.
@@ -13,8 +13,26 @@ pub struct Workspace {
     pub id: WorkspaceId,
     pub name: String,
     pub created_at: UnixMs,
-    /// Sessions that may be alive at once; `None` is no limit beyond the server's own.
+    pub settings: WorkspaceSettings,
+}
+
+/// What a workspace may use and how long it keeps things. `None` is no limit beyond the server's own.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct WorkspaceSettings {
+    /// How long paused sessions are kept that do not say so themselves.
+    pub pause_retention_ms: Option<u64>,
+    /// How long snapshots are kept that do not say so themselves.
+    pub snapshot_retention_ms: Option<u64>,
+    pub snapshots_max: Option<u32>,
+    pub templates_max: Option<u32>,
+    pub volumes_max: Option<u32>,
+    /// Stored bytes of snapshots and sizes of volumes together.
+    pub bytes_max: Option<u64>,
+    /// Sessions that may be alive at once; paused ones do not count.
     pub sessions_max: Option<u32>,
+    pub sticky_sessions_max: Option<u32>,
+    pub preview_urls_max: Option<u32>,
 }
 
 /// An API key. The secret itself is stored nowhere, only its BLAKE3 hash.
@@ -117,6 +135,136 @@ pub struct Session {
     pub terminal_error: String,
     /// The driver it runs on; empty until one is chosen.
     pub driver: String,
+    /// The snapshot it was made from.
+    pub source_snapshot_id: Option<SnapshotId>,
+    /// The disk image it is made from while it is CREATING, when that is no snapshot: a fork's.
+    pub source_image_id: Option<ImageId>,
+    /// While it is PAUSING, PAUSED, RESUMING or USER_SHUTDOWN.
+    pub pause: Option<Pause>,
+    /// Why it is PAUSED although somebody wanted it to run; empty otherwise.
+    pub last_resume_error: String,
+    /// Volumes in it, or on their way in or out. One that is out is not here any more.
+    pub attachments: Vec<Attachment>,
+}
+
+/// How a stopped session is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pause {
+    pub paused_at: UnixMs,
+    /// When the session ends unless it is resumed; `None` is never.
+    pub expires_at: Option<UnixMs>,
+    /// The id under which its disk can be used as a snapshot while it is paused.
+    pub snapshot_id: SnapshotId,
+    /// Processes and memory are kept, frozen. False: only the disk is.
+    pub in_memory: bool,
+    /// Why only the disk is kept, e.g. `host_restarted`; becomes `restore_reason`. Empty while `in_memory`.
+    pub disk_reason: String,
+}
+
+/// A volume in a session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    pub id: AttachmentId,
+    pub volume_id: VolumeId,
+    /// Absolute and normal: no `..`, no empty parts, not `/`.
+    pub mount_path: String,
+    pub readonly: bool,
+    pub state: AttachmentState,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AttachmentState {
+    /// Being mounted, or to be mounted when the sandbox boots.
+    Attaching,
+    Attached,
+    /// Being unmounted and written back; nobody else can have the volume yet.
+    SyncPending,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SnapshotKind {
+    User = 1,
+    /// The disk of a paused session; gone when that is resumed or ends.
+    Pause = 2,
+    Template = 3,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SnapshotState {
+    Creating = 1,
+    Ready = 2,
+    Failed = 3,
+    Deleting = 4,
+}
+
+/// Where a snapshot's bytes are safe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Durability {
+    /// Nowhere yet.
+    None = 0,
+    /// On this machine.
+    LocalReady = 1,
+    /// In the blob store.
+    Durable = 2,
+    /// The blob store does not take it; it is tried again.
+    PropagationFailed = 3,
+}
+
+/// A point in the life of a disk, and what is needed to start a sandbox from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    pub id: SnapshotId,
+    pub workspace_id: WorkspaceId,
+    /// The session it was taken from.
+    pub session_id: SessionId,
+    pub name: String,
+    pub kind: SnapshotKind,
+    pub state: SnapshotState,
+    pub durability: Durability,
+    pub tags: Vec<String>,
+    pub created_at: UnixMs,
+    pub expires_at: Option<UnixMs>,
+    pub local_ready_at: Option<UnixMs>,
+    pub durable_at: Option<UnixMs>,
+    /// What sessions made from it inherit.
+    pub machine: Machine,
+    pub env: BTreeMap<String, String>,
+    /// The copy of the disk that its bytes are read from while it is CREATING.
+    pub image_id: ImageId,
+    /// The disk had been copied: after a crash the rest can be done from the copy.
+    pub copied: bool,
+    /// How long writes to the source's disk stood still, microseconds.
+    pub source_stopped_us: u64,
+    /// Digest of the manifest in the blob store; empty until READY, and for pauses.
+    pub manifest: String,
+    /// Bytes of the disk that are not holes.
+    pub size_bytes: u64,
+    /// Bytes that the blob store has because of it, before sharing with other snapshots.
+    pub stored_bytes: u64,
+    pub failure_reason: String,
+    pub propagation_error: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VolumeState {
+    Creating = 0,
+    Available = 1,
+    Deleting = 2,
+}
+
+/// A disk that outlives sandboxes. Who has it is in the sessions' records.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    pub id: VolumeId,
+    pub workspace_id: WorkspaceId,
+    pub name: String,
+    pub size_bytes: u64,
+    /// While it is being grown: the size to reach.
+    pub growing_to_bytes: Option<u64>,
+    pub state: VolumeState,
+    pub tags: Vec<String>,
+    pub created_at: UnixMs,
+    pub updated_at: UnixMs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

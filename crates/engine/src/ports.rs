@@ -5,15 +5,18 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use nagaya_api::ids::{ExecutionId, SessionId, WorkspaceId};
+use nagaya_api::ids::{ExecutionId, ImageId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::model::{ApiKey, Execution, Guarantees, Machine, Session, SessionState, UnixMs, Workspace};
+use crate::model::{
+    ApiKey, Execution, Guarantees, Machine, Session, SessionState, Snapshot, UnixMs, Volume, Workspace,
+};
 
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
@@ -34,6 +37,10 @@ pub enum Change {
     Execution(Execution),
     /// Forget an execution, e.g. because newer ones pushed it out.
     ForgetExecution(ExecutionId),
+    Snapshot(Snapshot),
+    ForgetSnapshot(SnapshotId),
+    Volume(Volume),
+    ForgetVolume(VolumeId),
     /// A named secret or setting of the server.
     Setting {
         name: String,
@@ -59,6 +66,29 @@ pub struct SessionQuery {
     pub limit: u32,
 }
 
+/// Which snapshots to list, newest first.
+#[derive(Debug, Clone, Default)]
+pub struct SnapshotQuery {
+    pub workspace_id: Option<WorkspaceId>,
+    pub session_id: Option<SessionId>,
+    /// Only those whose session has ended.
+    pub dangling: bool,
+    /// Only snapshots older than this one, by (created_at, id).
+    pub before: Option<(UnixMs, SnapshotId)>,
+    /// Rows at most.
+    pub limit: u32,
+}
+
+/// Which volumes to list, newest first.
+#[derive(Debug, Clone, Default)]
+pub struct VolumeQuery {
+    pub workspace_id: Option<WorkspaceId>,
+    /// Only volumes older than this one, by (created_at, id).
+    pub before: Option<(UnixMs, VolumeId)>,
+    /// Rows at most.
+    pub limit: u32,
+}
+
 /// Records that survive the process. What `commit` acknowledged is on disk.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
@@ -74,6 +104,14 @@ pub trait Store: Send + Sync + 'static {
     async fn execution(&self, id: ExecutionId) -> Result<Option<Execution>, StoreError>;
     /// Executions of a session, oldest first.
     async fn executions(&self, session_id: SessionId) -> Result<Vec<Execution>, StoreError>;
+    async fn snapshot(&self, id: SnapshotId) -> Result<Option<Snapshot>, StoreError>;
+    async fn snapshots(&self, query: SnapshotQuery) -> Result<Vec<Snapshot>, StoreError>;
+    /// Every snapshot of every workspace.
+    async fn all_snapshots(&self) -> Result<Vec<Snapshot>, StoreError>;
+    async fn volume(&self, id: VolumeId) -> Result<Option<Volume>, StoreError>;
+    async fn volumes(&self, query: VolumeQuery) -> Result<Vec<Volume>, StoreError>;
+    /// Every volume of every workspace.
+    async fn all_volumes(&self) -> Result<Vec<Volume>, StoreError>;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -84,41 +122,176 @@ pub enum DriverError {
     /// Something finite ran out: the text is the limit's name, e.g. `network_slots_max`.
     #[error("limit reached: {0}")]
     Exhausted(String),
-    /// There is no such sandbox, or it is dead.
+    /// There is no such sandbox (nor its disk), no such image or no such volume.
     #[error("no such sandbox")]
     Gone,
+    /// Something in the sandbox uses it, e.g. a process has a file of the volume open.
+    #[error("busy")]
+    Busy,
+    /// What was asked for cannot be, e.g. a mount over another mount; in words for the user.
+    #[error("{0}")]
+    Refused(String),
     #[error("{0}")]
     Failed(String),
 }
 
-/// A sandbox ended without being asked to.
+/// Something happened that nobody asked for.
 #[derive(Debug, Clone)]
-pub struct SandboxExit {
-    pub id: SessionId,
-    /// In words for the user, e.g. "the sandbox's first process was killed".
-    pub cause: String,
+pub enum DriverEvent {
+    /// A running sandbox has no processes any more. Its disk is kept until `destroy`; the rest is
+    /// released by `stop`.
+    Ended {
+        id: SessionId,
+        /// The sandbox powered itself off. False: it was killed, or its host failed it.
+        powered_off: bool,
+        /// In words for the user, e.g. "the sandbox's first process was killed".
+        cause: String,
+    },
+    /// The host is short of memory: paused sandboxes in RAM should be stopped.
+    MemoryLow,
+}
+
+/// What an earlier process left of a sandbox.
+pub enum Adopted {
+    Running(Arc<dyn Guest>),
+    /// Frozen by `freeze`.
+    Frozen(Arc<dyn Guest>),
+    /// Only its disk is there.
+    Stopped {
+        /// The sandbox powered itself off while no server watched.
+        powered_off: bool,
+        /// The host was started again since the sandbox ran.
+        host_restarted: bool,
+    },
+}
+
+/// A volume's place in a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    pub volume_id: VolumeId,
+    /// Absolute and normal, as the sandbox sees it. Made (for `tenki`) when it is missing.
+    pub path: String,
+    pub readonly: bool,
 }
 
 /// A technology that runs sandboxes. Every call may be repeated after a crash between any two of
-/// its steps; sandboxes live on when the process that made them dies.
+/// its steps; sandboxes live on when the process that made them dies. What a call acknowledges
+/// about disks (`copy_disk`, volumes) is fsync'ed, names included.
 #[async_trait]
 pub trait Driver: Send + Sync + 'static {
     fn name(&self) -> &'static str;
     fn guarantees(&self) -> Guarantees;
-    /// Makes a sandbox and returns when commands can run in it. On error nothing is left behind,
-    /// or what is left is found by [`Driver::list`].
-    async fn create(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError>;
-    /// Takes over a sandbox that an earlier process made. `Gone` when it does not run any more.
-    async fn adopt(&self, id: SessionId) -> Result<Arc<dyn Guest>, DriverError>;
+    /// Makes a sandbox and returns when commands can run in it. Its disk is a fresh one, or `disk`,
+    /// which it takes over and grows to the machine's size. On error nothing is left behind, or what is left
+    /// is found by [`Driver::list`]; `disk` may be used up.
+    async fn create(
+        &self,
+        id: SessionId,
+        machine: &Machine,
+        disk: Option<ImageId>,
+    ) -> Result<Arc<dyn Guest>, DriverError>;
+    /// Takes over a sandbox that an earlier process made. `Gone` when not even its disk is there.
+    async fn adopt(&self, id: SessionId) -> Result<Adopted, DriverError>;
+    /// Halts every process of the sandbox where it is; clocks of running commands' timeouts stand still.
+    /// Calls on its guest may hang until `thaw`. Freezing a frozen one is no error.
+    async fn freeze(&self, id: SessionId) -> Result<(), DriverError>;
+    /// Lets a frozen sandbox go on. Thawing a running one is no error; `Gone` when it has no processes.
+    async fn thaw(&self, id: SessionId) -> Result<(), DriverError>;
+    /// Ends all processes and keeps the disk, everything written to it included, and nothing else.
+    /// Volumes are unmounted and written back. Stopping a stopped one is no error.
+    async fn stop(&self, id: SessionId) -> Result<(), DriverError>;
+    /// Starts a stopped sandbox on its kept disk, without its volumes.
+    async fn boot(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError>;
     /// Ends a sandbox. On return none of its processes is alive; its disk and network are being
     /// released in the background and [`Driver::list`] names it until they are. Repeating it, or
     /// naming an unknown sandbox, is no error.
     async fn destroy(&self, id: SessionId) -> Result<(), DriverError>;
-    /// Every sandbox of which anything exists on this host, alive or half removed, except those
-    /// whose release is already under way in this process.
+    /// Every sandbox of which anything exists on this host, alive, stopped or half removed, except
+    /// those whose release is already under way in this process.
     async fn list(&self) -> Result<Vec<SessionId>, DriverError>;
-    /// Unasked ends of sandboxes that this process created or adopted. May be called once.
-    fn exits(&self) -> mpsc::UnboundedReceiver<SandboxExit>;
+
+    /// Copies a sandbox's disk, as it is at one moment, to these images, whatever state it is in.
+    /// Returns how long its writes stood still, microseconds. Images that exist are replaced; on error none is left.
+    async fn copy_disk(&self, id: SessionId, images: &[ImageId]) -> Result<u64, DriverError>;
+    /// Where an image is, or can be made.
+    fn image_path(&self, id: ImageId) -> PathBuf;
+    /// Removing an unknown one is no error.
+    async fn remove_image(&self, id: ImageId) -> Result<(), DriverError>;
+    async fn images(&self) -> Result<Vec<ImageId>, DriverError>;
+
+    /// Makes an empty volume. One that exists already is left as it is.
+    async fn create_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), DriverError>;
+    /// Makes it larger, mounted read-write or not at all; `Busy` where it is mounted read-only. On error it is as before.
+    async fn grow_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), DriverError>;
+    /// Removing an unknown one is no error.
+    async fn remove_volume(&self, id: VolumeId) -> Result<(), DriverError>;
+    async fn volumes(&self) -> Result<Vec<VolumeId>, DriverError>;
+    /// Mounts a volume in a running sandbox. Repeating it is no error. `Refused` when the path is a
+    /// mount already, or not a directory.
+    async fn attach_volume(&self, id: SessionId, mount: &Mount) -> Result<(), DriverError>;
+    /// Unmounts a volume and writes it back; `Busy` while a process uses it, unless `force`: then its later
+    /// reads and writes there fail. Unmounting what is not mounted is no error.
+    async fn detach_volume(&self, id: SessionId, mount: &Mount, force: bool) -> Result<(), DriverError>;
+    /// Waits until no sandbox has the volume mounted any more, after their ends, and until what they
+    /// wrote is on disk.
+    async fn settle_volume(&self, id: VolumeId) -> Result<(), DriverError>;
+
+    /// Events of sandboxes that this process created or adopted. May be called once.
+    fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent>;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Blobs
+
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum BlobError {
+    /// A part of the image is not there: its digest.
+    #[error("blob {0} is missing")]
+    Missing(String),
+    /// A part of the image is not what it was: its digest.
+    #[error("blob {0} is corrupt")]
+    Corrupt(String),
+    /// The limit's name, e.g. "space on the host's disk".
+    #[error("limit reached: {0}")]
+    Exhausted(String),
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// An image in the blob store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredImage {
+    /// Digest of its manifest, which names everything else.
+    pub manifest: String,
+    /// Bytes of the image that are not holes.
+    pub size_bytes: u64,
+    /// Bytes of all its blobs.
+    pub stored_bytes: u64,
+}
+
+/// Disk images as content-addressed, checksummed parts. Parts are shared among images and never changed.
+#[async_trait]
+pub trait Blobs: Send + Sync + 'static {
+    /// Keeps a copy of an image on this machine, fsync'ed. The image is only read.
+    async fn store(&self, image: &Path) -> Result<StoredImage, BlobError>;
+    /// Brings a stored image to the durable place. Returns at once where that is this machine.
+    async fn upload(&self, manifest: &str) -> Result<(), BlobError>;
+    /// Verifies all parts of an image, then makes it at this path. On error nothing is there.
+    async fn restore(&self, manifest: &str, image: &Path) -> Result<(), BlobError>;
+    /// Opens an image for reading it whole, holes included.
+    async fn open(&self, manifest: &str) -> Result<ImageReader, BlobError>;
+    /// Removes every blob that none of these images needs; returns the bytes freed. The caller sees to it that no
+    /// `store` runs meanwhile.
+    async fn retain(&self, manifests: &[String]) -> Result<u64, BlobError>;
+}
+
+/// An image being read.
+#[derive(Debug)]
+pub struct ImageReader {
+    /// Size of the image with its holes, bytes.
+    pub total_size: u64,
+    /// Verified parts in order, then the end of the channel; an error is the last item.
+    pub chunks: mpsc::Receiver<Result<Bytes, BlobError>>,
 }
 
 /// What went wrong inside a sandbox, or on the way to it.

@@ -3,7 +3,6 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::SessionId;
 use nagaya_api::limits::{PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX};
 use uuid::Uuid;
 
@@ -21,16 +20,25 @@ pub(crate) fn page_size(asked: u32) -> Result<u32, Error> {
     }
 }
 
-pub(crate) fn page_token(created_at: UnixMs, id: SessionId) -> String {
+/// Cuts what was read, which may be one row too many, to a page; the token of the next one is empty at the end.
+pub(crate) fn page<T>(rows: &mut Vec<T>, size: u32, key: impl Fn(&T) -> (UnixMs, Uuid)) -> String {
+    if rows.len() <= size as usize {
+        return String::new();
+    }
+    rows.truncate(size as usize);
+    rows.last().map(key).map(|(created_at, id)| page_token(created_at, id)).unwrap_or_default()
+}
+
+fn page_token(created_at: UnixMs, id: Uuid) -> String {
     let mut bytes = [0; 25];
     bytes[0] = VERSION;
     bytes[1..9].copy_from_slice(&created_at.to_be_bytes());
-    bytes[9..].copy_from_slice(id.as_uuid().as_bytes());
+    bytes[9..].copy_from_slice(id.as_bytes());
     URL_SAFE_NO_PAD.encode(bytes)
 }
 
 /// Where a page starts; `None` for the first one, whose token is empty.
-pub(crate) fn parse_page_token(token: &str) -> Result<Option<(UnixMs, SessionId)>, Error> {
+pub(crate) fn parse_page_token(token: &str) -> Result<Option<(UnixMs, Uuid)>, Error> {
     if token.is_empty() {
         return Ok(None);
     }
@@ -41,7 +49,7 @@ pub(crate) fn parse_page_token(token: &str) -> Result<Option<(UnixMs, SessionId)
             let (created_at, id) = rest.split_at(8);
             let created_at = UnixMs::from_be_bytes(created_at.try_into().map_err(|_| invalid())?);
             let id = Uuid::from_slice(id).map_err(|_| invalid())?;
-            Ok(Some((created_at, SessionId::from_uuid(id))))
+            Ok(Some((created_at, id)))
         }
         _ => Err(invalid()),
     }
@@ -53,14 +61,14 @@ mod tests {
 
     #[test]
     fn a_token_leads_back_to_its_row() {
-        let id = SessionId::new(77, [3; 10]);
+        let id = Uuid::from_bytes([3; 16]);
         assert_eq!(parse_page_token(&page_token(1_700_000_000_000, id)), Ok(Some((1_700_000_000_000, id))));
         assert_eq!(parse_page_token(""), Ok(None));
     }
 
     #[test]
     fn foreign_tokens_and_sizes_are_refused() {
-        let id = SessionId::new(77, [3; 10]);
+        let id = Uuid::from_bytes([3; 16]);
         let token = page_token(1, id);
         for bad in ["x", "AAAA", &token[1..], &format!("{token}A"), "not base64!", &"A".repeat(10_000)] {
             assert_eq!(parse_page_token(bad).unwrap_err().code, Code::InvalidArgument, "{bad}");

@@ -3,22 +3,35 @@
 //! ```text
 //!     create_session
 //!          │
-//!          ▼
-//!      CREATING ───────────────▶ RUNNING ◀─ ─ ─ ▶ PAUSING, PAUSED, RESUMING, USER_SHUTDOWN
-//!          │                        │                            │
-//!          └──────────┐   ┌─────────┘   ┌────────────────────────┘
-//!                     ▼   ▼             ▼
-//!                    TERMINATING ──▶ TERMINATED
+//!          ▼            pause, idle                       its memory is given up
+//!      CREATING ──▶ RUNNING ──▶ PAUSING ──▶ PAUSED ◀─────────┐  (disk only)
+//!          │         │ │ ▲ ◀───────┘ failed  │ │ └───────────┘
+//!          │         │ │ │                   │ └────────────────────────────────┐
+//!          │         │ │ └───── RESUMING ◀───┴───────────── USER_SHUTDOWN       │
+//!          │         │ │           └──▶ PAUSED, if it fails     ▲ │             │
+//!          │         │ ├─ ended by itself ──▶ PAUSED            │ │ retention   │ retention
+//!          │         │ └─ powered itself off ───────────────────┘ │ terminate   │ terminate
+//!          │         │ terminate, deadline                        │             │
+//!          └────▶ TERMINATING ◀───────────────────────────────────┴─────────────┘
+//!                      └──▶ TERMINATED
 //! ```
 //!
 //! - → CREATING: the row is committed, then the caller is answered, then the driver creates.
-//! - CREATING → RUNNING: the driver created the sandbox.
+//! - CREATING → RUNNING: the driver created the sandbox and mounted its volumes.
 //! - CREATING → TERMINATING: the driver failed, or terminate, or deadline, or the server stopped meanwhile.
-//! - RUNNING → TERMINATING: terminate, or deadline, or the sandbox ended by itself.
+//! - RUNNING → PAUSING → PAUSED: the driver froze it. What could not be frozen or recorded is RUNNING again.
+//! - RUNNING → PAUSED, USER_SHUTDOWN: its sandbox ended by itself, or powered itself off; its disk is kept.
+//! - PAUSED → PAUSED: its memory is given up for its disk; that is recorded first.
+//! - PAUSED → RESUMING → RUNNING: the driver thawed it, or started it again on its disk.
+//! - USER_SHUTDOWN → RESUMING → RUNNING: the driver started it again.
+//! - RESUMING → PAUSED: that failed; the reason is in `last_resume_error`.
+//! - any → TERMINATING: terminate, a deadline, or not even its disk is there.
 //! - TERMINATING → TERMINATED: the driver destroyed the sandbox. Nothing leaves TERMINATED.
-//! - The dashed states belong to pause and resume. Nothing enters them yet; terminate leaves them.
 //!
-//! Each arrow is committed before the side effect it announces and before anybody is told of it.
+//! Each arrow is committed before the side effect it announces and before anybody is told of it, with one
+//! exception: freezing and thawing happen first and are recorded once. A crash in between leaves the
+//! driver's answer (frozen or not) against the row, and the row decides: the sandbox is thawed or frozen
+//! again. PAUSING, and RESUMING of what is in memory, are therefore shown but never stored.
 
 use nagaya_api::error::{Code, Error};
 
@@ -33,15 +46,38 @@ pub enum Request {
     Change,
     /// Note that somebody is using it.
     Activity,
+    Pause,
+    Resume,
+    /// Copy its disk, for snapshots and forks.
+    Copy,
+    /// Attach or detach a volume.
+    Mount,
     Terminate,
-    /// Its deadline has come.
+    /// Its deadline has come. Time stands still while it is stopped.
     Expire,
+    /// Nobody has used it for as long as it allows.
+    Idle,
+    /// It has been stopped for as long as it is kept.
+    Retire,
     /// Its sandbox ended by itself.
     Exit,
 }
 
 impl Request {
-    pub const ALL: [Self; 6] = [Self::Use, Self::Change, Self::Activity, Self::Terminate, Self::Expire, Self::Exit];
+    pub const ALL: [Self; 12] = [
+        Self::Use,
+        Self::Change,
+        Self::Activity,
+        Self::Pause,
+        Self::Resume,
+        Self::Copy,
+        Self::Mount,
+        Self::Terminate,
+        Self::Expire,
+        Self::Idle,
+        Self::Retire,
+        Self::Exit,
+    ];
 }
 
 /// What becomes of a request.
@@ -54,20 +90,26 @@ pub enum Verdict {
     Refuse(Code),
 }
 
-/// The acceptance table: what a session in `state` does with `request`.
+/// The acceptance table: what a session in `state` does with `request`. What is accepted on the way
+/// from one state to another waits until it is there, and is looked at again.
 pub const fn accept(state: SessionState, request: Request) -> Verdict {
     use Request as R;
     use SessionState as S;
     match (state, request) {
-        (S::Running, R::Use) => Verdict::Do,
-        (S::Terminating | S::Terminated, R::Use | R::Change | R::Activity) => Verdict::Refuse(Code::SessionTerminated),
-        (_, R::Use) => Verdict::Refuse(Code::SessionNotRunning),
-        (S::Terminating | S::Terminated, R::Terminate | R::Expire | R::Exit) => Verdict::Nothing,
-        (_, R::Change | R::Activity | R::Terminate | R::Expire) => Verdict::Do,
-        (S::Running, R::Exit) => Verdict::Do,
-        // A sandbox that dies while it is created makes the creation fail; one that is stopped
-        // on purpose has no process to lose.
-        (_, R::Exit) => Verdict::Nothing,
+        (S::Terminating | S::Terminated, R::Terminate | R::Expire | R::Idle | R::Retire | R::Exit) => Verdict::Nothing,
+        (S::Terminating | S::Terminated, _) => Verdict::Refuse(Code::SessionTerminated),
+        (_, R::Change | R::Activity | R::Terminate) => Verdict::Do,
+        (S::Running, R::Use | R::Mount) => Verdict::Do,
+        (_, R::Use | R::Mount) => Verdict::Refuse(Code::SessionNotRunning),
+        (S::Creating, R::Pause | R::Resume | R::Copy) => Verdict::Refuse(Code::SessionNotRunning),
+        (S::Paused | S::UserShutdown, R::Pause) | (S::Running, R::Resume) => Verdict::Nothing,
+        (_, R::Pause | R::Resume | R::Copy) => Verdict::Do,
+        (S::Creating | S::Running, R::Expire) => Verdict::Do,
+        (S::Running, R::Idle) => Verdict::Do,
+        (S::Paused | S::UserShutdown, R::Retire) => Verdict::Do,
+        // A sandbox that dies while it is created or moved makes that fail.
+        (S::Running | S::Paused, R::Exit) => Verdict::Do,
+        (_, R::Expire | R::Idle | R::Retire | R::Exit) => Verdict::Nothing,
     }
 }
 
@@ -89,14 +131,14 @@ mod tests {
     /// One row per state, one letter per request in the order of `Request::ALL`:
     /// `d` does it, `-` nothing to do, `t` refused as terminated, `n` refused as not running.
     const TABLE: [(SessionState, &str); 8] = [
-        (SessionState::Creating, "ndddd-"),
-        (SessionState::Running, "dddddd"),
-        (SessionState::Paused, "ndddd-"),
-        (SessionState::Terminating, "ttt---"),
-        (SessionState::Terminated, "ttt---"),
-        (SessionState::Pausing, "ndddd-"),
-        (SessionState::Resuming, "ndddd-"),
-        (SessionState::UserShutdown, "ndddd-"),
+        (SessionState::Creating, "nddnnnndd---"),
+        (SessionState::Running, "dddd-ddddd-d"),
+        (SessionState::Paused, "ndd-ddnd--dd"),
+        (SessionState::Terminating, "ttttttt-----"),
+        (SessionState::Terminated, "ttttttt-----"),
+        (SessionState::Pausing, "ndddddnd----"),
+        (SessionState::Resuming, "ndddddnd----"),
+        (SessionState::UserShutdown, "ndd-ddnd--d-"),
     ];
 
     #[test]

@@ -6,7 +6,7 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::limits;
 
 use crate::config::EngineConfig;
-use crate::model::Machine;
+use crate::model::{Machine, UnixMs};
 use crate::ports::Command;
 
 fn invalid(detail: impl Into<String>) -> Error {
@@ -144,6 +144,50 @@ pub fn command(command: &Command, config: &EngineConfig) -> Result<(), Error> {
     env(&command.env, config)
 }
 
+/// Where a volume may be mounted: absolute and normal, and nothing that the sandbox's own mounts lie on.
+pub fn mount_path(path: &str) -> Result<(), Error> {
+    let refuse = |detail: &str| Err(Error::new(Code::PathRefused, detail));
+    if path.len() > limits::MOUNT_PATH_BYTES_MAX {
+        return refuse("mount_path is longer than 4096 bytes");
+    }
+    let Some(rest) = path.strip_prefix('/') else { return refuse("mount_path must be absolute") };
+    if rest.is_empty() {
+        return refuse("mount_path must not be the root directory");
+    }
+    if path.contains('\0') || rest.split('/').any(|part| matches!(part, "" | "." | "..")) {
+        return refuse("mount_path must not hold NUL, empty parts, `.` or `..`");
+    }
+    match RESERVED.iter().find(|reserved| overlap(path, reserved)) {
+        Some(reserved) => refuse(&format!("mount_path must not be in {reserved}")),
+        None => Ok(()),
+    }
+}
+
+/// Directories that are the sandbox's own.
+const RESERVED: [&str; 4] = ["/proc", "/sys", "/dev", "/run"];
+
+/// Whether two normal paths are the same, or one lies below the other.
+pub fn overlap(a: &str, b: &str) -> bool {
+    let below = |a: &str, b: &str| a.strip_prefix(b).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    below(a, b) || below(b, a)
+}
+
+/// The size of a volume.
+pub fn volume_bytes(size_bytes: u64) -> Result<(), Error> {
+    if !limits::VOLUME_BYTES.contains(&size_bytes) {
+        return Err(invalid("size_bytes must be 1 MiB to 100 GiB"));
+    }
+    Ok(())
+}
+
+/// A time at which something ends must lie ahead.
+pub fn expires_at(expires_at: Option<UnixMs>, now: UnixMs) -> Result<(), Error> {
+    if expires_at.is_some_and(|at| at <= now) {
+        return Err(invalid("expires_at must be in the future"));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,6 +249,22 @@ mod tests {
         assert!(check(&["a"], &[("A", "x\0")], "").is_err());
         assert!(check(&["a"], &[], "\0").is_err());
         assert!(check(&["a", &"x".repeat(1024 * 1024)], &[], "").is_err());
+    }
+
+    #[test]
+    fn mounts_keep_off_the_sandboxs_own_directories_and_each_other() {
+        for good in ["/data", "/home/tenki/data", "/a b", "/process", "/devices/x", "/...", "/runner"] {
+            assert_eq!(mount_path(good), Ok(()), "{good}");
+        }
+        let long = format!("/{}", "a".repeat(4_096));
+        for bad in ["", "/", "data", "./data", "//", "/a//b", "/a/", "/a/../b", "/..", "/a/.", "/a\0", &long] {
+            assert_eq!(mount_path(bad).unwrap_err().code, Code::PathRefused, "{bad}");
+        }
+        for reserved in ["/proc", "/proc/1", "/sys/fs", "/dev", "/dev/shm", "/run/lock"] {
+            assert_eq!(mount_path(reserved).unwrap_err().code, Code::PathRefused, "{reserved}");
+        }
+        assert!(overlap("/a", "/a") && overlap("/a/b", "/a") && overlap("/a", "/a/b/c"));
+        assert!(!overlap("/a", "/ab") && !overlap("/a/b", "/a/c"));
     }
 
     proptest! {

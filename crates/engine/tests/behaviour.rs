@@ -390,16 +390,6 @@ async fn who_waits_for_a_command_learns_that_its_session_ended() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_sandbox_that_dies_ends_its_session_with_the_cause() {
-    let (engine, caller, fakes) = world().await;
-    let id = running(&engine, &caller, NewSession::default()).await.id;
-    let mut states = engine.watch_session(&caller, id).await.unwrap();
-    fakes.driver.kill(id, "the sandbox's first process was killed");
-    let ended = states.wait_for(|session| session.state == SessionState::Terminated).await.unwrap().clone();
-    assert_eq!(ended.terminal_error, "the sandbox's first process was killed");
-}
-
-#[tokio::test(start_paused = true)]
 async fn sessions_and_their_commands_outlive_the_engine() {
     let (engine, caller, fakes) = world().await;
     let id = running(&engine, &caller, NewSession::default()).await.id;
@@ -413,8 +403,8 @@ async fn sessions_and_their_commands_outlive_the_engine() {
     fakes.driver.kill(gone, "killed");
 
     let engine = fakes.start(EngineConfig::default()).await.unwrap();
-    let ended = engine.session(&caller, gone).await.unwrap();
-    assert_eq!(ended.terminal_error, "the sandbox was no longer running when the server started again");
+    let stopped = engine.session(&caller, gone).await.unwrap();
+    assert_eq!(stopped.last_resume_error, "the sandbox was no longer running when the server started again");
     assert!(engine.open(&certificate.text, id).await.is_ok(), "certificates stay good over a restart");
     let status = ExitStatus { code: 0, reason: "exit".into(), ..ExitStatus::default() };
     fakes.driver.guest(id).unwrap().finish(execution.id, status);

@@ -20,11 +20,20 @@ pub const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Handshake {
     pub version_min: u32,
     pub version_max: u32,
+    /// Only an agent says so.
+    pub powered_off: bool,
+}
+
+/// What the other side said about itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer {
+    /// The sandbox has powered itself off.
+    pub powered_off: bool,
 }
 
 impl Default for Handshake {
     fn default() -> Self {
-        Self { version_min: VERSION_MIN, version_max: VERSION }
+        Self { version_min: VERSION_MIN, version_max: VERSION, powered_off: false }
     }
 }
 
@@ -54,7 +63,7 @@ pub(crate) async fn shake_hands<R, W>(
     reader: &mut R,
     writer: &mut W,
     ours: Handshake,
-) -> Result<Decoder, HandshakeError>
+) -> Result<(Decoder, Peer), HandshakeError>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
@@ -63,6 +72,7 @@ where
         version_min: ours.version_min,
         version_max: ours.version_max,
         build: env!("CARGO_PKG_VERSION").into(),
+        powered_off: ours.powered_off,
         ..Default::default()
     };
     let exchange = async {
@@ -89,7 +99,7 @@ where
         if version < ours.version_min || version < theirs.version_min {
             return Err(HandshakeError::Version { min: theirs.version_min, max: theirs.version_max });
         }
-        Ok(decoder)
+        Ok((decoder, Peer { powered_off: theirs.powered_off }))
     };
     let result = match tokio::time::timeout(GREETING_TIMEOUT, exchange).await {
         Ok(result) => result,

@@ -26,7 +26,8 @@ pub fn new_filesystem(
     fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
-/// A detached copy of the mount (or directory, or file) at `path` below `directory`.
+/// A detached copy of the mount (or directory, or file) at `path` below `directory`. What is copied must be
+/// attached in the caller's mount namespace: Linux before 6.15 refuses to copy from detached mounts (EINVAL).
 pub fn clone_tree(directory: BorrowedFd<'_>, path: &str, recursive: bool) -> Result<OwnedFd, Errno> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     if path.is_empty() {

@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::frame::{DATA_BYTES_MAX, Frame, Kind, OPEN_BYTES_MAX};
-use crate::handshake::{Handshake, HandshakeError, shake_hands};
+use crate::handshake::{Handshake, HandshakeError, Peer, shake_hands};
 use crate::writer;
 
 mod receive;
@@ -118,6 +118,7 @@ struct Table {
 #[derive(Debug)]
 pub(crate) struct Shared {
     role: Role,
+    peer: Peer,
     table: Mutex<Table>,
     /// Highest stream id that was opened.
     last: AtomicU32,
@@ -174,11 +175,12 @@ impl Mux {
         R: AsyncRead + Unpin + Send + 'static,
         W: AsyncWrite + Unpin + Send + 'static,
     {
-        let decoder = shake_hands(&mut reader, &mut writer, handshake).await?;
+        let (decoder, peer) = shake_hands(&mut reader, &mut writer, handshake).await?;
         let (outbound, outbound_queue) = mpsc::unbounded_channel();
         let (requests, requests_queue) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             role,
+            peer,
             table: Mutex::new(Table { entries: HashMap::new(), closed: false }),
             last: AtomicU32::new(0),
             outbound,
@@ -215,6 +217,11 @@ impl Mux {
         // Under the lock, so that streams open in the order of their numbers.
         let _ = self.shared.outbound.send(Frame { kind: Kind::Open, stream: id, payload });
         Ok(stream)
+    }
+
+    /// What the other side said when the connection began.
+    pub fn peer(&self) -> Peer {
+        self.shared.peer
     }
 
     /// Ends the connection; the other side is told why.

@@ -33,6 +33,47 @@ pub enum Request {
     /// Start a sandbox. Answered with its pidfd as soon as its first process exists; what happens
     /// to that process is read from the error pipe.
     Sandbox(Box<Sandbox>),
+    /// Attach a file system in a running sandbox.
+    Mount(Mount),
+    /// Take one out again.
+    Unmount(Unmount),
+}
+
+/// Descriptors, in this order: outcome pipe (write end), pidfd of the sandbox's first process, the file
+/// system (a detached mount). Answered as soon as a process works on it, which writes one
+/// [`MountOutcome`] to the pipe.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Mount {
+    /// Absolute, as the sandbox sees it. Directories that are missing are made.
+    pub path: String,
+    /// Host uid and gid of the directories that are made.
+    pub owner: u32,
+}
+
+/// Descriptors: outcome pipe (write end), pidfd of the sandbox's first process. Answered as
+/// [`Mount`] is.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Unmount {
+    /// The block device of the file system; where it is attached may have been renamed.
+    pub major: u32,
+    pub minor: u32,
+    /// Also while it is in use: then it goes when its last user does.
+    pub lazy: bool,
+}
+
+/// What became of a [`Mount`] or [`Unmount`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MountOutcome {
+    /// Also when there was nothing to unmount.
+    Done,
+    Busy,
+    /// Why the path cannot have it, in words for the user.
+    Refused(String),
+    /// The step that failed, and the operating system's error number.
+    Failed {
+        step: String,
+        errno: i32,
+    },
 }
 
 /// Descriptors, in this order: error pipe (write end), leash pipe (read end), listening socket, user
@@ -58,6 +99,8 @@ pub enum Answer {
     Sandbox {
         pid: i32,
     },
+    /// The outcome follows through the pipe.
+    Begun,
     /// The step that failed, and the operating system's error number.
     Failed {
         step: String,

@@ -11,10 +11,10 @@ use nagaya_engine::ports::Driver;
 use nagaya_runtime::namespace::{NETWORK_FILE, NamespaceDriver};
 use nagaya_store::SqliteStore;
 
-use crate::server::{ADDRESS_FILE, DATABASE, KEY_FILE, driver_settings};
+use crate::server::{ADDRESS_FILE, BLOBS, DATABASE, KEY_FILE, driver_settings, open_blobs};
 
 /// Everything that a server may have put into its data directory.
-const DIRECTORIES: [&str; 4] = ["sandboxes", "pool", "images", "templates"];
+const DIRECTORIES: [&str; 7] = ["sandboxes", "pool", "images", "templates", "disks", "volumes", BLOBS];
 const FILES: [&str; 7] =
     [DATABASE, "nagaya.db-wal", "nagaya.db-shm", "nagaya.db.lock", NETWORK_FILE, KEY_FILE, ADDRESS_FILE];
 
@@ -41,6 +41,14 @@ pub async fn purge(config: &Config) -> anyhow::Result<usize> {
         driver.destroy(*id).await?;
     }
     driver.settled().await;
+    for id in driver.volumes().await? {
+        // The last sandbox that had it lets go of it a moment after its own end.
+        driver.settle_volume(id).await?;
+        driver.remove_volume(id).await?;
+    }
+    if config.blobs.s3.is_some() {
+        open_blobs(config)?.retain(&[]).await.context("remove what is in the bucket")?;
+    }
     tokio::task::spawn_blocking(move || driver.remove_host_state()).await?;
     drop(store);
     for name in DIRECTORIES {

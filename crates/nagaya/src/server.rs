@@ -11,7 +11,8 @@ use nagaya_daemon::config::Config;
 use nagaya_daemon::host::{HostClock, HostEntropy};
 use nagaya_daemon::{Daemon, Hooks, Level, Levels};
 use nagaya_engine::Engine;
-use nagaya_engine::ports::{Driver, Entropy, Store};
+use nagaya_engine::ports::{Blobs, Driver, Entropy, Store};
+use nagaya_image::{BlobStore, S3Config, S3Credentials};
 use nagaya_runtime::namespace::{self, NamespaceDriver};
 use nagaya_store::SqliteStore;
 
@@ -19,6 +20,7 @@ use nagaya_store::SqliteStore;
 pub const DATABASE: &str = "nagaya.db";
 pub const KEY_FILE: &str = "api-key";
 pub const ADDRESS_FILE: &str = "address";
+pub const BLOBS: &str = "blobs";
 
 pub struct Server {
     daemon: Daemon,
@@ -40,8 +42,9 @@ impl Server {
         let driver = tokio::task::spawn_blocking(move || NamespaceDriver::start(settings)).await?;
         let driver = Arc::new(driver.context("`nagaya doctor` tells what this host lacks")?);
         let port: Arc<dyn Driver> = driver.clone();
-        let engine =
-            Engine::start(config.engine.clone(), store, port, Arc::new(HostClock), Arc::new(HostEntropy)).await?;
+        let blobs = open_blobs(&config)?;
+        let (clock, entropy) = (Arc::new(HostClock), Arc::new(HostEntropy));
+        let engine = Engine::start(config.engine.clone(), store, port, blobs, clock, entropy).await?;
         for key in [key.as_deref(), config.api_key.as_deref()].into_iter().flatten() {
             engine.first_start(Some(key)).await?;
         }
@@ -108,6 +111,31 @@ fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
     write().with_context(|| format!("write {}", path.display()))
 }
 
+/// The place of the snapshots' bytes. A bucket need not be reachable yet.
+pub fn open_blobs(config: &Config) -> anyhow::Result<Arc<dyn Blobs>> {
+    let directory = config.data_dir.join(BLOBS);
+    let Some(s3) = &config.blobs.s3 else {
+        return Ok(Arc::new(BlobStore::open(&directory)?));
+    };
+    let credentials = match &s3.credentials_file {
+        Some(file) => S3Credentials::from_file(file)?,
+        None => {
+            let variable = |name| std::env::var(name).unwrap_or_default();
+            S3Credentials::new(variable("NAGAYA_S3_ACCESS_KEY_ID"), variable("NAGAYA_S3_SECRET_ACCESS_KEY"))
+                .context("set blobs.s3.credentials_file, or NAGAYA_S3_ACCESS_KEY_ID and NAGAYA_S3_SECRET_ACCESS_KEY")?
+        }
+    };
+    let settings = S3Config {
+        bucket: s3.bucket.clone(),
+        prefix: s3.prefix.trim_matches('/').to_owned(),
+        region: s3.region.clone(),
+        endpoint: s3.endpoint.clone(),
+        allow_http: s3.allow_http,
+        credentials,
+    };
+    Ok(Arc::new(BlobStore::open_with_s3(&directory, &settings)?))
+}
+
 /// The driver's part of the configuration.
 pub fn driver_settings(config: &Config) -> anyhow::Result<namespace::Config> {
     let mut settings = namespace::Config::new(config.data_dir.clone());
@@ -120,6 +148,7 @@ pub fn driver_settings(config: &Config) -> anyhow::Result<namespace::Config> {
     settings.processes_max = config.namespace.processes_max;
     settings.disk_free_mb_min = config.namespace.disk_free_mb_min;
     settings.memory_available_mb_min = config.namespace.memory_available_mb_min;
+    settings.memory_low_mb = config.namespace.memory_low_mb;
     settings.favor_cgroup_moves = config.namespace.favor_cgroup_moves;
     Ok(settings)
 }

@@ -33,7 +33,7 @@ pub fn examine(data: &Path) -> Vec<Finding> {
     vec![
         required("root", root(), "run the server as root: sudo nagaya serve"),
         required("kernel", kernel(), "use Linux 5.19 or newer (id-mapped overlay layers)"),
-        required("cgroups", cgroups(), "boot with cgroup v2, or with the v1 controllers cpu, memory and pids"),
+        required("cgroups", cgroups(), "boot with cgroup v2, or with the v1 controllers cpu, memory, pids and freezer"),
         required("user namespaces", namespace("user"), "sysctl -w user.max_user_namespaces=65536"),
         required("network namespaces", namespace("net"), "use a kernel with CONFIG_NET_NS"),
         required("overlay", filesystem("overlay"), "modprobe overlay"),
@@ -120,8 +120,12 @@ fn swap_limit() -> Result<String, String> {
     if swap.lines().count() <= 1 {
         return Ok("the host has no swap".into());
     }
-    let files = ["/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes", "/sys/fs/cgroup/system.slice/memory.swap.max"];
-    if files.iter().any(|file| Path::new(file).exists()) {
+    let counted = match Cgroups::detect() {
+        // Where the limit's file would be depends on who makes groups; the group at the top has none.
+        Ok("v2") => !fs::read_to_string("/proc/cmdline").unwrap_or_default().contains("swapaccount=0"),
+        _ => Path::new("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes").exists(),
+    };
+    if counted {
         Ok("swap is counted".into())
     } else {
         Err("the host swaps and does not count it: sandboxes can use more than their memory".into())

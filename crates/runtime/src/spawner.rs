@@ -1,13 +1,15 @@
 //! The server's handle on a spawner process.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
 
-use nagaya_guest::spawn::{self, Answer, Request, SPAWNER_AGENT_FD, SPAWNER_SOCKET_FD};
+use nagaya_guest::spawn::{self, Answer, MountOutcome, Request, SPAWNER_AGENT_FD, SPAWNER_SOCKET_FD};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::pipe::PipeFlags;
 
 use crate::{programs, sys};
 
@@ -19,6 +21,8 @@ pub enum SpawnError {
     Channel(#[from] spawn::ChannelError),
     #[error("{step}: {cause}")]
     Refused { step: String, cause: io::Error },
+    #[error("learn what became of a mount")]
+    Outcome(#[source] io::Error),
     #[error("the spawner gave an answer to another question")]
     Confused,
 }
@@ -64,6 +68,37 @@ impl Spawner {
         let (answer, mut fds) = self.call(&Request::Sandbox(Box::new(order)), fds)?;
         match (answer, fds.pop()) {
             (Answer::Sandbox { pid }, Some(pidfd)) => Ok((pid, pidfd)),
+            _ => Err(SpawnError::Confused),
+        }
+    }
+
+    /// Attaches a detached mount in the sandbox of that first process. As long as `mount` is open, it is busy.
+    pub fn mount(
+        &self,
+        order: spawn::Mount,
+        sandbox: BorrowedFd<'_>,
+        mount: BorrowedFd<'_>,
+    ) -> Result<MountOutcome, SpawnError> {
+        self.call_for_outcome(&Request::Mount(order), &[sandbox, mount])
+    }
+
+    /// Unmounts a block device in the sandbox of that first process.
+    pub fn unmount(&self, order: spawn::Unmount, sandbox: BorrowedFd<'_>) -> Result<MountOutcome, SpawnError> {
+        self.call_for_outcome(&Request::Unmount(order), &[sandbox])
+    }
+
+    /// The spawner starts a process for it and goes on with other requests; the process may have to wait for
+    /// the sandbox's disk.
+    fn call_for_outcome(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<MountOutcome, SpawnError> {
+        let (outcome, told) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(spawn::ChannelError::from)?;
+        let all: Vec<BorrowedFd<'_>> = std::iter::once(told.as_fd()).chain(fds.iter().copied()).collect();
+        let (answer, _) = self.call(request, &all)?;
+        // The end of the process must be the end of what can be read.
+        drop(told);
+        let mut text = Vec::new();
+        File::from(outcome).read_to_end(&mut text).map_err(SpawnError::Outcome)?;
+        match answer {
+            Answer::Begun => serde_json::from_slice(&text).map_err(|error| SpawnError::Outcome(error.into())),
             _ => Err(SpawnError::Confused),
         }
     }

@@ -4,6 +4,7 @@
 //! [`Store::commit`](nagaya_engine::ports::Store::commit) acknowledged has been flushed to the disk.
 //! This crate knows rows and queries; what the rows mean is decided in the engine.
 
+mod lists;
 mod lock;
 mod migrate;
 mod rows;

@@ -8,16 +8,16 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use nagaya_api::ids::{ExecutionId, SessionId};
-use nagaya_engine::model::{ApiKey, Execution, Session, Workspace};
-use nagaya_engine::ports::{Change, SessionQuery, Store, StoreError};
+use nagaya_api::ids::{ExecutionId, SessionId, SnapshotId, VolumeId};
+use nagaya_engine::model::{ApiKey, Execution, Session, Snapshot, Volume, Workspace};
+use nagaya_engine::ports::{Change, SessionQuery, SnapshotQuery, Store, StoreError, VolumeQuery};
 use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params_from_iter};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::lock::DirectoryLock;
 use crate::writer::{self, Commit};
-use crate::{migrate, rows};
+use crate::{lists, migrate, rows};
 
 const READER_THREADS: usize = 2;
 /// Requests that wait for the writer, and for the readers; more callers wait their turn.
@@ -138,16 +138,13 @@ impl Store for SqliteStore {
 
     async fn session(&self, id: SessionId) -> Result<Option<Session>, StoreError> {
         let sql = format!("SELECT {} FROM sessions WHERE id = ?1", rows::SESSION_COLUMNS);
-        self.read(move |database| {
-            database.prepare_cached(&sql)?.query_row([id.to_string()], rows::read_session).optional()
-        })
-        .await
+        self.read(move |database| one(database, &sql, id.to_string(), rows::read_session)).await
     }
 
     async fn sessions(&self, query: SessionQuery) -> Result<Vec<Session>, StoreError> {
         self.read(move |database| {
-            let (sql, values) = list_statement(&query)?;
-            all(database, &sql, values, rows::read_session)
+            let list = lists::sessions(&query)?;
+            all(database, &list.sql, list.values, rows::read_session)
         })
         .await
     }
@@ -160,10 +157,7 @@ impl Store for SqliteStore {
 
     async fn execution(&self, id: ExecutionId) -> Result<Option<Execution>, StoreError> {
         let sql = format!("SELECT {} FROM executions WHERE id = ?1", rows::EXECUTION_COLUMNS);
-        self.read(move |database| {
-            database.prepare_cached(&sql)?.query_row([id.to_string()], rows::read_execution).optional()
-        })
-        .await
+        self.read(move |database| one(database, &sql, id.to_string(), rows::read_execution)).await
     }
 
     async fn executions(&self, session_id: SessionId) -> Result<Vec<Execution>, StoreError> {
@@ -172,45 +166,51 @@ impl Store for SqliteStore {
         self.read(move |database| all(database, &sql, vec![Value::Text(session_id.to_string())], rows::read_execution))
             .await
     }
+
+    async fn snapshot(&self, id: SnapshotId) -> Result<Option<Snapshot>, StoreError> {
+        let sql = format!("SELECT {} FROM snapshots WHERE id = ?1", rows::SNAPSHOT_COLUMNS);
+        self.read(move |database| one(database, &sql, id.to_string(), rows::read_snapshot)).await
+    }
+
+    async fn snapshots(&self, query: SnapshotQuery) -> Result<Vec<Snapshot>, StoreError> {
+        self.read(move |database| {
+            let list = lists::snapshots(&query)?;
+            all(database, &list.sql, list.values, rows::read_snapshot)
+        })
+        .await
+    }
+
+    async fn all_snapshots(&self) -> Result<Vec<Snapshot>, StoreError> {
+        let sql = format!("SELECT {} FROM snapshots ORDER BY created_at, id", rows::SNAPSHOT_COLUMNS);
+        self.read(move |database| all(database, &sql, Vec::new(), rows::read_snapshot)).await
+    }
+
+    async fn volume(&self, id: VolumeId) -> Result<Option<Volume>, StoreError> {
+        let sql = format!("SELECT {} FROM volumes WHERE id = ?1", rows::VOLUME_COLUMNS);
+        self.read(move |database| one(database, &sql, id.to_string(), rows::read_volume)).await
+    }
+
+    async fn volumes(&self, query: VolumeQuery) -> Result<Vec<Volume>, StoreError> {
+        self.read(move |database| {
+            let list = lists::volumes(&query)?;
+            all(database, &list.sql, list.values, rows::read_volume)
+        })
+        .await
+    }
+
+    async fn all_volumes(&self) -> Result<Vec<Volume>, StoreError> {
+        let sql = format!("SELECT {} FROM volumes ORDER BY created_at, id", rows::VOLUME_COLUMNS);
+        self.read(move |database| all(database, &sql, Vec::new(), rows::read_volume)).await
+    }
 }
 
-fn list_statement(query: &SessionQuery) -> rusqlite::Result<(String, Vec<Value>)> {
-    let mut sql = format!("SELECT {} FROM sessions WHERE true", rows::SESSION_COLUMNS);
-    let mut values = Vec::new();
-    let mut filter = |condition: &str, value: Value| {
-        values.push(value);
-        sql.push_str(" AND ");
-        sql.push_str(condition);
-    };
-    if let Some(workspace_id) = query.workspace_id {
-        filter("workspace_id = ?", Value::Text(workspace_id.to_string()));
-    }
-    if let Some(owner_id) = &query.owner_id {
-        filter("owner_id = ?", Value::Text(owner_id.clone()));
-    }
-    if let Some(state) = query.state {
-        filter("state = ?", Value::Integer(state as i64));
-    }
-    if let Some(sticky) = query.sticky {
-        filter("sticky = ?", Value::Integer(sticky.into()));
-    }
-    if !query.tags.is_empty() {
-        filter(
-            "NOT EXISTS (SELECT 1 FROM json_each(?) AS wanted
-                 WHERE wanted.value NOT IN (SELECT present.value FROM json_each(sessions.tags) AS present))",
-            Value::Text(rows::json(&query.tags)?),
-        );
-    }
-    if let Some((created_at, id)) = query.before {
-        filter("(created_at, id) < (?, ?)", Value::Integer(rows::integer(created_at)?));
-        values.push(Value::Text(id.to_string()));
-    }
-    if !query.include_terminated {
-        sql.push_str(" AND state <> 6");
-    }
-    sql.push_str(" ORDER BY created_at DESC, id DESC LIMIT ?");
-    values.push(Value::Integer(query.limit.into()));
-    Ok((sql, values))
+fn one<T>(
+    database: &Connection,
+    sql: &str,
+    id: String,
+    read: fn(&Row<'_>) -> rusqlite::Result<T>,
+) -> rusqlite::Result<Option<T>> {
+    database.prepare_cached(sql)?.query_row([id], read).optional()
 }
 
 fn all<T>(

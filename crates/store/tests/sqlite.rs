@@ -9,12 +9,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use nagaya_engine::model::{Session, SessionState};
+use nagaya_engine::model::{ApiKey, Session, SessionState, Snapshot, Volume, Workspace, WorkspaceSettings};
 use nagaya_engine::ports::{Change, SessionQuery, Store};
 use nagaya_store::SqliteStore;
 use rusqlite::Connection;
 
-use suite::{execution, join_all, runtime, session, workspace};
+use suite::kept::{snapshot, volume};
+use suite::{execution, join_all, key, runtime, session, workspace};
 
 const FILE: &str = "state.db";
 
@@ -50,6 +51,16 @@ fn a_commit_that_cannot_be_written_changes_nothing_and_hurts_no_other() {
                 assert_eq!(found.is_none(), refused, "commit {number}, row {created_at}");
             }
         }
+        let nobodys = workspace(9).id;
+        for change in [
+            Change::Snapshot(Snapshot { workspace_id: nobodys, ..snapshot(1, 1) }),
+            Change::Volume(Volume { workspace_id: nobodys, ..volume(1, 1) }),
+            Change::Snapshot(Snapshot { size_bytes: u64::MAX, ..snapshot(1, 1) }),
+            Change::Volume(Volume { growing_to_bytes: Some(u64::MAX), ..volume(1, 1) }),
+        ] {
+            store.commit(vec![Change::Session(session(4, 4)), change]).await.unwrap_err();
+        }
+        assert_eq!(store.session(session(4, 4).id).await.unwrap(), None);
         let too_late = Session { timeout_at: Some(u64::MAX), ..session(3, 3) };
         store.commit(vec![Change::Session(too_late)]).await.unwrap_err();
     });
@@ -66,6 +77,8 @@ fn everything_is_there_after_a_restart() {
             Change::Workspace(workspace(1)),
             Change::Session(session.clone()),
             Change::Execution(execution.clone()),
+            Change::Snapshot(snapshot(1, 1)),
+            Change::Volume(volume(1, 1)),
         ]))
         .unwrap();
     drop(store);
@@ -74,6 +87,104 @@ fn everything_is_there_after_a_restart() {
         assert_eq!(store.workspaces().await.unwrap(), [workspace(1)]);
         assert_eq!(store.live_sessions().await.unwrap(), std::slice::from_ref(&session));
         assert_eq!(store.executions(session.id).await.unwrap(), [execution]);
+        assert_eq!(store.all_snapshots().await.unwrap(), [snapshot(1, 1)]);
+        assert_eq!(store.all_volumes().await.unwrap(), [volume(1, 1)]);
+    });
+}
+
+/// A database as the first released schema left it, with rows of every table.
+fn database_of_schema_1(directory: &Path) {
+    let script = include_str!("../migrations/0001_sessions.sql");
+    let database = Connection::open(directory.join(FILE)).unwrap();
+    database.execute_batch(script).unwrap();
+    database
+        .execute_batch(
+            "CREATE TABLE schema_migrations (number INTEGER PRIMARY KEY, checksum TEXT NOT NULL) STRICT;
+             INSERT INTO workspaces VALUES
+                 ('00000000-0001-7101-8101-010101010101', 'workspace 1', 1700000000001, NULL),
+                 ('00000000-0002-7202-8202-020202020202', 'workspace 2', 1700000000002, 7);
+             INSERT INTO api_keys VALUES ('00000000-0001-7101-8101-010101010101',
+                 '00000000-0001-7101-8101-010101010101', zeroblob(32), 5);
+             INSERT INTO settings VALUES ('certificate_key', x'00ff01');",
+        )
+        .unwrap();
+    let checksum = blake3::hash(script.as_bytes()).to_hex().to_string();
+    database.execute("INSERT INTO schema_migrations VALUES (1, ?1)", [checksum]).unwrap();
+    for state in SessionState::ALL {
+        let session = session(1, state as u32);
+        database
+            .execute(
+                "INSERT INTO sessions VALUES (?1, ?2, ?3, 'a', ?4, 2, 4096, 5, 1, 0, '{\"A\":\"b\"}', '{}',
+                     '[\"tag\"]', '[]', 1, 30, 86400000, 1, 2, NULL, 4, 5, '', 'namespace')",
+                (session.id.to_string(), session.workspace_id.to_string(), key(1).to_string(), state as i64),
+            )
+            .unwrap();
+    }
+    let owner = session(1, SessionState::Running as u32).id;
+    let execution = execution(owner, 1);
+    database
+        .execute(
+            "INSERT INTO executions VALUES (?1, ?2, 'sh', '[\"-c\",\"exit 3\",\"\"]', 4, -1, 12, 1001, 1012)",
+            (execution.id.to_string(), owner.to_string()),
+        )
+        .unwrap();
+}
+
+#[test]
+fn a_database_of_schema_1_keeps_every_row_and_can_be_used_on() {
+    let directory = tempfile::tempdir().unwrap();
+    database_of_schema_1(directory.path());
+    let migrated = |state: SessionState| Session {
+        name: "a".into(),
+        state,
+        env: [("A".into(), "b".into())].into(),
+        metadata: Default::default(),
+        tags: vec!["tag".into()],
+        ssh_authorized_keys: Vec::new(),
+        idle_timeout_minutes: Some(30),
+        ready_at: Some(2),
+        timeout_at: Some(4),
+        last_activity_at: 5,
+        source_snapshot_id: None,
+        source_image_id: None,
+        pause: None,
+        last_resume_error: String::new(),
+        attachments: Vec::new(),
+        ..session(1, state as u32)
+    };
+    let limited = WorkspaceSettings { sessions_max: Some(7), ..WorkspaceSettings::default() };
+    // The second opening finds nothing left to do.
+    for _ in 0..2 {
+        let store = open(directory.path());
+        runtime().block_on(async {
+            let second = Workspace { settings: limited.clone(), ..workspace(2) };
+            assert_eq!(store.workspaces().await.unwrap(), [workspace(1), second]);
+            let secret_hash = [0; 32];
+            let api_key = ApiKey { id: key(1), workspace_id: workspace(1).id, secret_hash, created_at: 5 };
+            assert_eq!(store.api_keys().await.unwrap(), [api_key]);
+            assert_eq!(store.setting("certificate_key").await.unwrap(), Some(vec![0, 255, 1]));
+            for state in SessionState::ALL {
+                let kept = store.session(session(1, state as u32).id).await.unwrap();
+                assert_eq!(kept, Some(migrated(state)), "{state:?}");
+            }
+            let owner = session(1, SessionState::Running as u32).id;
+            assert_eq!(store.executions(owner).await.unwrap(), [execution(owner, 1)]);
+        });
+    }
+    let store = open(directory.path());
+    runtime().block_on(async {
+        let full = session(1, SessionState::Running as u32);
+        store
+            .commit(vec![
+                Change::Session(full.clone()),
+                Change::Snapshot(snapshot(2, 2)),
+                Change::Volume(volume(3, 3)),
+                Change::Workspace(workspace(2)),
+            ])
+            .await
+            .unwrap();
+        assert_eq!(store.session(full.id).await.unwrap(), Some(full));
+        assert_eq!(store.workspaces().await.unwrap(), [1, 2].map(workspace));
     });
 }
 
@@ -166,9 +277,15 @@ fn common_lists_read_an_index_in_order() {
     let directory = tempfile::tempdir().unwrap();
     drop(open(directory.path()));
     let database = Connection::open(directory.path().join(FILE)).unwrap();
-    for (condition, index) in [("", "sessions_by_age"), ("AND state <> 6", "sessions_alive_by_age")] {
+    for (table, condition, index, column) in [
+        ("sessions", "workspace_id = ?", "sessions_by_age", "workspace_id"),
+        ("sessions", "workspace_id = ? AND state <> 6", "sessions_alive_by_age", "workspace_id"),
+        ("snapshots", "workspace_id = ?", "snapshots_by_age", "workspace_id"),
+        ("snapshots", "session_id = ?", "snapshots_by_session", "session_id"),
+        ("volumes", "workspace_id = ?", "volumes_by_age", "workspace_id"),
+    ] {
         let sql = format!(
-            "EXPLAIN QUERY PLAN SELECT * FROM sessions WHERE workspace_id = ? {condition}
+            "EXPLAIN QUERY PLAN SELECT * FROM {table} WHERE {condition}
              AND (created_at, id) < (?, ?) ORDER BY created_at DESC, id DESC LIMIT ?"
         );
         let plan: Vec<String> = database
@@ -179,7 +296,7 @@ fn common_lists_read_an_index_in_order() {
             .map(Result::unwrap)
             .collect();
         assert_eq!(plan.len(), 1, "no separate sorting: {plan:?}");
-        assert!(plan[0].contains(&format!("INDEX {index} (workspace_id=?")), "{plan:?}");
+        assert!(plan[0].contains(&format!("INDEX {index} ({column}=?")), "{plan:?}");
     }
 }
 

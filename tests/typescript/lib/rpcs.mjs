@@ -2,6 +2,8 @@
 
 export const CONTROL = "tenki.sandbox.v1.SandboxService";
 export const DATA = "tenki.sandbox.v1.SandboxSessionDataPlaneService";
+/** What is offered beyond the contract. */
+export const OWN = "nagaya.v1.NagayaService";
 export const SSH = "tenki.sandbox.v1.SSHGatewayClientService";
 
 export const RPCS = {
@@ -33,6 +35,11 @@ export const BUILT = new Set(
   `CreateSession CreateSessionCredential GetSession WaitSession ListSessions ListWorkspaceSandboxes
    ListProjectSandboxes UpdateSession ExtendSession TerminateSession TerminateSessions ReportSessionActivity
    GetWorkspaceSandboxUsage ExecuteCommand StreamCommandOutput WhoAmI
+   PauseSession ResumeSession CreateSnapshot GetSnapshot GetSnapshotDownloadURL UpdateSnapshot DeleteSnapshot
+   ListSnapshots ListSessionSnapshots ListDanglingSnapshots ListWorkspaceSnapshots ListProjectSnapshots
+   CreateVolume GetVolume ListVolumes ListProjectVolumes UpdateVolume ResizeVolume DeleteVolume AttachVolume DetachVolume
+   GetWorkspaceSandboxSettings UpdateWorkspaceSandboxSettings
+   GetWorkspaceSnapshotRetentionSettings UpdateWorkspaceSnapshotRetentionSettings
    Run ReadFile WriteFile ReadFileStream WriteFileStream Stat Mkdir Remove List`.split(/\s+/),
 );
 

@@ -1,8 +1,7 @@
 //! Bodies: reading a request's within limits, and the one type of all responses.
 
-use std::convert::Infallible;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -11,6 +10,8 @@ use http::HeaderMap;
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use nagaya_api::error::{Code, Error};
+use nagaya_engine::ports::ImageReader;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::lifecycle::Busy;
 use crate::tenki::reframe::Reframed;
@@ -165,11 +166,67 @@ pub(crate) struct ResponseBody {
 enum Content {
     Rpc(ConnectRpcBody),
     Text(Full<Bytes>),
+    Disk(Disk),
+    /// The answer to HEAD: nothing, of which the length is told.
+    EmptyOf(u64),
+}
+
+/// A response that cannot be finished. The connection or stream is cut, so that nobody takes what
+/// there is of it for the whole.
+#[derive(Debug, thiserror::Error)]
+#[error("the rest of the response cannot be read")]
+pub(crate) struct CutOff;
+
+/// The disk of a snapshot on its way out, a part at a time.
+pub(crate) struct Disk {
+    first: Option<Bytes>,
+    reader: ImageReader,
+    /// Bytes that are still to come.
+    rest: u64,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Disk {
+    pub(crate) fn new(first: Bytes, reader: ImageReader, place: OwnedSemaphorePermit) -> Self {
+        Self { first: Some(first), rest: reader.total_size, reader, _place: place }
+    }
+
+    fn poll_part(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, CutOff>>> {
+        if self.rest == 0 {
+            return Poll::Ready(None);
+        }
+        let part = match self.first.take() {
+            Some(first) => Some(Ok(first)),
+            None => ready!(self.reader.chunks.poll_recv(context)),
+        };
+        Poll::Ready(Some(match part {
+            Some(Ok(part)) if part.len() as u64 <= self.rest => {
+                self.rest -= part.len() as u64;
+                Ok(Frame::data(part))
+            }
+            Some(Err(error)) => {
+                tracing::error!(%error, "a snapshot's disk cannot be read to its end");
+                Err(CutOff)
+            }
+            Some(Ok(_)) | None => {
+                tracing::error!("a snapshot's disk is not as long as its manifest says");
+                Err(CutOff)
+            }
+        }))
+    }
 }
 
 impl ResponseBody {
     pub(crate) fn rpc(body: ConnectRpcBody, busy: Option<Busy>) -> Self {
         Self { content: Content::Rpc(body), _busy: busy }
+    }
+
+    pub(crate) fn disk(disk: Disk, busy: Busy) -> Self {
+        Self { content: Content::Disk(disk), _busy: Some(busy) }
+    }
+
+    pub(crate) fn empty_of(length: u64) -> Self {
+        Self { content: Content::EmptyOf(length), _busy: None }
     }
 
     pub(crate) fn text(text: impl Into<Bytes>) -> Self {
@@ -179,12 +236,14 @@ impl ResponseBody {
 
 impl Body for ResponseBody {
     type Data = Bytes;
-    type Error = Infallible;
+    type Error = CutOff;
 
-    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, CutOff>>> {
         match &mut self.get_mut().content {
-            Content::Rpc(body) => Pin::new(body).poll_frame(context),
-            Content::Text(body) => Pin::new(body).poll_frame(context),
+            Content::Rpc(body) => Pin::new(body).poll_frame(context).map_err(|never| match never {}),
+            Content::Text(body) => Pin::new(body).poll_frame(context).map_err(|never| match never {}),
+            Content::Disk(disk) => disk.poll_part(context),
+            Content::EmptyOf(_) => Poll::Ready(None),
         }
     }
 
@@ -192,6 +251,8 @@ impl Body for ResponseBody {
         match &self.content {
             Content::Rpc(ConnectRpcBody::Full(body)) | Content::Text(body) => body.is_end_stream(),
             Content::Rpc(_) => false,
+            Content::Disk(disk) => disk.rest == 0,
+            Content::EmptyOf(_) => true,
         }
     }
 
@@ -200,6 +261,8 @@ impl Body for ResponseBody {
         match &self.content {
             Content::Rpc(ConnectRpcBody::Full(body)) | Content::Text(body) => body.size_hint(),
             Content::Rpc(_) => SizeHint::default(),
+            Content::Disk(disk) => SizeHint::with_exact(disk.rest),
+            Content::EmptyOf(length) => SizeHint::with_exact(*length),
         }
     }
 }

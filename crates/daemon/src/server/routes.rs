@@ -5,11 +5,14 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::uri::Scheme;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use hyper::body::Incoming;
+
+use nagaya_api::error::{Code, Error};
 
 use super::body::ResponseBody;
 use super::lifecycle::{Lifecycle, Phase};
+use crate::download::Downloads;
 use crate::metrics::Metrics;
 use crate::tenki::Facade;
 
@@ -30,6 +33,7 @@ impl Origin {
 
 pub(crate) struct Routes {
     pub(crate) tenki: Facade,
+    pub(crate) downloads: Arc<Downloads>,
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) metrics: Arc<Metrics>,
 }
@@ -57,7 +61,13 @@ impl Routes {
                 response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(Metrics::CONTENT_TYPE));
                 response
             }
-            ("/" | "/healthz" | "/readyz" | "/metrics", false) => {
+            (path, true) if Downloads::snapshot_of(path).is_some() => {
+                return Ok(self.download(request.method(), request.uri()).await);
+            }
+            (path, false)
+                if matches!(path, "/" | "/healthz" | "/readyz" | "/metrics")
+                    || Downloads::snapshot_of(path).is_some() =>
+            {
                 let mut response =
                     json(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path is read with GET");
                 response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
@@ -76,6 +86,17 @@ impl Routes {
             *response.body_mut() = ResponseBody::text(Bytes::new());
         }
         Ok(response)
+    }
+
+    async fn download(&self, method: &Method, uri: &Uri) -> Response<ResponseBody> {
+        let answer = match self.lifecycle.phase() {
+            Phase::Draining | Phase::Stopped => Err(Error::from(Code::Draining)),
+            Phase::Starting | Phase::Serving => self.downloads.answer(method, uri).await,
+        };
+        answer.unwrap_or_else(|error| {
+            let status = StatusCode::from_u16(error.code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            json(status, error.code.name(), &error.wire_text())
+        })
     }
 }
 

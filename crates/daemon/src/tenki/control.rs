@@ -10,8 +10,7 @@ use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{Session, SessionState};
 use nagaya_engine::{Caller, ListSessions, NewExecution, NewSession, SessionUpdate};
 
-use super::Tenki;
-use super::convert;
+use super::{Tenki, convert, volumes};
 
 /// Names under which the default image is asked for.
 const DEFAULT_IMAGES: [&str; 2] = ["", "sandbox"];
@@ -19,7 +18,7 @@ const DEFAULT_IMAGES: [&str; 2] = ["", "sandbox"];
 /// What the clients write for "whoever I am".
 const OWNER_SELF: &str = "self";
 
-fn invalid(detail: &str) -> Error {
+pub(super) fn invalid(detail: &str) -> Error {
     Error::new(Code::InvalidArgument, detail)
 }
 
@@ -46,7 +45,7 @@ impl Tenki {
         let started = Instant::now();
         let caller = self.caller(context)?;
         let hold = if request.wait_ready || request.wait_for_runtime {
-            context.time_remaining().map(|remaining| remaining.saturating_sub(self.deadline_margin))
+            self.time_to_answer(context)
         } else {
             Some(self.create_hold)
         };
@@ -67,10 +66,22 @@ impl Tenki {
         })
     }
 
-    /// The session when it is RUNNING or has ended, or as it is after the given time.
-    async fn settled(&self, caller: &Caller, session: Session, hold: Option<Duration>) -> Result<Session, Error> {
+    /// How long an answer may be held back, so that it is there before the call's deadline. `None`:
+    /// as long as it takes.
+    pub(super) fn time_to_answer(&self, context: &RequestContext) -> Option<Duration> {
+        context.time_remaining().map(|remaining| remaining - self.deadline_margin.min(remaining / 2))
+    }
+
+    /// The session when its creation is over, or as it is after the given time.
+    pub(super) async fn settled(
+        &self,
+        caller: &Caller,
+        session: Session,
+        hold: Option<Duration>,
+    ) -> Result<Session, Error> {
         let mut watched = self.engine.watch_session(caller, session.id).await?;
-        let settled = watched.wait_for(|session| session.state == SessionState::Running || session.state.is_terminal());
+        // It may have been RUNNING and be PAUSED again before anybody looked.
+        let settled = watched.wait_for(|session| session.state != SessionState::Creating);
         let outcome = match hold {
             Some(hold) => {
                 tokio::time::timeout(hold, settled).await.map(|settled| settled.map(|session| session.clone()))
@@ -110,7 +121,7 @@ impl Tenki {
             OWNER_SELF => Some(caller.key_id.to_string()),
             other => Some(other.to_owned()),
         };
-        let page_size = u32::try_from(list.page_size).map_err(|_| invalid("page_size must not be negative"))?;
+        let page_size = page_size(list.page_size)?;
         let list = ListSessions {
             workspace_id: workspace(&list.workspace_id, &list.project_id)?,
             owner_id,
@@ -188,6 +199,50 @@ impl Tenki {
         Ok(response)
     }
 
+    pub(super) async fn pause_session(
+        &self,
+        context: &RequestContext,
+        session_id: &str,
+    ) -> Result<wire::SandboxSession, Error> {
+        let (caller, id) = (self.caller(context)?, convert::id(session_id, "session_id")?);
+        self.reached(context, &caller, id, self.engine.pause_session(&caller, id)).await
+    }
+
+    /// A resume that fails is answered with the session, PAUSED again: it tells why in
+    /// `last_resume_error`, which is where clients look for it.
+    pub(super) async fn resume_session(
+        &self,
+        context: &RequestContext,
+        session_id: &str,
+    ) -> Result<wire::SandboxSession, Error> {
+        let (caller, id) = (self.caller(context)?, convert::id(session_id, "session_id")?);
+        let resume = async {
+            match self.engine.resume_session(&caller, id).await {
+                Err(error) if error.code == Code::ResumeFailed => self.engine.session(&caller, id).await,
+                resumed => resumed,
+            }
+        };
+        self.reached(context, &caller, id, resume).await
+    }
+
+    /// What a change of state came to or, where it takes longer than the caller waits, how far it is.
+    async fn reached(
+        &self,
+        context: &RequestContext,
+        caller: &Caller,
+        id: SessionId,
+        change: impl Future<Output = Result<Session, Error>>,
+    ) -> Result<wire::SandboxSession, Error> {
+        let session = match self.time_to_answer(context) {
+            None => change.await?,
+            Some(hold) => match tokio::time::timeout(hold, change).await {
+                Ok(changed) => changed?,
+                Err(_) => self.engine.session(caller, id).await?,
+            },
+        };
+        Ok(convert::session(session))
+    }
+
     pub(super) async fn report_session_activity(
         &self,
         caller: &Caller,
@@ -211,8 +266,8 @@ impl Tenki {
                     key: key.into(),
                     label: label.into(),
                     unit: unit.into(),
-                    current: saturating(current),
-                    max: max.map(saturating),
+                    current: convert::saturating(current),
+                    max: max.map(convert::saturating),
                     help_text: help.into(),
                 }
             };
@@ -281,8 +336,12 @@ pub(super) struct List {
     pub(super) page_token: String,
 }
 
+pub(super) fn page_size(asked: i32) -> Result<u32, Error> {
+    u32::try_from(asked).map_err(|_| invalid("page_size must not be negative"))
+}
+
 /// The workspace that was named, under either of its two names.
-fn workspace(workspace_id: &str, project_id: &str) -> Result<Option<WorkspaceId>, Error> {
+pub(super) fn workspace(workspace_id: &str, project_id: &str) -> Result<Option<WorkspaceId>, Error> {
     let workspace = convert::optional_id::<WorkspaceId>(workspace_id, "workspace_id")?;
     let project = convert::optional_id::<WorkspaceId>(project_id, "project_id")?;
     match (workspace, project) {
@@ -299,6 +358,7 @@ fn new_session(request: wire::CreateSessionRequest) -> Result<NewSession, Error>
     if !matches!(request.owner_type.as_str(), "SERVICE" | "USER") {
         return Err(invalid("owner_type must be SERVICE or USER"));
     }
+    check_source(&request)?;
     refuse_what_is_not_built(&request)?;
     let idle_timeout_minutes = request
         .idle_timeout_minutes
@@ -323,7 +383,19 @@ fn new_session(request: wire::CreateSessionRequest) -> Result<NewSession, Error>
         ssh_authorized_keys: request.ssh_authorized_keys,
         sticky: request.sticky,
         idle_timeout_minutes,
+        snapshot_id: convert::optional_id(request.snapshot_id.as_deref().unwrap_or_default(), "snapshot_id")?,
+        mounts: request.volumes.into_iter().map(volumes::mount).collect::<Result<_, _>>()?,
     })
+}
+
+/// A session begins with one thing: an image, a snapshot or a template.
+fn check_source(request: &wire::CreateSessionRequest) -> Result<(), Error> {
+    let named = |source: &Option<String>| source.as_deref().is_some_and(|source| !source.is_empty());
+    let sources = [&request.registry_ref, &request.snapshot_id, &request.template_spec_id];
+    match sources.into_iter().filter(|source| named(source)).count() {
+        0 | 1 => Ok(()),
+        _ => Err(invalid("registry_ref, snapshot_id and template_spec_id exclude each other")),
+    }
 }
 
 /// A field that asks for something this server cannot do yet must not be ignored.
@@ -331,12 +403,10 @@ fn refuse_what_is_not_built(request: &wire::CreateSessionRequest) -> Result<(), 
     let image = request.registry_ref.as_deref().unwrap_or_default();
     let named = |id: &Option<String>| id.as_deref().is_some_and(|id| !id.is_empty());
     let asked = [
-        ("snapshot_id", named(&request.snapshot_id)),
         ("registry_ref", !DEFAULT_IMAGES.contains(&image)),
         ("template_spec_id", named(&request.template_spec_id)),
         ("setup_env", !request.setup_env.is_empty()),
         ("setup_secrets", !request.setup_secrets.is_empty()),
-        ("volumes", !request.volumes.is_empty()),
         ("clone_repo_url", !request.clone_repo_url.is_empty()),
         ("enable_opencode", request.enable_opencode),
     ];
@@ -346,12 +416,11 @@ fn refuse_what_is_not_built(request: &wire::CreateSessionRequest) -> Result<(), 
     }
 }
 
-fn milliseconds(duration: Option<&buffa_types::google::protobuf::Duration>, field: &str) -> Result<Option<u64>, Error> {
+pub(super) fn milliseconds(
+    duration: Option<&buffa_types::google::protobuf::Duration>,
+    field: &str,
+) -> Result<Option<u64>, Error> {
     duration.map(|duration| convert::milliseconds(duration, field)).transpose()
-}
-
-fn saturating(number: u64) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
 }
 
 /// A session that ended before it began because the server was full is an error of its creation.

@@ -1,16 +1,26 @@
 //! The engine's records in the words of the wire, and back.
 
+use std::collections::BTreeMap;
+
 use buffa_types::google::protobuf::{Duration, Timestamp};
 use connectrpc::ConnectError;
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::ParseIdError;
+use nagaya_api::ids::{ImageId, ParseIdError, SessionId};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::Certificate;
-use nagaya_engine::model::{Execution, ExecutionStatus, Session, SessionState, UnixMs};
+use nagaya_engine::model::{
+    Attachment, AttachmentState, Durability, Execution, ExecutionStatus, Session, SessionState, Snapshot, SnapshotKind,
+    SnapshotState, UnixMs, Volume, VolumeState,
+};
 use nagaya_engine::ports::{ExitStatus, GuestError, Signal};
 
 /// Sessions are owned by a key, which the contract has no word for; `SERVICE` comes closest.
 pub(super) const OWNER_TYPE: &str = "SERVICE";
+
+/// The image below every disk, so far.
+const BASE_IMAGE: &str = "sandbox";
+/// Snapshots hold disks: what is made from one starts with a boot.
+const RESTORE_MODE: &str = "COLD_BOOT";
 
 pub(super) fn timestamp(at: UnixMs) -> Timestamp {
     Timestamp {
@@ -25,6 +35,25 @@ pub(super) fn duration(ms: u64) -> Duration {
         seconds: i64::try_from(ms / 1000).unwrap_or(i64::MAX),
         nanos: i32::try_from(ms % 1000).unwrap_or(0) * 1_000_000,
         ..Default::default()
+    }
+}
+
+/// A moment as text, where the contract has no type for it.
+fn rfc3339(at: UnixMs) -> String {
+    match serde_json::to_value(timestamp(at)) {
+        Ok(serde_json::Value::String(text)) => text,
+        // Years beyond 9999 have no such text.
+        _ => String::new(),
+    }
+}
+
+/// Milliseconds since the epoch of a moment that a caller named.
+pub(super) fn unix_ms(timestamp: &Timestamp, field: &str) -> Result<UnixMs, Error> {
+    match (u64::try_from(timestamp.seconds), u64::try_from(timestamp.nanos)) {
+        (Ok(seconds), Ok(nanos)) if nanos < 1_000_000_000 => {
+            Ok(seconds.saturating_mul(1000).saturating_add(nanos / 1_000_000))
+        }
+        _ => Err(Error::new(Code::InvalidArgument, format!("{field} is not a moment after 1970"))),
     }
 }
 
@@ -81,7 +110,19 @@ pub(super) fn state_filter(state: buffa::EnumValue<wire::SessionState>) -> Resul
 
 pub(super) fn session(session: Session) -> wire::SandboxSession {
     let workspace_id = session.workspace_id.to_string();
+    // Until it is PAUSED there is nothing that could be used as a snapshot.
+    let pause = session.pause.as_ref().filter(|_| session.state != SessionState::Pausing);
+    let source_snapshot_id = session.source_snapshot_id.map(|id| id.to_string());
     wire::SandboxSession {
+        paused_at: pause.map(|pause| timestamp(pause.paused_at)).into(),
+        pause_expires_at: pause.and_then(|pause| pause.expires_at).map(timestamp).into(),
+        pause_snapshot_id: pause.map(|pause| pause.snapshot_id.to_string()),
+        pause_snapshot: pause_snapshot(&session).map(snapshot).into(),
+        last_resume_error: session.last_resume_error,
+        volume_attachments: session.attachments.into_iter().map(|each| attachment(session.id, each)).collect(),
+        // The contract has two names for it, which clients of different age read.
+        snapshot_id: source_snapshot_id.clone(),
+        source_snapshot_id,
         id: session.id.to_string(),
         state: state(session.state).into(),
         owner_type: OWNER_TYPE.into(),
@@ -107,6 +148,120 @@ pub(super) fn session(session: Session) -> wire::SandboxSession {
         sticky: session.sticky,
         terminal_error: session.terminal_error,
         ..Default::default()
+    }
+}
+
+/// The disk of a stopped session as the snapshot that it can be used as. It is told with the
+/// session, so that every look at a session does not become two.
+fn pause_snapshot(session: &Session) -> Option<Snapshot> {
+    let pause = session.pause.as_ref().filter(|_| session.state != SessionState::Pausing)?;
+    Some(Snapshot {
+        id: pause.snapshot_id,
+        workspace_id: session.workspace_id,
+        session_id: session.id,
+        name: session.name.clone(),
+        kind: SnapshotKind::Pause,
+        state: SnapshotState::Ready,
+        durability: Durability::LocalReady,
+        tags: Vec::new(),
+        created_at: pause.paused_at,
+        expires_at: None,
+        local_ready_at: Some(pause.paused_at),
+        durable_at: None,
+        machine: session.machine.clone(),
+        env: BTreeMap::new(),
+        image_id: ImageId::from_uuid(*pause.snapshot_id.as_uuid()),
+        copied: false,
+        source_stopped_us: 0,
+        manifest: String::new(),
+        size_bytes: 0,
+        stored_bytes: 0,
+        failure_reason: String::new(),
+        propagation_error: String::new(),
+    })
+}
+
+pub(super) fn snapshot(snapshot: Snapshot) -> wire::Snapshot {
+    let workspace_id = snapshot.workspace_id.to_string();
+    let state = match snapshot.state {
+        SnapshotState::Creating => wire::SnapshotState::Creating,
+        SnapshotState::Ready => wire::SnapshotState::Ready,
+        SnapshotState::Failed => wire::SnapshotState::Failed,
+        SnapshotState::Deleting => wire::SnapshotState::Deleting,
+    };
+    let kind = match snapshot.kind {
+        SnapshotKind::User => wire::SnapshotType::User,
+        SnapshotKind::Pause => wire::SnapshotType::Pause,
+        SnapshotKind::Template => wire::SnapshotType::Template,
+    };
+    let durability = match snapshot.durability {
+        Durability::None => wire::SnapshotDurabilityState::Unspecified,
+        Durability::LocalReady => wire::SnapshotDurabilityState::LocalReady,
+        Durability::Durable => wire::SnapshotDurabilityState::Durable,
+        Durability::PropagationFailed => wire::SnapshotDurabilityState::PropagationFailed,
+    };
+    wire::Snapshot {
+        id: snapshot.id.to_string(),
+        session_id: snapshot.session_id.to_string(),
+        project_id: workspace_id.clone(),
+        workspace_id: Some(workspace_id),
+        name: Some(snapshot.name).filter(|name| !name.is_empty()),
+        state: state.into(),
+        r#type: kind.into(),
+        durability_state: durability.into(),
+        size_bytes: saturating(snapshot.size_bytes),
+        compressed_bytes: saturating(snapshot.stored_bytes),
+        base_image_id: BASE_IMAGE.into(),
+        created_at: timestamp(snapshot.created_at).into(),
+        expires_at: snapshot.expires_at.map(timestamp).into(),
+        local_ready_at: snapshot.local_ready_at.map(timestamp).into(),
+        tags: snapshot.tags,
+        cpu_cores: signed(snapshot.machine.cpu_cores),
+        memory_mb: signed(snapshot.machine.memory_mb),
+        disk_size_gb: signed(snapshot.machine.disk_gb),
+        failure_reason: snapshot.failure_reason,
+        propagation_error: snapshot.propagation_error,
+        raw_image_available: state == wire::SnapshotState::Ready && kind != wire::SnapshotType::Pause,
+        restore_mode: RESTORE_MODE.into(),
+        ..Default::default()
+    }
+}
+
+/// `attached` anywhere: clients that look at the state only must see that it cannot be deleted.
+pub(super) fn volume(volume: Volume, attached: bool) -> wire::Volume {
+    let workspace_id = volume.workspace_id.to_string();
+    let state = match volume.state {
+        VolumeState::Creating => wire::VolumeState::Unspecified,
+        VolumeState::Available if attached => wire::VolumeState::InUse,
+        VolumeState::Available => wire::VolumeState::Available,
+        VolumeState::Deleting => wire::VolumeState::Deleting,
+    };
+    wire::Volume {
+        id: volume.id.to_string(),
+        project_id: workspace_id.clone(),
+        workspace_id,
+        name: volume.name,
+        size_bytes: saturating(volume.size_bytes),
+        state: state.into(),
+        created_at: rfc3339(volume.created_at),
+        updated_at: rfc3339(volume.updated_at),
+        tags: volume.tags,
+    }
+}
+
+pub(super) fn attachment(session_id: SessionId, attachment: Attachment) -> wire::VolumeAttachment {
+    let state = match attachment.state {
+        AttachmentState::Attaching => "ATTACHING",
+        AttachmentState::Attached => "ATTACHED",
+        AttachmentState::SyncPending => "SYNC_PENDING",
+    };
+    wire::VolumeAttachment {
+        id: attachment.id.to_string(),
+        volume_id: attachment.volume_id.to_string(),
+        session_id: session_id.to_string(),
+        mount_path: attachment.mount_path,
+        readonly: attachment.readonly,
+        state: state.into(),
     }
 }
 
@@ -165,6 +320,10 @@ pub(super) fn guest_error(error: GuestError) -> ConnectError {
 
 fn signed(count: u32) -> i32 {
     i32::try_from(count).unwrap_or(i32::MAX)
+}
+
+pub(super) fn saturating(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

@@ -11,10 +11,14 @@ mod convert;
 mod data;
 mod direct;
 mod files;
+mod fork;
 mod observe;
 pub(crate) mod reframe;
 mod run;
 mod services;
+mod settings;
+mod snapshots;
+mod volumes;
 mod wait;
 
 use std::sync::Arc;
@@ -35,6 +39,7 @@ use nagaya_engine::{Caller, Engine, EngineConfig};
 use tower::Service as _;
 
 use crate::config::Limits;
+use crate::download::Downloads;
 use crate::metrics::Metrics;
 use crate::server::body::{self, ReadLimits, RequestBody, ResponseBody};
 use crate::server::lifecycle::{Lifecycle, Phase};
@@ -46,6 +51,8 @@ use reframe::Reframed;
 const CONTROL_PLANE: &str = "tenki.sandbox.v1.SandboxService";
 const DATA_PLANE: &str = "tenki.sandbox.v1.SandboxSessionDataPlaneService";
 const SSH_GATEWAYS: &str = "tenki.sandbox.v1.SSHGatewayClientService";
+/// What is offered beyond the contract, to the same callers.
+const OWN: &str = "nagaya.v1.NagayaService";
 
 /// What the façade is made from.
 pub(crate) struct Parts {
@@ -55,6 +62,7 @@ pub(crate) struct Parts {
     pub(crate) public_url: Option<String>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) lifecycle: Arc<Lifecycle>,
+    pub(crate) downloads: Arc<Downloads>,
 }
 
 /// Admits requests, and hands them to the rpc layer.
@@ -72,6 +80,7 @@ struct Tenki {
     engine_config: EngineConfig,
     metrics: Arc<Metrics>,
     public_url: Option<String>,
+    downloads: Arc<Downloads>,
     message_bytes_max: usize,
     stdin_window_bytes: u32,
     read_chunk_bytes: usize,
@@ -90,7 +99,7 @@ struct Admitted {
 }
 
 impl Facade {
-    pub(crate) const SERVICES: [&str; 3] = [CONTROL_PLANE, DATA_PLANE, SSH_GATEWAYS];
+    pub(crate) const SERVICES: [&str; 4] = [CONTROL_PLANE, DATA_PLANE, SSH_GATEWAYS, OWN];
 
     /// Whether this façade answers for the path, with whatever outcome.
     pub(crate) fn serves(path: &str) -> bool {
@@ -100,12 +109,13 @@ impl Facade {
     }
 
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { engine, engine_config, limits, public_url, metrics, lifecycle } = parts;
+        let Parts { engine, engine_config, limits, public_url, metrics, lifecycle, downloads } = parts;
         let tenki = Arc::new(Tenki {
             engine,
             engine_config,
             metrics: Arc::clone(&metrics),
             public_url,
+            downloads,
             message_bytes_max: limits.message_bytes_max,
             stdin_window_bytes: limits.stdin_window_bytes,
             read_chunk_bytes: limits.read_chunk_bytes as usize,

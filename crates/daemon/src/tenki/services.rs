@@ -4,16 +4,21 @@ use std::sync::Arc;
 
 use connectrpc::{RequestContext, Response, Router, ServiceResult, ServiceStream};
 use nagaya_api::error::Error;
+use nagaya_api::nagaya::v1 as own;
 use nagaya_api::tenki::v1 as wire;
 
-use super::control::List;
-use super::{Tenki, run, wait};
+use super::control::{List, workspace};
+use super::fork::Own;
+use super::settings::retention_settings;
+use super::snapshots::Scope;
+use super::{Tenki, convert, run, wait};
 
-/// A router that knows all rpcs of the contract.
+/// A router that knows all rpcs of the contract, and our own.
 pub(super) fn router(tenki: &Arc<Tenki>) -> Router {
     let router = wire::SandboxService::register(Arc::new(ControlPlane(Arc::clone(tenki))), Router::new());
     let router = wire::SandboxSessionDataPlaneService::register(Arc::new(DataPlane(Arc::clone(tenki))), router);
-    wire::SshGatewayClientService::register(Arc::new(SshGateways), router)
+    let router = wire::SshGatewayClientService::register(Arc::new(SshGateways), router);
+    own::NagayaService::register(Arc::new(Own(Arc::clone(tenki))), router)
 }
 
 struct ControlPlane(Arc<Tenki>);
@@ -152,6 +157,258 @@ impl wire::SandboxService for ControlPlane {
         request: wire::TerminateSessionsRequest,
     ) -> ServiceResult<wire::TerminateSessionsResponse> {
         answer(self.0.terminate_sessions(&self.0.caller(&context)?, request).await)
+    }
+
+    async fn pause_session(
+        &self,
+        context: RequestContext,
+        request: wire::PauseSessionRequest,
+    ) -> ServiceResult<wire::PauseSessionResponse> {
+        let session = self.0.pause_session(&context, &request.session_id).await?;
+        Response::ok(wire::PauseSessionResponse { session: session.into() })
+    }
+
+    async fn resume_session(
+        &self,
+        context: RequestContext,
+        request: wire::ResumeSessionRequest,
+    ) -> ServiceResult<wire::ResumeSessionResponse> {
+        let session = self.0.resume_session(&context, &request.session_id).await?;
+        Response::ok(wire::ResumeSessionResponse { session: session.into() })
+    }
+
+    async fn create_snapshot(
+        &self,
+        context: RequestContext,
+        request: wire::CreateSnapshotRequest,
+    ) -> ServiceResult<wire::CreateSnapshotResponse> {
+        let snapshot = self.0.create_snapshot(&self.0.caller(&context)?, request).await?;
+        Response::ok(wire::CreateSnapshotResponse { snapshot: snapshot.into() })
+    }
+
+    async fn get_snapshot(
+        &self,
+        context: RequestContext,
+        request: wire::GetSnapshotRequest,
+    ) -> ServiceResult<wire::GetSnapshotResponse> {
+        let snapshot = self.0.get_snapshot(&self.0.caller(&context)?, &request.snapshot_id).await?;
+        Response::ok(wire::GetSnapshotResponse { snapshot: snapshot.into() })
+    }
+
+    async fn update_snapshot(
+        &self,
+        context: RequestContext,
+        request: wire::UpdateSnapshotRequest,
+    ) -> ServiceResult<wire::UpdateSnapshotResponse> {
+        let snapshot = self.0.update_snapshot(&self.0.caller(&context)?, request).await?;
+        Response::ok(wire::UpdateSnapshotResponse { snapshot: snapshot.into() })
+    }
+
+    async fn delete_snapshot(
+        &self,
+        context: RequestContext,
+        request: wire::DeleteSnapshotRequest,
+    ) -> ServiceResult<wire::DeleteSnapshotResponse> {
+        let snapshot = self.0.delete_snapshot(&self.0.caller(&context)?, &request.snapshot_id).await?;
+        Response::ok(wire::DeleteSnapshotResponse { snapshot: snapshot.into() })
+    }
+
+    async fn get_snapshot_download_url(
+        &self,
+        context: RequestContext,
+        request: wire::GetSnapshotDownloadURLRequest,
+    ) -> ServiceResult<wire::GetSnapshotDownloadURLResponse> {
+        answer(self.0.get_snapshot_download_url(&context, &request.snapshot_id).await)
+    }
+
+    async fn list_snapshots(
+        &self,
+        context: RequestContext,
+        request: wire::ListSnapshotsRequest,
+    ) -> ServiceResult<wire::ListSnapshotsResponse> {
+        let scope = Scope::default();
+        let caller = self.0.caller(&context)?;
+        let page = self.0.list_snapshots(&caller, scope, request.page_size, request.page_token);
+        let (snapshots, next_page_token) = page.await?;
+        Response::ok(wire::ListSnapshotsResponse { snapshots, next_page_token })
+    }
+
+    async fn list_session_snapshots(
+        &self,
+        context: RequestContext,
+        request: wire::ListSessionSnapshotsRequest,
+    ) -> ServiceResult<wire::ListSessionSnapshotsResponse> {
+        let scope = Scope { session_id: Some(convert::id(&request.session_id, "session_id")?), ..Scope::default() };
+        let caller = self.0.caller(&context)?;
+        let page = self.0.list_snapshots(&caller, scope, request.page_size, request.page_token);
+        let (snapshots, next_page_token) = page.await?;
+        Response::ok(wire::ListSessionSnapshotsResponse { snapshots, next_page_token })
+    }
+
+    async fn list_dangling_snapshots(
+        &self,
+        context: RequestContext,
+        request: wire::ListDanglingSnapshotsRequest,
+    ) -> ServiceResult<wire::ListDanglingSnapshotsResponse> {
+        let scope = Scope { dangling: true, ..Scope::default() };
+        let caller = self.0.caller(&context)?;
+        let page = self.0.list_snapshots(&caller, scope, request.page_size, request.page_token);
+        let (snapshots, next_page_token) = page.await?;
+        Response::ok(wire::ListDanglingSnapshotsResponse { snapshots, next_page_token })
+    }
+
+    async fn list_workspace_snapshots(
+        &self,
+        context: RequestContext,
+        request: wire::ListWorkspaceSnapshotsRequest,
+    ) -> ServiceResult<wire::ListWorkspaceSnapshotsResponse> {
+        let scope = Scope { workspace_id: workspace(&request.workspace_id, "")?, ..Scope::default() };
+        let caller = self.0.caller(&context)?;
+        let page = self.0.list_snapshots(&caller, scope, request.page_size, request.page_token);
+        let (snapshots, next_page_token) = page.await?;
+        Response::ok(wire::ListWorkspaceSnapshotsResponse { snapshots, next_page_token })
+    }
+
+    async fn list_project_snapshots(
+        &self,
+        context: RequestContext,
+        request: wire::ListProjectSnapshotsRequest,
+    ) -> ServiceResult<wire::ListProjectSnapshotsResponse> {
+        let scope = Scope {
+            workspace_id: workspace(request.workspace_id.as_deref().unwrap_or_default(), &request.project_id)?,
+            ..Scope::default()
+        };
+        let caller = self.0.caller(&context)?;
+        let page = self.0.list_snapshots(&caller, scope, request.page_size, request.page_token);
+        let (snapshots, next_page_token) = page.await?;
+        Response::ok(wire::ListProjectSnapshotsResponse { snapshots, next_page_token })
+    }
+
+    async fn create_volume(
+        &self,
+        context: RequestContext,
+        request: wire::CreateVolumeRequest,
+    ) -> ServiceResult<wire::CreateVolumeResponse> {
+        let volume = self.0.create_volume(&self.0.caller(&context)?, request).await?;
+        Response::ok(wire::CreateVolumeResponse { volume: volume.into() })
+    }
+
+    async fn get_volume(
+        &self,
+        context: RequestContext,
+        request: wire::GetVolumeRequest,
+    ) -> ServiceResult<wire::GetVolumeResponse> {
+        answer(self.0.get_volume(&self.0.caller(&context)?, &request.volume_id).await)
+    }
+
+    async fn update_volume(
+        &self,
+        context: RequestContext,
+        request: wire::UpdateVolumeRequest,
+    ) -> ServiceResult<wire::UpdateVolumeResponse> {
+        answer(self.0.update_volume(&self.0.caller(&context)?, request).await)
+    }
+
+    async fn resize_volume(
+        &self,
+        context: RequestContext,
+        request: wire::ResizeVolumeRequest,
+    ) -> ServiceResult<wire::ResizeVolumeResponse> {
+        answer(self.0.resize_volume(&self.0.caller(&context)?, request).await)
+    }
+
+    async fn delete_volume(
+        &self,
+        context: RequestContext,
+        request: wire::DeleteVolumeRequest,
+    ) -> ServiceResult<wire::DeleteVolumeResponse> {
+        answer(self.0.delete_volume(&self.0.caller(&context)?, &request.volume_id).await)
+    }
+
+    async fn attach_volume(
+        &self,
+        context: RequestContext,
+        request: wire::AttachVolumeRequest,
+    ) -> ServiceResult<wire::AttachVolumeResponse> {
+        answer(self.0.attach_volume(&self.0.caller(&context)?, request).await)
+    }
+
+    async fn detach_volume(
+        &self,
+        context: RequestContext,
+        request: wire::DetachVolumeRequest,
+    ) -> ServiceResult<wire::DetachVolumeResponse> {
+        answer(self.0.detach_volume(&self.0.caller(&context)?, request).await)
+    }
+
+    async fn list_volumes(
+        &self,
+        context: RequestContext,
+        request: wire::ListVolumesRequest,
+    ) -> ServiceResult<wire::ListVolumesResponse> {
+        let workspace = workspace(&request.workspace_id, "")?;
+        let caller = self.0.caller(&context)?;
+        let page = self.0.list_volumes(&caller, workspace, request.page_size, request.page_token);
+        let (volumes, next_page_token) = page.await?;
+        Response::ok(wire::ListVolumesResponse { volumes, next_page_token })
+    }
+
+    async fn list_project_volumes(
+        &self,
+        context: RequestContext,
+        request: wire::ListProjectVolumesRequest,
+    ) -> ServiceResult<wire::ListProjectVolumesResponse> {
+        let workspace = workspace(request.workspace_id.as_deref().unwrap_or_default(), &request.project_id)?;
+        let caller = self.0.caller(&context)?;
+        let page = self.0.list_volumes(&caller, workspace, request.page_size, request.page_token);
+        let (volumes, next_page_token) = page.await?;
+        Response::ok(wire::ListProjectVolumesResponse { volumes, next_page_token })
+    }
+
+    async fn get_workspace_sandbox_settings(
+        &self,
+        context: RequestContext,
+        request: wire::GetWorkspaceSandboxSettingsRequest,
+    ) -> ServiceResult<wire::GetWorkspaceSandboxSettingsResponse> {
+        let settings = self.0.settings(&self.0.caller(&context)?, &request.workspace_id).await?;
+        Response::ok(wire::GetWorkspaceSandboxSettingsResponse { settings: settings.into() })
+    }
+
+    async fn update_workspace_sandbox_settings(
+        &self,
+        context: RequestContext,
+        request: wire::UpdateWorkspaceSandboxSettingsRequest,
+    ) -> ServiceResult<wire::UpdateWorkspaceSandboxSettingsResponse> {
+        let settings = self.0.update_settings(&self.0.caller(&context)?, request).await?;
+        Response::ok(wire::UpdateWorkspaceSandboxSettingsResponse { settings: settings.into() })
+    }
+
+    async fn get_workspace_snapshot_retention_settings(
+        &self,
+        context: RequestContext,
+        request: wire::GetWorkspaceSnapshotRetentionSettingsRequest,
+    ) -> ServiceResult<wire::GetWorkspaceSnapshotRetentionSettingsResponse> {
+        let settings = self.0.settings(&self.0.caller(&context)?, &request.workspace_id).await?;
+        let settings = retention_settings(settings).into();
+        Response::ok(wire::GetWorkspaceSnapshotRetentionSettingsResponse { settings })
+    }
+
+    async fn update_workspace_snapshot_retention_settings(
+        &self,
+        context: RequestContext,
+        request: wire::UpdateWorkspaceSnapshotRetentionSettingsRequest,
+    ) -> ServiceResult<wire::UpdateWorkspaceSnapshotRetentionSettingsResponse> {
+        let update = wire::UpdateWorkspaceSandboxSettingsRequest {
+            workspace_id: request.workspace_id,
+            pause_retention: request.pause_retention,
+            clear_pause_retention: request.clear_pause_retention,
+            snapshot_retention: request.snapshot_retention,
+            clear_snapshot_retention: request.clear_snapshot_retention,
+            ..Default::default()
+        };
+        let settings = self.0.update_settings(&self.0.caller(&context)?, update).await?;
+        let settings = retention_settings(settings).into();
+        Response::ok(wire::UpdateWorkspaceSnapshotRetentionSettingsResponse { settings })
     }
 
     async fn report_session_activity(

@@ -4,7 +4,11 @@
 
 mod control;
 mod data;
+mod download;
+mod life;
 mod listener;
 mod run;
 mod sessions;
+mod snapshots;
 mod support;
+mod volumes;

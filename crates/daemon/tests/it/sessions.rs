@@ -10,19 +10,19 @@ use nagaya_engine::ports::DriverError;
 
 use crate::support::*;
 
-fn seconds(seconds: i64) -> buffa::MessageField<WireDuration, buffa::Inline<WireDuration>> {
+pub fn seconds(seconds: i64) -> buffa::MessageField<WireDuration, buffa::Inline<WireDuration>> {
     WireDuration { seconds, ..Default::default() }.into()
 }
 
-fn get(id: &str) -> wire::GetSessionRequest {
+pub fn get(id: &str) -> wire::GetSessionRequest {
     wire::GetSessionRequest { session_id: id.into() }
 }
 
-fn wait(id: &str) -> wire::WaitSessionRequest {
+pub fn wait(id: &str) -> wire::WaitSessionRequest {
     wire::WaitSessionRequest { session_id: id.into() }
 }
 
-fn terminate(id: &str) -> wire::TerminateSessionRequest {
+pub fn terminate(id: &str) -> wire::TerminateSessionRequest {
     wire::TerminateSessionRequest { session_id: id.into() }
 }
 
@@ -198,6 +198,12 @@ async fn requests_against_the_contract_are_refused_and_create_nothing() {
         ("max_duration 0", |r| r.max_duration = seconds(0)),
         ("workspace_id", |r| r.workspace_id = Some("x".into())),
         ("project_id", |r| r.project_id = Some("x".into())),
+        ("snapshot_id", |r| r.snapshot_id = Some("x".into())),
+        ("two sources", |r| {
+            r.snapshot_id = Some("01980000-0000-7000-8000-000000000000".into());
+            r.registry_ref = Some("sandbox".into());
+        }),
+        ("volume without id", |r| r.volumes.push(Default::default())),
     ];
     for (name, change) in changes {
         let mut request = create();
@@ -215,10 +221,8 @@ async fn fields_that_are_not_built_yet_are_refused_by_name() {
     let id = "01980000-0000-7000-8000-000000000000";
     type Change = fn(&mut wire::CreateSessionRequest, &str);
     let changes: &[(&str, Change)] = &[
-        ("snapshot_id", |r, id| r.snapshot_id = Some(id.into())),
         ("registry_ref", |r, _| r.registry_ref = Some("acme/image".into())),
         ("template_spec_id", |r, id| r.template_spec_id = Some(id.into())),
-        ("volumes", |r, _| r.volumes.push(Default::default())),
         ("clone_repo_url", |r, _| r.clone_repo_url = "https://example.com/x.git".into()),
         ("enable_opencode", |r, _| r.enable_opencode = true),
         ("setup_env", |r, _| r.setup_env = pairs(&[("A", "b")])),

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +14,7 @@ use connectrpc::{ConnectError, Protocol};
 use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use nagaya_api::ids::{ExecutionId, SessionId};
+use nagaya_api::ids::{ExecutionId, ImageId, SessionId, VolumeId};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_daemon::config::Config;
 use nagaya_daemon::{Daemon, Hooks};
@@ -60,6 +62,7 @@ impl World {
             config.engine.clone(),
             fakes.store.clone(),
             Arc::new(driver),
+            fakes.blobs.clone(),
             fakes.clock.clone(),
             fakes.entropy.clone(),
         );
@@ -147,7 +150,12 @@ impl World {
 
     /// A Connect call in JSON over HTTP/1.1, as plain HTTP clients make it.
     pub async fn json(&self, method: &str, body: serde_json::Value) -> (u16, serde_json::Value) {
-        let request = Request::post(format!("/tenki.sandbox.v1.SandboxService/{method}"))
+        self.json_of("tenki.sandbox.v1.SandboxService", method, body).await
+    }
+
+    /// The same for any service.
+    pub async fn json_of(&self, service: &str, method: &str, body: serde_json::Value) -> (u16, serde_json::Value) {
+        let request = Request::post(format!("/{service}/{method}"))
             .header("host", self.address().to_string())
             .header("content-type", "application/json")
             .header("connect-protocol-version", "1")
@@ -195,6 +203,23 @@ struct WatchedDriver {
     hold_creations: watch::Sender<bool>,
 }
 
+/// Calls that are handed on as they are. (`async_trait` does not see what a macro makes inside its
+/// block, so the futures are written as it would write them.)
+macro_rules! delegated {
+    ($($name:ident($($argument:ident: $kind:ty),*) -> $answer:ty;)*) => {$(
+        fn $name<'a, 'b>(
+            &'a self,
+            $($argument: $kind),*
+        ) -> Pin<Box<dyn Future<Output = Result<$answer, DriverError>> + Send + 'b>>
+        where
+            'a: 'b,
+            Self: 'b,
+        {
+            self.inner.$name($($argument),*)
+        }
+    )*};
+}
+
 #[async_trait]
 impl Driver for WatchedDriver {
     fn name(&self) -> &'static str {
@@ -205,26 +230,65 @@ impl Driver for WatchedDriver {
         self.inner.guarantees()
     }
 
-    async fn create(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError> {
+    async fn create(
+        &self,
+        id: SessionId,
+        machine: &Machine,
+        disk: Option<ImageId>,
+    ) -> Result<Arc<dyn Guest>, DriverError> {
         let _ = self.hold_creations.subscribe().wait_for(|hold| !hold).await;
-        let inner = self.inner.create(id, machine).await?;
-        Ok(Arc::new(WatchedGuest { inner, running: self.running.clone() }))
+        let inner = self.inner.create(id, machine, disk).await?;
+        Ok(self.watched(inner))
     }
 
-    async fn adopt(&self, id: SessionId) -> Result<Arc<dyn Guest>, DriverError> {
+    async fn adopt(&self, id: SessionId) -> Result<Adopted, DriverError> {
         self.inner.adopt(id).await
     }
 
-    async fn destroy(&self, id: SessionId) -> Result<(), DriverError> {
-        self.inner.destroy(id).await
+    async fn boot(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError> {
+        let inner = self.inner.boot(id, machine).await?;
+        Ok(self.watched(inner))
     }
 
-    async fn list(&self) -> Result<Vec<SessionId>, DriverError> {
-        self.inner.list().await
+    fn image_path(&self, id: ImageId) -> PathBuf {
+        self.inner.image_path(id)
     }
 
-    fn exits(&self) -> mpsc::UnboundedReceiver<SandboxExit> {
-        self.inner.exits()
+    fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent> {
+        self.inner.events()
+    }
+
+    async fn copy_disk(&self, id: SessionId, images: &[ImageId]) -> Result<u64, DriverError> {
+        self.inner.copy_disk(id, images).await
+    }
+
+    async fn attach_volume(&self, id: SessionId, mount: &Mount) -> Result<(), DriverError> {
+        self.inner.attach_volume(id, mount).await
+    }
+
+    async fn detach_volume(&self, id: SessionId, mount: &Mount, force: bool) -> Result<(), DriverError> {
+        self.inner.detach_volume(id, mount, force).await
+    }
+
+    delegated! {
+        freeze(id: SessionId) -> ();
+        thaw(id: SessionId) -> ();
+        stop(id: SessionId) -> ();
+        destroy(id: SessionId) -> ();
+        list() -> Vec<SessionId>;
+        remove_image(id: ImageId) -> ();
+        images() -> Vec<ImageId>;
+        create_volume(id: VolumeId, size_bytes: u64) -> ();
+        grow_volume(id: VolumeId, size_bytes: u64) -> ();
+        remove_volume(id: VolumeId) -> ();
+        volumes() -> Vec<VolumeId>;
+        settle_volume(id: VolumeId) -> ();
+    }
+}
+
+impl WatchedDriver {
+    fn watched(&self, inner: Arc<dyn Guest>) -> Arc<dyn Guest> {
+        Arc::new(WatchedGuest { inner, running: self.running.clone() })
     }
 }
 

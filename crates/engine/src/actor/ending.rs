@@ -6,9 +6,10 @@ use std::sync::atomic::Ordering;
 
 use nagaya_api::error::{Code, Error};
 
-use super::{Actor, Backoff, Flow, Message, store_error};
+use super::{Actor, Backoff, Flow, Job, Message, store_error};
+use crate::deadlines::Sleeper;
 use crate::executions::failed;
-use crate::model::{Execution, ExecutionStatus, Session, SessionState};
+use crate::model::{AttachmentState, Execution, ExecutionStatus, Session, SessionState};
 use crate::ports::{Change, DriverError};
 
 impl Actor {
@@ -18,6 +19,8 @@ impl Actor {
             let mut session = self.session.clone();
             session.state = SessionState::Terminating;
             session.terminal_error = cause;
+            session.attachments.iter_mut().for_each(|of| of.state = AttachmentState::SyncPending);
+            self.moving = None;
             let mut backoff = self.engine.backoff();
             while let Err(error) = self.commit(session.clone(), Vec::new()).await {
                 if !self.pause_after(&mut backoff, "its end could not be recorded", error.to_string()).await {
@@ -25,7 +28,7 @@ impl Actor {
                 }
             }
         }
-        self.engine.deadlines.set(self.session.id, None);
+        self.engine.deadlines.set(Sleeper::Session(self.session.id), None);
         // A creation that reached the driver is waited for: what it makes must be there to destroy.
         if let Some(work) = self.work.take()
             && work.begun.load(Ordering::Acquire)
@@ -33,19 +36,34 @@ impl Actor {
             self.meanwhile(work.future).await;
         }
         self.live.set_guest(None);
+        self.asked.clear();
         let mut backoff = self.engine.backoff();
-        loop {
-            let (driver, id) = (self.engine.driver.clone(), self.session.id);
-            match self.meanwhile(async move { driver.destroy(id).await }).await {
-                Ok(()) | Err(DriverError::Gone) => break,
-                Err(error) => {
-                    if !self.pause_after(&mut backoff, "its sandbox could not be removed", error.to_string()).await {
-                        return Flow::Stop;
-                    }
-                }
+        while let Err(error) = self.remove_sandbox().await {
+            if !self.pause_after(&mut backoff, "its sandbox could not be removed", error.to_string()).await {
+                return Flow::Stop;
             }
         }
         self.record_end().await
+    }
+
+    /// Destroys the sandbox, waits until what it wrote to its volumes is safe, and removes what its disk was to be
+    /// made from. All of it can be repeated.
+    async fn remove_sandbox(&mut self) -> Result<(), DriverError> {
+        let (engine, session) = (self.engine.clone(), self.session.clone());
+        self.meanwhile(async move {
+            match engine.driver.destroy(session.id).await {
+                Ok(()) | Err(DriverError::Gone) => {}
+                Err(error) => return Err(error),
+            }
+            for attachment in &session.attachments {
+                engine.settle(attachment).await?;
+            }
+            match session.source_image_id {
+                Some(image) => engine.driver.remove_image(image).await,
+                None => Ok(()),
+            }
+        })
+        .await
     }
 
     async fn record_end(&mut self) -> Flow {
@@ -56,11 +74,17 @@ impl Actor {
             let mut session = self.session.clone();
             session.state = SessionState::Terminated;
             session.terminated_at = Some(now);
+            session.source_image_id = None;
+            session.pause = None;
+            session.attachments.clear();
             session.last_activity_at = session.last_activity_at.max(self.live.activity.last(now));
             let result = self.write_end(session.clone(), &mut interrupted).await;
             match result {
                 Ok(()) => {
-                    self.session = session;
+                    let before = std::mem::replace(&mut self.session, session);
+                    for attachment in before.attachments {
+                        self.engine.volumes.release(attachment.volume_id, before.id);
+                    }
                     break;
                 }
                 Err(error) => {
@@ -73,6 +97,10 @@ impl Actor {
         // In this order: whoever learns that it has ended finds its quota free and its record in the store.
         self.engine.registry.remove(self.session.id);
         self.slot = None;
+        if let Some(id) = self.session.source_snapshot_id {
+            // It may have expired while this session kept it.
+            self.engine.look_at_snapshot(id);
+        }
         for execution in interrupted {
             self.executions.publish(execution);
         }
@@ -89,6 +117,10 @@ impl Actor {
                 other => refuse(other),
             }
         }
+        self.jobs.close();
+        while let Some(job) = self.jobs.recv().await {
+            refuse_job(job);
+        }
         Flow::Stop
     }
 
@@ -103,7 +135,9 @@ impl Actor {
             let running = recorded.map_err(store_error)?.into_iter().filter(|e| e.status == ExecutionStatus::Running);
             *interrupted = running.map(|execution| failed(execution, now)).collect();
         }
+        let pause = self.session.pause.as_ref().map(|pause| Change::ForgetSnapshot(pause.snapshot_id));
         let mut changes = vec![Change::Session(session)];
+        changes.extend(pause);
         changes.extend(self.unrecorded.iter().cloned());
         changes.extend(interrupted.iter().cloned().map(Change::Execution));
         self.engine.write(changes).await
@@ -120,6 +154,7 @@ impl Actor {
                     Message::Terminate { reply } => self.waiting.push(reply),
                     other => refuse(other),
                 },
+                Some(job) = self.jobs.recv() => refuse_job(job),
             }
         }
     }
@@ -155,5 +190,15 @@ fn refuse(message: Message) {
         Message::Execute { reply, .. } => {
             let _ = reply.send(Err(error()));
         }
+    }
+}
+
+fn refuse_job(job: Job) {
+    let error = || Error::from(Code::SessionTerminated);
+    match job {
+        Job::Pause { reply } | Job::Resume { reply } => drop(reply.send(Err(error()))),
+        Job::Copy { reply, .. } => drop(reply.send(Err(error()))),
+        Job::Attach { reply, .. } => drop(reply.send(Err(error()))),
+        Job::Detach { reply, .. } => drop(reply.send(Err(error()))),
     }
 }

@@ -71,7 +71,9 @@ impl Actor {
         if additional_ms == 0 {
             return invalid("additional_duration must be longer than zero");
         }
-        let from = self.session.timeout_at.unwrap_or_else(|| self.engine.clock.now());
+        // While it is stopped its time stands still.
+        let now = self.session.pause.as_ref().map_or_else(|| self.engine.clock.now(), |pause| pause.paused_at);
+        let from = self.session.timeout_at.unwrap_or(now);
         let latest = self.session.created_at.saturating_add(self.engine.config.max_duration_max_ms);
         match from.checked_add(additional_ms) {
             Some(timeout_at) if timeout_at <= latest => {
@@ -82,8 +84,9 @@ impl Actor {
     }
 
     async fn execute(&mut self, new: NewExecution, reply: Reply<Started>) -> Result<(), (Error, Reply<Started>)> {
+        let state = self.state();
         let started = async {
-            check(self.session.state, Request::Use)?;
+            check(state, Request::Use)?;
             let guest = self.live.guest().ok_or(Code::GuestUnreachable)?;
             let forget = self.executions.make_room(self.engine.config.executions_per_session_max)?;
             let now = self.engine.clock.now();

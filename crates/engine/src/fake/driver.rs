@@ -1,58 +1,105 @@
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use nagaya_api::ids::SessionId;
+use nagaya_api::ids::{ImageId, SessionId, VolumeId};
 use tokio::sync::{mpsc, watch};
 
+use super::blobs::Images;
+use super::disks::Volume;
+use super::files::Files;
 use super::{FakeGuest, Faults};
 use crate::model::{Guarantees, Machine};
-use crate::ports::{Driver, DriverError, Guest, SandboxExit};
+use crate::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Mount};
 
 /// A driver whose sandboxes are records. They outlive the engine, whole or half made. Clones share them.
 #[derive(Clone)]
 pub struct FakeDriver {
-    faults: Arc<Faults>,
+    pub(super) faults: Arc<Faults>,
+    pub(super) images: Arc<Images>,
     world: Arc<Mutex<World>>,
     /// While true, creations stand still before their last step.
     held: watch::Sender<bool>,
 }
 
 #[derive(Default)]
-struct World {
+pub(super) struct World {
     sandboxes: BTreeMap<SessionId, Sandbox>,
-    exits: Option<mpsc::UnboundedSender<SandboxExit>>,
-    /// Answers of the next creations, first first.
+    pub(super) volumes: BTreeMap<VolumeId, Volume>,
+    events: Option<mpsc::UnboundedSender<DriverEvent>>,
+    /// Answers of the next creations and boots, first first.
     refusals: Vec<DriverError>,
     sandboxes_max: Option<usize>,
     unreachable: bool,
     blind: bool,
+    /// Space on the host is used up: disks cannot be copied, made or grown.
+    pub(super) full: bool,
     /// Calls under way, to find out about two at once for the same sandbox.
     busy: BTreeMap<SessionId, &'static str>,
-    violations: Vec<String>,
+    pub(super) violations: Vec<String>,
 }
 
-/// Made in this order, removed in the opposite one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Part {
-    Network,
-    Disk,
-    Processes,
-}
-
-struct Sandbox {
-    /// The newest part; all before it are there too.
-    upto: Part,
+/// Its parts are made in this order, and removed in the opposite one.
+#[derive(Default)]
+pub(super) struct Sandbox {
+    network: bool,
+    pub(super) disk: Option<Arc<Mutex<Files>>>,
+    processes: Option<Processes>,
+    powered_off: bool,
+    host_restarted: bool,
     /// Whether this engine created or adopted it, and so hears of its end.
     attached: bool,
     /// Dead, and being taken apart by a task of this process.
     releasing: bool,
+    /// The last one, for tests that look at what became of it.
+    last_guest: Option<Arc<FakeGuest>>,
+}
+
+struct Processes {
     guest: Arc<FakeGuest>,
+    frozen: bool,
 }
 
 impl Sandbox {
-    fn is_alive(&self) -> bool {
-        self.upto == Part::Processes && self.guest.is_alive()
+    pub(super) fn guest(&self) -> Option<&Arc<FakeGuest>> {
+        self.processes.as_ref().map(|processes| &processes.guest)
+    }
+
+    fn start(&mut self, faults: Arc<Faults>) -> Option<Arc<FakeGuest>> {
+        let guest = Arc::new(FakeGuest::new(faults, self.disk.clone()?));
+        self.processes = Some(Processes { guest: guest.clone(), frozen: false });
+        self.last_guest = Some(guest.clone());
+        (self.powered_off, self.host_restarted, self.attached) = (false, false, true);
+        Some(guest)
+    }
+
+    fn die(&mut self, cause: &str) -> bool {
+        match self.processes.take() {
+            None => false,
+            Some(processes) => {
+                processes.guest.set_frozen(false);
+                processes.guest.die(cause);
+                true
+            }
+        }
+    }
+}
+
+impl World {
+    pub(super) fn sandbox(&mut self, id: SessionId) -> Result<&mut Sandbox, DriverError> {
+        self.sandboxes.get_mut(&id).filter(|sandbox| !sandbox.releasing).ok_or(DriverError::Gone)
+    }
+
+    fn processes(&mut self, id: SessionId) -> Result<&mut Processes, DriverError> {
+        self.sandbox(id)?.processes.as_mut().ok_or(DriverError::Gone)
+    }
+
+    /// The mounts of a dead sandbox go some time later.
+    pub(super) fn let_mounts_linger(&mut self, id: SessionId) {
+        for volume in self.volumes.values_mut() {
+            volume.mounts.iter_mut().filter(|mount| mount.session_id == id).for_each(|mount| mount.lingers = true);
+        }
     }
 }
 
@@ -64,16 +111,17 @@ impl Drop for Busy<'_> {
     }
 }
 
+/// What tests do to the world, and see of it.
 impl FakeDriver {
-    pub fn new(faults: Arc<Faults>) -> Self {
-        Self { faults, world: Arc::default(), held: watch::Sender::new(false) }
+    pub(super) fn new(faults: Arc<Faults>, images: Arc<Images>) -> Self {
+        Self { faults, images, world: Arc::default(), held: watch::Sender::new(false) }
     }
 
-    fn with<T>(&self, action: impl FnOnce(&mut World) -> T) -> T {
+    pub(super) fn with<T>(&self, action: impl FnOnce(&mut World) -> T) -> T {
         action(&mut self.world.lock().expect("no holder of this lock panics"))
     }
 
-    /// The next creation fails with this.
+    /// The next creation or boot fails with this.
     pub fn refuse_next(&self, error: DriverError) {
         self.with(|world| world.refusals.push(error));
     }
@@ -98,26 +146,72 @@ impl FakeDriver {
         self.with(|world| world.blind = blind);
     }
 
-    /// Ends a sandbox as if its first process had been killed; false when it is not alive.
+    /// While full, nothing that takes space on the host succeeds.
+    pub fn set_full(&self, full: bool) {
+        self.with(|world| world.full = full);
+    }
+
+    /// Ends a sandbox as if its first process had been killed; false when it has no processes.
     pub fn kill(&self, id: SessionId, cause: &str) -> bool {
+        self.end(id, cause, false)
+    }
+
+    /// Ends a sandbox as if it had been powered off from inside.
+    pub fn power_off(&self, id: SessionId) -> bool {
+        self.end(id, "the sandbox powered itself off", true)
+    }
+
+    fn end(&self, id: SessionId, cause: &str, powered_off: bool) -> bool {
         self.with(|world| {
-            let Some(sandbox) = world.sandboxes.get(&id).filter(|sandbox| sandbox.is_alive()) else { return false };
-            sandbox.guest.die(cause);
-            if let Some(exits) = world.exits.as_ref().filter(|_| sandbox.attached) {
-                // Nobody listening is what happens while the engine starts or stops.
-                let _ = exits.send(SandboxExit { id, cause: cause.to_owned() });
+            let Some(sandbox) = world.sandboxes.get_mut(&id) else { return false };
+            if !sandbox.die(cause) {
+                return false;
             }
+            sandbox.powered_off = powered_off;
+            if let Some(events) = world.events.as_ref().filter(|_| sandbox.attached) {
+                // Nobody listening is what happens while the engine starts or stops.
+                let _ = events.send(DriverEvent::Ended { id, powered_off, cause: cause.to_owned() });
+            }
+            world.let_mounts_linger(id);
             true
         })
     }
 
-    /// Every sandbox of which anything exists, and whether commands can run in it.
-    pub fn sandboxes(&self) -> BTreeMap<SessionId, bool> {
-        self.with(|world| world.sandboxes.iter().map(|(id, sandbox)| (*id, sandbox.is_alive())).collect())
+    /// Every process on the host ends and every mount goes; only disks stay. For between two engines.
+    pub fn restart_host(&self) {
+        self.with(|world| {
+            for sandbox in world.sandboxes.values_mut() {
+                sandbox.host_restarted = sandbox.die("the host was restarted");
+                sandbox.network = false;
+            }
+            world.volumes.values_mut().for_each(|volume| volume.mounts.clear());
+        });
     }
 
+    /// Tells the engine that memory runs low.
+    pub fn report_memory_low(&self) {
+        self.with(|world| world.events.as_ref().map(|events| events.send(DriverEvent::MemoryLow)));
+    }
+
+    /// Every sandbox of which anything exists, and whether it has processes.
+    pub fn sandboxes(&self) -> BTreeMap<SessionId, bool> {
+        self.with(|world| world.sandboxes.iter().map(|(id, sandbox)| (*id, sandbox.processes.is_some())).collect())
+    }
+
+    pub fn is_frozen(&self, id: SessionId) -> bool {
+        self.with(|world| world.processes(id).is_ok_and(|processes| processes.frozen))
+    }
+
+    /// Whether nothing of a sandbox exists but its disk.
+    pub fn is_only_a_disk(&self, id: SessionId) -> bool {
+        self.with(|world| {
+            world.sandbox(id).is_ok_and(|of| of.disk.is_some() && !of.network && of.processes.is_none())
+        })
+    }
+
+    /// The inside of a sandbox that runs, or of the last life of one that does not.
     pub fn guest(&self, id: SessionId) -> Option<Arc<FakeGuest>> {
-        self.with(|world| world.sandboxes.get(&id).map(|sandbox| sandbox.guest.clone()))
+        self.with(|world| world.sandboxes.get(&id).and_then(|sandbox| sandbox.last_guest.clone()))
     }
 
     /// What callers did that the contract of [`Driver`] forbids.
@@ -128,7 +222,7 @@ impl FakeDriver {
     /// The process that used this driver is gone, or about to be replaced.
     pub fn disconnect(&self) {
         self.with(|world| {
-            world.exits = None;
+            world.events = None;
             world.busy.clear();
             for sandbox in world.sandboxes.values_mut() {
                 sandbox.attached = false;
@@ -136,7 +230,9 @@ impl FakeDriver {
             }
         });
     }
+}
 
+impl FakeDriver {
     fn busy(&self, id: SessionId, call: &'static str) -> Busy<'_> {
         self.with(|world| {
             if let Some(other) = world.busy.insert(id, call) {
@@ -146,55 +242,122 @@ impl FakeDriver {
         Busy(self, id)
     }
 
-    async fn create_parts(self, id: SessionId) -> Result<Arc<dyn Guest>, DriverError> {
-        let _busy = self.busy(id, "create");
-        self.step().await?;
-        let refusal = self.with(|world| {
-            let full = world.sandboxes_max.is_some_and(|max| world.sandboxes.len() >= max);
-            let refusal = full.then(|| DriverError::Exhausted("network_slots_max".to_owned()));
-            refusal.or_else(|| (!world.refusals.is_empty()).then(|| world.refusals.remove(0)))
-        });
-        if let Some(refusal) = refusal {
-            return Err(refusal);
-        }
-        let guest = Arc::new(FakeGuest::new(self.faults.clone()));
-        for part in [Part::Network, Part::Disk, Part::Processes] {
-            if part == Part::Processes {
-                // The sender is ours, so waiting cannot fail.
-                let _ = self.held.subscribe().wait_for(|held| !held).await;
-            }
-            self.with(|world| {
-                let sandbox = Sandbox { upto: part, attached: true, releasing: false, guest: guest.clone() };
-                world.sandboxes.insert(id, sandbox);
-            });
-            // A failure here leaves what was made so far for `list` to find.
-            self.step().await?;
-        }
-        Ok(guest)
-    }
-
-    async fn step(&self) -> Result<(), DriverError> {
+    pub(super) async fn step(&self) -> Result<(), DriverError> {
         match self.faults.effect().await {
             true => Err(DriverError::Failed("a driver step failed, as this test asked for".to_owned())),
             false => Ok(()),
         }
     }
+
+    /// Does something that the contract lets callers repeat, twice where a test wants that.
+    pub(super) async fn repeatable<T, F: Future<Output = Result<T, DriverError>>>(
+        &self,
+        call: impl Fn() -> F,
+    ) -> Result<T, DriverError> {
+        if self.faults.repeats() {
+            call().await?;
+        }
+        call().await
+    }
+
+    fn refusal(&self) -> Result<(), DriverError> {
+        let refusal = self.with(|world| {
+            let running = world.sandboxes.values().filter(|sandbox| sandbox.network).count();
+            let full = world.sandboxes_max.is_some_and(|max| running >= max);
+            let refusal = full.then(|| DriverError::Exhausted("network_slots_max".to_owned()));
+            refusal.or_else(|| (!world.refusals.is_empty()).then(|| world.refusals.remove(0)))
+        });
+        refusal.map_or(Ok(()), Err)
+    }
+
+    async fn create_parts(self, id: SessionId, disk: Option<ImageId>) -> Result<Arc<dyn Guest>, DriverError> {
+        let _busy = self.busy(id, "create");
+        self.step().await?;
+        self.refusal()?;
+        self.with(|world| {
+            if let Some(other) = world.sandboxes.insert(id, Sandbox::default()).filter(|of| of.disk.is_some()) {
+                world.violations.push(format!("create of {id}, which exists"));
+                world.sandboxes.insert(id, other);
+            }
+            world.sandboxes.entry(id).or_default().network = true;
+        });
+        // A failure from here on leaves what was made so far for `list` to find.
+        self.step().await?;
+        let files = match disk {
+            None => Files::default(),
+            Some(image) => self.images.with(|images| images.remove(&image)).ok_or(DriverError::Gone)?,
+        };
+        self.with(|world| world.sandboxes.entry(id).or_default().disk = Some(Arc::new(Mutex::new(files))));
+        self.step().await?;
+        // The sender is ours, so waiting cannot fail.
+        let _ = self.held.subscribe().wait_for(|held| !held).await;
+        let guest = self.with(|world| world.sandboxes.get_mut(&id)?.start(self.faults.clone()));
+        self.step().await?;
+        guest.map(|guest| guest as Arc<dyn Guest>).ok_or(DriverError::Gone)
+    }
+
+    async fn set_frozen(&self, id: SessionId, frozen: bool) -> Result<(), DriverError> {
+        self.step().await?;
+        self.with(|world| {
+            let processes = world.processes(id)?;
+            processes.frozen = frozen;
+            processes.guest.set_frozen(frozen);
+            Ok(())
+        })?;
+        self.step().await
+    }
+
+    async fn end_sandbox(&self, id: SessionId) -> Result<(), DriverError> {
+        self.step().await?;
+        let release = self.with(|world| {
+            world.let_mounts_linger(id);
+            let sandbox = world.sandboxes.get_mut(&id)?;
+            sandbox.attached = false;
+            sandbox.die("the session was terminated");
+            (!std::mem::replace(&mut sandbox.releasing, true)).then_some(())
+        });
+        if release.is_some() {
+            tokio::spawn(release_parts(self.clone(), id));
+        }
+        // Dead, but whoever asked does not know yet.
+        self.step().await
+    }
+
+    async fn stop_parts(&self, id: SessionId) -> Result<(), DriverError> {
+        let _busy = self.busy(id, "stop");
+        self.step().await?;
+        self.with(|world| {
+            world.sandbox(id)?.disk.as_ref().ok_or(DriverError::Gone)?;
+            world.sandbox(id)?.die("the sandbox was stopped");
+            world.let_mounts_linger(id);
+            Ok(())
+        })?;
+        self.step().await?;
+        self.with(|world| {
+            for volume in world.volumes.values_mut() {
+                volume.mounts.retain(|mount| mount.session_id != id);
+            }
+            world.sandbox(id).map(|sandbox| sandbox.network = false)
+        })?;
+        self.step().await
+    }
 }
 
 /// Takes a dead sandbox apart, piece by piece.
-async fn release_parts(faults: Arc<Faults>, world: Arc<Mutex<World>>, id: SessionId) {
+async fn release_parts(driver: FakeDriver, id: SessionId) {
     loop {
         // Whatever fails here is tried again by the driver itself.
-        faults.effect().await;
-        let mut world = world.lock().expect("no holder of this lock panics");
-        let Some(sandbox) = world.sandboxes.get_mut(&id) else { return };
-        match sandbox.upto {
-            Part::Processes => sandbox.upto = Part::Disk,
-            Part::Disk => sandbox.upto = Part::Network,
-            Part::Network => {
-                world.sandboxes.remove(&id);
-                return;
+        driver.faults.effect().await;
+        let done = driver.with(|world| {
+            let Some(sandbox) = world.sandboxes.get_mut(&id) else { return true };
+            if sandbox.disk.take().is_some() {
+                return false;
             }
+            world.sandboxes.remove(&id);
+            true
+        });
+        if done {
+            return;
         }
     }
 }
@@ -209,41 +372,75 @@ impl Driver for FakeDriver {
         Guarantees { isolation: "none".to_owned(), memory_snapshot: false }
     }
 
-    async fn create(&self, id: SessionId, _machine: &Machine) -> Result<Arc<dyn Guest>, DriverError> {
+    async fn create(
+        &self,
+        id: SessionId,
+        _machine: &Machine,
+        disk: Option<ImageId>,
+    ) -> Result<Arc<dyn Guest>, DriverError> {
         // Goes on when nobody waits for it any more, as a real driver's threads do.
-        let creation = tokio::spawn(self.clone().create_parts(id));
+        let creation = tokio::spawn(self.clone().create_parts(id, disk));
         creation.await.map_err(|error| DriverError::Failed(error.to_string()))?
     }
 
-    async fn adopt(&self, id: SessionId) -> Result<Arc<dyn Guest>, DriverError> {
+    async fn adopt(&self, id: SessionId) -> Result<Adopted, DriverError> {
         let _busy = self.busy(id, "adopt");
         self.step().await?;
         if self.with(|world| world.unreachable) {
             return Err(DriverError::Failed("the sandbox does not answer".to_owned()));
         }
-        self.with(|world| match world.sandboxes.get_mut(&id) {
-            Some(sandbox) if sandbox.is_alive() => {
-                sandbox.attached = true;
-                Ok(sandbox.guest.clone() as Arc<dyn Guest>)
+        self.with(|world| {
+            let sandbox = world.sandbox(id)?;
+            sandbox.attached = true;
+            match &sandbox.processes {
+                Some(Processes { guest, frozen: false }) => Ok(Adopted::Running(guest.clone())),
+                Some(Processes { guest, frozen: true }) => Ok(Adopted::Frozen(guest.clone())),
+                None if sandbox.disk.is_some() => Ok(Adopted::Stopped {
+                    powered_off: sandbox.powered_off,
+                    host_restarted: sandbox.host_restarted,
+                }),
+                None => Err(DriverError::Gone),
             }
-            _ => Err(DriverError::Gone),
         })
+    }
+
+    async fn freeze(&self, id: SessionId) -> Result<(), DriverError> {
+        let _busy = self.busy(id, "freeze");
+        self.repeatable(|| self.set_frozen(id, true)).await
+    }
+
+    async fn thaw(&self, id: SessionId) -> Result<(), DriverError> {
+        let _busy = self.busy(id, "thaw");
+        self.repeatable(|| self.set_frozen(id, false)).await
+    }
+
+    async fn stop(&self, id: SessionId) -> Result<(), DriverError> {
+        self.repeatable(|| self.stop_parts(id)).await
+    }
+
+    async fn boot(&self, id: SessionId, _machine: &Machine) -> Result<Arc<dyn Guest>, DriverError> {
+        let _busy = self.busy(id, "boot");
+        self.step().await?;
+        self.refusal()?;
+        self.with(|world| {
+            let sandbox = world.sandbox(id)?;
+            sandbox.disk.as_ref().ok_or(DriverError::Gone)?;
+            let stopped = !sandbox.network && sandbox.processes.is_none();
+            sandbox.network = true;
+            if !stopped {
+                world.violations.push(format!("boot of {id}, which was not stopped"));
+            }
+            Ok::<(), DriverError>(())
+        })?;
+        self.step().await?;
+        let guest = self.with(|world| world.sandbox(id)?.start(self.faults.clone()).ok_or(DriverError::Gone))?;
+        self.step().await?;
+        Ok(guest)
     }
 
     async fn destroy(&self, id: SessionId) -> Result<(), DriverError> {
         let _busy = self.busy(id, "destroy");
-        self.step().await?;
-        let release = self.with(|world| {
-            let sandbox = world.sandboxes.get_mut(&id)?;
-            sandbox.attached = false;
-            sandbox.guest.die("the session was terminated");
-            (!std::mem::replace(&mut sandbox.releasing, true)).then_some(())
-        });
-        if release.is_some() {
-            tokio::spawn(release_parts(self.faults.clone(), self.world.clone(), id));
-        }
-        // Dead, but whoever asked does not know yet.
-        self.step().await
+        self.repeatable(|| self.end_sandbox(id)).await
     }
 
     async fn list(&self) -> Result<Vec<SessionId>, DriverError> {
@@ -254,11 +451,65 @@ impl Driver for FakeDriver {
         }))
     }
 
-    fn exits(&self) -> mpsc::UnboundedReceiver<SandboxExit> {
+    async fn copy_disk(&self, id: SessionId, images: &[ImageId]) -> Result<u64, DriverError> {
+        let _busy = self.busy(id, "copy_disk");
+        self.repeatable(|| self.copy_to_images(id, images)).await
+    }
+
+    fn image_path(&self, id: ImageId) -> PathBuf {
+        Images::path(id)
+    }
+
+    async fn remove_image(&self, id: ImageId) -> Result<(), DriverError> {
+        self.repeatable(|| async {
+            self.step().await?;
+            self.images.with(|images| images.remove(&id));
+            self.step().await
+        })
+        .await
+    }
+
+    async fn images(&self) -> Result<Vec<ImageId>, DriverError> {
+        self.step().await?;
+        Ok(if self.with(|world| world.blind) { Vec::new() } else { self.images_now() })
+    }
+
+    async fn create_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), DriverError> {
+        self.repeatable(|| self.make_volume(id, size_bytes)).await
+    }
+
+    async fn grow_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), DriverError> {
+        self.repeatable(|| self.enlarge_volume(id, size_bytes)).await
+    }
+
+    async fn remove_volume(&self, id: VolumeId) -> Result<(), DriverError> {
+        self.repeatable(|| self.drop_volume(id)).await
+    }
+
+    async fn volumes(&self) -> Result<Vec<VolumeId>, DriverError> {
+        self.step().await?;
+        Ok(if self.with(|world| world.blind) { Vec::new() } else { self.volumes_now().into_keys().collect() })
+    }
+
+    async fn attach_volume(&self, id: SessionId, mount: &Mount) -> Result<(), DriverError> {
+        let _busy = self.busy(id, "attach_volume");
+        self.repeatable(|| self.mount_volume(id, mount)).await
+    }
+
+    async fn detach_volume(&self, id: SessionId, mount: &Mount, force: bool) -> Result<(), DriverError> {
+        let _busy = self.busy(id, "detach_volume");
+        self.repeatable(|| self.unmount_volume(id, mount, force)).await
+    }
+
+    async fn settle_volume(&self, id: VolumeId) -> Result<(), DriverError> {
+        self.repeatable(|| self.let_volume_settle(id)).await
+    }
+
+    fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent> {
         let (sender, receiver) = mpsc::unbounded_channel();
         self.with(|world| {
-            if world.exits.replace(sender).is_some() {
-                world.violations.push("exits was called twice".to_owned());
+            if world.events.replace(sender).is_some() {
+                world.violations.push("events was called twice".to_owned());
             }
         });
         receiver

@@ -41,6 +41,8 @@ struct State {
     rng: Rng,
     effects: u64,
     crash_at: Option<u64>,
+    fail_at: Option<u64>,
+    repeat: bool,
     failures_per_mille: u32,
     yields_max: u32,
 }
@@ -48,7 +50,7 @@ struct State {
 impl Faults {
     /// No faults, no delays.
     pub fn new(seed: u64) -> Self {
-        let state = State { rng: Rng::new(!seed), effects: 0, crash_at: None, failures_per_mille: 0, yields_max: 0 };
+        let state = State { rng: Rng::new(!seed), effects: 0, crash_at: None, fail_at: None, repeat: false, failures_per_mille: 0, yields_max: 0 };
         Self { state: Mutex::new(state), crashed: watch::Sender::new(false) }
     }
 
@@ -71,6 +73,20 @@ impl Faults {
         self.with(|state| state.crash_at = Some(state.effects + effects + 1));
     }
 
+    /// Lets this many more effects happen; the one after them fails.
+    pub fn fail_after(&self, effects: u64) {
+        self.with(|state| state.fail_at = Some(state.effects + effects + 1));
+    }
+
+    /// From now on everything that may be repeated is: done twice for each time it is asked for.
+    pub fn repeat(&self, repeat: bool) {
+        self.with(|state| state.repeat = repeat);
+    }
+
+    pub(super) fn repeats(&self) -> bool {
+        self.with(|state| state.repeat)
+    }
+
     /// Effects so far.
     pub fn effects(&self) -> u64 {
         self.with(|state| state.effects)
@@ -87,7 +103,7 @@ impl Faults {
 
     /// Lets the world go on after a crash.
     pub fn recover(&self) {
-        self.with(|state| state.crash_at = None);
+        self.with(|state| (state.crash_at, state.fail_at) = (None, None));
         self.crashed.send_replace(false);
     }
 
@@ -95,7 +111,7 @@ impl Faults {
     pub(super) async fn effect(&self) -> bool {
         let (crash, fail, yields) = self.with(|state| {
             state.effects += 1;
-            let fail = state.rng.per_mille(state.failures_per_mille);
+            let fail = state.rng.per_mille(state.failures_per_mille) || state.fail_at == Some(state.effects);
             let yields = state.rng.below(u64::from(state.yields_max) + 1);
             (state.crash_at == Some(state.effects), fail, yields)
         });

@@ -7,8 +7,10 @@ use super::guest::refuse;
 use crate::ports::{DirectoryEntry, FileStat, GuestError, WriteOptions};
 
 /// Files in memory, by absolute path without trailing slash; the root is the empty path.
+#[derive(Clone)]
 pub(super) struct Files(BTreeMap<String, Node>);
 
+#[derive(Clone)]
 struct Node {
     /// `None` for a directory.
     content: Option<Bytes>,
@@ -63,6 +65,22 @@ fn parent(path: &str) -> &str {
 }
 
 impl Files {
+    /// An empty file system, as a new volume has.
+    pub(super) fn empty() -> Self {
+        Self([(String::new(), Node { content: None, mode: 0o755 })].into())
+    }
+
+    /// Everything in one piece: what a disk image of these files holds.
+    pub(super) fn image(&self) -> Bytes {
+        let mut image = Vec::new();
+        for (path, node) in &self.0 {
+            image.extend_from_slice(format!("{path} {:o} ", node.mode).as_bytes());
+            image.extend_from_slice(node.content.as_deref().unwrap_or_default());
+            image.push(b'\n');
+        }
+        image.into()
+    }
+
     pub(super) fn stat(&self, path: &str) -> Result<Option<FileStat>, GuestError> {
         Ok(self.0.get(&absolute(path)?).map(Node::stat))
     }

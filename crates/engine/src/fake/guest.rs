@@ -21,10 +21,18 @@ const CHANNEL_MAX: usize = 4;
 /// The inside of a fake sandbox: files in memory, and a handful of programs (see `programs.rs`).
 pub struct FakeGuest {
     faults: Arc<Faults>,
-    files: Arc<Mutex<Files>>,
+    disk: Arc<Mutex<Files>>,
+    mounts: Mutex<Vec<Mounted>>,
+    frozen: watch::Sender<bool>,
     detached: Mutex<BTreeMap<ExecutionId, watch::Sender<Vec<ProcessEvent>>>>,
     /// Why the sandbox died, once it has.
     death: watch::Sender<Option<String>>,
+}
+
+struct Mounted {
+    path: String,
+    files: Arc<Mutex<Files>>,
+    readonly: bool,
 }
 
 pub(super) fn refuse<T>(code: Code, errno: i32) -> Result<T, GuestError> {
@@ -32,8 +40,46 @@ pub(super) fn refuse<T>(code: Code, errno: i32) -> Result<T, GuestError> {
 }
 
 impl FakeGuest {
-    pub(super) fn new(faults: Arc<Faults>) -> Self {
-        Self { faults, files: Arc::default(), detached: Mutex::default(), death: watch::Sender::new(None) }
+    pub(super) fn new(faults: Arc<Faults>, disk: Arc<Mutex<Files>>) -> Self {
+        Self {
+            faults,
+            disk,
+            mounts: Mutex::default(),
+            frozen: watch::Sender::new(false),
+            detached: Mutex::default(),
+            death: watch::Sender::new(None),
+        }
+    }
+
+    pub(super) fn set_frozen(&self, frozen: bool) {
+        self.frozen.send_replace(frozen);
+    }
+
+    /// Calls on a frozen sandbox stand still until it is thawed.
+    async fn awake(&self) -> Result<(), GuestError> {
+        // The sender is ours, so waiting cannot fail.
+        let _ = self.frozen.subscribe().wait_for(|frozen| !frozen).await;
+        self.check()
+    }
+
+    pub(super) fn mount(&self, path: String, files: Arc<Mutex<Files>>, readonly: bool) {
+        self.mounts.lock().expect("no holder of this lock panics").push(Mounted { path, files, readonly });
+    }
+
+    pub(super) fn unmount(&self, path: &str) {
+        self.mounts.lock().expect("no holder of this lock panics").retain(|mount| mount.path != path);
+    }
+
+    /// The files that a path leads to, its rest there, and whether they can be changed.
+    fn place(&self, path: &str) -> (Arc<Mutex<Files>>, String, bool) {
+        let mounts = self.mounts.lock().expect("no holder of this lock panics");
+        let below = |mount: &&Mounted| {
+            path.strip_prefix(&mount.path).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        match mounts.iter().find(below) {
+            Some(mount) => (mount.files.clone(), format!("/{}", &path[mount.path.len()..]), !mount.readonly),
+            None => (self.disk.clone(), path.to_owned(), true),
+        }
     }
 
     pub(super) fn is_alive(&self) -> bool {
@@ -66,14 +112,34 @@ impl FakeGuest {
         if self.is_alive() { Ok(()) } else { refuse(Code::GuestUnreachable, 0) }
     }
 
-    fn with_files<T>(&self, action: impl FnOnce(&mut Files) -> Result<T, GuestError>) -> Result<T, GuestError> {
-        self.check()?;
-        action(&mut self.files.lock().expect("no holder of this lock panics"))
+    async fn look<T>(
+        &self,
+        path: &str,
+        action: impl FnOnce(&Files, &str) -> Result<T, GuestError> + Send,
+    ) -> Result<T, GuestError> {
+        self.awake().await?;
+        let (files, path, _) = self.place(path);
+        let files = files.lock().expect("no holder of this lock panics");
+        action(&files, &path)
     }
 
-    fn start(&self, command: Command) -> Result<Process, GuestError> {
+    async fn change<T>(
+        &self,
+        path: &str,
+        action: impl FnOnce(&mut Files, &str) -> Result<T, GuestError> + Send,
+    ) -> Result<T, GuestError> {
+        self.awake().await?;
+        let (files, path, writable) = self.place(path);
+        if !writable {
+            return refuse(Code::PermissionDenied, 30);
+        }
+        let mut files = files.lock().expect("no holder of this lock panics");
+        action(&mut files, &path)
+    }
+
+    async fn start(&self, command: Command) -> Result<Process, GuestError> {
         let directory = if command.cwd.is_empty() { "/home/tenki" } else { &command.cwd };
-        match self.with_files(|files| files.stat(directory))? {
+        match self.look(directory, |files, path| files.stat(path)).await? {
             None => return refuse(Code::FileNotFound, 2),
             Some(stat) if !stat.is_dir => return refuse(Code::NotADirectory, 20),
             Some(_) => {}
@@ -99,15 +165,15 @@ fn record(events: &watch::Sender<Vec<ProcessEvent>>, event: ProcessEvent) {
 #[async_trait]
 impl Guest for FakeGuest {
     async fn run(&self, command: Command) -> Result<Process, GuestError> {
-        self.start(command)
+        self.start(command).await
     }
 
     async fn run_detached(&self, id: ExecutionId, command: Command) -> Result<u32, GuestError> {
-        self.check()?;
+        self.awake().await?;
         if self.detached.lock().expect("no holder of this lock panics").contains_key(&id) {
             return Ok(programs::PID);
         }
-        let mut process = self.start(Command { stdin: false, ..command })?;
+        let mut process = self.start(Command { stdin: false, ..command }).await?;
         let events = watch::Sender::new(Vec::new());
         self.detached.lock().expect("no holder of this lock panics").insert(id, events.clone());
         let pid = process.pid;
@@ -121,7 +187,7 @@ impl Guest for FakeGuest {
     }
 
     async fn follow(&self, id: ExecutionId) -> Result<mpsc::Receiver<ProcessEvent>, GuestError> {
-        self.check()?;
+        self.awake().await?;
         let events = self.detached.lock().expect("no holder of this lock panics").get(&id).cloned();
         let Some(events) = events else { return refuse(Code::ExecutionNotFound, 0) };
         if self.faults.effect().await {
@@ -168,7 +234,7 @@ impl Guest for FakeGuest {
         length: u64,
         chunk_bytes: u32,
     ) -> Result<FileReader, GuestError> {
-        let content = self.with_files(|files| files.read(path))?;
+        let content = self.look(path, |files, path| files.read(path)).await?;
         let total_size = content.len() as u64;
         let start = offset.min(total_size) as usize;
         let end = if length == 0 { content.len() } else { content.len().min(start.saturating_add(length as usize)) };
@@ -187,10 +253,10 @@ impl Guest for FakeGuest {
     }
 
     async fn write_file(&self, path: &str, options: WriteOptions) -> Result<FileWriter, GuestError> {
-        self.with_files(|files| files.check_writable(path))?;
+        self.change(path, |files, path| files.check_writable(path)).await?;
         let (sender, mut chunks) = mpsc::channel::<Bytes>(CHANNEL_MAX);
         let (writer, finish) = FileWriter::new(sender);
-        let (files, path, death) = (self.files.clone(), path.to_owned(), self.death.subscribe());
+        let ((files, path, _), death) = (self.place(path), self.death.subscribe());
         tokio::spawn(async move {
             let mut content = Vec::new();
             while let Some(chunk) = chunks.recv().await {
@@ -209,18 +275,18 @@ impl Guest for FakeGuest {
     }
 
     async fn stat(&self, path: &str) -> Result<Option<FileStat>, GuestError> {
-        self.with_files(|files| files.stat(path))
+        self.look(path, |files, path| files.stat(path)).await
     }
 
     async fn make_directory(&self, path: &str, mode: u32, recursive: bool) -> Result<i64, GuestError> {
-        self.with_files(|files| files.make_directory(path, mode, recursive))
+        self.change(path, |files, path| files.make_directory(path, mode, recursive)).await
     }
 
     async fn remove(&self, path: &str, recursive: bool) -> Result<u64, GuestError> {
-        self.with_files(|files| files.remove(path, recursive))
+        self.change(path, |files, path| files.remove(path, recursive)).await
     }
 
     async fn list_directory(&self, path: &str, include_hidden: bool) -> Result<Vec<DirectoryEntry>, GuestError> {
-        self.with_files(|files| files.list(path, include_hidden))
+        self.look(path, |files, path| files.list(path, include_hidden)).await
     }
 }

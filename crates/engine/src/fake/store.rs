@@ -1,17 +1,20 @@
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use nagaya_api::ids::{ExecutionId, KeyId, SessionId, WorkspaceId};
+use nagaya_api::ids::{ExecutionId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 
 use super::Faults;
-use crate::model::{ApiKey, Execution, Session, SessionState, Workspace};
-use crate::ports::{Change, SessionQuery, Store, StoreError};
+use crate::model::{ApiKey, Execution, Session, SessionState, Snapshot, Volume, Workspace};
+use crate::ports::{Change, SessionQuery, SnapshotQuery, Store, StoreError, VolumeQuery};
 
 /// A store in memory. It outlives the engine that writes to it.
 pub struct FakeStore {
     faults: Arc<Faults>,
     tables: Mutex<Tables>,
+    commits: AtomicU64,
+    fail_commits: AtomicBool,
 }
 
 #[derive(Default, Clone)]
@@ -20,12 +23,14 @@ struct Tables {
     keys: BTreeMap<KeyId, ApiKey>,
     sessions: BTreeMap<SessionId, Session>,
     executions: BTreeMap<ExecutionId, Execution>,
+    snapshots: BTreeMap<SnapshotId, Snapshot>,
+    volumes: BTreeMap<VolumeId, Volume>,
     settings: BTreeMap<String, Vec<u8>>,
 }
 
 impl FakeStore {
     pub fn new(faults: Arc<Faults>) -> Self {
-        Self { faults, tables: Mutex::default() }
+        Self { faults, tables: Mutex::default(), commits: AtomicU64::new(0), fail_commits: AtomicBool::new(false) }
     }
 
     fn with<T>(&self, action: impl FnOnce(&mut Tables) -> T) -> T {
@@ -39,6 +44,16 @@ impl FakeStore {
         Ok(self.with(action))
     }
 
+    /// Commits so far.
+    pub fn commits(&self) -> u64 {
+        self.commits.load(Ordering::Relaxed)
+    }
+
+    /// While this is so, nothing can be written.
+    pub fn fail_commits(&self, fail: bool) {
+        self.fail_commits.store(fail, Ordering::Relaxed);
+    }
+
     /// Every session, live or not, without faults.
     pub fn all_sessions(&self) -> Vec<Session> {
         self.with(|tables| tables.sessions.values().cloned().collect())
@@ -47,6 +62,16 @@ impl FakeStore {
     /// Every execution, without faults.
     pub fn all_executions(&self) -> Vec<Execution> {
         self.with(|tables| tables.executions.values().cloned().collect())
+    }
+
+    /// Every snapshot, without faults.
+    pub fn snapshots_now(&self) -> Vec<Snapshot> {
+        self.with(|tables| tables.snapshots.values().cloned().collect())
+    }
+
+    /// Every volume, without faults.
+    pub fn volumes_now(&self) -> Vec<Volume> {
+        self.with(|tables| tables.volumes.values().cloned().collect())
     }
 
     /// Loses the newest session record, as a store that does not sync would: for tests of tests.
@@ -73,6 +98,18 @@ impl Tables {
             Change::ForgetExecution(id) => {
                 self.executions.remove(&id);
             }
+            Change::Snapshot(snapshot) => {
+                self.snapshots.insert(snapshot.id, snapshot);
+            }
+            Change::ForgetSnapshot(id) => {
+                self.snapshots.remove(&id);
+            }
+            Change::Volume(volume) => {
+                self.volumes.insert(volume.id, volume);
+            }
+            Change::ForgetVolume(id) => {
+                self.volumes.remove(&id);
+            }
             Change::Setting { name, value } => {
                 self.settings.insert(name, value);
             }
@@ -94,14 +131,40 @@ impl Tables {
         found.sort_by_key(|session| std::cmp::Reverse((session.created_at, session.id)));
         found.into_iter().take(query.limit as usize).cloned().collect()
     }
+
+    fn snapshots(&self, query: &SnapshotQuery) -> Vec<Snapshot> {
+        let lives = |id: &SessionId| self.sessions.get(id).is_some_and(|s| s.state != SessionState::Terminated);
+        let mut found: Vec<&Snapshot> = self
+            .snapshots
+            .values()
+            .filter(|snapshot| query.workspace_id.is_none_or(|id| snapshot.workspace_id == id))
+            .filter(|snapshot| query.session_id.is_none_or(|id| snapshot.session_id == id))
+            .filter(|snapshot| !query.dangling || !lives(&snapshot.session_id))
+            .filter(|snapshot| query.before.is_none_or(|before| (snapshot.created_at, snapshot.id) < before))
+            .collect();
+        found.sort_by_key(|snapshot| std::cmp::Reverse((snapshot.created_at, snapshot.id)));
+        found.into_iter().take(query.limit as usize).cloned().collect()
+    }
+
+    fn volumes(&self, query: &VolumeQuery) -> Vec<Volume> {
+        let mut found: Vec<&Volume> = self
+            .volumes
+            .values()
+            .filter(|volume| query.workspace_id.is_none_or(|id| volume.workspace_id == id))
+            .filter(|volume| query.before.is_none_or(|before| (volume.created_at, volume.id) < before))
+            .collect();
+        found.sort_by_key(|volume| std::cmp::Reverse((volume.created_at, volume.id)));
+        found.into_iter().take(query.limit as usize).cloned().collect()
+    }
 }
 
 #[async_trait]
 impl Store for FakeStore {
     async fn commit(&self, changes: Vec<Change>) -> Result<(), StoreError> {
-        if self.faults.effect().await {
+        if self.faults.effect().await || self.fail_commits.load(Ordering::Relaxed) {
             return Err(StoreError("a commit failed, as this test asked for".to_owned()));
         }
+        self.commits.fetch_add(1, Ordering::Relaxed);
         self.with(|tables| changes.into_iter().for_each(|change| tables.apply(change)));
         // Written, but whoever asked does not know yet. What is written cannot fail any more.
         self.faults.effect().await;
@@ -140,5 +203,29 @@ impl Store for FakeStore {
     async fn executions(&self, session_id: SessionId) -> Result<Vec<Execution>, StoreError> {
         let of = |execution: &&Execution| execution.session_id == session_id;
         self.read(|tables| tables.executions.values().filter(of).cloned().collect()).await
+    }
+
+    async fn snapshot(&self, id: SnapshotId) -> Result<Option<Snapshot>, StoreError> {
+        self.read(|tables| tables.snapshots.get(&id).cloned()).await
+    }
+
+    async fn snapshots(&self, query: SnapshotQuery) -> Result<Vec<Snapshot>, StoreError> {
+        self.read(|tables| tables.snapshots(&query)).await
+    }
+
+    async fn all_snapshots(&self) -> Result<Vec<Snapshot>, StoreError> {
+        self.read(|tables| tables.snapshots.values().cloned().collect()).await
+    }
+
+    async fn volume(&self, id: VolumeId) -> Result<Option<Volume>, StoreError> {
+        self.read(|tables| tables.volumes.get(&id).cloned()).await
+    }
+
+    async fn volumes(&self, query: VolumeQuery) -> Result<Vec<Volume>, StoreError> {
+        self.read(|tables| tables.volumes(&query)).await
+    }
+
+    async fn all_volumes(&self) -> Result<Vec<Volume>, StoreError> {
+        self.read(|tables| tables.volumes.values().cloned().collect()).await
     }
 }

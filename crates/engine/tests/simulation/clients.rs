@@ -9,7 +9,8 @@ use nagaya_engine::model::{ExecutionStatus, SessionState};
 use nagaya_engine::ports::Clock;
 use nagaya_engine::{Caller, Engine, ListSessions, NewExecution, NewSession, SessionUpdate};
 
-use crate::model::ensure;
+use crate::audit::ensure;
+use crate::keepers::{self, Keeping};
 use crate::world::World;
 
 /// What a client is about to do.
@@ -17,9 +18,10 @@ use crate::world::World;
 pub enum Action {
     Create {
         tenant: usize,
-        max_duration_ms: Option<u64>,
+        limits: Limits,
         wait: bool,
     },
+    Keep(Keeping),
     Terminate(SessionId, usize),
     Rename(SessionId, usize),
     Extend(SessionId, usize, u64),
@@ -36,6 +38,14 @@ pub enum Action {
     Trespass(SessionId, usize),
 }
 
+/// When a session ends or pauses by itself.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Limits {
+    pub max_duration_ms: Option<u64>,
+    pub idle_timeout_minutes: Option<u32>,
+    pub pause_retention_ms: Option<u64>,
+}
+
 impl Action {
     pub fn choose(world: &World, rng: &mut Rng) -> Self {
         let known = world.model.borrow().known();
@@ -44,6 +54,9 @@ impl Action {
         let Some(&(id, tenant)) = known.iter().rev().nth(tail).or(known.last()) else {
             return Self::create(rng);
         };
+        if rng.per_mille(550) {
+            return Self::Keep(Keeping::choose(world, rng, id, tenant));
+        }
         match rng.below(100) {
             0..25 => Self::create(rng),
             25..40 => Self::Terminate(id, tenant),
@@ -63,8 +76,12 @@ impl Action {
     }
 
     fn create(rng: &mut Rng) -> Self {
-        let max_duration_ms = rng.per_mille(300).then(|| 1 + rng.below(10_000));
-        Self::Create { tenant: rng.below(2) as usize, max_duration_ms, wait: rng.per_mille(500) }
+        let limits = Limits {
+            max_duration_ms: rng.per_mille(300).then(|| 1 + rng.below(10_000)),
+            idle_timeout_minutes: rng.per_mille(300).then_some(1),
+            pause_retention_ms: rng.per_mille(300).then(|| 1 + rng.below(10_000)),
+        };
+        Self::Create { tenant: rng.below(2) as usize, limits, wait: rng.per_mille(500) }
     }
 }
 
@@ -83,7 +100,8 @@ fn excuse(world: &World, action: &Action, error: &Error) -> Result<(), String> {
 pub async fn act(world: Rc<World>, engine: Engine, action: Action) -> Result<(), String> {
     let world = &*world;
     let result = match action.clone() {
-        Action::Create { tenant, max_duration_ms, wait } => create(world, &engine, tenant, max_duration_ms, wait).await,
+        Action::Create { tenant, limits, wait } => create(world, &engine, tenant, limits, wait).await,
+        Action::Keep(keeping) => keepers::keep(world, &engine, keeping).await,
         Action::Terminate(id, tenant) => terminate(world, &engine, id, tenant).await,
         Action::Rename(id, tenant) => rename(world, &engine, id, tenant).await,
         Action::Extend(id, tenant, by) => extend(world, &engine, id, tenant, by).await,
@@ -106,7 +124,7 @@ pub async fn act(world: Rc<World>, engine: Engine, action: Action) -> Result<(),
     }
 }
 
-enum Failure {
+pub enum Failure {
     Broken(String),
     Refused(Error),
 }
@@ -123,7 +141,7 @@ impl From<Error> for Failure {
     }
 }
 
-type Outcome = Result<(), Failure>;
+pub type Outcome = Result<(), Failure>;
 
 macro_rules! must {
     ($condition:expr, $($message:tt)*) => {
@@ -133,17 +151,26 @@ macro_rules! must {
     };
 }
 
+pub(crate) use must;
+
 /// Takes these refusals for granted.
-fn allow(answer: Result<(), Error>, codes: &[Code]) -> Outcome {
+pub fn allow(answer: Result<(), Error>, codes: &[Code]) -> Outcome {
     match answer {
         Err(error) if codes.contains(&error.code) => Ok(()),
         other => other.map_err(Failure::Refused),
     }
 }
 
-async fn create(world: &World, engine: &Engine, tenant: usize, max_duration_ms: Option<u64>, wait: bool) -> Outcome {
+async fn create(world: &World, engine: &Engine, tenant: usize, limits: Limits, wait: bool) -> Outcome {
     let caller: &Caller = &world.tenants[tenant];
-    let new = NewSession { name: "new".into(), max_duration_ms, tags: vec!["a".into()], ..NewSession::default() };
+    let new = NewSession {
+        name: "new".into(),
+        max_duration_ms: limits.max_duration_ms,
+        idle_timeout_minutes: limits.idle_timeout_minutes,
+        pause_retention_ms: limits.pause_retention_ms,
+        tags: vec!["a".into()],
+        ..NewSession::default()
+    };
     let session = match engine.create_session(caller, new).await {
         Ok(session) => session,
         Err(error) => return allow(Err(error), &[Code::QuotaExceeded, Code::CapacityUnavailable]),
@@ -159,13 +186,13 @@ async fn create(world: &World, engine: &Engine, tenant: usize, max_duration_ms: 
     let settled = states.wait_for(|session| session.state != SessionState::Creating).await;
     let settled = settled.map(|session| session.state);
     match settled {
-        Ok(SessionState::Running) => {
+        Ok(state) if state != SessionState::Terminating && state != SessionState::Terminated => {
             world.model.borrow_mut().ran.insert(id);
             match engine.certificate(caller, id).await {
                 Ok((certificate, _)) => {
                     world.model.borrow_mut().certificates.insert(id, certificate.text);
                 }
-                Err(error) => allow(Err(error), &[Code::SessionTerminated])?,
+                Err(error) => allow(Err(error), &UNUSABLE)?,
             }
         }
         Ok(_) => {}
@@ -243,7 +270,7 @@ async fn execute(world: &World, engine: &Engine, id: SessionId, tenant: usize, p
 }
 
 /// What a session that cannot be used just now answers.
-const UNUSABLE: [Code; 4] =
+pub const UNUSABLE: [Code; 4] =
     [Code::SessionTerminated, Code::SessionNotRunning, Code::GuestUnreachable, Code::QuotaExceeded];
 
 async fn open(world: &World, engine: &Engine, id: SessionId, tenant: usize, for_ms: u64) -> Outcome {

@@ -7,7 +7,10 @@
 // On a paused runtime tokio's time is virtual, and is what the fake clock shows.
 #![allow(clippy::disallowed_methods)]
 
+#[path = "../common/audit.rs"]
+mod audit;
 mod clients;
+mod keepers;
 mod model;
 mod world;
 

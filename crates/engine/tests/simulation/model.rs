@@ -2,9 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use nagaya_api::ids::SessionId;
+use nagaya_api::ids::{SessionId, SnapshotId, VolumeId};
 use nagaya_engine::fake::Fakes;
-use nagaya_engine::model::{ExecutionStatus, Session, SessionState};
+use nagaya_engine::model::{ExecutionStatus, Session, SessionState, SnapshotState};
+
+use crate::audit::{self, ensure};
+use crate::keepers::DISK_LOG;
 
 /// What the clients know, and what was seen of each session before.
 #[derive(Default)]
@@ -24,27 +27,57 @@ pub struct Model {
     /// Sessions with a change of name under way.
     pub renaming: BTreeSet<SessionId>,
     pub certificates: BTreeMap<SessionId, String>,
+    pub logs: BTreeMap<Place, Log>,
+    /// Logs that are being written to.
+    pub writing: BTreeSet<Place>,
+    /// Somebody asked for their deletion.
+    pub doomed: BTreeSet<Place>,
+    /// How often resuming was asked for, and how many of these were not answered.
+    resumes: BTreeMap<SessionId, (u64, u64)>,
+    /// Acknowledged as paused, with nobody having asked to resume them since.
+    paused: BTreeSet<SessionId>,
     seen: BTreeMap<SessionId, Session>,
 }
 
-fn rank(state: SessionState) -> u8 {
-    match state {
-        SessionState::Creating => 0,
-        SessionState::Running => 1,
-        SessionState::Terminating => 2,
-        SessionState::Terminated => 3,
-        other => panic!("nothing makes {}", other.name()),
+/// Something that holds a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Place {
+    Disk(SessionId),
+    Volume(VolumeId),
+    Snapshot(SnapshotId),
+}
+
+impl Place {
+    pub fn volume(self) -> Option<VolumeId> {
+        if let Self::Volume(id) = self { Some(id) } else { None }
     }
 }
 
-macro_rules! ensure {
-    ($condition:expr, $($message:tt)*) => {
-        if !$condition {
-            return Err(format!($($message)*));
-        }
-    };
+/// What was acknowledged of a log: it is the beginning of what is there.
+#[derive(Debug, Clone)]
+pub struct Log {
+    pub tenant: usize,
+    pub content: String,
+    /// Its place was acknowledged as usable.
+    pub ready: bool,
 }
-pub(crate) use ensure;
+
+/// Whether it counts against quotas.
+pub fn is_active(row: &Session) -> bool {
+    use SessionState as S;
+    matches!(row.state, S::Creating | S::Running | S::Pausing | S::Resuming)
+}
+
+/// Whether a record may go from one state to another, over any number of steps.
+fn follows(before: SessionState, after: SessionState) -> bool {
+    use SessionState as S;
+    match before {
+        S::Terminated => after == S::Terminated,
+        S::Terminating => after.is_terminal(),
+        S::Creating => true,
+        _ => after != S::Creating,
+    }
+}
 
 impl Model {
     /// Sessions that clients may name, in a fixed order.
@@ -63,7 +96,7 @@ impl Model {
             let ended = row.state == SessionState::Terminated;
             if let Some(before) = self.seen.get(id) {
                 ensure!(
-                    rank(before.state) <= rank(row.state),
+                    follows(before.state, row.state),
                     "{id} went from {} to {}",
                     before.state.name(),
                     row.state.name()
@@ -82,7 +115,7 @@ impl Model {
                 ensure!(names.contains(&row.name), "{id} is named {:?}, not one of {names:?}", row.name);
             }
         }
-        let live = rows.values().filter(|row| row.state != SessionState::Terminated).count();
+        let live = rows.values().filter(|row| is_active(row)).count();
         ensure!(live <= sessions_max, "{live} sessions live, {sessions_max} are allowed");
         for execution in fakes.store.all_executions() {
             let session = rows.get(&execution.session_id);
@@ -93,10 +126,96 @@ impl Model {
                 execution.id
             );
         }
-        let violations = fakes.driver.violations();
-        ensure!(violations.is_empty(), "the driver was misused: {violations:?}");
+        let violations = [fakes.driver.violations(), fakes.blobs.violations()].concat();
+        ensure!(violations.is_empty(), "a port was misused: {violations:?}");
+        self.check_logs(fakes, &rows)?;
+        for id in &self.paused {
+            let stopped = [SessionState::Paused, SessionState::UserShutdown].contains(&rows[id].state);
+            ensure!(stopped || rows[id].state.is_terminal(), "{id} was paused, but is {}", rows[id].state.name());
+        }
         self.seen = rows;
         Ok(())
+    }
+
+    /// Nothing that was acknowledged as written is lost, wherever it has gone since.
+    fn check_logs(&self, fakes: &Fakes, rows: &BTreeMap<SessionId, Session>) -> Result<(), String> {
+        let snapshots: BTreeMap<_, _> = fakes.store.snapshots_now().into_iter().map(|of| (of.id, of)).collect();
+        for (place, log) in self.logs.iter().filter(|(place, _)| !self.doomed.contains(place)) {
+            let found = match place {
+                Place::Disk(id) => {
+                    let row = &rows[id];
+                    // One that has begun to end may have lost its disk; one that is not ready may not have it yet.
+                    if row.state.is_terminal() || row.ready_at.is_none() || log.content.is_empty() {
+                        continue;
+                    }
+                    fakes.driver.disk_file(*id, DISK_LOG)
+                }
+                Place::Volume(id) if log.content.is_empty() => {
+                    let there = fakes.driver.volumes_now().contains_key(id);
+                    ensure!(there, "the acknowledged volume {id} is lost");
+                    continue;
+                }
+                Place::Volume(id) => fakes.driver.volume_file(*id, &format!("/{id}")),
+                Place::Snapshot(id) => {
+                    let snapshot = snapshots.get(id);
+                    let kept = snapshot.is_some_and(|of| !log.ready || of.state == SnapshotState::Ready);
+                    ensure!(kept, "the acknowledged snapshot {id} is now {snapshot:?}");
+                    continue;
+                }
+            };
+            let found = String::from_utf8(found.unwrap_or_default()).unwrap_or_default();
+            ensure!(found.starts_with(&log.content), "{place:?} holds {found:?}, acknowledged was {:?}", log.content);
+        }
+        Ok(())
+    }
+
+    pub fn log(&self, place: Place) -> String {
+        self.logs.get(&place).map(|log| log.content.clone()).unwrap_or_default()
+    }
+
+    pub fn acknowledge_log(&mut self, place: Place, content: String) {
+        let tenant = self.tenant_of(place);
+        self.logs.insert(place, Log { tenant, content, ready: true });
+    }
+
+    pub fn tenant_of(&self, place: Place) -> usize {
+        match (place, self.logs.get(&place)) {
+            (_, Some(log)) => log.tenant,
+            (Place::Disk(id), None) => self.created.get(&id).copied().unwrap_or_default(),
+            _ => 0,
+        }
+    }
+
+    pub fn snapshots(&self) -> Vec<Place> {
+        self.logs.keys().copied().filter(|place| matches!(place, Place::Snapshot(_))).collect()
+    }
+
+    pub fn volumes(&self) -> Vec<Place> {
+        self.logs.keys().copied().filter(|place| matches!(place, Place::Volume(_))).collect()
+    }
+
+    pub fn resumes(&self, id: SessionId) -> (u64, u64) {
+        self.resumes.get(&id).copied().unwrap_or_default()
+    }
+
+    pub fn begin_resume(&mut self, id: SessionId) {
+        let (asked, unanswered) = self.resumes.entry(id).or_default();
+        (*asked, *unanswered) = (*asked + 1, *unanswered + 1);
+        self.paused.remove(&id);
+    }
+
+    pub fn end_resume(&mut self, id: SessionId) {
+        if let Some((_, unanswered)) = self.resumes.get_mut(&id) {
+            *unanswered -= 1;
+        }
+    }
+
+    /// A pause was acknowledged; `before` is what was known of resumes when it was asked for.
+    pub fn acknowledge_pause(&mut self, id: SessionId, before: (u64, u64)) {
+        let (_, unanswered) = before;
+        if unanswered == 0 && self.resumes(id) == before {
+            self.paused.insert(id);
+        }
     }
 
     fn check_reason(&self, row: &Session) -> Result<(), String> {
@@ -112,14 +231,19 @@ impl Model {
                     "{id} ended before its deadline: {row:?}"
                 );
             }
-            "killed from outside" | "the sandbox was no longer running when the server started again" => {
-                ensure!(self.killed.contains(&id), "{id} ended for a reason that is not true: {}", row.terminal_error);
-            }
+            "pause retention expired" => ensure!(row.pause_retention_ms.is_some(), "{id} was to be kept for ever"),
             "the server stopped while the sandbox was being created" => {
                 ensure!(row.ready_at.is_none(), "{id} was ready, yet is said to have been in creation");
             }
             other => ensure!(
-                other.starts_with("the sandbox could not be created: ")
+                [
+                    "the sandbox could not be created: ",
+                    "the snapshot could not be restored: ",
+                    "the paused session's disk could not be copied: ",
+                    "volume ",
+                ]
+                .iter()
+                .any(|known| other.starts_with(known))
                     || other == "no capacity left on this server: network_slots_max"
                     || other == "the server could not record the sandbox",
                 "{id} ended for an unknown reason: {other}"
@@ -129,37 +253,47 @@ impl Model {
     }
 
     /// Holds when nothing is under way and nothing fails.
-    pub fn check_quiet(&self, fakes: &Fakes, now: u64) -> Result<(), String> {
-        let sandboxes = fakes.driver.sandboxes();
-        for row in self.seen.values() {
+    pub fn check_quiet(&self, fakes: &Fakes, now: u64, in_memory_max_ms: u64) -> Result<(), String> {
+        audit::check_quiet(fakes)?;
+        for row in self.seen.values().filter(|row| row.state != SessionState::Terminated) {
             let id = row.id;
-            match row.state {
-                SessionState::Running => {
-                    // What is due this very moment may not have had its turn.
-                    ensure!(sandboxes.get(&id) == Some(&true), "{id} is RUNNING, but its sandbox is not");
-                    ensure!(
-                        row.timeout_at.is_none_or(|at| at + 10 > now),
-                        "{id} outlived its deadline {:?}",
-                        row.timeout_at
-                    );
-                }
-                SessionState::Terminated => {}
-                other => return Err(format!("{id} is stuck in {}", other.name())),
+            // What is due this very moment may not have had its turn.
+            let overdue = |at: Option<u64>| at.is_some_and(|at| at + 10 <= now);
+            let runs = row.state == SessionState::Running;
+            ensure!(!runs || !overdue(row.timeout_at), "{id} outlived its deadline {:?}", row.timeout_at);
+            let idle_ms = row.idle_timeout_minutes.map(|minutes| u64::from(minutes) * 60_000);
+            let idle = idle_ms.map(|ms| row.last_activity_at + ms);
+            ensure!(!runs || !overdue(idle), "{id} is idle since {}", row.last_activity_at);
+            if let Some(pause) = &row.pause {
+                ensure!(!overdue(pause.expires_at), "{id} outlived its retention {pause:?}");
+                let parks_at = pause.in_memory.then_some(pause.paused_at + in_memory_max_ms);
+                ensure!(!overdue(parks_at), "{id} still has its memory: {pause:?}");
             }
         }
-        for id in sandboxes.keys() {
-            let row = self.seen.get(id);
-            ensure!(
-                row.is_some_and(|row| row.state == SessionState::Running),
-                "the sandbox {id} belongs to no session"
-            );
-        }
-        for execution in fakes.store.all_executions().iter().filter(|e| e.status == ExecutionStatus::Running) {
-            let guest = fakes.driver.guest(execution.session_id);
-            let runs = guest.is_some_and(|guest| guest.running().contains(&execution.id));
-            ensure!(runs, "execution {} is RUNNING on record only", execution.id);
-        }
         Ok(())
+    }
+
+    /// What the schedule came to, for counting.
+    pub fn seen_of_interest(&self) -> Vec<String> {
+        let mut seen = Vec::new();
+        for row in self.seen.values() {
+            let told = |key: &str| row.metadata.get(key).map(|value| format!(" {value}")).unwrap_or_default();
+            if row.metadata.contains_key("restore_mode") {
+                seen.push(format!("restore{}{}", told("restore_mode"), told("restore_reason")));
+            }
+            if row.source_snapshot_id.is_some() && row.ready_at.is_some() {
+                seen.push("from a snapshot".to_owned());
+            }
+        }
+        for (place, _) in self.logs.iter().filter(|(_, log)| !log.content.is_empty()) {
+            let what = match place {
+                Place::Disk(_) => "a log on a disk",
+                Place::Volume(_) => "a log on a volume",
+                Place::Snapshot(_) => "a log in a snapshot",
+            };
+            seen.push(what.to_owned());
+        }
+        seen
     }
 
     pub fn live(&self) -> impl Iterator<Item = &Session> {

@@ -7,13 +7,14 @@ use std::time::Duration;
 use nagaya_api::error::Code;
 use nagaya_api::ids::{KeyId, WorkspaceId};
 use nagaya_engine::fake::{Fakes, Rng};
-use nagaya_engine::model::{ApiKey, SessionState, Workspace};
+use nagaya_engine::model::{ApiKey, SessionState, Workspace, WorkspaceSettings};
 use nagaya_engine::ports::{Change, Clock, ExitStatus, Store};
-use nagaya_engine::{Caller, Engine, EngineConfig, ListSessions, NewSession};
+use nagaya_engine::{Caller, Engine, EngineConfig, ListSessions, ListSnapshots, ListVolumes, NewSession};
 use tokio::task::LocalSet;
 
 use crate::clients::{Action, act};
-use crate::model::{Model, ensure};
+use crate::audit::ensure;
+use crate::model::{Model, is_active};
 
 /// What a test of the simulator breaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +30,7 @@ pub enum Bug {
 const SESSIONS_MAX: u32 = 8;
 /// Of the second tenant; the first has none of its own.
 const WORKSPACE_SESSIONS_MAX: u32 = 3;
+const PAUSE_IN_MEMORY_MAX_MS: u64 = 3_000;
 /// Longer than any pause of the engine, in virtual time: whatever takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(3_600);
 
@@ -46,6 +48,8 @@ pub struct Schedule {
     pub trace: Vec<String>,
     pub crashes: u64,
     pub reasons: Vec<String>,
+    /// What else of interest it came to.
+    pub seen: Vec<String>,
 }
 
 /// What all schedules together did: a simulation that never does something does not test it.
@@ -54,6 +58,7 @@ pub struct Totals {
     crashes: u64,
     sessions: u64,
     ended: std::collections::BTreeMap<String, u64>,
+    seen: std::collections::BTreeMap<String, u64>,
 }
 
 impl Totals {
@@ -61,7 +66,12 @@ impl Totals {
         self.crashes += schedule.crashes;
         self.sessions += schedule.reasons.len() as u64;
         for reason in &schedule.reasons {
-            *self.ended.entry(reason.clone()).or_default() += 1;
+            // Ids and digests would make every one of them another.
+            let short = reason.split(['0', '1', '2', '3', '4', '5', '6', '7', '8', '9']).next().unwrap_or_default();
+            *self.ended.entry(short.to_owned()).or_default() += 1;
+        }
+        for seen in &schedule.seen {
+            *self.seen.entry(seen.clone()).or_default() += 1;
         }
     }
 
@@ -70,13 +80,26 @@ impl Totals {
         for reason in [
             "",
             "maximum duration reached",
-            "killed from outside",
-            "the sandbox was no longer running when the server started again",
+            "pause retention expired",
             "the server stopped while the sandbox was being created",
             "the sandbox could not be created: a driver step failed, as this test asked for",
             "no capacity left on this server: network_slots_max",
         ] {
             assert!(self.ended.contains_key(reason), "no session ended with {reason:?}");
+        }
+        for seen in [
+            "restore memory",
+            "restore cold_boot memory_time_limit",
+            "restore cold_boot memory_pressure",
+            "restore cold_boot host_restarted",
+            "restore cold_boot sandbox_ended",
+            "restore cold_boot powered_off",
+            "from a snapshot",
+            "a log on a disk",
+            "a log on a volume",
+            "a log in a snapshot",
+        ] {
+            assert!(self.seen.contains_key(seen), "never seen: {seen}");
         }
     }
 }
@@ -88,6 +111,7 @@ fn config() -> EngineConfig {
         certificate_ttl_ms: 20_000,
         executions_per_session_max: 3,
         activity_flush_ms: 500,
+        pause_in_memory_max_ms: Some(PAUSE_IN_MEMORY_MAX_MS),
         retry_first_ms: 10,
         retry_max_ms: 1_000,
         ..EngineConfig::default()
@@ -132,7 +156,8 @@ impl World {
         let mut changes = Vec::new();
         for (tenant, sessions_max) in self.tenants.iter().zip([None, Some(WORKSPACE_SESSIONS_MAX)]) {
             let (id, name) = (tenant.workspace_id, String::new());
-            changes.push(Change::Workspace(Workspace { id, name, created_at: 1, sessions_max }));
+            let settings = WorkspaceSettings { sessions_max, ..WorkspaceSettings::default() };
+            changes.push(Change::Workspace(Workspace { id, name, created_at: 1, settings }));
             let secret_hash = [tenant.key_id.as_uuid().as_bytes()[15]; 32];
             changes.push(Change::ApiKey(ApiKey { id: tenant.key_id, workspace_id: id, secret_hash, created_at: 1 }));
         }
@@ -168,7 +193,7 @@ pub fn run_schedule(seed: u64, bug: Option<Bug>) -> Result<Schedule, String> {
     match result {
         Ok(()) => {
             let reasons = world.model.borrow().all().map(|row| row.terminal_error.clone()).collect();
-            Ok(Schedule { trace, crashes, reasons })
+            Ok(Schedule { trace, crashes, reasons, seen: world.model.borrow().seen_of_interest() })
         }
         Err(why) => {
             let shown = &trace[trace.len().saturating_sub(60)..];
@@ -219,9 +244,10 @@ fn lives(world: &Rc<World>, rng: &mut Rng, bug: Option<Bug>, crashes: &mut u64) 
             }
         }
         world.fakes.faults.recover();
-        world.fakes.driver.disconnect();
+        world.fakes.disconnect();
         world.fail_per_mille(0);
         world.model.borrow_mut().renaming.clear();
+        world.model.borrow_mut().writing.clear();
         world.check()?;
         between_lives(world, rng);
         now = ended_at + rng.below(8_000);
@@ -232,7 +258,13 @@ fn lives(world: &Rc<World>, rng: &mut Rng, bug: Option<Bug>, crashes: &mut u64) 
 /// The server is down, the world is not.
 fn between_lives(world: &World, rng: &mut Rng) {
     let known = world.model.borrow().known();
+    if rng.per_mille(100) {
+        world.fakes.driver.restart_host();
+    }
     for (id, _) in known {
+        if rng.per_mille(30) {
+            world.fakes.driver.power_off(id);
+        }
         if rng.per_mille(100) && world.fakes.driver.kill(id, "killed from outside") {
             world.model.borrow_mut().killed.insert(id);
         }
@@ -270,8 +302,9 @@ async fn life_of(world: &Rc<World>, rng: &mut Rng) -> Result<(), String> {
                     world.model.borrow_mut().killed.insert(id);
                 }
             }
-            26..32 => finish_commands(world, rng, 500),
-            32..35 => quiet(world, &engine).await?,
+            26..30 => finish_commands(world, rng, 500),
+            30..33 => quiet(world, &engine).await?,
+            33..36 => disturb(world, rng),
             _ => {
                 let action = Action::choose(world, rng);
                 world.note(|| format!("{action:?}"));
@@ -322,6 +355,27 @@ async fn life_of(world: &Rc<World>, rng: &mut Rng) -> Result<(), String> {
     Ok(())
 }
 
+/// Things that happen to the host and inside sandboxes.
+fn disturb(world: &World, rng: &mut Rng) {
+    let known = world.model.borrow().known();
+    match rng.below(6) {
+        0 => world.fakes.driver.report_memory_low(),
+        1 => world.fakes.blobs.set_offline(rng.per_mille(500)),
+        2 => world.fakes.driver.set_full(rng.per_mille(300)),
+        3 => world.fakes.clock.advance(61_000),
+        4 => {
+            for id in world.fakes.driver.volumes_now().into_keys() {
+                world.fakes.driver.set_volume_in_use(id, rng.per_mille(300));
+            }
+        }
+        _ => {
+            if let Some((id, _)) = known.get(rng.below(known.len() as u64) as usize) {
+                world.fakes.driver.power_off(*id);
+            }
+        }
+    }
+}
+
 async fn joined(client: tokio::task::JoinHandle<Result<(), String>>) -> Result<(), String> {
     patiently("a client", client).await?.map_err(|error| format!("a client failed: {error}"))?
 }
@@ -329,16 +383,17 @@ async fn joined(client: tokio::task::JoinHandle<Result<(), String>>) -> Result<(
 /// Lets nothing fail for a while, and looks at what all of it came to.
 async fn quiet(world: &World, engine: &Engine) -> Result<(), String> {
     world.fakes.faults.fail_per_mille(0);
+    world.fakes.blobs.set_offline(false);
     world.sleep(10_000).await;
     world.check()?;
-    world.model.borrow().check_quiet(&world.fakes, world.fakes.clock.now())?;
+    world.model.borrow().check_quiet(&world.fakes, world.fakes.clock.now(), PAUSE_IN_MEMORY_MAX_MS)?;
     let counted: u64 = engine.session_counts().values().sum();
     let live = world.model.borrow().live().count() as u64;
     ensure!(counted == live, "the engine counts {counted} sessions, {live} live");
     for tenant in &world.tenants {
         let used = engine.usage(tenant, None).await.map_err(|error| error.to_string())?;
         let model = world.model.borrow();
-        let mine = || model.live().filter(|row| row.workspace_id == tenant.workspace_id);
+        let mine = || model.live().filter(|row| row.workspace_id == tenant.workspace_id && is_active(row));
         ensure!(used.active_sessions == mine().count() as u64, "{used:?} is not what the records say");
         let memory: u64 = mine().map(|row| u64::from(row.machine.memory_mb)).sum();
         ensure!(used.memory_mb == memory, "{used:?} is not what the records say");
@@ -351,6 +406,7 @@ async fn reckoning(world: &Rc<World>) -> Result<(), String> {
     let engine = world.start().await?;
     world.note(|| "started for the last time".into());
     world.fakes.driver.set_sandboxes_max(None);
+    world.fakes.driver.set_full(false);
     quiet(world, &engine).await?;
     for tenant in &world.tenants {
         let list = ListSessions { page_size: 100, ..ListSessions::default() };
@@ -365,9 +421,33 @@ async fn reckoning(world: &Rc<World>) -> Result<(), String> {
     }
     world.sleep(1_000).await;
     ensure!(world.fakes.driver.sandboxes().is_empty(), "sandboxes are left when every session has ended");
+    delete_everything(world, &engine).await?;
     quotas(world, &engine).await?;
     world.draining.set(true);
     patiently("shutting down", engine.shut_down()).await
+}
+
+async fn delete_everything(world: &Rc<World>, engine: &Engine) -> Result<(), String> {
+    let places: Vec<_> = world.model.borrow().logs.keys().copied().collect();
+    world.model.borrow_mut().doomed.extend(places);
+    for tenant in &world.tenants {
+        let list = ListSnapshots { page_size: 100, ..ListSnapshots::default() };
+        for snapshot in engine.list_snapshots(tenant, list).await.map_err(|error| error.to_string())?.0 {
+            let deleted = patiently("delete a snapshot", engine.delete_snapshot(tenant, snapshot.id)).await?;
+            deleted.map_err(|error| format!("delete of snapshot {}: {error}", snapshot.id))?;
+        }
+        let list = ListVolumes { page_size: 100, ..ListVolumes::default() };
+        for (volume, attached) in engine.list_volumes(tenant, list).await.map_err(|error| error.to_string())?.0 {
+            ensure!(!attached, "volume {} is attached when every session has ended", volume.id);
+            let deleted = patiently("delete a volume", engine.delete_volume(tenant, volume.id)).await?;
+            deleted.map_err(|error| format!("delete of volume {}: {error}", volume.id))?;
+        }
+    }
+    let (driver, blobs, store) = (&world.fakes.driver, &world.fakes.blobs, &world.fakes.store);
+    ensure!(driver.volumes_now().is_empty() && store.volumes_now().is_empty(), "volumes are left");
+    ensure!(blobs.stored().is_empty() && store.snapshots_now().is_empty(), "snapshots or blobs are left");
+    ensure!(driver.images_now().is_empty(), "images are left");
+    Ok(())
 }
 
 /// With everything ended, exactly as many sessions as allowed can be made: no share was lost or kept.

@@ -8,8 +8,9 @@ use bytes::{Buf, Bytes, BytesMut};
 use rustix::process::{Pid, Signal, WaitStatus, kill_process_group, test_kill_process_group};
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, oneshot};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 
+use super::clock::Clock;
 use super::detached::Execution;
 use super::program::Running;
 use super::signals;
@@ -55,7 +56,13 @@ enum Asked {
 }
 
 /// Sees a command through to its end.
-pub async fn supervise(mut running: Running, timeout_ms: u64, sink: Sink, mut control: Option<Control>) -> Exit {
+pub async fn supervise(
+    clock: &Arc<Clock>,
+    mut running: Running,
+    timeout_ms: u64,
+    sink: Sink,
+    mut control: Option<Control>,
+) -> Exit {
     let group = Group(running.pid);
     let stderr = running.stderr.take();
     let outputs = async {
@@ -74,7 +81,7 @@ pub async fn supervise(mut running: Running, timeout_ms: u64, sink: Sink, mut co
         closing: control.is_none(),
         terminal: running.terminal.is_some(),
     };
-    let mut ending = Ending::new(timeout_ms, Instant::from_std(running.started));
+    let mut ending = Ending::new(clock.clone(), timeout_ms, running.started);
 
     while outputs_open || status.is_none() {
         tokio::select! {
@@ -99,7 +106,7 @@ pub async fn supervise(mut running: Running, timeout_ms: u64, sink: Sink, mut co
             used = stdin.write() => if let Some(Control::Stream(receiver)) = &mut control {
                 receiver.release(used);
             },
-            _ = sleep_until(ending.next.unwrap_or_else(Instant::now)), if ending.next.is_some() => {
+            _ = clock.sleep_until(ending.next.unwrap_or(running.started)), if ending.next.is_some() => {
                 if ending.escalate(group) {
                     outputs_open = false;
                 }
@@ -107,7 +114,7 @@ pub async fn supervise(mut running: Running, timeout_ms: u64, sink: Sink, mut co
         }
     }
     ending.finish_off(group);
-    let duration_ms = running.started.elapsed().as_millis() as u64;
+    let duration_ms = (clock.now() - running.started).as_millis() as u64;
     exit(status.expect("the loop ends with a status"), &ending, duration_ms)
 }
 
@@ -170,6 +177,7 @@ impl Group {
 
 /// How a command is brought to its end: TERM, then KILL, then its outputs are let go.
 struct Ending {
+    clock: Arc<Clock>,
     /// When the next step is due.
     next: Option<Instant>,
     timed_out: bool,
@@ -184,16 +192,16 @@ enum Stage {
 }
 
 impl Ending {
-    fn new(timeout_ms: u64, started: Instant) -> Self {
+    fn new(clock: Arc<Clock>, timeout_ms: u64, started: Instant) -> Self {
         let next = (timeout_ms > 0).then(|| started.checked_add(Duration::from_millis(timeout_ms))).flatten();
-        Self { next, timed_out: false, stage: Stage::Running }
+        Self { clock, next, timed_out: false, stage: Stage::Running }
     }
 
     fn stop(&mut self, group: Group) {
         if self.stage == Stage::Running {
             group.signal(Signal::TERM);
             self.stage = Stage::Terminated;
-            self.next = Some(Instant::now() + GRACE);
+            self.next = Some(self.clock.now() + GRACE);
         }
     }
 
@@ -208,7 +216,7 @@ impl Ending {
             Stage::Terminated => {
                 group.signal(Signal::KILL);
                 self.stage = Stage::Killed;
-                self.next = Some(Instant::now() + AFTER_KILL);
+                self.next = Some(self.clock.now() + AFTER_KILL);
                 false
             }
             Stage::Killed => {
@@ -221,8 +229,9 @@ impl Ending {
     /// The command is over; members of its group that ignored TERM still get their KILL.
     fn finish_off(&self, group: Group) {
         if let (Stage::Terminated, Some(due), true) = (self.stage, self.next, group.exists()) {
+            let clock = self.clock.clone();
             tokio::spawn(async move {
-                sleep_until(due).await;
+                clock.sleep_until(due).await;
                 group.signal(Signal::KILL);
             });
         }

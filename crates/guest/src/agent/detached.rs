@@ -97,7 +97,8 @@ impl Executions {
         let agent = agent.clone();
         tokio::spawn(async move {
             let control = Control::Cancel(execution.cancel.clone());
-            let exit = supervise(program, timeout_ms, Sink::Spool(execution.clone()), Some(control)).await;
+            let exit =
+                supervise(&agent.clock, program, timeout_ms, Sink::Spool(execution.clone()), Some(control)).await;
             execution.progress.send_modify(|progress| progress.exit = Some(exit));
             agent.executions.drop_oldest_finished();
         });

@@ -27,7 +27,7 @@ pub fn maintain(agent: Arc<Agent>) {
             agent.busy.notified().await;
             while agent.reaper.running() > 0 {
                 write(&agent);
-                tokio::time::sleep(REFRESH).await;
+                agent.clock.sleep(REFRESH).await;
             }
             write(&agent);
         }

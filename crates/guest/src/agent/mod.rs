@@ -15,12 +15,15 @@ use tokio::sync::{Mutex, Notify};
 
 use crate::handshake::Handshake;
 use crate::mux::{Mux, Role};
+use clock::Clock;
 use detached::Executions;
 use failure::Failure;
 use paths::Root;
+use power::Power;
 use reaper::Reaper;
 use settings::Settings;
 
+mod clock;
 mod command;
 mod detached;
 mod directories;
@@ -28,6 +31,7 @@ mod failure;
 mod files;
 mod meminfo;
 mod paths;
+mod power;
 mod program;
 mod reaper;
 mod serve;
@@ -54,6 +58,9 @@ pub struct Agent {
     null: OwnedFd,
     reaper: Arc<Reaper>,
     executions: Executions,
+    /// What all waiting on behalf of commands goes by.
+    clock: Arc<Clock>,
+    power: Power,
     /// Notified when a command starts.
     busy: Notify,
     /// Notified when a request has been answered.
@@ -68,7 +75,7 @@ pub fn main(arguments: impl Iterator<Item = String>) -> Result<(), String> {
     sys::reset_signals();
     sys::drop_groups();
     sys::tune_heap();
-    if rustix::process::getpid().as_raw_nonzero().get() != 1 {
+    if !is_first_process() {
         sys::become_subreaper();
     }
     rustix::process::umask(Mode::empty());
@@ -83,6 +90,10 @@ pub fn main(arguments: impl Iterator<Item = String>) -> Result<(), String> {
         .build()
         .map_err(|error| format!("start the runtime: {error}"))?;
     runtime.block_on(serve(settings)).map_err(|error| format!("serve: {error}"))
+}
+
+fn is_first_process() -> bool {
+    rustix::process::getpid().as_raw_nonzero().get() == 1
 }
 
 /// Every command and file takes descriptors; the agent may have as many as it can get.
@@ -104,10 +115,15 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
         null: rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?,
         reaper: Reaper::start()?,
         executions: Executions::default(),
+        clock: Arc::default(),
+        power: Power::default(),
         busy: Notify::new(),
         answered: Notify::new(),
         settings,
     });
+    if is_first_process() {
+        power::obey(&agent)?;
+    }
     meminfo::maintain(agent.clone());
     tokio::spawn(tidy_up(agent.clone()));
     if leash.is_some() {
@@ -136,7 +152,8 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
         show_machine(&agent);
         let (agent, newest) = (agent.clone(), newest.clone());
         tokio::spawn(async move {
-            let greeted = greet(stream, &newest).await;
+            let handshake = Handshake { powered_off: agent.power.is_off(), ..Handshake::default() };
+            let greeted = greet(stream, handshake, &newest).await;
             drop(permit);
             if let Some(mut requests) = greeted {
                 while let Some(request) = requests.recv().await {
@@ -188,10 +205,11 @@ async fn tidy_up(agent: Arc<Agent>) {
 /// Becomes the newest connection, once the other side has said who it is.
 async fn greet(
     stream: UnixStream,
+    handshake: Handshake,
     newest: &Mutex<Option<Mux>>,
 ) -> Option<tokio::sync::mpsc::UnboundedReceiver<crate::mux::Request>> {
     let (reader, writer) = stream.into_split();
-    let (mux, requests) = Mux::start(reader, writer, Role::Agent, Handshake::default()).await.ok()?;
+    let (mux, requests) = Mux::start(reader, writer, Role::Agent, handshake).await.ok()?;
     if let Some(older) = newest.lock().await.replace(mux) {
         older.close("a newer connection took over");
     }

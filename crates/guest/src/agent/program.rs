@@ -3,7 +3,6 @@
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
 
 use nagaya_api::error::Code;
 use rustix::fs::{Gid, Mode, OFlags, Uid};
@@ -13,6 +12,7 @@ use rustix::process::WaitStatus;
 use rustix::pty::OpenptFlags;
 use tokio::net::unix::pipe;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::Agent;
 use super::failure::Failure;
@@ -31,6 +31,7 @@ pub struct Running {
     /// Also its process group and session.
     pub pid: i32,
     pub ended: oneshot::Receiver<WaitStatus>,
+    /// By the agent's clock.
     pub started: Instant,
     /// `None` when its standard input is empty.
     pub stdin: Option<pipe::Sender>,
@@ -42,6 +43,7 @@ pub struct Running {
 
 /// Starts a command. All that can be wrong with it is found here.
 pub async fn start(agent: &Arc<Agent>, command: Command) -> Result<Running, Failure> {
+    agent.power.require_on()?;
     let agent = agent.clone();
     // Loading a program may wait for the disk, and the process being made may be stopped by others.
     let spawned = tokio::task::spawn_blocking(move || spawn(&agent, &command)).await;
@@ -87,7 +89,7 @@ fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
             })
         })
     };
-    let started = Instant::now();
+    let started = agent.clock.now();
     if command.pty {
         let (ours, theirs) = open_terminal(command.privileged)?;
         let (pid, ended) = program([theirs.as_fd(); 3], true).map_err(refusal)?;

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use rustix::process::{WaitOptions, WaitStatus, wait};
+use rustix::io::Errno;
+use rustix::process::{WaitId, WaitIdOptions, WaitOptions, WaitStatus, wait, waitid};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
@@ -68,6 +69,12 @@ impl Reaper {
     /// Commands that have not ended.
     pub fn running(&self) -> usize {
         self.state().waiting.len()
+    }
+
+    /// Whether any process is left, ours or adopted. Its end is not collected.
+    pub fn has_children(&self) -> bool {
+        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        !matches!(waitid(WaitId::All, look), Err(Errno::CHILD))
     }
 
     fn collect(&self) {

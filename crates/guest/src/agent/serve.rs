@@ -53,6 +53,21 @@ async fn other(
             agent.executions.forget(&request.execution_id);
             Outcome::default()
         }
+        Kind::Suspend(_) => {
+            agent.clock.suspend();
+            Outcome::default()
+        }
+        Kind::Continue(_) => {
+            agent.clock.go_on();
+            Outcome::default()
+        }
+        Kind::AwaitPowerOff(_) => {
+            tokio::select! {
+                () = agent.power.off() => {}
+                () = sender.closed() => {}
+            }
+            Outcome::default()
+        }
         Kind::ReadFile(request) => files::read(agent, *request, sender).await?,
         Kind::WriteFile(request) => files::write(agent, *request, sender, receiver).await?,
         Kind::Stat(request) => {
@@ -81,7 +96,9 @@ async fn run(agent: &Arc<Agent>, command: Command, sender: &Sender, receiver: Re
     agent.busy.notify_one();
     // When nobody listens any more, supervision finds out in its own way.
     let _ = started(sender, running.pid as u32).await;
-    let exit = supervise(running, timeout_ms, Sink::Stream(sender.clone()), Some(Control::Stream(receiver))).await;
+    let exit =
+        supervise(&agent.clock, running, timeout_ms, Sink::Stream(sender.clone()), Some(Control::Stream(receiver)))
+            .await;
     Ok(Outcome { kind: exit.into() })
 }
 

@@ -158,8 +158,9 @@ unsafe fn prepare(plan: &Plan) -> Result<(), Step> {
     let check = |result: i64, step: Step| if result < 0 { Err(step) } else { Ok(()) };
     // SAFETY: plain system calls with valid arguments; see `child`.
     unsafe {
-        for signal in [libc::SIGPIPE, libc::SIGCHLD, libc::SIGTERM] {
-            libc::signal(signal, libc::SIG_DFL);
+        // All that we handle: a handler must not run in the parent's memory.
+        for signal in [libc::SIGPIPE, libc::SIGCHLD, libc::SIGTERM].iter().chain(&super::power::SIGNALS) {
+            libc::signal(*signal, libc::SIG_DFL);
         }
         check(libc::setsid().into(), Step::Prepare)?;
         for file in &plan.cgroup_procs {
@@ -229,6 +230,15 @@ pub fn drop_groups() {
     // SAFETY: a plain system call without pointers; the agent has one thread when this is called.
     unsafe {
         libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>());
+    }
+}
+
+/// Sends a signal to every process of the sandbox but this one, which is process 1.
+pub fn signal_all(signal: c_int) {
+    assert_eq!(rustix::process::getpid().as_raw_nonzero().get(), 1, "elsewhere -1 is every process of the host");
+    // SAFETY: a plain system call without pointers. Without other processes it fails, which is fine.
+    unsafe {
+        libc::kill(-1, signal);
     }
 }
 

@@ -110,6 +110,10 @@ pub struct Hello {
     ///
     /// Field 4: `build`
     pub build: ::buffa::alloc::string::String,
+    /// From the agent: the sandbox has powered itself off. None of its processes is left, and none will be.
+    ///
+    /// Field 5: `powered_off`
+    pub powered_off: bool,
 }
 impl ::core::fmt::Debug for Hello {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
@@ -118,6 +122,7 @@ impl ::core::fmt::Debug for Hello {
             .field("version_max", &self.version_max)
             .field("features", &self.features)
             .field("build", &self.build)
+            .field("powered_off", &self.powered_off)
             .finish()
     }
 }
@@ -160,6 +165,9 @@ impl ::buffa::Message for Hello {
         if !self.build.is_empty() {
             size += 1u64 + ::buffa::types::string_encoded_len(&self.build) as u64;
         }
+        if self.powered_off {
+            size += 1u64 + ::buffa::types::BOOL_ENCODED_LEN as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -180,6 +188,9 @@ impl ::buffa::Message for Hello {
         }
         if !self.build.is_empty() {
             ::buffa::types::put_string_field(4u32, &self.build, buf);
+        }
+        if self.powered_off {
+            ::buffa::types::put_bool_field(5u32, self.powered_off, buf);
         }
     }
     fn merge_field(
@@ -225,6 +236,13 @@ impl ::buffa::Message for Hello {
                 )?;
                 ::buffa::types::merge_string(&mut self.build, buf)?;
             }
+            5u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.powered_off = ::buffa::types::decode_bool(buf)?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -236,6 +254,7 @@ impl ::buffa::Message for Hello {
         self.version_max = 0u32;
         self.features.clear();
         self.build.clear();
+        self.powered_off = false;
     }
 }
 /// What a stream is for: the payload of its OPEN frame.
@@ -357,6 +376,30 @@ impl ::buffa::Message for Request {
                         += 1u64 + ::buffa::encoding::varint_len(inner as u64) as u64
                             + inner as u64;
                 }
+                __buffa::oneof::request::Kind::Suspend(x) => {
+                    let __slot = __cache.reserve();
+                    let inner = x.compute_size(__cache);
+                    __cache.set(__slot, inner);
+                    size
+                        += 1u64 + ::buffa::encoding::varint_len(inner as u64) as u64
+                            + inner as u64;
+                }
+                __buffa::oneof::request::Kind::Continue(x) => {
+                    let __slot = __cache.reserve();
+                    let inner = x.compute_size(__cache);
+                    __cache.set(__slot, inner);
+                    size
+                        += 1u64 + ::buffa::encoding::varint_len(inner as u64) as u64
+                            + inner as u64;
+                }
+                __buffa::oneof::request::Kind::AwaitPowerOff(x) => {
+                    let __slot = __cache.reserve();
+                    let inner = x.compute_size(__cache);
+                    __cache.set(__slot, inner);
+                    size
+                        += 1u64 + ::buffa::encoding::varint_len(inner as u64) as u64
+                            + inner as u64;
+                }
             }
         }
         ::buffa::saturate_size(size)
@@ -445,6 +488,30 @@ impl ::buffa::Message for Request {
                 __buffa::oneof::request::Kind::ListDirectory(x) => {
                     ::buffa::types::put_len_delimited_header(
                         10u32,
+                        u64::from(__cache.consume_next()),
+                        buf,
+                    );
+                    x.write_to(__cache, buf);
+                }
+                __buffa::oneof::request::Kind::Suspend(x) => {
+                    ::buffa::types::put_len_delimited_header(
+                        11u32,
+                        u64::from(__cache.consume_next()),
+                        buf,
+                    );
+                    x.write_to(__cache, buf);
+                }
+                __buffa::oneof::request::Kind::Continue(x) => {
+                    ::buffa::types::put_len_delimited_header(
+                        12u32,
+                        u64::from(__cache.consume_next()),
+                        buf,
+                    );
+                    x.write_to(__cache, buf);
+                }
+                __buffa::oneof::request::Kind::AwaitPowerOff(x) => {
+                    ::buffa::types::put_len_delimited_header(
+                        13u32,
                         u64::from(__cache.consume_next()),
                         buf,
                     );
@@ -664,6 +731,66 @@ impl ::buffa::Message for Request {
                     );
                 }
             }
+            11u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                if let ::core::option::Option::Some(
+                    __buffa::oneof::request::Kind::Suspend(ref mut existing),
+                ) = self.kind
+                {
+                    ::buffa::Message::merge_length_delimited(&mut **existing, buf, ctx)?;
+                } else {
+                    let mut val = ::core::default::Default::default();
+                    ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
+                    self.kind = ::core::option::Option::Some(
+                        __buffa::oneof::request::Kind::Suspend(
+                            ::buffa::alloc::boxed::Box::new(val),
+                        ),
+                    );
+                }
+            }
+            12u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                if let ::core::option::Option::Some(
+                    __buffa::oneof::request::Kind::Continue(ref mut existing),
+                ) = self.kind
+                {
+                    ::buffa::Message::merge_length_delimited(&mut **existing, buf, ctx)?;
+                } else {
+                    let mut val = ::core::default::Default::default();
+                    ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
+                    self.kind = ::core::option::Option::Some(
+                        __buffa::oneof::request::Kind::Continue(
+                            ::buffa::alloc::boxed::Box::new(val),
+                        ),
+                    );
+                }
+            }
+            13u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                if let ::core::option::Option::Some(
+                    __buffa::oneof::request::Kind::AwaitPowerOff(ref mut existing),
+                ) = self.kind
+                {
+                    ::buffa::Message::merge_length_delimited(&mut **existing, buf, ctx)?;
+                } else {
+                    let mut val = ::core::default::Default::default();
+                    ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
+                    self.kind = ::core::option::Option::Some(
+                        __buffa::oneof::request::Kind::AwaitPowerOff(
+                            ::buffa::alloc::boxed::Box::new(val),
+                        ),
+                    );
+                }
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -679,6 +806,198 @@ pub mod request {
     use super::*;
     #[doc(inline)]
     pub use super::__buffa::oneof::request::Kind;
+}
+/// The sandbox's processes are about to be halted: timeouts and graces of commands stand still until
+/// Continue. Both may be repeated.
+#[derive(Clone, PartialEq, Default)]
+pub struct Suspend {}
+impl ::core::fmt::Debug for Suspend {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("Suspend").finish()
+    }
+}
+impl Suspend {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Suspend";
+}
+::buffa::impl_default_instance!(Suspend);
+impl ::buffa::MessageName for Suspend {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "Suspend";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.Suspend";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Suspend";
+}
+impl ::buffa::Message for Suspend {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let size = 0u64;
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        _buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {}
+}
+#[derive(Clone, PartialEq, Default)]
+pub struct Continue {}
+impl ::core::fmt::Debug for Continue {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("Continue").finish()
+    }
+}
+impl Continue {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Continue";
+}
+::buffa::impl_default_instance!(Continue);
+impl ::buffa::MessageName for Continue {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "Continue";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.Continue";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Continue";
+}
+impl ::buffa::Message for Continue {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let size = 0u64;
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        _buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {}
+}
+/// Ends when the sandbox has powered itself off.
+#[derive(Clone, PartialEq, Default)]
+pub struct AwaitPowerOff {}
+impl ::core::fmt::Debug for AwaitPowerOff {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("AwaitPowerOff").finish()
+    }
+}
+impl AwaitPowerOff {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.AwaitPowerOff";
+}
+::buffa::impl_default_instance!(AwaitPowerOff);
+impl ::buffa::MessageName for AwaitPowerOff {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "AwaitPowerOff";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.AwaitPowerOff";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.AwaitPowerOff";
+}
+impl ::buffa::Message for AwaitPowerOff {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let size = 0u64;
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        _buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {}
 }
 #[derive(Clone, PartialEq, Default)]
 pub struct EnvironmentVariable {
@@ -3830,6 +4149,11 @@ pub mod __buffa {
                 ListDirectory(
                     ::buffa::alloc::boxed::Box<super::super::super::ListDirectory>,
                 ),
+                Suspend(::buffa::alloc::boxed::Box<super::super::super::Suspend>),
+                Continue(::buffa::alloc::boxed::Box<super::super::super::Continue>),
+                AwaitPowerOff(
+                    ::buffa::alloc::boxed::Box<super::super::super::AwaitPowerOff>,
+                ),
             }
             impl ::buffa::Oneof for Kind {}
             impl From<super::super::super::Command> for Kind {
@@ -3932,6 +4256,37 @@ pub mod __buffa {
             impl From<super::super::super::ListDirectory>
             for ::core::option::Option<Kind> {
                 fn from(v: super::super::super::ListDirectory) -> Self {
+                    Self::Some(Kind::from(v))
+                }
+            }
+            impl From<super::super::super::Suspend> for Kind {
+                fn from(v: super::super::super::Suspend) -> Self {
+                    Self::Suspend(::buffa::alloc::boxed::Box::new(v))
+                }
+            }
+            impl From<super::super::super::Suspend> for ::core::option::Option<Kind> {
+                fn from(v: super::super::super::Suspend) -> Self {
+                    Self::Some(Kind::from(v))
+                }
+            }
+            impl From<super::super::super::Continue> for Kind {
+                fn from(v: super::super::super::Continue) -> Self {
+                    Self::Continue(::buffa::alloc::boxed::Box::new(v))
+                }
+            }
+            impl From<super::super::super::Continue> for ::core::option::Option<Kind> {
+                fn from(v: super::super::super::Continue) -> Self {
+                    Self::Some(Kind::from(v))
+                }
+            }
+            impl From<super::super::super::AwaitPowerOff> for Kind {
+                fn from(v: super::super::super::AwaitPowerOff) -> Self {
+                    Self::AwaitPowerOff(::buffa::alloc::boxed::Box::new(v))
+                }
+            }
+            impl From<super::super::super::AwaitPowerOff>
+            for ::core::option::Option<Kind> {
+                fn from(v: super::super::super::AwaitPowerOff) -> Self {
                     Self::Some(Kind::from(v))
                 }
             }

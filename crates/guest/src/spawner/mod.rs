@@ -1,5 +1,6 @@
 //! The spawner: one process, one thread, one request at a time.
 
+mod mounts;
 mod process;
 mod root;
 mod sandbox;
@@ -56,6 +57,10 @@ pub fn serve() {
             (Ok(()), Request::Namespaces { first_id }) => namespaces(first_id).map(|fds| (Answer::Namespaces, fds)),
             (Ok(()), Request::Sandbox(order)) => {
                 sandbox::start(&order, &descriptors, agent.as_fd()).map(|(pid, fd)| (Answer::Sandbox { pid }, vec![fd]))
+            }
+            (Ok(()), Request::Mount(order)) => mounts::mount(order, descriptors).map(|()| (Answer::Begun, Vec::new())),
+            (Ok(()), Request::Unmount(order)) => {
+                mounts::unmount(order, descriptors).map(|()| (Answer::Begun, Vec::new()))
             }
         };
         let (answer, fds) = outcome.unwrap_or_else(|error| {

@@ -20,6 +20,8 @@ pub(super) const LAYERS: &str = "/layers";
 pub(super) const NEW_ROOT: &str = "/root";
 pub(super) const DEVICES: &str = "/dev";
 pub(super) const SYSTEM: &str = "/sys";
+/// Where a sandbox's small files are made that cover others.
+pub(super) const COVERS: &str = "/covers";
 pub(super) const LAYERS_MAX: usize = 16;
 
 /// Character devices of every sandbox: name, major, minor.
@@ -37,7 +39,7 @@ pub(super) fn prepare() -> Result<(), StepError> {
     // Any directory will do: the mount moves to the top at once.
     mount::attach(root.as_fd(), "/proc").step("attach the spawner's root")?;
     std::env::set_current_dir("/proc").step("enter the spawner's root")?;
-    for directory in ["proc", "disk", "base", "layers", "root", "dev", "sys"] {
+    for directory in ["proc", "disk", "base", "layers", "root", "dev", "sys", "covers"] {
         fs::create_dir(directory).step("fill the spawner's root")?;
     }
     for index in 0..LAYERS_MAX {

@@ -13,7 +13,7 @@ use rustix::mount::{MountAttrFlags, UnmountFlags};
 use rustix::thread::{CapabilitySet, LinkNameSpaceType};
 
 use super::process::{self, Clone, Exit};
-use super::root::{BASE, DEVICES, DISK, LAYERS, LAYERS_MAX, NEW_ROOT, SYSTEM};
+use super::root::{BASE, COVERS, DEVICES, DISK, LAYERS, LAYERS_MAX, NEW_ROOT, SYSTEM};
 use super::{Step, StepError};
 use crate::mount::{self, NO_DEVICES, NO_EXEC, NO_SUID, READ_ONLY};
 use crate::seccomp;
@@ -161,7 +161,8 @@ fn build_root(order: &Sandbox, parts: &Parts<'_>) -> Result<Shown, StepError> {
     act_as(order.first_id).step("act as the sandbox's root")?;
     overlay(BASE, "root", NEW_ROOT)?;
     for (index, name) in order.layers.iter().enumerate() {
-        overlay(&format!("{LAYERS}/{index}"), name, &format!("{NEW_ROOT}/{name}"))?;
+        // What the base holds in a layer's directory lies over the layer.
+        overlay(&format!("{BASE}/{name}:{LAYERS}/{index}"), name, &format!("{NEW_ROOT}/{name}"))?;
     }
     act_as(0).step("act as the host's root")?;
     build_devices(order)?;
@@ -178,7 +179,7 @@ fn build_root(order: &Sandbox, parts: &Parts<'_>) -> Result<Shown, StepError> {
 }
 
 /// Uses another id for files, and keeps all capabilities.
-fn act_as(id: u32) -> Result<(), Errno> {
+pub(super) fn act_as(id: u32) -> Result<(), Errno> {
     const KEEP_CAPABILITIES: libc::c_ulong = 1 << 2; // SECBIT_NO_SETUID_FIXUP
     // SAFETY: takes no pointers; the process has one thread.
     unsafe {
@@ -195,7 +196,7 @@ fn act_as(id: u32) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Mounts `lower` under the disk's upper directory of that name.
+/// Mounts `lower`, one directory over another, under the disk's upper directory of that name.
 fn overlay(lower: &str, name: &str, target: &str) -> Result<(), StepError> {
     let mount = mount::new_filesystem(
         "overlay",
@@ -257,6 +258,8 @@ fn build_proc() -> Result<Shown, StepError> {
     }
     let empty = mount::new_filesystem("tmpfs", &[("size", Some("64k")), ("mode", Some("0555"))], quiet)
         .step("make an empty place")?;
+    // Linux before 6.15 copies no parts of a mount that is attached nowhere.
+    mount::attach(empty.as_fd(), COVERS).step("attach an empty place")?;
     let make = |name: &str| {
         let flags = rustix::fs::OFlags::CREATE | rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
         rustix::fs::openat(&empty, name, flags, rustix::fs::Mode::from_raw_mode(0o444))
@@ -269,7 +272,8 @@ fn build_proc() -> Result<Shown, StepError> {
     };
     drop(nothing);
     let show = |name: &str, target: &str| -> Result<(), StepError> {
-        let file = mount::clone_tree(empty.as_fd(), name, false).step("copy an empty place")?;
+        let file =
+            mount::clone_tree(rustix::fs::CWD, &format!("{COVERS}/{name}"), false).step("copy an empty place")?;
         mount::set_attributes(file.as_fd(), READ_ONLY, None).step("protect an empty place")?;
         mount::attach(file.as_fd(), target).step("cover a part of /proc")
     };

@@ -7,6 +7,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::mount::MountAttrFlags;
 
@@ -15,11 +16,17 @@ mod tests;
 
 /// Microseconds; the period over which processor time is shared out.
 const CPU_PERIOD_US: u64 = 100_000;
+/// How long processes may take to stand still: one that waits for a disk does not before it has got what it
+/// waits for.
+const FREEZE_MAX: Duration = Duration::from_secs(5);
+const FREEZE_POLL: Duration = Duration::from_micros(50);
 
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     #[error("find the cgroup hierarchies: {0}")]
     Unusable(String),
+    #[error("halt the sandbox's processes: one did not stand still within {} s", FREEZE_MAX.as_secs())]
+    Restless,
     #[error("{step} {path}")]
     System { step: &'static str, path: String, source: io::Error },
 }
@@ -40,8 +47,8 @@ pub struct Limits {
 enum Layout {
     /// One hierarchy; the parent group of ours.
     Unified(PathBuf),
-    /// One parent group in each of the hierarchies of `cpu`, `memory` and `pids`.
-    Split { cpu: PathBuf, memory: PathBuf, pids: PathBuf },
+    /// One parent group in each of the hierarchies of `cpu`, `memory`, `pids` and `freezer`.
+    Split { cpu: PathBuf, memory: PathBuf, pids: PathBuf, freezer: PathBuf },
 }
 
 /// The groups of one server, all below one parent named after it.
@@ -63,17 +70,17 @@ impl Cgroups {
         let below = |root: &Path| root.join("nagaya").join(instance);
         let layout = match find(mounts)? {
             Layout::Unified(root) => {
-                enable_controllers(&root)?;
+                enable_controllers_at_the_top(&root)?;
                 enable_controllers_in(&root.join("nagaya"))?;
                 enable_controllers_in(&below(&root))?;
                 Layout::Unified(below(&root))
             }
-            Layout::Split { cpu, memory, pids } => {
+            Layout::Split { cpu, memory, pids, freezer } => {
                 let make = |root: PathBuf| {
                     let group = below(&root);
                     at("create", &group, fs::create_dir_all(&group)).map(|()| group)
                 };
-                Layout::Split { cpu: make(cpu)?, memory: make(memory)?, pids: make(pids)? }
+                Layout::Split { cpu: make(cpu)?, memory: make(memory)?, pids: make(pids)?, freezer: make(freezer)? }
             }
         };
         Ok(Self { layout })
@@ -92,7 +99,7 @@ impl Cgroups {
     fn parents(&self) -> Vec<&PathBuf> {
         match &self.layout {
             Layout::Unified(parent) => vec![parent],
-            Layout::Split { cpu, memory, pids } => vec![cpu, memory, pids],
+            Layout::Split { cpu, memory, pids, freezer } => vec![cpu, memory, pids, freezer],
         }
     }
 
@@ -100,9 +107,16 @@ impl Cgroups {
     /// Otherwise a move waits for a grace period of the kernel, some 8 ms, for each command. The
     /// option belongs to the whole host and makes forks a little slower; it stays on.
     pub fn favor_moves() -> io::Result<()> {
-        // Options of any mount of the hierarchy are the hierarchy's; this mount is never attached.
-        let mount = nagaya_guest::mount::new_filesystem("cgroup2", &[("favordynmods", None)], MountAttrFlags::empty());
-        mount.map(drop).map_err(Into::into)
+        const FAVOR: &str = "favordynmods";
+        let mut options = unified_options(&fs::read_to_string("/proc/self/mountinfo")?);
+        if options.iter().any(|option| option == FAVOR) {
+            return Ok(());
+        }
+        // Options of any mount of the hierarchy are the hierarchy's, and those that a mount does not
+        // name it switches off: the host's own are named again. The mount is never attached.
+        options.push(FAVOR.to_owned());
+        let flags: Vec<_> = options.iter().map(|option| (option.as_str(), None)).collect();
+        nagaya_guest::mount::new_filesystem("cgroup2", &flags, MountAttrFlags::empty()).map(drop).map_err(Into::into)
     }
 
     /// The group of a slot, whether it exists or not.
@@ -151,9 +165,16 @@ impl Cgroups {
     }
 }
 
+/// The options of the v2 hierarchy, in which systemd and container engines trust.
+fn unified_options(mount_information: &str) -> Vec<String> {
+    let hierarchy = mount_information.lines().find_map(|line| line.split_once(" - cgroup2 ")?.1.split(' ').nth(1));
+    let options = hierarchy.into_iter().flat_map(|options| options.split(','));
+    options.filter(|option| !["rw", "ro", "seclabel"].contains(option)).map(str::to_owned).collect()
+}
+
 /// Chooses v2 when it offers the controllers, else v1.
 fn find(mounts: &str) -> Result<Layout, CgroupError> {
-    let mut split: [Option<PathBuf>; 3] = [const { None }; 3];
+    let mut split: [Option<PathBuf>; 4] = [const { None }; 4];
     let mut unified = None;
     for line in mounts.lines() {
         let mut fields = line.split(' ');
@@ -165,7 +186,7 @@ fn find(mounts: &str) -> Result<Layout, CgroupError> {
         match kind {
             "cgroup2" => unified = Some(PathBuf::from(path)),
             "cgroup" => {
-                for (controller, place) in ["cpu", "memory", "pids"].into_iter().zip(&mut split) {
+                for (controller, place) in ["cpu", "memory", "pids", "freezer"].into_iter().zip(&mut split) {
                     if options.split(',').any(|option| option == controller) {
                         *place = Some(PathBuf::from(path));
                     }
@@ -181,11 +202,40 @@ fn find(mounts: &str) -> Result<Layout, CgroupError> {
         }
     }
     match split {
-        [Some(cpu), Some(memory), Some(pids)] => Ok(Layout::Split { cpu, memory, pids }),
+        [Some(cpu), Some(memory), Some(pids), Some(freezer)] => Ok(Layout::Split { cpu, memory, pids, freezer }),
+        [Some(_), Some(_), Some(_), None] => {
+            Err(CgroupError::Unusable("cgroup v1 lacks the freezer controller, with which sandboxes are paused".into()))
+        }
         _ => Err(CgroupError::Unusable(
             "neither cgroup v2 nor cgroup v1 offers the cpu, memory and pids controllers".into(),
         )),
     }
+}
+
+/// As [`enable_controllers`]. In a container the group at the top holds the container's processes, and
+/// a group with processes hands no controllers down: they move into a group of their own.
+fn enable_controllers_at_the_top(top: &Path) -> Result<(), CgroupError> {
+    // Whatever they start meanwhile stays behind, and is moved the next time.
+    const ATTEMPTS: usize = 10;
+    for _ in 0..ATTEMPTS {
+        match enable_controllers(top) {
+            Err(CgroupError::System { source, .. }) if source.kind() == io::ErrorKind::ResourceBusy => {
+                move_processes(top, &top.join("init"))?;
+            }
+            other => return other,
+        }
+    }
+    enable_controllers(top)
+}
+
+fn move_processes(from: &Path, to: &Path) -> Result<(), CgroupError> {
+    at("create", to, fs::create_dir_all(to))?;
+    let list = from.join("cgroup.procs");
+    for process in at("read", &list, fs::read_to_string(&list))?.lines() {
+        // One that has ended meanwhile is in nobody's way.
+        let _ = fs::write(to.join("cgroup.procs"), process);
+    }
+    Ok(())
 }
 
 fn enable_controllers_in(group: &Path) -> Result<(), CgroupError> {
@@ -232,7 +282,7 @@ impl Group {
                 // Absent where the kernel has no swap accounting; then there is nothing to limit.
                 let _ = self.write(parent, "memory.swap.max", "0");
             }
-            Layout::Split { cpu, memory, pids } => {
+            Layout::Split { cpu, memory, pids, .. } => {
                 self.write(cpu, "cpu.cfs_period_us", &CPU_PERIOD_US.to_string())?;
                 self.write(cpu, "cpu.cfs_quota_us", &quota.to_string())?;
                 // Memory and swap together may never be below memory alone, on the way either.
@@ -304,6 +354,51 @@ impl Group {
             .lines()
             .filter_map(|line| line.trim().parse().ok())
             .collect()
+    }
+
+    /// Halts everything but the agent where it is, and waits until it stands still. Blocks.
+    pub fn freeze(&self) -> Result<(), CgroupError> {
+        match &self.cgroups.layout {
+            Layout::Unified(parent) => self.write(parent, "cgroup.freeze", "1")?,
+            Layout::Split { freezer, .. } => self.write(freezer, "freezer.state", "FROZEN")?,
+        }
+        let deadline = Instant::now() + FREEZE_MAX;
+        while !self.is_frozen()? {
+            if Instant::now() >= deadline {
+                let _ = self.thaw();
+                return Err(CgroupError::Restless);
+            }
+            std::thread::sleep(FREEZE_POLL);
+        }
+        Ok(())
+    }
+
+    /// Undoes [`Group::freeze`]. Thawing a group that is not frozen changes nothing.
+    pub fn thaw(&self) -> Result<(), CgroupError> {
+        match &self.cgroups.layout {
+            Layout::Unified(parent) => self.write(parent, "cgroup.freeze", "0"),
+            Layout::Split { freezer, .. } => self.write(freezer, "freezer.state", "THAWED"),
+        }
+    }
+
+    /// Whether everything but the agent stands still, or is about to: what counts for whoever did not ask.
+    pub fn is_to_be_frozen(&self) -> Result<bool, CgroupError> {
+        let (parent, file) = match &self.cgroups.layout {
+            Layout::Unified(parent) => (parent, "cgroup.freeze"),
+            Layout::Split { freezer, .. } => (freezer, "freezer.self_freezing"),
+        };
+        let path = self.path(parent, "commands").join(file);
+        Ok(at("read", &path, fs::read_to_string(&path))?.trim() == "1")
+    }
+
+    /// Whether everything but the agent stands still.
+    fn is_frozen(&self) -> Result<bool, CgroupError> {
+        let (parent, file, frozen) = match &self.cgroups.layout {
+            Layout::Unified(parent) => (parent, "cgroup.events", "frozen 1"),
+            Layout::Split { freezer, .. } => (freezer, "freezer.state", "FROZEN"),
+        };
+        let path = self.path(parent, "commands").join(file);
+        Ok(at("read", &path, fs::read_to_string(&path))?.lines().any(|line| line == frozen))
     }
 
     /// Removes the group; fails with EBUSY while a process is in it.

@@ -17,6 +17,7 @@ fn split() -> (tempfile::TempDir, String) {
         "cgroup {path}/cpu,cpuacct cgroup rw,cpu,cpuacct 0 0\n\
          cgroup {path}/memory cgroup rw,memory 0 0\n\
          cgroup {path}/pids cgroup rw,pids 0 0\n\
+         cgroup {path}/freezer cgroup rw,freezer 0 0\n\
          cgroup {path}/systemd cgroup rw,name=systemd 0 0\n\
          cgroup2 {path}/unified cgroup2 rw 0 0\n"
     );
@@ -99,7 +100,68 @@ fn a_removed_group_is_gone_and_removing_it_again_is_no_error() {
 }
 
 #[test]
+fn commands_are_frozen_and_thawed_on_both_versions_and_the_agent_is_not() {
+    let cases = [
+        (
+            unified(),
+            "",
+            "cgroup.events",
+            "cgroup.freeze",
+            ["populated 1\nfrozen 1\n", "1", "populated 1\nfrozen 0\n", "0"],
+        ),
+        (split(), "freezer/", "freezer.state", "freezer.state", ["FROZEN", "FROZEN", "THAWED\n", "THAWED"]),
+    ];
+    for ((root, mounts), hierarchy, shown, asked, [frozen, freeze, thawed, thaw]) in cases {
+        let group = Cgroups::open_in(&mounts, "x").expect("open").make_group("slot-0").expect("a group");
+        let commands = format!("{hierarchy}nagaya/x/slot-0/commands");
+        let shown = root.path().join(&commands).join(shown);
+        fs::write(&shown, thawed).expect("write");
+        assert!(!group.is_frozen().expect("look"));
+        fs::write(&shown, frozen).expect("write");
+        group.freeze().expect("freeze");
+        assert!(group.is_frozen().expect("look"));
+        assert_eq!(read(&root, &format!("{commands}/{asked}")), freeze);
+        group.thaw().expect("thaw");
+        assert_eq!(read(&root, &format!("{commands}/{asked}")), thaw);
+        assert!(!root.path().join(format!("{hierarchy}nagaya/x/slot-0/agent")).join(asked).exists());
+    }
+}
+
+#[test]
+fn a_group_that_is_being_frozen_is_not_frozen_but_is_to_be() {
+    for ((root, mounts), hierarchy, shown, asked, state) in [
+        (unified(), "", "cgroup.events", "cgroup.freeze", "populated 1\nfrozen 0\n"),
+        (split(), "freezer/", "freezer.state", "freezer.self_freezing", "FREEZING\n"),
+    ] {
+        let group = Cgroups::open_in(&mounts, "x").expect("open").make_group("slot-0").expect("a group");
+        let commands = root.path().join(hierarchy).join("nagaya/x/slot-0/commands");
+        fs::write(commands.join(shown), state).expect("write");
+        fs::write(commands.join(asked), "0\n").expect("write");
+        assert!(!group.is_to_be_frozen().expect("look"));
+        fs::write(commands.join(asked), "1\n").expect("write");
+        assert!(group.is_to_be_frozen().expect("look"));
+        assert!(!group.is_frozen().expect("look"));
+    }
+}
+
+#[test]
+fn a_v1_host_without_the_freezer_is_refused_with_its_name() {
+    let (_root, mounts) = split();
+    let without = mounts.replace("freezer", "hugetlb");
+    let error = Cgroups::open_in(&without, "x").expect_err("nothing to freeze with").to_string();
+    assert!(error.contains("freezer"), "{error}");
+}
+
+#[test]
 fn a_host_without_the_controllers_is_refused_with_their_names() {
     let error = Cgroups::open_in("proc /proc proc rw 0 0\n", "x").expect_err("nothing to open").to_string();
     assert!(error.contains("cpu, memory and pids"), "{error}");
+}
+
+#[test]
+fn options_of_the_hierarchy_are_told_from_those_of_a_mount() {
+    let mounts = "24 1 0:22 / /proc rw,nosuid - proc proc rw\n\
+                  35 24 0:30 / /sys/fs/cgroup rw,nosuid,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot\n";
+    assert_eq!(unified_options(mounts), ["nsdelegate", "memory_recursiveprot"]);
+    assert!(unified_options("24 1 0:22 / /proc rw - proc proc rw\n").is_empty());
 }

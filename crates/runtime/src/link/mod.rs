@@ -67,9 +67,35 @@ impl Link {
         self.mux.closed().await
     }
 
+    /// Ends the connection, whoever else still holds it.
+    pub fn close(&self) {
+        self.mux.close("the server let go of the sandbox");
+    }
+
     /// Whether the connection has ended.
     pub fn is_closed(&self) -> bool {
         self.mux.is_closed()
+    }
+
+    /// Whether the sandbox had powered itself off when the connection began.
+    pub fn powered_off(&self) -> bool {
+        self.mux.peer().powered_off
+    }
+
+    /// Completes when the sandbox has powered itself off: true. False when the connection is lost before, or when
+    /// the agent is too old to tell.
+    pub async fn await_power_off(&self) -> bool {
+        self.ask(messages::AwaitPowerOff::default()).await.is_ok()
+    }
+
+    /// Lets timeouts and graces of commands stand still.
+    pub async fn suspend(&self) -> Result<(), GuestError> {
+        self.ask(messages::Suspend::default()).await.map(drop)
+    }
+
+    /// Lets them go on.
+    pub async fn go_on(&self) -> Result<(), GuestError> {
+        self.ask(messages::Continue::default()).await.map(drop)
     }
 
     /// Tells how many processes of the sandbox were killed for want of memory so far, so that a
@@ -100,7 +126,7 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        self.mux.close("the server let go of the sandbox");
+        self.close();
     }
 }
 

@@ -11,14 +11,18 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use nagaya_guest::mount;
 use rustix::fs::{Mode, SeekFrom};
 use rustix::mount::MountAttrFlags;
 
+use super::volumes::image::{self, ImageError, Superblock};
 use crate::sys::loop_device::LoopDevice;
 
 const GIB: u64 = 1 << 30;
+/// How long the host may take to write a disk back and to let go of it.
+const UNMOUNT_MAX: Duration = Duration::from_secs(120);
 /// Raised whenever what is inside a fresh disk changes.
 const TEMPLATE_VERSION: u32 = 1;
 
@@ -28,10 +32,17 @@ pub enum DiskError {
     System { step: &'static str, path: String, source: io::Error },
     #[error("format a disk: {0}")]
     Format(String),
+    #[error("resize a disk")]
+    Resize(#[from] ImageError),
 }
 
 fn at<T>(step: &'static str, path: &Path, result: io::Result<T>) -> Result<T, DiskError> {
     result.map_err(|source| DiskError::System { step, path: path.display().to_string(), source })
+}
+
+/// A sandbox's disk, in its directory.
+pub(super) fn path(directory: &Path) -> PathBuf {
+    directory.join("disk.ext4")
 }
 
 /// The templates of one data directory.
@@ -56,10 +67,7 @@ impl Disks {
         let template = self.template(size_gb)?;
         let source = at("open", &template, File::open(&template))?;
         let target = at("create", path, OpenOptions::new().write(true).create_new(true).mode(0o600).open(path))?;
-        if rustix::fs::ioctl_ficlone(&target, &source).is_ok() {
-            return Ok(());
-        }
-        at("copy to", path, copy_sparse(&source, &target))
+        at("copy to", path, copy(&source, &target))
     }
 
     fn template(&self, size_gb: u32) -> Result<PathBuf, DiskError> {
@@ -109,6 +117,11 @@ impl Disks {
 pub fn attach(path: &Path) -> Result<OwnedFd, DiskError> {
     let file = at("open", path, OpenOptions::new().read(true).write(true).open(path))?;
     let device = at("attach a loop device to", path, LoopDevice::attach(file.as_fd()))?;
+    mount(&device, path)
+}
+
+/// A mount of its own of the disk on a device, also when that is mounted already.
+pub fn mount(device: &LoopDevice, path: &Path) -> Result<OwnedFd, DiskError> {
     let options = [
         ("source", Some(device.path.as_str())),
         // The template's inode tables are zero where it is a hole; writing zeros would fill the holes.
@@ -121,7 +134,49 @@ pub fn attach(path: &Path) -> Result<OwnedFd, DiskError> {
     at("mount", path, mount.map_err(Into::into))
 }
 
-/// Copies what is not a hole.
+/// Grows what is on a disk that is not in use to this size, unless it is as large already.
+pub fn grow(path: &Path, size_gb: u32) -> Result<(), DiskError> {
+    let bytes = u64::from(size_gb) * GIB;
+    let file = at("open", path, OpenOptions::new().read(true).write(true).open(path))?;
+    let has = |found: Superblock| found.bytes >= bytes;
+    if Superblock::read(&file).map(has)? {
+        return Ok(());
+    }
+    // Not by the kernel, to which only servers with CAP_SYS_RESOURCE may say so.
+    if image::mend(path).map(has)? {
+        return Ok(());
+    }
+    if at("look at", path, file.metadata())?.len() < bytes {
+        at("size", path, file.set_len(bytes))?;
+    }
+    image::grow(path, bytes)?;
+    at("sync", path, file.sync_all())
+}
+
+/// Waits until the host has written a disk back and let go of it: a mount goes with its mount namespace, a while
+/// after the last process of that.
+pub fn wait_until_unmounted(path: &Path) -> Result<(), DiskError> {
+    let begin = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    while !at("look for the loop device of", path, LoopDevice::over(path))?.is_empty() {
+        if begin.elapsed() > UNMOUNT_MAX {
+            return at("unmount", path, Err(io::ErrorKind::TimedOut.into()));
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// Copies a file into an empty one: shares its blocks where the file system can, and copies what is not a hole
+/// where it cannot.
+pub fn copy(source: &File, target: &File) -> io::Result<()> {
+    if rustix::fs::ioctl_ficlone(target, source).is_ok() {
+        return Ok(());
+    }
+    copy_sparse(source, target)
+}
+
 fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
     let length = source.metadata()?.len();
     target.set_len(length)?;

@@ -2,7 +2,8 @@
 //!
 //! Its layers are the host's `/usr` (and whatever of `/bin`, `/sbin`, `/lib*` is no link into it),
 //! read-only, and a base layer made here: `/etc` with what is on a list, homes, `/tmp`, `/var`.
-//! Nothing else of the host is in it.
+//! Nothing else of the host is in it. What the base layer has in the directory of another layer lies over that
+//! one: so `poweroff` and its kin are ours, for the host's ask a service manager that is not there.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -85,7 +86,7 @@ impl Image {
 }
 
 /// Raised whenever this module makes something else of the same host.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Makes the base layer below `images`, unless the same one is there. Sandboxes keep the layer they
 /// started with: an old one may be removed only when [`remove_unused`] finds it unused.
@@ -121,8 +122,51 @@ fn make_base(base: &Path, name_server: Option<Ipv4Addr>) -> Result<(), ImageErro
             at(&inside, fs::create_dir(&inside))?;
         }
     }
+    make_power_programs(base)?;
     make_directories(base)?;
     make_etc(&base.join("etc"), name_server)
+}
+
+/// Programs that power the sandbox off: its first process does so when it gets this signal.
+const POWER_OFF: &str = r#"#!/bin/sh
+# Powers the sandbox off. Its disk is kept, and it can be resumed.
+name=${0##*/}
+if [ "$name" = shutdown ]; then
+    for argument in "$@"; do
+        case $argument in
+            -h | -H | -P | --halt | --poweroff | --no-wall | now | +0) ;;
+            *) echo "shutdown: only 'shutdown [-h] now' is known in a sandbox" >&2; exit 1 ;;
+        esac
+    done
+    case " $* " in
+        *" now "* | *" +0 "*) ;;
+        *) echo "shutdown: a sandbox powers off at once or not at all: say 'shutdown now'" >&2; exit 1 ;;
+    esac
+fi
+if ! kill -s PWR 1 2> /dev/null; then
+    echo "$name: only root can do that" >&2
+    exit 1
+fi
+"#;
+
+/// Lays them over those of the host.
+fn make_power_programs(base: &Path) -> Result<(), ImageError> {
+    let directory = fs::canonicalize("/sbin").unwrap_or_else(|_| "/usr/sbin".into());
+    let mut inside = base.to_owned();
+    for part in directory.strip_prefix("/").unwrap_or(&directory) {
+        inside.push(part);
+        if !inside.exists() {
+            at(&inside, fs::create_dir(&inside))?;
+        }
+        // Of two directories over each other, the upper one's mode is seen.
+        at(&inside, fs::set_permissions(&inside, Permissions::from_mode(0o755)))?;
+    }
+    for name in ["poweroff", "halt", "shutdown"] {
+        let path = inside.join(name);
+        at(&path, fs::write(&path, POWER_OFF))?;
+        at(&path, fs::set_permissions(&path, Permissions::from_mode(0o755)))?;
+    }
+    Ok(())
 }
 
 /// Names what the base layer is made from, without reading it: sizes and times tell of changes.

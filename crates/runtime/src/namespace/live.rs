@@ -4,8 +4,8 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nagaya_api::ids::SessionId;
@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::time::Timespec;
 use tokio::io::unix::AsyncFd;
 
 use super::record::Record;
@@ -44,13 +45,22 @@ impl PidFd {
         let _ = self.0.readable().await;
     }
 
-    pub async fn kill(&self) -> io::Result<()> {
+    /// Whether it has ended already.
+    pub fn has_ended(&self) -> bool {
+        let mut ended = [PollFd::new(self.0.get_ref(), PollFlags::IN)];
+        !matches!(rustix::event::poll(&mut ended, Some(&Timespec::default())), Ok(0))
+    }
+
+    pub fn try_clone(&self) -> io::Result<OwnedFd> {
+        self.0.get_ref().try_clone()
+    }
+
+    /// Asks for its end.
+    fn kill(&self) -> io::Result<()> {
         match rustix::process::pidfd_send_signal(self.0.get_ref(), Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-            Err(errno) => return Err(errno.into()),
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(errno) => Err(errno.into()),
         }
-        self.ended().await;
-        Ok(())
     }
 }
 
@@ -59,29 +69,63 @@ pub(super) struct Live {
     pub id: SessionId,
     pub slot: u32,
     pub pidfd: PidFd,
+    /// Its end was asked for, or was told already.
     ending: AtomicBool,
+    link: Mutex<Option<Arc<Link>>>,
 }
 
 impl Live {
     pub fn new(id: SessionId, slot: u32, pidfd: PidFd) -> Self {
-        Self { id, slot, pidfd, ending: AtomicBool::new(false) }
+        Self { id, slot, pidfd, ending: AtomicBool::new(false), link: Mutex::new(None) }
     }
 
-    /// Whether its end was asked for.
-    pub fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::Acquire)
+    /// Takes the right to tell of its end; false when it is no news.
+    pub fn begin_ending(&self) -> bool {
+        !self.ending.swap(true, Ordering::AcqRel)
     }
 
-    pub async fn end(&self) -> io::Result<()> {
-        self.ending.store(true, Ordering::Release);
-        self.pidfd.kill().await
+    /// Ends all processes, frozen or not.
+    pub async fn end(&self, cgroups: &Cgroups) -> Result<(), DriverError> {
+        self.begin_ending();
+        self.pidfd.kill().map_err(|error| failed("kill the sandbox", &error))?;
+        let group = cgroups.group(&group_name(self.slot));
+        if group.is_to_be_frozen().unwrap_or(false) {
+            // On cgroup v1 what is frozen ends when it is thawed. All of it is marked for its end before, so
+            // that nothing runs once more.
+            kill_part(&group, Part::Commands);
+            group.thaw().map_err(|error| failed("thaw the sandbox", &error))?;
+        }
+        self.pidfd.ended().await;
+        Ok(())
+    }
+
+    /// The connection to its agent, as long as that lasts.
+    pub fn link(&self) -> Option<Arc<Link>> {
+        let link = self.link.lock().expect("nothing panics while holding the connection").clone();
+        link.filter(|link| !link.is_closed())
+    }
+
+    pub fn disconnect(&self) {
+        if let Some(link) = self.link() {
+            link.close();
+        }
+    }
+
+    pub fn set_link(&self, link: Arc<Link>) {
+        *self.link.lock().expect("nothing panics while holding the connection") = Some(link);
     }
 }
 
 /// Makes a slot the sandbox of a session: its limits, its record, its directory. The last step gives
 /// it its name, so that a crash before it leaves a slot and a crash after it a sandbox. The slot is
 /// unharmed by an error.
-pub(super) fn take(inner: &Inner, id: SessionId, machine: &Machine, slot: &Slot) -> Result<(), DriverError> {
+pub(super) fn take(
+    inner: &Inner,
+    id: SessionId,
+    machine: &Machine,
+    slot: &Slot,
+    base: &Path,
+) -> Result<(), DriverError> {
     let limits = Limits {
         cpu_cores: machine.cpu_cores,
         memory_bytes: u64::from(machine.memory_mb) << 20,
@@ -90,9 +134,14 @@ pub(super) fn take(inner: &Inner, id: SessionId, machine: &Machine, slot: &Slot)
     slot.group.set_limits(limits).map_err(|error| failed("set the sandbox's limits", &error))?;
     let processors = inner.processors_for(slot.number, machine.cpu_cores);
     set_processors(slot.started.pid, &processors).map_err(|error| failed("set the sandbox's processors", &error))?;
-    let record = Record { slot: slot.number, machine: machine.clone(), base: inner.factory.image.base.clone() };
+    let boot_id = Some(inner.boot_id.clone());
+    let record = Record { slot: Some(slot.number), base: base.to_owned(), boot_id, powered_off: false };
     record.write(&slot.directory).map_err(|error| failed("write the sandbox's record", &error))?;
-    fs::rename(&slot.directory, inner.directory(id)).map_err(|error| failed("name the sandbox", &error))
+    let directory = inner.directory(id);
+    if slot.directory != directory {
+        fs::rename(&slot.directory, &directory).map_err(|error| failed("name the sandbox", &error))?;
+    }
+    Ok(())
 }
 
 /// Also what `nproc` tells inside. A thread hands its processors on to the threads and processes it
@@ -124,6 +173,8 @@ pub(super) fn kill_and_wait(pidfd: &OwnedFd) {
 
 /// Binds the agent's socket in the sandbox's directory, however long its path is.
 pub(super) fn listen(directory: &Path) -> io::Result<OwnedFd> {
+    // Of an earlier life of this disk.
+    let _ = fs::remove_file(directory.join(SOCKET));
     let place = open_directory(directory)?;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(short_path(&place))?)?;
@@ -173,10 +224,15 @@ pub(super) fn find(cgroups: &Cgroups, slot: u32) -> Option<OwnedFd> {
 
 /// Kills whatever is in a group.
 pub(super) fn kill_group(group: &Group) {
-    for part in [Part::Agent, Part::Commands] {
-        for pid in group.processes(part).into_iter().filter_map(Pid::from_raw) {
-            let _ = rustix::process::kill_process(pid, Signal::KILL);
-        }
+    kill_part(group, Part::Agent);
+    kill_part(group, Part::Commands);
+    // What is frozen would not end.
+    let _ = group.thaw();
+}
+
+fn kill_part(group: &Group, part: Part) {
+    for pid in group.processes(part).into_iter().filter_map(Pid::from_raw) {
+        let _ = rustix::process::kill_process(pid, Signal::KILL);
     }
 }
 

@@ -4,39 +4,49 @@
 //!  ids, network, disk, cgroup ──▶ spawner: clone3, mounts, agent ──▶ slot in the pool
 //!                                                                        │ take: limits, record, name
 //!  release ◀── kill the first process ◀── destroy ◀── sandbox ◀── link ◀──┘
+//!                                                     │    ▲
+//!                                                stop ▼    │ boot: a slot around the kept disk
+//!                                                only the disk ◀──▶ images
 //! ```
 //!
 //! What survives this process is on purpose: the sandboxes' processes and their directories below
-//! `sandboxes/`. Everything else (slots of the pool, mounts, loop devices) is held by descriptors
+//! `sandboxes/`, images of disks, and volumes. Everything else (slots of the pool, mounts, loop devices) is held by descriptors
 //! and goes with it, but for files and cgroups of slots, which the next start sweeps.
 
+mod birth;
 mod disk;
+mod events;
 mod host_image;
+mod images;
 mod live;
 mod network;
+mod pause;
 mod record;
+mod rest;
 mod room;
 mod slots;
+mod volumes;
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
 
 use async_trait::async_trait;
-use nagaya_api::ids::SessionId;
+use nagaya_api::ids::{ImageId, SessionId, VolumeId};
 use nagaya_engine::model::{Guarantees, Machine};
-use nagaya_engine::ports::{Driver, DriverError, Guest, SandboxExit};
+use nagaya_engine::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Mount};
 use tokio::sync::{Notify, mpsc};
 
 pub use network::{Cidr, Network, NetworkError};
 
 use crate::cgroup::Cgroups;
 use crate::spawner::Spawner;
-use live::{Live, PidFd};
+use images::{CopyError, Images};
+use live::Live;
 use record::Record;
-use slots::{Factory, Pool, Shape, Slot, SlotError, Started, group_name};
+use slots::{Factory, Pool, Shape, group_name};
+use volumes::Volumes;
 
 /// What the operator decides about the driver.
 #[derive(Debug, Clone)]
@@ -55,6 +65,8 @@ pub struct Config {
     pub disk_free_mb_min: u64,
     /// Available memory of the host below which no sandbox is made, MiB.
     pub memory_available_mb_min: u64,
+    /// Available memory of the host below which paused sandboxes should give theirs back, MiB.
+    pub memory_low_mb: u64,
     /// `None`: a /16 that no route of the host leads to is chosen at the first start, and kept.
     pub network_cidr: Option<Cidr>,
     /// Private networks that sandboxes may reach, such as `10.1.2.0/24`.
@@ -75,6 +87,7 @@ impl Config {
             processes_max: 1_024,
             disk_free_mb_min: 256,
             memory_available_mb_min: 256,
+            memory_low_mb: 512,
             network_cidr: None,
             network_allow: Vec::new(),
             network_outbound: true,
@@ -104,7 +117,7 @@ pub const NETWORK_FILE: &str = "network";
 
 pub struct NamespaceDriver {
     inner: Arc<Inner>,
-    exits: Mutex<Option<mpsc::UnboundedReceiver<SandboxExit>>>,
+    events: Mutex<Option<mpsc::UnboundedReceiver<DriverEvent>>>,
 }
 
 struct Inner {
@@ -116,7 +129,11 @@ struct Inner {
     releasing: Mutex<HashSet<SessionId>>,
     /// Told after each release; one waiter at a time.
     released: Notify,
-    exits: mpsc::UnboundedSender<SandboxExit>,
+    events: mpsc::UnboundedSender<DriverEvent>,
+    images: Images,
+    volumes: Volumes,
+    /// Names this run of the host.
+    boot_id: String,
     processors: Vec<usize>,
 }
 
@@ -168,7 +185,7 @@ impl NamespaceDriver {
             shapes.push((Shape { disk_gb: nagaya_api::limits::DEFAULT_DISK_GB, outbound: true }, config.pool_ready));
         }
         let pools = shapes.into_iter().map(|(shape, target)| Pool::start(factory.clone(), shape, target)).collect();
-        let (exits, receiver) = mpsc::unbounded_channel();
+        let (events, receiver) = mpsc::unbounded_channel();
         let inner = Inner {
             sandboxes,
             factory,
@@ -176,11 +193,14 @@ impl NamespaceDriver {
             live: Mutex::default(),
             releasing: Mutex::default(),
             released: Notify::new(),
-            exits,
+            events,
+            images: Images::open(&data, config.disk_free_mb_min).map_err(on("open the directory of images"))?,
+            volumes: Volumes::open(&data, config.disk_free_mb_min).map_err(on("open the directory of volumes"))?,
+            boot_id: record::boot_id().map_err(on("read the host's boot id"))?,
             processors: own_processors().map_err(on("count processors"))?,
             config,
         };
-        Ok(Self { inner: Arc::new(inner), exits: Mutex::new(Some(receiver)) })
+        Ok(Self { inner: Arc::new(inner), events: Mutex::new(Some(receiver)) })
     }
 
     /// Slots that are ready now, by pool.
@@ -220,11 +240,12 @@ impl NamespaceDriver {
 
 /// Takes the numbers of sandboxes that exist, and sweeps what belongs to none.
 fn claim_what_exists(factory: &Factory, sandboxes: &Path, images: &Path) {
-    let records: Vec<Record> = directories(sandboxes).iter().filter_map(|(_, path)| Record::read(path).ok()).collect();
-    for record in &records {
-        factory.claim(record.slot);
+    let records: Vec<Record> = directories(sandboxes).iter().filter_map(|(_, path)| Record::read(path)).collect();
+    let slots: Vec<u32> = records.iter().filter_map(|record| record.slot).collect();
+    for slot in &slots {
+        factory.claim(*slot);
     }
-    let known: HashSet<String> = records.iter().map(|record| group_name(record.slot)).collect();
+    let known: HashSet<String> = slots.into_iter().map(group_name).collect();
     for name in factory.cgroups.names().into_iter().filter(|name| !known.contains(name)) {
         let group = factory.cgroups.group(&name);
         live::kill_group(&group);
@@ -264,22 +285,6 @@ impl Inner {
         self.releasing.lock().expect("the list is changed without panics")
     }
 
-    fn slot(&self, machine: &Machine) -> Result<Slot, SlotError> {
-        let shape = Shape { disk_gb: machine.disk_gb, outbound: machine.outbound };
-        let ready = self.pools.iter().find(|pool| pool.shape() == shape).and_then(|pool| pool.take());
-        if let Some(slot) = ready {
-            return Ok(slot);
-        }
-        match self.factory.make(shape) {
-            // What is held ready of other shapes gives way to what is wanted now.
-            Err(SlotError::Exhausted(max)) => {
-                let other = self.pools.iter().find_map(|pool| pool.take());
-                other.map_or(Err(SlotError::Exhausted(max)), |slot| self.factory.reshape(slot, shape))
-            }
-            made => made,
-        }
-    }
-
     /// The processors of a sandbox: all, or as many as it has cores, spread by slot number.
     fn processors_for(&self, slot: u32, cores: u32) -> Vec<usize> {
         let all = &self.processors;
@@ -287,58 +292,6 @@ impl Inner {
         let mut chosen: Vec<usize> = (0..count).map(|step| all[(start + step) % all.len()]).collect();
         chosen.sort_unstable();
         chosen
-    }
-
-    /// Everything of a creation but the connection to the agent: the sandbox's slot and process.
-    fn start(&self, id: SessionId, machine: &Machine) -> Result<(u32, Started), DriverError> {
-        if machine.outbound && !self.config.network_outbound {
-            return Err(DriverError::Failed(
-                "this server gives no sandbox outbound access; ask for allow_outbound=false".into(),
-            ));
-        }
-        if let Some(limit) = room::lacking(&self.config) {
-            return Err(DriverError::Exhausted(limit.into()));
-        }
-        let slot = self.slot(machine).map_err(|error| match (&error, room::limit_of(&error)) {
-            (SlotError::Exhausted(_), _) => DriverError::Exhausted("slots_max".into()),
-            (_, Some(limit)) => DriverError::Exhausted(limit.into()),
-            (_, None) => failed("make a sandbox", &error),
-        })?;
-        match live::take(self, id, machine, &slot) {
-            Ok(()) => Ok((slot.number, slot.started)),
-            Err(error) => {
-                self.factory.discard(slot);
-                Err(error)
-            }
-        }
-    }
-
-    /// Removes all of a sandbox whose processes are gone. Blocks.
-    fn release(&self, id: SessionId, slot: Option<u32>) {
-        if let Some(slot) = slot {
-            live::remove_group(&self.factory.cgroups, slot);
-            let directory = self.directory(id);
-            if let Err(error) = fs::remove_dir_all(&directory) {
-                tracing::warn!(%error, directory = %directory.display(), "could not remove a sandbox's directory");
-            }
-            self.factory.release(slot);
-        } else {
-            let _ = fs::remove_dir_all(self.directory(id));
-        }
-        self.releasing().remove(&id);
-        self.released.notify_one();
-    }
-
-    fn watch(self: &Arc<Self>, live: &Arc<Live>) {
-        let (inner, live) = (self.clone(), live.clone());
-        tokio::spawn(async move {
-            live.pidfd.ended().await;
-            if !live.is_ending() {
-                let cause = "the sandbox's first process ended unexpectedly".to_owned();
-                // Nobody listens any more when the server shuts down.
-                let _ = inner.exits.send(SandboxExit { id: live.id, cause });
-            }
-        });
     }
 }
 
@@ -366,74 +319,37 @@ impl Driver for NamespaceDriver {
         Guarantees { isolation: "shared kernel".into(), memory_snapshot: false }
     }
 
-    async fn create(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError> {
-        let begin = Instant::now();
-        let (inner, wanted) = (self.inner.clone(), machine.clone());
-        // The leash is held until the agent is connected.
-        let (slot, Started { pidfd, error: told, leash: _leash, .. }) =
-            blocking(move || inner.start(id, &wanted)).await?;
-        let taken = begin.elapsed();
-        let pidfd = PidFd::new(pidfd).map_err(|error| failed("watch the sandbox", &error))?;
-        let live = Arc::new(Live::new(id, slot, pidfd));
-        self.inner.live().insert(id, live.clone());
-        match live::connect(&self.inner.directory(id), &self.inner.factory.cgroups, slot).await {
-            Ok(link) => {
-                self.inner.watch(&live);
-                tracing::debug!(%id, ?taken, ready = ?begin.elapsed(), "sandbox started");
-                Ok(link)
-            }
-            Err(error) => {
-                self.destroy(id).await?;
-                let told = live::read_error(&told);
-                Err(if told.is_empty() { error } else { DriverError::Failed(told) })
-            }
-        }
+    async fn create(
+        &self,
+        id: SessionId,
+        machine: &Machine,
+        disk: Option<ImageId>,
+    ) -> Result<Arc<dyn Guest>, DriverError> {
+        self.inner.create(id, machine, disk).await
     }
 
-    async fn adopt(&self, id: SessionId) -> Result<Arc<dyn Guest>, DriverError> {
-        let directory = self.inner.directory(id);
-        let record = Record::read(&directory).map_err(|_| DriverError::Gone)?;
-        let known = self.inner.live().get(&id).cloned();
-        let live = match known {
-            Some(live) => live,
-            None => {
-                let pidfd = live::find(&self.inner.factory.cgroups, record.slot).ok_or(DriverError::Gone)?;
-                let pidfd = PidFd::new(pidfd).map_err(|error| failed("watch the sandbox", &error))?;
-                let live = Arc::new(Live::new(id, record.slot, pidfd));
-                self.inner.live().insert(id, live.clone());
-                self.inner.watch(&live);
-                live
-            }
-        };
-        tokio::select! {
-            biased;
-            () = live.pidfd.ended() => Err(DriverError::Gone),
-            link = live::connect(&directory, &self.inner.factory.cgroups, record.slot) => Ok(link?),
-        }
+    async fn adopt(&self, id: SessionId) -> Result<Adopted, DriverError> {
+        self.inner.adopt(id).await
+    }
+
+    async fn freeze(&self, id: SessionId) -> Result<(), DriverError> {
+        self.inner.freeze(id).await
+    }
+
+    async fn thaw(&self, id: SessionId) -> Result<(), DriverError> {
+        self.inner.thaw(id).await
+    }
+
+    async fn stop(&self, id: SessionId) -> Result<(), DriverError> {
+        self.inner.stop(id).await
+    }
+
+    async fn boot(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError> {
+        self.inner.boot(id, machine).await
     }
 
     async fn destroy(&self, id: SessionId) -> Result<(), DriverError> {
-        let directory = self.inner.directory(id);
-        let known = self.inner.live().remove(&id);
-        let slot = match known {
-            Some(live) => {
-                live.end().await.map_err(|error| failed("kill the sandbox", &error))?;
-                Some(live.slot)
-            }
-            None if !directory.exists() || self.inner.releasing().contains(&id) => return Ok(()),
-            None => {
-                let slot = Record::read(&directory).ok().map(|record| record.slot);
-                if let Some(pidfd) = slot.and_then(|slot| live::find(&self.inner.factory.cgroups, slot)) {
-                    let pidfd = PidFd::new(pidfd).map_err(|error| failed("watch the sandbox", &error))?;
-                    pidfd.kill().await.map_err(|error| failed("kill the sandbox", &error))?;
-                }
-                slot
-            }
-        };
-        self.inner.releasing().insert(id);
-        let inner = self.inner.clone();
-        tokio::task::spawn_blocking(move || inner.release(id, slot));
-        Ok(())
+        self.inner.destroy(id).await
     }
 
     async fn list(&self) -> Result<Vec<SessionId>, DriverError> {
@@ -442,14 +358,86 @@ impl Driver for NamespaceDriver {
         Ok(found.into_iter().map(|(id, _)| id).filter(|id| !releasing.contains(id)).collect())
     }
 
-    fn exits(&self) -> mpsc::UnboundedReceiver<SandboxExit> {
-        let receiver = self.exits.lock().expect("taken without panics").take();
-        receiver.expect("the engine asks for exits once")
+    async fn copy_disk(&self, id: SessionId, images: &[ImageId]) -> Result<u64, DriverError> {
+        let (inner, images) = (self.inner.clone(), images.to_vec());
+        let stopped = blocking(move || {
+            let directory = inner.directory(id);
+            if !disk::path(&directory).exists() {
+                return Err(DriverError::Gone);
+            }
+            inner.images.copy(&directory, &images).map_err(|error| match error {
+                CopyError::NoRoom(_) => DriverError::Exhausted("disk_free_mb_min".into()),
+                error => room::refusal("copy the disk", &error),
+            })
+        });
+        Ok(stopped.await?.as_micros() as u64)
+    }
+
+    fn image_path(&self, id: ImageId) -> PathBuf {
+        self.inner.images.path(id)
+    }
+
+    async fn remove_image(&self, id: ImageId) -> Result<(), DriverError> {
+        let inner = self.inner.clone();
+        blocking(move || inner.images.remove(id)).await.map_err(|error| failed("remove the image", &error))
+    }
+
+    async fn images(&self) -> Result<Vec<ImageId>, DriverError> {
+        self.inner.images.list().map_err(|error| failed("list the images", &error))
+    }
+
+    async fn create_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), DriverError> {
+        let inner = self.inner.clone();
+        blocking(move || inner.volumes.create(id, size_bytes)).await
+    }
+
+    async fn grow_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), DriverError> {
+        let inner = self.inner.clone();
+        blocking(move || inner.volumes.grow(id, size_bytes)).await
+    }
+
+    async fn remove_volume(&self, id: VolumeId) -> Result<(), DriverError> {
+        let inner = self.inner.clone();
+        blocking(move || inner.volumes.remove(id)).await
+    }
+
+    async fn volumes(&self) -> Result<Vec<VolumeId>, DriverError> {
+        let inner = self.inner.clone();
+        blocking(move || inner.volumes.list()).await
+    }
+
+    async fn attach_volume(&self, id: SessionId, mount: &Mount) -> Result<(), DriverError> {
+        let (inner, mount) = (self.inner.clone(), mount.clone());
+        blocking(move || inner.volumes.attach(&inner.factory.spawner, &inner.sandbox(id)?, &mount)).await
+    }
+
+    async fn detach_volume(&self, id: SessionId, mount: &Mount, force: bool) -> Result<(), DriverError> {
+        let (inner, volume_id) = (self.inner.clone(), mount.volume_id);
+        let detach = move || inner.volumes.detach(&inner.factory.spawner, &inner.sandbox(id)?, volume_id, force);
+        match blocking(detach).await {
+            // With the sandbox, or with the volume, the mount is gone too.
+            Err(DriverError::Gone) => self.settle_volume(mount.volume_id).await,
+            other => other,
+        }
+    }
+
+    async fn settle_volume(&self, id: VolumeId) -> Result<(), DriverError> {
+        self.inner.volumes.settle(id).await
+    }
+
+    fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent> {
+        let receiver = self.events.lock().expect("taken without panics").take();
+        self.inner.watch_memory();
+        receiver.expect("the engine asks for events once")
     }
 }
 
 impl Drop for NamespaceDriver {
     fn drop(&mut self) {
         self.shut_down();
+        // Whoever waits for news of a sandbox holds it; with its connection that ends.
+        for live in self.inner.live().values() {
+            live.disconnect();
+        }
     }
 }

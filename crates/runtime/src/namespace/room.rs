@@ -8,7 +8,9 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use super::Config;
+use nagaya_engine::ports::DriverError;
+
+use super::{Config, failed};
 
 /// The name of the limit that a new sandbox would break, if any. What cannot be read is no reason
 /// to refuse.
@@ -27,6 +29,14 @@ fn breaks(config: &Config, disk_mb: Option<u64>, memory_mb: Option<u64>) -> Opti
     }
 }
 
+/// What a failed step of the driver means: a limit's name where it ran into one.
+pub(super) fn refusal(step: &str, error: &(dyn std::error::Error + 'static)) -> DriverError {
+    match limit_of(error) {
+        Some(limit) => DriverError::Exhausted(limit.into()),
+        None => failed(step, error),
+    }
+}
+
 /// The limit that an error of the operating system stands for.
 pub(super) fn limit_of(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
     let mut cause = Some(error);
@@ -41,12 +51,12 @@ pub(super) fn limit_of(error: &(dyn std::error::Error + 'static)) -> Option<&'st
     None
 }
 
-fn free_disk_mb(path: &Path) -> Option<u64> {
+pub(super) fn free_disk_mb(path: &Path) -> Option<u64> {
     let status = rustix::fs::statvfs(path).ok()?;
     Some(status.f_bavail.saturating_mul(status.f_frsize) >> 20)
 }
 
-fn available_memory_mb() -> Option<u64> {
+pub(super) fn available_memory_mb() -> Option<u64> {
     memory_mb(&fs::read_to_string("/proc/meminfo").ok()?)
 }
 

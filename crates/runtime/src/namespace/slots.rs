@@ -54,6 +54,15 @@ pub(super) struct Shape {
     pub outbound: bool,
 }
 
+/// Where a slot's directory and its disk come from.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Home<'a> {
+    /// Made with the slot, and removed with it.
+    Pool,
+    /// A directory with a disk that is kept whatever becomes of the slot, and the base layer under that disk.
+    Kept { directory: &'a Path, base: &'a Path },
+}
+
 /// A sandbox that nobody has yet.
 pub(super) struct Slot {
     pub number: u32,
@@ -138,9 +147,9 @@ impl Factory {
     }
 
     /// Makes a slot from nothing; takes some ten milliseconds.
-    pub fn make(&self, shape: Shape) -> Result<Slot, SlotError> {
+    pub fn make(&self, shape: Shape, home: Home<'_>) -> Result<Slot, SlotError> {
         let number = self.number()?;
-        let made = self.make_numbered(number, shape);
+        let made = self.make_numbered(number, shape, home);
         if made.is_err() {
             self.clear(number);
         }
@@ -151,21 +160,31 @@ impl Factory {
         self.pool_directory.join(number.to_string())
     }
 
-    fn make_numbered(&self, number: u32, shape: Shape) -> Result<Slot, SlotError> {
+    fn make_numbered(&self, number: u32, shape: Shape, home: Home<'_>) -> Result<Slot, SlotError> {
         let group = self.cgroups.make_group(&group_name(number))?;
-        let directory = self.directory(number);
-        fs::create_dir(&directory).map_err(on("make the slot's directory"))?;
+        let (directory, base) = match home {
+            Home::Pool => {
+                let directory = self.directory(number);
+                fs::create_dir(&directory).map_err(on("make the slot's directory"))?;
+                self.disks.make(&disk::path(&directory), shape.disk_gb)?;
+                (directory, self.image.base.as_path())
+            }
+            Home::Kept { directory, base } => {
+                // Of an attempt that failed a moment ago.
+                disk::wait_until_unmounted(&disk::path(directory))?;
+                disk::grow(&disk::path(directory), shape.disk_gb)?;
+                (directory.to_owned(), base)
+            }
+        };
         let (network, user) = self.spawner.namespaces(first_id(number))?;
         match &self.network {
             Some(rules) => rules.set_up(network.as_fd(), shape.outbound.then_some(number))?,
             None => Network::set_up_isolated(network.as_fd())?,
         }
-        let image = directory.join("disk.ext4");
-        self.disks.make(&image, shape.disk_gb)?;
-        let disk = disk::attach(&image)?;
+        let disk = disk::attach(&disk::path(&directory))?;
         mount::set_attributes(disk.as_fd(), NO_DEVICES, Some(user.as_fd()))
             .map_err(|errno| on("map the disk")(errno.into()))?;
-        let base = layer(&self.image.base, user.as_fd())?;
+        let base = layer(base, user.as_fd())?;
         let layers: Vec<OwnedFd> =
             self.image.layers.iter().map(|(_, path)| layer(path, user.as_fd())).collect::<Result<_, _>>()?;
 
@@ -199,7 +218,7 @@ impl Factory {
         Ok(Slot { number, group, directory, started: Started { pid, pidfd, error, leash } })
     }
 
-    /// Takes a slot apart that no session used.
+    /// Takes a slot apart that no session used, but for a disk that is kept.
     pub fn discard(&self, slot: Slot) {
         let Slot { number, started, .. } = slot;
         live::kill_and_wait(&started.pidfd);
@@ -207,12 +226,12 @@ impl Factory {
     }
 
     /// Makes a slot of another shape from one that no session used, without letting go of its number.
-    pub fn reshape(&self, slot: Slot, shape: Shape) -> Result<Slot, SlotError> {
+    pub fn reshape(&self, slot: Slot, shape: Shape, home: Home<'_>) -> Result<Slot, SlotError> {
         let Slot { number, started, .. } = slot;
         live::kill_and_wait(&started.pidfd);
         drop(started);
         self.remove(number);
-        let made = self.make_numbered(number, shape);
+        let made = self.make_numbered(number, shape, home);
         if made.is_err() {
             self.clear(number);
         }
@@ -312,7 +331,7 @@ impl Pool {
             }
             state.coming += 1;
             drop(state);
-            let made = self.factory.make(self.shape);
+            let made = self.factory.make(self.shape, Home::Pool);
             let mut state = self.state();
             state.coming -= 1;
             match made {

@@ -1,15 +1,22 @@
 //! Loop devices that vanish with their last user.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
+const LOOP_SET_STATUS64: libc::c_ulong = 0x4C04;
+const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
+const LOOP_SET_CAPACITY: libc::c_ulong = 0x4C07;
+const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 /// Another process may take the free device first; each try asks for a new one.
 const TRIES: u32 = 64;
+/// No file reaches that far, so nothing can be read or written there.
+const NOWHERE: u64 = 1 << 62;
 
 #[repr(C)]
 struct LoopInfo64 {
@@ -38,12 +45,20 @@ struct LoopConfig {
 
 /// A block device over a file. The kernel detaches it when neither this nor a mount uses it.
 pub struct LoopDevice {
-    _device: File,
+    device: File,
     pub path: String,
 }
 
 impl LoopDevice {
     pub fn attach(file: BorrowedFd<'_>) -> io::Result<Self> {
+        Self::attach_with(file, LO_FLAGS_AUTOCLEAR)
+    }
+
+    pub fn attach_read_only(file: BorrowedFd<'_>) -> io::Result<Self> {
+        Self::attach_with(file, LO_FLAGS_AUTOCLEAR | LO_FLAGS_READ_ONLY)
+    }
+
+    fn attach_with(file: BorrowedFd<'_>, flags: u32) -> io::Result<Self> {
         let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;
         let mut last = io::Error::from_raw_os_error(libc::EBUSY);
         for _ in 0..TRIES {
@@ -60,26 +75,92 @@ impl LoopDevice {
                     continue;
                 }
             };
-            match configure(device.as_fd(), file) {
-                Ok(()) => return Ok(Self { _device: device, path }),
+            match configure(device.as_fd(), file, flags) {
+                Ok(()) => return Ok(Self { device, path }),
                 Err(error) if error.raw_os_error() == Some(libc::EBUSY) => last = error,
                 Err(error) => return Err(error),
             }
         }
         Err(last)
     }
+
+    /// Every device over the file at `path`, whoever made it. While one is in the list, it stays what it is.
+    pub fn over(path: &Path) -> io::Result<Vec<Self>> {
+        let wanted = fs::metadata(path)?;
+        let names = fs::read_dir("/sys/block")?.flatten().map(|entry| entry.path());
+        Ok(names.filter_map(|directory| Self::open_if_over(&directory, path, &wanted)).collect())
+    }
+
+    /// The device of that number, if it is over the file at `path`.
+    pub fn numbered((major, minor): (u32, u32), path: &Path) -> io::Result<Option<Self>> {
+        let wanted = fs::metadata(path)?;
+        let directory = fs::canonicalize(format!("/sys/dev/block/{major}:{minor}"));
+        Ok(directory.ok().and_then(|directory| Self::open_if_over(&directory, path, &wanted)))
+    }
+
+    /// A device that comes or goes meanwhile is in use by nobody whom the caller knows of.
+    fn open_if_over(directory: &Path, file: &Path, wanted: &fs::Metadata) -> Option<Self> {
+        let backing = fs::read_to_string(directory.join("loop/backing_file")).ok()?;
+        // There may be hundreds of others, and each would have to be opened to be asked.
+        if Path::new(backing.trim_end()).file_name() != file.file_name() {
+            return None;
+        }
+        let path = format!("/dev/{}", directory.file_name()?.to_str()?);
+        let device = OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC).open(&path).ok()?;
+        let device = Self { device, path };
+        let info = device.info().ok()?;
+        ((info.device, info.inode) == (wanted.dev(), wanted.ino())).then_some(device)
+    }
+
+    /// The block device's number: major, minor.
+    pub fn number(&self) -> io::Result<(u32, u32)> {
+        let number = self.device.metadata()?.rdev();
+        Ok((rustix::fs::major(number), rustix::fs::minor(number)))
+    }
+
+    pub fn is_read_only(&self) -> io::Result<bool> {
+        Ok(self.info()?.flags & LO_FLAGS_READ_ONLY != 0)
+    }
+
+    /// Whether [`LoopDevice::cut_off`] was called on it.
+    pub fn is_cut_off(&self) -> io::Result<bool> {
+        Ok(self.info()?.offset == NOWHERE)
+    }
+
+    /// Takes the file away from whoever still uses the device: from now on all their reads and writes fail, also
+    /// those that the kernel makes when the last user of a dead file system goes.
+    pub fn cut_off(&self) -> io::Result<()> {
+        let mut info = self.info()?;
+        info.offset = NOWHERE;
+        // SAFETY: the structure has the layout of the kernel's `struct loop_info64` and outlives the call.
+        done(unsafe { libc::ioctl(self.device.as_raw_fd(), LOOP_SET_STATUS64, &raw const info) })
+    }
+
+    /// Tells the device that its file has another size.
+    pub fn take_size(&self) -> io::Result<()> {
+        // SAFETY: takes no pointers.
+        done(unsafe { libc::ioctl(self.device.as_raw_fd(), LOOP_SET_CAPACITY) })
+    }
+
+    fn info(&self) -> io::Result<LoopInfo64> {
+        // SAFETY: plain numbers and byte arrays; all zero is a valid value.
+        let mut info: LoopInfo64 = unsafe { std::mem::zeroed() };
+        // SAFETY: the structure has the layout of the kernel's `struct loop_info64` and outlives the call.
+        done(unsafe { libc::ioctl(self.device.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) })?;
+        Ok(info)
+    }
 }
 
-fn configure(device: BorrowedFd<'_>, file: BorrowedFd<'_>) -> io::Result<()> {
+fn configure(device: BorrowedFd<'_>, file: BorrowedFd<'_>, flags: u32) -> io::Result<()> {
     // SAFETY: plain numbers and byte arrays; all zero is a valid value.
     let mut config: LoopConfig = unsafe { std::mem::zeroed() };
     config.fd = file.as_raw_fd() as u32;
     config.block_size = 4096;
-    config.info.flags = LO_FLAGS_AUTOCLEAR;
+    config.info.flags = flags;
     // SAFETY: the structure has the layout of the kernel's `struct loop_config` and outlives the call.
-    if unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) } == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    done(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) })
+}
+
+fn done(result: libc::c_int) -> io::Result<()> {
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -1,6 +1,7 @@
 //! The system calls that the standard library and rustix do not offer.
 #![allow(unsafe_code)]
 
+pub mod ext4;
 pub mod loop_device;
 pub mod netlink;
 

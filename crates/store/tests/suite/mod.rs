@@ -3,10 +3,15 @@
 // Each test program uses its own part of this.
 #![allow(clippy::unwrap_used, dead_code)]
 
+pub mod kept;
+
 use std::collections::BTreeMap;
 
-use nagaya_api::ids::{ExecutionId, KeyId, SessionId, WorkspaceId};
-use nagaya_engine::model::{ApiKey, Execution, ExecutionStatus, Machine, Session, SessionState, Workspace};
+use nagaya_api::ids::{AttachmentId, ExecutionId, ImageId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
+use nagaya_engine::model::{
+    ApiKey, Attachment, AttachmentState, Execution, ExecutionStatus, Machine, Pause, Session, SessionState, Workspace,
+    WorkspaceSettings,
+};
 use nagaya_engine::ports::{Change, SessionQuery, Store};
 use proptest::collection::vec;
 use proptest::option;
@@ -15,19 +20,20 @@ use proptest::prelude::*;
 /// Everything that all stores promise. `fresh` makes an empty one, with whatever keeps it alive.
 pub fn every_promise<Keep>(fresh: impl Fn() -> (Box<dyn Store>, Keep)) {
     let runtime = runtime();
-    for (name, promise) in PROMISES {
+    for (name, promise) in PROMISES.iter().chain(kept::PROMISES) {
         println!("promise: {name}");
         let (store, _keep) = fresh();
         runtime.block_on(promise(store.as_ref()));
     }
     queries_agree_with_a_naive_model(&runtime, &fresh);
+    kept::queries_agree_with_a_naive_model(&runtime, &fresh);
 }
 
 pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-type Promise = for<'a> fn(&'a dyn Store) -> std::pin::Pin<Box<dyn Future<Output = ()> + 'a>>;
+pub type Promise = for<'a> fn(&'a dyn Store) -> std::pin::Pin<Box<dyn Future<Output = ()> + 'a>>;
 
 macro_rules! promises {
     ($($name:ident),* $(,)?) => {
@@ -52,7 +58,21 @@ pub fn workspace(number: u8) -> Workspace {
         id: WorkspaceId::new(u64::from(number), [number; 10]),
         name: format!("workspace {number}"),
         created_at: 1_700_000_000_000 + u64::from(number),
-        sessions_max: number.is_multiple_of(2).then_some(7),
+        settings: if number.is_multiple_of(2) { every_setting() } else { WorkspaceSettings::default() },
+    }
+}
+
+fn every_setting() -> WorkspaceSettings {
+    WorkspaceSettings {
+        pause_retention_ms: Some(1),
+        snapshot_retention_ms: Some(u64::MAX),
+        snapshots_max: Some(0),
+        templates_max: Some(3),
+        volumes_max: Some(4),
+        bytes_max: Some(u64::MAX),
+        sessions_max: Some(u32::MAX),
+        sticky_sessions_max: Some(7),
+        preview_urls_max: Some(8),
     }
 }
 
@@ -85,6 +105,27 @@ pub fn session(created_at: u64, number: u32) -> Session {
         last_activity_at: created_at + 9,
         terminal_error: String::new(),
         driver: "namespace".into(),
+        source_snapshot_id: Some(SnapshotId::new(1, [1; 10])),
+        source_image_id: Some(ImageId::new(2, [2; 10])),
+        pause: Some(Pause {
+            paused_at: created_at + 7,
+            expires_at: Some(created_at + 8),
+            snapshot_id: SnapshotId::new(3, [3; 10]),
+            in_memory: true,
+            disk_reason: "host_restarted".into(),
+        }),
+        last_resume_error: "no \"space\" for it".into(),
+        attachments: [AttachmentState::Attaching, AttachmentState::Attached, AttachmentState::SyncPending]
+            .into_iter()
+            .zip(4..)
+            .map(|(state, number)| Attachment {
+                id: AttachmentId::new(number.into(), [number; 10]),
+                volume_id: VolumeId::new(number.into(), [number; 10]),
+                mount_path: format!("/home/tenki/a 'b' {number}/長屋"),
+                readonly: number == 4,
+                state,
+            })
+            .collect(),
     }
 }
 
@@ -143,6 +184,11 @@ async fn records_come_back_as_they_were_written(store: &dyn Store) {
         timeout_at: None,
         terminal_error: "maximum duration reached".into(),
         driver: String::new(),
+        source_snapshot_id: None,
+        source_image_id: None,
+        pause: None,
+        last_resume_error: String::new(),
+        attachments: Vec::new(),
         sticky: false,
         inbound: true,
         machine: Machine { cpu_cores: 16, memory_mb: 65_536, disk_gb: 100, outbound: false },
@@ -193,9 +239,14 @@ async fn a_second_write_replaces_the_whole_record(store: &dyn Store) {
         terminal_error: "gone".into(),
         sticky: false,
         last_activity_at: 99,
+        source_snapshot_id: None,
+        source_image_id: None,
+        pause: None,
+        last_resume_error: String::new(),
+        attachments: before.attachments[1..].to_vec(),
         ..before.clone()
     };
-    let renamed = Workspace { name: "renamed".into(), sessions_max: Some(1), ..workspace(1) };
+    let renamed = Workspace { name: "renamed".into(), settings: every_setting(), ..workspace(1) };
     store.commit(vec![Change::Workspace(workspace(1)), Change::Session(before.clone())]).await.unwrap();
     store.commit(vec![Change::Workspace(renamed.clone()), Change::Session(after.clone())]).await.unwrap();
     for value in [vec![1], vec![2, 3]] {

@@ -10,7 +10,7 @@ use super::place::*;
 
 pub async fn a_sandbox_is_created_used_and_destroyed(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine()).await.unwrap();
+    let guest = driver.create(id, &machine(), None).await.unwrap();
     assert_eq!(run(&*guest, command(&["echo", "hello"])).await.text(), "hello");
     write(&*guest, "note", b"written").await.unwrap();
     assert_eq!(read(&*guest, "/home/tenki/note").await.unwrap(), b"written");
@@ -24,7 +24,7 @@ pub async fn a_sandbox_is_created_used_and_destroyed(place: &mut Place) -> Outco
 
 pub async fn destroying_twice_or_the_unknown_is_no_error(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    driver.create(id, &machine()).await.unwrap();
+    driver.create(id, &machine(), None).await.unwrap();
     driver.destroy(id).await.unwrap();
     driver.destroy(id).await.unwrap();
     place.settled().await;
@@ -37,7 +37,7 @@ pub async fn the_list_names_every_sandbox_and_no_other(place: &mut Place) -> Out
     let driver = place.driver();
     let mut made = vec![fresh_id(), fresh_id(), fresh_id()];
     for id in &made {
-        driver.create(*id, &machine()).await.unwrap();
+        driver.create(*id, &machine(), None).await.unwrap();
     }
     let listed = |mut ids: Vec<_>| {
         ids.sort();
@@ -60,7 +60,7 @@ pub async fn a_sandbox_too_many_is_refused_with_the_limits_name_and_fits_when_on
     let mut made = Vec::new();
     let refused = loop {
         let id = fresh_id();
-        match driver.create(id, &machine()).await {
+        match driver.create(id, &machine(), None).await {
             Ok(_) => made.push(id),
             Err(error) => break error,
         }
@@ -72,7 +72,7 @@ pub async fn a_sandbox_too_many_is_refused_with_the_limits_name_and_fits_when_on
     // What it had is released in the background.
     let id = fresh_id();
     let mut attempts = 0;
-    while let Err(error) = driver.create(id, &machine()).await {
+    while let Err(error) = driver.create(id, &machine(), None).await {
         attempts += 1;
         assert!(attempts < 1_000, "the place of a destroyed sandbox stays taken: {error}");
         tokio::task::yield_now().await;
@@ -87,7 +87,7 @@ pub async fn a_sandbox_too_many_is_refused_with_the_limits_name_and_fits_when_on
 
 pub async fn a_sandbox_outlives_its_driver_with_files_and_running_commands(place: &mut Place) -> Outcome {
     let (id, running) = (fresh_id(), ExecutionId::new(1, [7; 10]));
-    let guest = place.driver().create(id, &machine()).await.unwrap();
+    let guest = place.driver().create(id, &machine(), None).await.unwrap();
     write(&*guest, "kept", b"kept").await.unwrap();
     let pid = guest.run_detached(running, command(&["cat", "/dev/zero"])).await;
     // The fake's `cat` ends at once; a real one runs until its output is full, and then waits.
@@ -96,12 +96,12 @@ pub async fn a_sandbox_outlives_its_driver_with_files_and_running_commands(place
     place.restart().await;
     let driver = place.driver();
     assert_eq!(driver.list().await.unwrap(), [id]);
-    let guest = driver.adopt(id).await.unwrap();
+    let guest = adopt_running(&*driver, id).await;
     assert_eq!(read(&*guest, "kept").await.unwrap(), b"kept");
     assert_eq!(guest.run_detached(running, command(&["cat", "/dev/zero"])).await.unwrap(), pid, "it was started twice");
     assert_eq!(run(&*guest, command(&["echo", "again"])).await.text(), "again");
     // Adopting what is adopted already changes nothing.
-    let again = driver.adopt(id).await.unwrap();
+    let again = adopt_running(&*driver, id).await;
     assert_eq!(run(&*again, command(&["echo", "both"])).await.text(), "both");
     driver.destroy(id).await.unwrap();
     place.settled().await;
@@ -110,7 +110,7 @@ pub async fn a_sandbox_outlives_its_driver_with_files_and_running_commands(place
 
 pub async fn what_does_not_run_cannot_be_adopted(place: &mut Place) -> Outcome {
     let id = fresh_id();
-    place.driver().create(id, &machine()).await.unwrap();
+    place.driver().create(id, &machine(), None).await.unwrap();
     place.driver().destroy(id).await.unwrap();
     place.settled().await;
     place.restart().await;
@@ -123,25 +123,24 @@ pub async fn what_does_not_run_cannot_be_adopted(place: &mut Place) -> Outcome {
 pub async fn a_killed_first_process_is_reported_and_a_destroyed_sandbox_is_not(place: &mut Place) -> Outcome {
     let (killed, destroyed) = (fresh_id(), fresh_id());
     let driver = place.driver();
-    let guest = driver.create(killed, &machine()).await.unwrap();
-    driver.create(destroyed, &machine()).await.unwrap();
+    let guest = driver.create(killed, &machine(), None).await.unwrap();
+    driver.create(destroyed, &machine(), None).await.unwrap();
     driver.destroy(destroyed).await.unwrap();
     place.kill_first_process(killed, &*guest).await;
-    let exit = place.exits.recv().await.unwrap();
-    assert_eq!(exit.id, killed);
-    assert!(exit.cause.contains("first process"), "{}", exit.cause);
-    assert!(matches!(driver.adopt(killed).await, Err(DriverError::Gone)));
+    let (id, powered_off, cause) = place.ended().await;
+    assert_eq!((id, powered_off), (killed, false));
+    assert!(cause.contains("first process"), "{cause}");
     assert_eq!(driver.list().await.unwrap(), [killed], "a dead sandbox is listed until it is destroyed");
     driver.destroy(killed).await.unwrap();
     place.settled().await;
     assert!(driver.list().await.unwrap().is_empty());
-    assert!(place.exits.try_recv().is_err(), "an asked-for end was reported");
+    assert!(place.events.try_recv().is_err(), "an asked-for end was reported");
     Ok(())
 }
 
 pub async fn commands_get_their_environment_directory_and_input(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine()).await.unwrap();
+    let guest = driver.create(id, &machine(), None).await.unwrap();
     let env = [("GREETING".to_owned(), "hello".to_owned())].into();
     let finished = run(&*guest, Command { env, ..command(&["env"]) }).await;
     assert!(finished.text().lines().any(|line| line == "GREETING=hello"), "{finished:?}");
@@ -166,7 +165,7 @@ pub async fn commands_get_their_environment_directory_and_input(place: &mut Plac
 
 pub async fn signals_and_timeouts_end_commands_and_say_so(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine()).await.unwrap();
+    let guest = driver.create(id, &machine(), None).await.unwrap();
     let mut process = guest.run(Command { stdin: true, ..command(&["cat"]) }).await.unwrap();
     process.input.send(ProcessInput::Signal(Signal::Kill)).await.unwrap();
     let exit = finish(&mut process.events).await.exit;
@@ -184,7 +183,7 @@ pub async fn signals_and_timeouts_end_commands_and_say_so(place: &mut Place) -> 
 
 pub async fn files_are_whole_or_absent_and_listed_in_order(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine()).await.unwrap();
+    let guest = driver.create(id, &machine(), None).await.unwrap();
     guest.make_directory("/tmp/a/b", 0, true).await.unwrap();
     for name in ["two", ".hidden", "one"] {
         write(&*guest, &format!("/tmp/a/{name}"), name.as_bytes()).await.unwrap();
@@ -222,7 +221,7 @@ pub async fn files_are_whole_or_absent_and_listed_in_order(place: &mut Place) ->
 
 pub async fn a_detached_command_starts_once_and_keeps_its_output(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine()).await.unwrap();
+    let guest = driver.create(id, &machine(), None).await.unwrap();
     let execution = ExecutionId::new(2, [3; 10]);
     let pid = guest.run_detached(execution, command(&["echo", "kept"])).await.unwrap();
     assert_eq!(guest.run_detached(execution, command(&["echo", "other"])).await.unwrap(), pid);

@@ -9,7 +9,7 @@ use super::place::*;
 
 pub async fn commands_run_as_tenki_and_privileged_ones_as_root(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine()).await.unwrap();
+    let guest = driver.create(id, &machine(), None).await.unwrap();
     let facts = "id -un; id -u; id -g; echo $HOME $USER $LOGNAME $SHELL; pwd; hostname";
     let expected = "tenki\n1000\n1000\n/home/tenki tenki tenki /bin/bash\n/home/tenki\nsandbox";
     assert_eq!(shell(&*guest, facts).await, expected);
@@ -32,7 +32,7 @@ pub async fn sudo_works_where_the_host_has_it(place: &mut Place) -> Outcome {
         return Err(NotRun("the host, whose programs the image has, has no sudo".into()));
     }
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine()).await.unwrap();
+    let guest = driver.create(id, &machine(), None).await.unwrap();
     assert_eq!(shell(&*guest, "sudo id -u").await, "0");
     driver.destroy(id).await.unwrap();
     place.settled().await;
@@ -41,7 +41,7 @@ pub async fn sudo_works_where_the_host_has_it(place: &mut Place) -> Outcome {
 
 pub async fn a_terminal_is_one_and_changes_its_size(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine()).await.unwrap();
+    let guest = driver.create(id, &machine(), None).await.unwrap();
     let script =
         "tty; test -t 0 && echo terminal; trap 'stty size; exit 0' WINCH; echo ready; while :; do read -r _; done";
     let shell = Command { pty: true, stdin: true, ..command(&["/bin/bash", "-c", script]) };
@@ -71,7 +71,7 @@ pub async fn a_terminal_is_one_and_changes_its_size(place: &mut Place) -> Outcom
 
 pub async fn background_processes_live_on_and_orphans_are_reaped(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine()).await.unwrap();
+    let guest = driver.create(id, &machine(), None).await.unwrap();
     let background = "setsid sleep 1000 < /dev/null > /dev/null 2>&1 & echo $!";
     let pid = shell(&*guest, background).await;
     assert_eq!(shell(&*guest, &format!("cat /proc/{pid}/comm")).await, "sleep");
@@ -93,7 +93,7 @@ pub async fn background_processes_live_on_and_orphans_are_reaped(place: &mut Pla
 
 pub async fn letting_go_of_a_command_ends_it_with_its_group(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine()).await.unwrap();
+    let guest = driver.create(id, &machine(), None).await.unwrap();
     let script = "trap 'echo told > told; exit 0' TERM; sleep 1000 & echo ready; wait";
     let mut process = guest.run(command(&["/bin/sh", "-c", script])).await.unwrap();
     wait_for_line(&mut process, "ready").await;
@@ -115,7 +115,7 @@ pub async fn letting_go_of_a_command_ends_it_with_its_group(place: &mut Place) -
 
 pub async fn a_command_nobody_reads_stalls_no_other(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine()).await.unwrap();
+    let guest = driver.create(id, &machine(), None).await.unwrap();
     let flood = guest.run(command(&["yes"])).await.unwrap();
     for round in 0..20 {
         assert_eq!(run(&*guest, command(&["echo", &round.to_string()])).await.text(), round.to_string());
@@ -129,9 +129,10 @@ pub async fn a_command_nobody_reads_stalls_no_other(place: &mut Place) -> Outcom
 
 pub async fn what_ignores_term_is_killed_and_says_so(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine()).await.unwrap();
+    let guest = driver.create(id, &machine(), None).await.unwrap();
     let stubborn = ["/bin/sh", "-c", "trap '' TERM; while :; do read -r _ || :; done"];
-    let mut process = guest.run(Command { stdin: true, timeout_ms: 100, ..command(&stubborn) }).await.unwrap();
+    // Long enough for the shell to have begun to ignore the signal, on a slow machine as well.
+    let mut process = guest.run(Command { stdin: true, timeout_ms: 2_000, ..command(&stubborn) }).await.unwrap();
     let exit = finish(&mut process.events).await.exit;
     assert_eq!((exit.code, exit.signal.as_str(), exit.reason.as_str()), (-1, "SIGKILL", "grace_timeout"));
     assert!(exit.timed_out);
@@ -142,14 +143,14 @@ pub async fn what_ignores_term_is_killed_and_says_so(place: &mut Place) -> Outco
 
 pub async fn a_running_command_goes_on_under_the_next_driver(place: &mut Place) -> Outcome {
     let (id, execution) = (fresh_id(), ExecutionId::new(3, [9; 10]));
-    let guest = place.driver().create(id, &machine()).await.unwrap();
+    let guest = place.driver().create(id, &machine(), None).await.unwrap();
     let script = "echo begun; while [ ! -e /tmp/go ]; do sleep 0.01; done; echo ended; exit 7";
     guest.run_detached(execution, command(&["/bin/sh", "-c", script])).await.unwrap();
     let mut events = guest.follow(execution).await.unwrap();
     assert_eq!(events.recv().await, Some(ProcessEvent::Stdout("begun\n".into())));
     drop((guest, events));
     place.restart().await;
-    let guest = place.driver().adopt(id).await.unwrap();
+    let guest = adopt_running(&*place.driver(), id).await;
     let mut events = guest.follow(execution).await.unwrap();
     assert_eq!(events.recv().await, Some(ProcessEvent::Stdout("begun\n".into())), "its output begins anew");
     write(&*guest, "/tmp/go", b"").await.unwrap();
@@ -164,7 +165,7 @@ pub async fn only_sandboxes_with_outbound_access_have_a_link(place: &mut Place) 
     let driver = place.driver();
     for outbound in [false, true] {
         let id = fresh_id();
-        let guest = driver.create(id, &Machine { outbound, ..machine() }).await.unwrap();
+        let guest = driver.create(id, &Machine { outbound, ..machine() }, None).await.unwrap();
         let links = shell(&*guest, "sed -n 's/^ *\\(.*\\):.*/\\1/p' /proc/net/dev | sort | tr '\\n' ' '").await;
         assert_eq!(links.split_whitespace().any(|link| link == "eth0"), outbound, "{links}");
         driver.destroy(id).await.unwrap();
@@ -180,7 +181,7 @@ pub async fn many_sandboxes_at_once_come_and_go(place: &mut Place) -> Outcome {
     let work = ids.iter().map(|id| {
         let driver = driver.clone();
         async move {
-            let guest = driver.create(*id, &machine()).await.unwrap();
+            let guest = driver.create(*id, &machine(), None).await.unwrap();
             let text = id.to_string();
             assert_eq!(run(&*guest, command(&["echo", &text])).await.text(), text);
             driver.destroy(*id).await.unwrap();

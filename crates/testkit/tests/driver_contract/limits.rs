@@ -14,7 +14,7 @@ pub async fn a_process_above_the_memory_limit_dies_with_that_reason_and_the_agen
     place: &mut Place,
 ) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &Machine { memory_mb: 128, ..machine() }).await.unwrap();
+    let guest = driver.create(id, &Machine { memory_mb: 128, ..machine() }, None).await.unwrap();
     let within = run(&*guest, command(&["python3", "-c", "print(len(b'x' * (40 << 20)))"])).await;
     assert_eq!(within.exit.code, 0, "{within:?}");
     for privileged in [false, true] {
@@ -50,7 +50,7 @@ input()
 
 pub async fn a_fork_bomb_is_contained_and_the_sandbox_stays_usable(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine()).await.unwrap();
+    let guest = driver.create(id, &machine(), None).await.unwrap();
     let bomb = FORK_BOMB.replace("LIMIT", &PROCESSES_MAX.to_string());
     let mut process = guest.run(Command { stdin: true, ..command(&["python3", "-c", &bomb]) }).await.unwrap();
     wait_for_line(&mut process, "11 True").await;
@@ -83,7 +83,7 @@ pub async fn a_full_disk_is_told_to_commands_and_to_the_file_calls_and_the_sandb
     place: &mut Place,
 ) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &Machine { disk_gb: 1, ..machine() }).await.unwrap();
+    let guest = driver.create(id, &Machine { disk_gb: 1, ..machine() }, None).await.unwrap();
     let size_kib: u64 = shell(&*guest, "df -k --output=size /home/tenki | tail -1").await.trim().parse().unwrap();
     assert!((900_000..=1 << 20).contains(&size_kib), "df shows {size_kib} KiB for a disk of 1 GiB");
     let fill = "fallocate -l 800M most; head -c 1G /dev/zero > rest; echo $?";
@@ -106,7 +106,7 @@ pub async fn processor_time_is_limited_to_the_cores_asked_for(place: &mut Place)
         return Err(NotRun("one processor cannot tell one core from two".into()));
     }
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine()).await.unwrap();
+    let guest = driver.create(id, &machine(), None).await.unwrap();
     let (_process, host_pid) = marked_process(&*guest).await;
     let group = cgroup_of(host_pid, "cpu");
     let quota = fs::read_to_string(group.join("cpu.max"))
@@ -157,7 +157,7 @@ fn cgroup_of(pid: i32, controller: &str) -> PathBuf {
 
 pub async fn the_tools_inside_show_the_sandboxs_own_limits(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &Machine { cpu_cores: 1, memory_mb: 384, ..machine() }).await.unwrap();
+    let guest = driver.create(id, &Machine { cpu_cores: 1, memory_mb: 384, ..machine() }, None).await.unwrap();
     assert_eq!(shell(&*guest, "nproc").await, "1");
     assert_eq!(
         shell(&*guest, "getconf _NPROCESSORS_ONLN; python3 -c 'import os; print(os.cpu_count())'").await,

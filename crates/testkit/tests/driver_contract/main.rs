@@ -4,8 +4,12 @@
 
 mod common;
 mod inside;
+mod life;
+mod life_inside;
 mod limits;
 mod place;
+mod volumes;
+mod volumes_inside;
 
 use std::process::ExitCode;
 
@@ -43,6 +47,26 @@ macro_rules! common_behaviours {
             files_are_whole_or_absent_and_listed_in_order,
             a_detached_command_starts_once_and_keeps_its_output,
         );
+        behaviours!($suite, $driver, $place, life:
+            a_frozen_command_goes_on_where_it_was,
+            a_frozen_sandbox_outlives_its_driver,
+            a_stopped_sandbox_keeps_its_disk_and_boots,
+            what_a_killed_first_process_left_boots,
+            a_sandbox_that_powered_itself_off_says_so_and_boots,
+            what_does_not_run_is_neither_frozen_nor_thawed,
+            a_copied_disk_makes_another_sandbox,
+            the_disk_of_a_stopped_or_frozen_sandbox_is_copied_as_well,
+            a_stopped_sandbox_takes_no_slot,
+        );
+        behaviours!($suite, $driver, $place, volumes:
+            a_volume_takes_files_from_one_sandbox_to_another,
+            volumes_are_made_listed_and_removed_once,
+            what_is_not_there_can_be_neither_attached_nor_grown,
+            a_volume_is_not_attached_over_another,
+            a_volume_outlives_its_driver_and_its_sandbox,
+            readers_share_a_volume_that_none_of_them_changes,
+            a_volume_grows_and_keeps_its_files,
+        );
     };
 }
 
@@ -79,6 +103,33 @@ fn main() -> ExitCode {
             a_running_command_goes_on_under_the_next_driver,
             only_sandboxes_with_outbound_access_have_a_link,
             many_sandboxes_at_once_come_and_go,
+        );
+        behaviours!(suite, "namespace", namespace, volumes_inside:
+            the_smallest_volume_belongs_to_tenki_and_its_size_is_a_limit,
+            what_was_written_is_there_after_the_kill_of_the_sandbox,
+            a_second_writer_is_refused,
+            a_volume_in_use_is_busy_until_it_is_taken_by_force,
+            a_reader_is_taken_out_by_force_without_harm_to_another,
+            a_mounted_volume_grows_while_it_is_written_to,
+            paths_that_cannot_have_a_volume_are_refused_and_stay_as_they_were,
+            renaming_the_mount_path_meanwhile_leads_nowhere_else,
+            a_volume_that_was_moved_inside_is_found_and_taken_out,
+            a_volume_gives_no_devices_no_host_root_and_nothing_to_other_sandboxes,
+            many_volumes_come_and_go_at_once,
+        );
+        behaviours!(suite, "namespace", namespace, life_inside:
+            frozen_processes_keep_their_memory_and_do_nothing,
+            timeouts_stand_still_while_frozen,
+            a_frozen_sandbox_is_stopped_without_running_again,
+            only_root_powers_off_and_every_way_works,
+            powering_off_ends_processes_in_order_and_keeps_what_they_wrote,
+            a_power_off_while_no_server_runs_is_not_lost,
+            a_restart_of_the_host_is_told_from_the_end_of_a_sandbox,
+            a_disk_is_copied_whole_while_it_is_written_to,
+            a_disk_grows_to_the_size_asked_for,
+            a_freeze_that_a_killed_server_left_is_undone,
+            a_host_without_space_keeps_the_sandbox_usable_and_no_image,
+            low_memory_of_the_host_is_told_and_not_all_the_time,
         );
         if let Ok(place) = namespace {
             suite

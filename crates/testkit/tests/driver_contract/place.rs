@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nagaya_api::ids::SessionId;
-use nagaya_engine::fake::{FakeDriver, Faults};
+use nagaya_engine::fake::{FakeDriver, Fakes};
 use nagaya_engine::model::Machine;
 use nagaya_engine::ports::{
-    Command, Driver, ExitStatus, Guest, GuestError, Process, ProcessEvent, ProcessInput, SandboxExit, WriteOptions,
+    Adopted, Command, Driver, DriverEvent, ExitStatus, Guest, GuestError, Process, ProcessEvent, ProcessInput,
+    WriteOptions,
 };
 use nagaya_runtime::namespace::{Config, NamespaceDriver};
 use tempfile::TempDir;
@@ -24,7 +25,7 @@ const WAIT_MAX: Duration = Duration::from_secs(30);
 
 pub struct Place {
     kind: Kind,
-    pub exits: mpsc::UnboundedReceiver<SandboxExit>,
+    pub events: mpsc::UnboundedReceiver<DriverEvent>,
 }
 
 enum Kind {
@@ -34,18 +35,41 @@ enum Kind {
 
 impl Place {
     pub fn fake() -> Self {
-        let driver = Arc::new(FakeDriver::new(Arc::new(Faults::new(1))));
+        let driver = Fakes::new(1).driver;
         driver.set_sandboxes_max(Some(SLOTS_MAX as usize));
-        let exits = driver.exits();
-        Self { kind: Kind::Fake(driver), exits }
+        let events = driver.events();
+        Self { kind: Kind::Fake(driver), events }
     }
 
     /// `Err` says why this host has no namespace driver.
     pub async fn namespace() -> Result<Self, String> {
-        let data = tempfile::Builder::new().prefix("nagaya-contract-").tempdir().unwrap();
-        let driver = start(data.path()).await?;
-        let exits = driver.exits();
-        Ok(Self { kind: Kind::Namespace { data, driver: Some(driver) }, exits })
+        Self::namespace_with(tempfile::Builder::new().prefix("nagaya-contract-").tempdir().unwrap(), |_| ()).await
+    }
+
+    /// A namespace driver with this data directory, set up otherwise than usual.
+    pub async fn namespace_with(data: TempDir, set_up: impl FnOnce(&mut Config)) -> Result<Self, String> {
+        let driver = start(data.path(), set_up).await?;
+        let events = driver.events();
+        Ok(Self { kind: Kind::Namespace { data, driver: Some(driver) }, events })
+    }
+
+    /// The data directory of a driver that has one.
+    pub fn data(&self) -> &Path {
+        match &self.kind {
+            Kind::Fake(_) => panic!("the fake has no directory"),
+            Kind::Namespace { data, .. } => data.path(),
+        }
+    }
+
+    /// The next sandbox that ended unasked: its id, whether it powered itself off, and the cause.
+    pub async fn ended(&mut self) -> (SessionId, bool, String) {
+        loop {
+            match tokio::time::timeout(WAIT_MAX, self.events.recv()).await.expect("an event").unwrap() {
+                DriverEvent::Ended { id, powered_off, cause } => return (id, powered_off, cause),
+                // The host may be short of it for reasons of its own.
+                DriverEvent::MemoryLow => {}
+            }
+        }
     }
 
     pub fn driver(&self) -> Arc<dyn Driver> {
@@ -57,14 +81,23 @@ impl Place {
 
     /// Another driver takes the place over, as after a restart of the server.
     pub async fn restart(&mut self) {
+        self.restart_with(|| ()).await;
+    }
+
+    /// As [`Place::restart`]; `meanwhile` runs while no driver does.
+    pub async fn restart_with(&mut self, meanwhile: impl FnOnce()) {
         match &mut self.kind {
-            Kind::Fake(driver) => driver.disconnect(),
+            Kind::Fake(driver) => {
+                driver.disconnect();
+                meanwhile();
+            }
             Kind::Namespace { data, driver } => {
                 drop(driver.take());
-                *driver = Some(start(data.path()).await.unwrap());
+                meanwhile();
+                *driver = Some(start(data.path(), |_| ()).await.unwrap());
             }
         }
-        self.exits = self.driver().exits();
+        self.events = self.driver().events();
     }
 
     /// Kills a sandbox's first process behind the driver's back.
@@ -80,15 +113,31 @@ impl Place {
         }
     }
 
+    /// Lets a sandbox power itself off.
+    pub async fn power_off(&self, id: SessionId, guest: &dyn Guest) {
+        match &self.kind {
+            Kind::Fake(driver) => assert!(driver.power_off(id)),
+            Kind::Namespace { .. } => {
+                let asked = Command { privileged: true, ..command(&["poweroff"]) };
+                let mut process = guest.run(asked).await.unwrap();
+                // Letting go of it would end it.
+                while !matches!(process.events.recv().await, None | Some(ProcessEvent::Exit(_))) {}
+            }
+        }
+    }
+
     /// Ends the sandboxes that a failed case left.
     pub async fn clear(&mut self) {
         let driver = self.driver();
         for id in driver.list().await.unwrap() {
             driver.destroy(id).await.unwrap();
         }
+        for id in driver.images().await.unwrap() {
+            driver.remove_image(id).await.unwrap();
+        }
         drop(driver);
         self.settled().await;
-        while self.exits.try_recv().is_ok() {}
+        while self.events.try_recv().is_ok() {}
     }
 
     /// Ends all sandboxes and gives back what the driver set on the host.
@@ -117,18 +166,28 @@ impl Place {
 
     /// Waits until everything of destroyed sandboxes is gone.
     pub async fn settled(&self) {
-        if let Kind::Namespace { driver: Some(driver), .. } = &self.kind {
-            driver.settled().await;
+        match &self.kind {
+            Kind::Fake(driver) => {
+                let gone = |id: &SessionId| !driver.sandboxes().contains_key(id);
+                let listed = driver.list().await.unwrap();
+                while !driver.sandboxes().keys().all(|id| listed.contains(id) || gone(id)) {
+                    tokio::task::yield_now().await;
+                }
+            }
+            Kind::Namespace { driver, .. } => {
+                driver.as_ref().expect("there is a driver between restarts").settled().await;
+            }
         }
     }
 }
 
-async fn start(data: &Path) -> Result<Arc<NamespaceDriver>, String> {
+async fn start(data: &Path, set_up: impl FnOnce(&mut Config)) -> Result<Arc<NamespaceDriver>, String> {
     let mut config = Config::new(data.to_owned());
     config.slots_max = SLOTS_MAX;
     config.pool_ready = 1;
     config.pool_ready_isolated = 1;
     config.processes_max = PROCESSES_MAX;
+    set_up(&mut config);
     let started = tokio::task::spawn_blocking(move || NamespaceDriver::start(config)).await.unwrap();
     started.map(Arc::new).map_err(|error| {
         let mut text = error.to_string();
@@ -236,6 +295,14 @@ pub async fn read_part(guest: &dyn Guest, path: &str, offset: u64, length: u64) 
         content.extend_from_slice(&chunk?);
     }
     Ok(content)
+}
+
+pub async fn adopt_running(driver: &dyn Driver, id: SessionId) -> Arc<dyn Guest> {
+    match driver.adopt(id).await.unwrap() {
+        Adopted::Running(guest) => guest,
+        Adopted::Frozen(_) => panic!("the sandbox is frozen"),
+        Adopted::Stopped { .. } => panic!("the sandbox is stopped"),
+    }
 }
 
 /// Asks again and again until it is so.

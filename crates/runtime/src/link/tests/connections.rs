@@ -81,14 +81,16 @@ async fn a_connection_that_says_nothing_disturbs_nobody() {
 async fn a_newer_server_that_still_speaks_our_version_is_served() {
     let agent = Agent::start();
     let stream = raw(&agent).await;
-    let link = Link::with_handshake(stream, Handshake { version_min: 1, version_max: 9 }).await.unwrap();
+    let link =
+        Link::with_handshake(stream, Handshake { version_min: 1, version_max: 9, powered_off: false }).await.unwrap();
     assert_eq!(run(&link, command(&["true"])).await.1.code, 0);
 }
 
 #[tokio::test]
 async fn versions_without_overlap_are_refused_with_the_reason_on_both_sides() {
     let agent = Agent::start();
-    let result = Link::with_handshake(raw(&agent).await, Handshake { version_min: 2, version_max: 9 }).await;
+    let result =
+        Link::with_handshake(raw(&agent).await, Handshake { version_min: 2, version_max: 9, powered_off: false }).await;
     assert!(matches!(result, Err(LinkError::Handshake(HandshakeError::Version { min: 1, max: 1 }))), "{result:?}");
     let mut stream = raw(&agent).await;
     stream.write_all(&wire(&[hello(2, 9)])).await.unwrap();

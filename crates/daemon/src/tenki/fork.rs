@@ -1,0 +1,44 @@
+//! What is offered beyond the contract: the package `nagaya.v1`, with the same callers and sessions.
+
+use std::sync::Arc;
+
+use connectrpc::{RequestContext, Response, ServiceResult};
+use nagaya_api::error::Error;
+use nagaya_api::nagaya::v1 as own;
+use nagaya_engine::Fork;
+
+use super::control::invalid;
+use super::{Tenki, convert};
+
+pub(super) struct Own(pub(super) Arc<Tenki>);
+
+impl own::NagayaService for Own {
+    async fn fork_session(
+        &self,
+        context: RequestContext,
+        request: own::ForkSessionRequest,
+    ) -> ServiceResult<own::ForkSessionResponse> {
+        Ok(Response::new(self.0.fork_session(&context, request).await?))
+    }
+}
+
+impl Tenki {
+    async fn fork_session(
+        &self,
+        context: &RequestContext,
+        request: own::ForkSessionRequest,
+    ) -> Result<own::ForkSessionResponse, Error> {
+        let caller = self.caller(context)?;
+        let id = convert::id(&request.session_id, "session_id")?;
+        let count = u32::try_from(request.count).map_err(|_| invalid("count must not be negative"))?;
+        let fork = Fork { count: count.max(1), name: request.name };
+        let forks = self.engine.fork_session(&caller, id, fork).await?;
+        // Together they may take as long as one creation may.
+        let settled = forks.into_iter().map(|fork| self.settled(&caller, fork, Some(self.create_hold)));
+        let forks = futures::future::try_join_all(settled).await?;
+        Ok(own::ForkSessionResponse {
+            sessions: forks.into_iter().map(convert::session).collect(),
+            memory_carried: Some(false),
+        })
+    }
+}

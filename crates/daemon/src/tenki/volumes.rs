@@ -1,0 +1,132 @@
+//! Volumes.
+
+use nagaya_api::error::Error;
+use nagaya_api::ids::{VolumeId, WorkspaceId};
+use nagaya_api::tenki::v1 as wire;
+use nagaya_engine::{Caller, ListVolumes, NewMount, NewVolume, VolumeUpdate};
+
+use super::control::{invalid, page_size, workspace};
+use super::data::required;
+use super::{Tenki, convert};
+
+/// A place for a volume, as a request names it.
+pub(super) fn mount(mount: wire::VolumeMount) -> Result<NewMount, Error> {
+    Ok(NewMount {
+        volume_id: convert::id(&mount.volume_id, "volume_id")?,
+        path: mount.mount_path,
+        readonly: mount.readonly,
+    })
+}
+
+/// A size that the wire has as signed. Negative ones become 0, which is too small for every volume.
+fn size(bytes: i64) -> u64 {
+    u64::try_from(bytes).unwrap_or(0)
+}
+
+/// Volumes have names, other than sessions and snapshots, which may do without.
+fn named(name: &str) -> Result<(), Error> {
+    if name.is_empty() { Err(invalid("name must not be empty")) } else { Ok(()) }
+}
+
+impl Tenki {
+    pub(super) async fn create_volume(
+        &self,
+        caller: &Caller,
+        request: wire::CreateVolumeRequest,
+    ) -> Result<wire::Volume, Error> {
+        named(&request.name)?;
+        let project_id = request.project_id.as_deref().unwrap_or_default();
+        let new = NewVolume {
+            workspace_id: workspace(&request.workspace_id, project_id)?,
+            name: request.name,
+            size_bytes: size(request.size_bytes),
+        };
+        let volume = self.engine.create_volume(caller, new).await?;
+        Ok(convert::volume(volume, false))
+    }
+
+    pub(super) async fn get_volume(&self, caller: &Caller, volume_id: &str) -> Result<wire::GetVolumeResponse, Error> {
+        self.volume(caller, convert::id(volume_id, "volume_id")?).await
+    }
+
+    async fn volume(&self, caller: &Caller, id: VolumeId) -> Result<wire::GetVolumeResponse, Error> {
+        let (volume, attachments) = self.engine.volume(caller, id).await?;
+        Ok(wire::GetVolumeResponse {
+            volume: convert::volume(volume, !attachments.is_empty()).into(),
+            active_attachments: attachments.into_iter().map(|(at, each)| convert::attachment(at, each)).collect(),
+        })
+    }
+
+    /// One page for both list rpcs.
+    pub(super) async fn list_volumes(
+        &self,
+        caller: &Caller,
+        workspace_id: Option<WorkspaceId>,
+        asked_size: i32,
+        page_token: String,
+    ) -> Result<(Vec<wire::Volume>, String), Error> {
+        let list = ListVolumes { workspace_id, page_size: page_size(asked_size)?, page_token };
+        let (volumes, next_page_token) = self.engine.list_volumes(caller, list).await?;
+        let volumes = volumes.into_iter().map(|(volume, attached)| convert::volume(volume, attached));
+        Ok((volumes.collect(), next_page_token))
+    }
+
+    pub(super) async fn update_volume(
+        &self,
+        caller: &Caller,
+        request: wire::UpdateVolumeRequest,
+    ) -> Result<wire::UpdateVolumeResponse, Error> {
+        let id = convert::id(&request.volume_id, "volume_id")?;
+        if request.clear_tags && !request.tags.is_empty() {
+            return Err(invalid("tags and clear_tags exclude each other"));
+        }
+        request.name.as_deref().map_or(Ok(()), named)?;
+        let update = VolumeUpdate {
+            name: request.name,
+            tags: (request.clear_tags || !request.tags.is_empty()).then_some(request.tags),
+        };
+        self.engine.update_volume(caller, id, update).await?;
+        Ok(wire::UpdateVolumeResponse { volume: self.volume(caller, id).await?.volume })
+    }
+
+    pub(super) async fn resize_volume(
+        &self,
+        caller: &Caller,
+        request: wire::ResizeVolumeRequest,
+    ) -> Result<wire::ResizeVolumeResponse, Error> {
+        let id = convert::id(&request.volume_id, "volume_id")?;
+        self.engine.resize_volume(caller, id, size(request.new_size_bytes)).await?;
+        Ok(wire::ResizeVolumeResponse { volume: self.volume(caller, id).await?.volume })
+    }
+
+    pub(super) async fn delete_volume(
+        &self,
+        caller: &Caller,
+        volume_id: &str,
+    ) -> Result<wire::DeleteVolumeResponse, Error> {
+        self.engine.delete_volume(caller, convert::id(volume_id, "volume_id")?).await?;
+        Ok(wire::DeleteVolumeResponse::default())
+    }
+
+    pub(super) async fn attach_volume(
+        &self,
+        caller: &Caller,
+        request: wire::AttachVolumeRequest,
+    ) -> Result<wire::AttachVolumeResponse, Error> {
+        let id = convert::id(&request.session_id, "session_id")?;
+        let mount = mount(required(request.volume.into_option(), "volume")?)?;
+        let attachment = self.engine.attach_volume(caller, id, mount).await?;
+        Ok(wire::AttachVolumeResponse { attachment: convert::attachment(id, attachment).into() })
+    }
+
+    pub(super) async fn detach_volume(
+        &self,
+        caller: &Caller,
+        request: wire::DetachVolumeRequest,
+    ) -> Result<wire::DetachVolumeResponse, Error> {
+        let id = convert::id(&request.session_id, "session_id")?;
+        let volume_id = convert::id(&request.volume_id, "volume_id")?;
+        self.engine.detach_volume(caller, id, volume_id, request.force_detach).await?;
+        Ok(wire::DetachVolumeResponse::default())
+    }
+}

@@ -1,0 +1,295 @@
+//! What the driver does for a session: futures that touch the world and nothing of the session's task.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nagaya_api::error::{Code, Error};
+use nagaya_api::ids::{AttachmentId, ImageId, SessionId, SnapshotId};
+
+use super::{Actor, Job, Reply};
+use crate::inner::Inner;
+use crate::live::{Exit, Live};
+use crate::model::{Attachment, AttachmentState, Execution, Session, SessionState};
+use crate::ports::{Adopted, BlobError, BoxFuture, DriverError, Guest, Mount};
+
+pub(super) struct Work {
+    pub(super) future: BoxFuture<Done>,
+    /// Whether the driver is at something that must not be dropped half-way.
+    pub(super) begun: Arc<AtomicBool>,
+}
+
+pub(super) enum Done {
+    Created(Result<Arc<dyn Guest>, String>),
+    Adopted(Result<(Adopted, Vec<Execution>), AdoptError>),
+    Frozen { result: Result<(), DriverError>, reply: Option<Reply<Session>> },
+    Thawed { result: Result<(), DriverError>, reply: Reply<Session> },
+    Booted { result: Result<Arc<dyn Guest>, String>, reply: Option<Reply<Session>> },
+    /// A pause or resume that failed has been taken back.
+    Undone,
+    Probed { exit: Exit, result: Result<(), DriverError> },
+    Stopped(Result<(), DriverError>),
+    Copied { result: Result<u64, DriverError>, reply: Reply<u64> },
+    Mounts(Vec<(AttachmentId, Result<(), DriverError>)>),
+}
+
+pub(super) enum AdoptError {
+    Gone,
+    Other(String),
+}
+
+/// What a new sandbox's disk starts with.
+pub(crate) enum Source {
+    Fresh,
+    Image(ImageId),
+    /// A stored snapshot, to be restored to the image.
+    Snapshot {
+        manifest: String,
+        image: ImageId,
+    },
+    /// The disk of a paused session, to be copied to the image.
+    Pause {
+        session: Arc<Live>,
+        snapshot_id: SnapshotId,
+        image: ImageId,
+    },
+}
+
+/// Completes with the work; never while there is none.
+pub(super) async fn next_done(work: &mut Option<Work>) -> Done {
+    let Some(running) = work else { return std::future::pending().await };
+    let done = running.future.as_mut().await;
+    *work = None;
+    done
+}
+
+/// Work that is waited for, once begun, whatever happens.
+pub(super) fn work(future: impl Future<Output = Done> + Send + 'static) -> Work {
+    Work { future: Box::pin(future), begun: Arc::new(AtomicBool::new(true)) }
+}
+
+/// Comes back with the same after a pause; may be dropped.
+pub(super) fn later(engine: &Arc<Inner>, pause_ms: u64, done: Done) -> Work {
+    let wake = engine.clock.sleep_until(engine.clock.now() + pause_ms);
+    let future = Box::pin(async move {
+        wake.await;
+        done
+    });
+    Work { future, begun: Arc::new(AtomicBool::new(false)) }
+}
+
+impl Actor {
+    pub(super) fn create(&self, source: Source) -> Work {
+        let begun = Arc::new(AtomicBool::new(false));
+        let (engine, session, begun_too) = (self.engine.clone(), self.session.clone(), begun.clone());
+        let future = Box::pin(async move {
+            let _permit = engine.creates.acquire().await.expect("the semaphore is never closed");
+            begun_too.store(true, Ordering::Release);
+            Done::Created(create(&engine, &session, source).await)
+        });
+        Work { future, begun }
+    }
+
+    /// Looks for a sandbox from before the start, and brings it to where its record says it is. Until
+    /// it is moved, this may be dropped at any point: destroying copes with whatever there is.
+    pub(super) fn adopt(&self, pause_ms: u64) -> Work {
+        let begun = Arc::new(AtomicBool::new(false));
+        let (engine, session, begun_too) = (self.engine.clone(), self.session.clone(), begun.clone());
+        let future = Box::pin(async move {
+            engine.clock.sleep_until(engine.clock.now() + pause_ms).await;
+            Done::Adopted(adopt(&engine, &session, &begun_too).await)
+        });
+        Work { future, begun }
+    }
+
+    /// Starts the sandbox on its disk, and mounts its volumes. What is left when that fails is to be stopped.
+    pub(super) fn boot(&self, reply: Option<Reply<Session>>) -> Work {
+        let (engine, session, stop_first) = (self.engine.clone(), self.session.clone(), self.stop_owed);
+        work(async move {
+            let result = boot(&engine, &session, stop_first).await;
+            Done::Booted { result, reply }
+        })
+    }
+
+    /// Mounts what a sandbox that is up already has not mounted yet.
+    pub(super) fn finish_boot(&self, guest: Arc<dyn Guest>) -> Work {
+        let (engine, session) = (self.engine.clone(), self.session.clone());
+        work(async move {
+            let result = attach_all(&engine, &session).await.map(|()| guest);
+            Done::Booted { result, reply: None }
+        })
+    }
+
+    /// Ends all processes, and waits until nothing uses the volumes any more.
+    pub(super) fn stop(&self) -> Work {
+        let (engine, session) = (self.engine.clone(), self.session.clone());
+        work(async move {
+            let mut result = engine.driver.stop(session.id).await;
+            for attachment in &session.attachments {
+                if result.is_ok() {
+                    result = engine.settle(attachment).await;
+                }
+            }
+            Done::Stopped(result)
+        })
+    }
+
+    /// Freezes or thaws, until that succeeds or there is nothing left to move.
+    pub(super) fn undo(&self, freeze: bool) -> Work {
+        let begun = Arc::new(AtomicBool::new(true));
+        let (engine, id, begun_too) = (self.engine.clone(), self.session.id, begun.clone());
+        let future = Box::pin(async move {
+            let mut backoff = engine.backoff();
+            loop {
+                let result = match freeze {
+                    true => engine.driver.freeze(id).await,
+                    false => engine.driver.thaw(id).await,
+                };
+                match result {
+                    Ok(()) | Err(DriverError::Gone) => return Done::Undone,
+                    Err(error) => tracing::warn!(session = %id, %error, "a failed move is still to be taken back"),
+                }
+                begun_too.store(false, Ordering::Release);
+                engine.clock.sleep_until(engine.clock.now() + backoff.next_ms()).await;
+                begun_too.store(true, Ordering::Release);
+            }
+        });
+        Work { future, begun }
+    }
+}
+
+async fn create(engine: &Arc<Inner>, session: &Session, source: Source) -> Result<Arc<dyn Guest>, String> {
+    let image = match source {
+        Source::Fresh => None,
+        Source::Image(image) => Some(image),
+        Source::Snapshot { manifest, image } => {
+            let path = engine.driver.image_path(image);
+            engine.blobs.restore(&manifest, &path).await.map_err(restore_failure)?;
+            Some(image)
+        }
+        Source::Pause { session, snapshot_id, image } => {
+            let pause = Some(snapshot_id);
+            let copied = session.ask_job(|reply| Job::Copy { images: vec![image], pause, reply }).await;
+            copied.map_err(|error| format!("the paused session's disk could not be copied: {error}"))?;
+            Some(image)
+        }
+    };
+    let guest = engine.driver.create(session.id, &session.machine, image).await.map_err(|error| match error {
+        DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit).to_string(),
+        DriverError::Gone => "the sandbox ended while it was being created".to_owned(),
+        error => format!("the sandbox could not be created: {error}"),
+    })?;
+    attach_all(engine, session).await?;
+    Ok(guest)
+}
+
+fn restore_failure(error: BlobError) -> String {
+    match error {
+        BlobError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit).to_string(),
+        error => format!("the snapshot could not be restored: {error}"),
+    }
+}
+
+async fn adopt(
+    engine: &Inner,
+    session: &Session,
+    begun: &AtomicBool,
+) -> Result<(Adopted, Vec<Execution>), AdoptError> {
+    let id = session.id;
+    let other = |error: DriverError| AdoptError::Other(error.to_string());
+    let adopted = match engine.driver.adopt(id).await {
+        Ok(adopted) => adopted,
+        Err(DriverError::Gone) => return Err(AdoptError::Gone),
+        Err(error) => return Err(other(error)),
+    };
+    let executions = engine.store.executions(id).await.map_err(|error| AdoptError::Other(error.to_string()))?;
+    let runs = matches!(session.state, SessionState::Running | SessionState::Pausing | SessionState::Resuming);
+    let in_memory = session.pause.as_ref().is_some_and(|pause| pause.in_memory);
+    begun.store(true, Ordering::Release);
+    let settled = match adopted {
+        Adopted::Frozen(guest) if runs => {
+            engine.driver.thaw(id).await.map_err(other)?;
+            Adopted::Running(guest)
+        }
+        Adopted::Running(guest) if !runs && in_memory => {
+            engine.driver.freeze(id).await.map_err(other)?;
+            Adopted::Frozen(guest)
+        }
+        // The server was killed before it had given up the memory.
+        Adopted::Running(_) | Adopted::Frozen(_) if !runs && !in_memory => {
+            Adopted::Stopped { powered_off: false, host_restarted: false }
+        }
+        other => other,
+    };
+    Ok((settled, executions))
+}
+
+async fn boot(engine: &Inner, session: &Session, stop_first: bool) -> Result<Arc<dyn Guest>, String> {
+    if stop_first {
+        engine.driver.stop(session.id).await.map_err(boot_failure)?;
+        for attachment in &session.attachments {
+            engine.settle(attachment).await.map_err(boot_failure)?;
+        }
+    }
+    let guest = engine.driver.boot(session.id, &session.machine).await.map_err(boot_failure)?;
+    attach_all(engine, session).await?;
+    Ok(guest)
+}
+
+fn boot_failure(error: DriverError) -> String {
+    match error {
+        DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit).to_string(),
+        DriverError::Gone => "the sandbox ended while it was being started".to_owned(),
+        error => format!("the sandbox could not be started: {error}"),
+    }
+}
+
+/// Mounts every volume of a sandbox that just came up.
+async fn attach_all(engine: &Inner, session: &Session) -> Result<(), String> {
+    for attachment in session.attachments.iter().filter(|of| of.state != AttachmentState::SyncPending) {
+        engine.mount(session.id, attachment).await.map_err(|error| match error {
+            DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit).to_string(),
+            error => format!("volume {} could not be mounted: {error}", attachment.volume_id),
+        })?;
+    }
+    Ok(())
+}
+
+impl Inner {
+    /// Mounts a volume, while nothing else happens to it.
+    pub(super) async fn mount(&self, id: SessionId, attachment: &Attachment) -> Result<(), DriverError> {
+        let _quiet = self.volumes.quiet(attachment.volume_id).await;
+        self.driver.attach_volume(id, &mount_of(attachment)).await
+    }
+
+    pub(super) async fn unmount(&self, id: SessionId, of: &Attachment, force: bool) -> Result<(), DriverError> {
+        let _quiet = self.volumes.quiet(of.volume_id).await;
+        self.driver.detach_volume(id, &mount_of(of), force).await
+    }
+
+    /// Waits until what a dead sandbox wrote to a volume is safe.
+    pub(super) async fn settle(&self, attachment: &Attachment) -> Result<(), DriverError> {
+        let _quiet = self.volumes.quiet(attachment.volume_id).await;
+        match self.driver.settle_volume(attachment.volume_id).await {
+            // A volume that is gone has nothing left to write.
+            Err(DriverError::Gone) => Ok(()),
+            other => other,
+        }
+    }
+}
+
+fn mount_of(attachment: &Attachment) -> Mount {
+    Mount {
+        volume_id: attachment.volume_id,
+        path: attachment.mount_path.clone(),
+        readonly: attachment.readonly,
+    }
+}
+
+/// Why a disk could not be copied, in the words of the table.
+pub(super) fn copy_error(error: DriverError) -> Error {
+    match error {
+        DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit),
+        error => Error::new(Code::SnapshotFailed, format!("the disk could not be copied: {error}")),
+    }
+}

@@ -1,0 +1,246 @@
+//! Sessions to be: fresh ones, from snapshots, and forks.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use nagaya_api::error::{Code, Error};
+use nagaya_api::ids::{ImageId, SessionId, SnapshotId};
+use nagaya_api::limits::NAME_CHARS_MAX;
+use tokio::sync::oneshot;
+
+use crate::actor::{Birth, Job, Source};
+use crate::calls::{Fork, NewSession};
+use crate::inner::Inner;
+use crate::live::Live;
+use crate::model::{Session, SessionState, Snapshot, SnapshotKind, SnapshotState};
+use crate::ports::Change;
+use crate::session::Request;
+use crate::snapshots::not_ready;
+use crate::{Caller, Engine, validate};
+
+impl Engine {
+    /// Records a new session and starts to create its sandbox. Returns when the record is durable,
+    /// in state CREATING; watch the session for what becomes of it.
+    pub async fn create_session(&self, caller: &Caller, new: NewSession) -> Result<Session, Error> {
+        let inner = &self.0;
+        let running = inner.tasks.enter()?;
+        inner.access.workspace(caller, new.workspace_id)?;
+        // Until the session is known, its snapshot must stay and nobody else may become sticky.
+        let _quiet = match new.snapshot_id.is_some() || new.sticky {
+            true => Some(inner.library.quiet.lock().await),
+            false => None,
+        };
+        let snapshot = match new.snapshot_id {
+            Some(id) => Some(inner.usable_snapshot(caller, id).await?),
+            None => None,
+        };
+        let mut session = inner.new_session(caller, new, snapshot.as_ref())?;
+        let source = inner.source(&mut session, snapshot)?;
+        if session.sticky {
+            inner.check_sticky(caller.workspace_id, None)?;
+        }
+        let slot = inner.reserve(session.workspace_id, &session.machine)?;
+        inner.hold_all(&session)?;
+        // From here on the session's own task does everything, so that a caller who goes away
+        // leaves nothing half done.
+        let (reply, answer) = oneshot::channel();
+        inner.spawn(session, Some(slot), Birth::New { source, reply }, running);
+        drop(_quiet);
+        answer.await.unwrap_or_else(|_| Err(Code::Draining.into()))
+    }
+
+    /// Makes sessions from the disk of one that is RUNNING or stopped: all of them or none. They are
+    /// answered in CREATING. Their memory is fresh: processes are not carried over.
+    pub async fn fork_session(&self, caller: &Caller, id: SessionId, fork: Fork) -> Result<Vec<Session>, Error> {
+        let inner = self.0.clone();
+        let max = inner.config.forks_max;
+        if !(1..=max).contains(&fork.count) {
+            return Err(Error::new(Code::InvalidArgument, format!("count must be 1 to forks_max, which is {max}")));
+        }
+        if let Some(name) = &fork.name {
+            validate::name(name)?;
+        }
+        let live = inner.find_live(caller, id, Request::Copy).await?;
+        let caller = *caller;
+        self.0.detached(async move { inner.fork(&caller, live, fork).await }).await
+    }
+}
+
+impl Inner {
+    /// A snapshot that sessions can be made from.
+    async fn usable_snapshot(&self, caller: &Caller, id: SnapshotId) -> Result<Snapshot, Error> {
+        let snapshot = self.find_snapshot(caller.workspace_id, id).await?;
+        let expired = snapshot.expires_at.is_some_and(|at| at <= self.clock.now());
+        match snapshot.state {
+            SnapshotState::Deleting => Err(Code::SnapshotNotFound.into()),
+            _ if expired => Err(Code::SnapshotNotFound.into()),
+            SnapshotState::Ready => Ok(snapshot),
+            SnapshotState::Creating | SnapshotState::Failed => Err(not_ready(&snapshot)),
+        }
+    }
+
+    /// What the session's disk is made from.
+    fn source(&self, session: &mut Session, snapshot: Option<Snapshot>) -> Result<Source, Error> {
+        let Some(snapshot) = snapshot else { return Ok(Source::Fresh) };
+        let image = ImageId::new(self.clock.now(), self.random());
+        session.source_snapshot_id = Some(snapshot.id);
+        session.source_image_id = Some(image);
+        if snapshot.kind != SnapshotKind::Pause {
+            return Ok(Source::Snapshot { manifest: snapshot.manifest, image });
+        }
+        let paused = self.registry.get(snapshot.session_id).ok_or(Code::SnapshotNotFound)?;
+        Ok(Source::Pause { session: paused, snapshot_id: snapshot.id, image })
+    }
+
+    fn new_session(&self, caller: &Caller, new: NewSession, snapshot: Option<&Snapshot>) -> Result<Session, Error> {
+        let inherited = snapshot.map(|snapshot| &snapshot.machine);
+        let env = match snapshot {
+            Some(snapshot) => snapshot.env.clone().into_iter().chain(new.env).collect(),
+            None => new.env,
+        };
+        validate::name(&new.name)?;
+        validate::env(&env, &self.config)?;
+        validate::metadata(&new.metadata, &self.config)?;
+        validate::ssh_authorized_keys(&new.ssh_authorized_keys, &self.config)?;
+        if let Some(duration_ms) = new.max_duration_ms {
+            validate::max_duration_ms(duration_ms, &self.config)?;
+        }
+        let machine = validate::machine(
+            new.cpu_cores.or(inherited.map(|machine| machine.cpu_cores)),
+            new.memory_mb.or(inherited.map(|machine| machine.memory_mb)),
+            new.disk_gb.or(inherited.map(|machine| machine.disk_gb)),
+            new.outbound,
+        )?;
+        if inherited.is_some_and(|inherited| machine.disk_gb < inherited.disk_gb) {
+            return Err(Error::new(Code::InvalidResources, "disk_gb is smaller than the snapshot's disk"));
+        }
+        let mut attachments = Vec::new();
+        for mount in &new.mounts {
+            attachments.push(self.new_attachment(mount, &attachments)?);
+        }
+        let now = self.clock.now();
+        Ok(Session {
+            id: SessionId::new(now, self.random()),
+            workspace_id: caller.workspace_id,
+            owner_id: caller.key_id,
+            name: new.name,
+            state: SessionState::Creating,
+            machine,
+            inbound: new.inbound,
+            env,
+            metadata: new.metadata,
+            tags: validate::tags(new.tags)?,
+            ssh_authorized_keys: new.ssh_authorized_keys,
+            sticky: new.sticky,
+            idle_timeout_minutes: new.idle_timeout_minutes,
+            pause_retention_ms: new.pause_retention_ms,
+            created_at: now,
+            ready_at: None,
+            terminated_at: None,
+            timeout_at: new.max_duration_ms.map(|duration_ms| now.saturating_add(duration_ms)),
+            last_activity_at: now,
+            terminal_error: String::new(),
+            driver: String::new(),
+            source_snapshot_id: None,
+            source_image_id: None,
+            pause: None,
+            last_resume_error: String::new(),
+            attachments,
+        })
+    }
+
+    /// Copies the disk once for each fork, records all of them at once, and lets them be created.
+    async fn fork(self: &Arc<Self>, caller: &Caller, live: Arc<Live>, fork: Fork) -> Result<Vec<Session>, Error> {
+        let parent = live.published.borrow().clone();
+        let forks: Vec<Session> = (1..=fork.count).map(|n| self.forked(caller, &parent, &fork, n)).collect();
+        let mut slots = Vec::new();
+        for session in &forks {
+            slots.push(self.reserve(session.workspace_id, &session.machine)?);
+        }
+        let images: Vec<ImageId> = forks.iter().filter_map(|session| session.source_image_id).collect();
+        let copy = |reply| Job::Copy { images: images.clone(), pause: None, reply };
+        if let Err(error) = live.ask_job(copy).await {
+            self.discard_images(images);
+            return Err(error);
+        }
+        let mut recorded = Vec::new();
+        for ((session, slot), image) in forks.iter().zip(slots).zip(&images) {
+            let Ok(running) = self.tasks.enter() else { break };
+            let (sender, receiver) = oneshot::channel();
+            let birth = Birth::Recorded { source: Source::Image(*image), recorded: receiver };
+            self.spawn(session.clone(), Some(slot), birth, running);
+            recorded.push(sender);
+        }
+        if recorded.len() < forks.len() {
+            self.discard_images(images);
+            return Err(Code::Draining.into());
+        }
+        if let Err(error) = self.write(forks.iter().cloned().map(Change::Session).collect()).await {
+            self.discard_images(images);
+            return Err(error);
+        }
+        for sender in recorded {
+            // A task that is gone was stopped with the engine; its record is there.
+            let _ = sender.send(());
+        }
+        Ok(forks)
+    }
+
+    /// Removes images that nothing names. Those that a stopping engine leaves are swept at the next start.
+    fn discard_images(self: &Arc<Self>, images: Vec<ImageId>) {
+        let engine = self.clone();
+        self.background(async move {
+            for image in images {
+                engine.remove_image(image).await;
+            }
+        });
+    }
+
+    /// The record of a fork: what its parent was made with, an identity of its own.
+    fn forked(&self, caller: &Caller, parent: &Session, fork: &Fork, n: u32) -> Session {
+        let now = self.clock.now();
+        let duration_ms = parent.timeout_at.map(|at| at.saturating_sub(parent.created_at));
+        let told: BTreeMap<_, _> =
+            parent.metadata.clone().into_iter().filter(|(key, _)| !key.starts_with("restore_")).collect();
+        Session {
+            id: SessionId::new(now, self.random()),
+            owner_id: caller.key_id,
+            name: fork.name.clone().unwrap_or_else(|| fork_name(&parent.name, n)),
+            state: SessionState::Creating,
+            metadata: told,
+            sticky: false,
+            created_at: now,
+            ready_at: None,
+            timeout_at: duration_ms.map(|duration_ms| now.saturating_add(duration_ms)),
+            last_activity_at: now,
+            driver: String::new(),
+            source_snapshot_id: None,
+            source_image_id: Some(ImageId::new(now, self.random())),
+            pause: None,
+            last_resume_error: String::new(),
+            attachments: Vec::new(),
+            ..parent.clone()
+        }
+    }
+}
+
+/// `<name>-fork-<n>`, with as much of the name as fits.
+fn fork_name(name: &str, n: u32) -> String {
+    let suffix = format!("-fork-{n}");
+    let kept = NAME_CHARS_MAX - suffix.len();
+    name.chars().take(kept).chain(suffix.chars()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_forks_fit() {
+        assert_eq!(fork_name("a", 1), "a-fork-1");
+        assert_eq!(fork_name("", 100), "-fork-100");
+        let long = fork_name(&"長".repeat(64), 12);
+        assert_eq!(long.chars().count(), 64);
+        assert!(long.ends_with("長-fork-12"), "{long}");
+    }
+}

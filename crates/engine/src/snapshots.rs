@@ -1,0 +1,523 @@
+//! Snapshots: taken from a session's disk, stored as blobs, brought to the durable place, deleted.
+//!
+//! ```text
+//!   CREATING ─── disk copied ─── blobs stored ──▶ READY, on this machine ─── uploaded ──▶ READY, durable
+//!       └──────────── failed ──▶ FAILED              └────────── delete, expiry ──▶ DELETING ──▶ gone
+//! ```
+//!
+//! One task carries a snapshot through its steps, each recorded when it is done, so that the next start goes on
+//! where the last one stopped. Only the copy needs the session, and asks its task for it.
+
+use std::sync::{Arc, Mutex};
+
+use nagaya_api::error::{Code, Error};
+use nagaya_api::ids::{ImageId, SessionId, SnapshotId, WorkspaceId};
+use tokio::sync::oneshot;
+
+use crate::actor::{Job, Reply, store_error};
+use crate::calls::{ListSnapshots, NewSnapshot, SnapshotUpdate};
+use crate::deadlines::Sleeper;
+use crate::inner::{Inner, spawn_running};
+use crate::live::Live;
+use crate::model::{Durability, Session, Snapshot, SnapshotKind, SnapshotState};
+use crate::ports::{BlobError, Change, ImageReader, SnapshotQuery, StoredImage};
+use crate::session::Request;
+use crate::{Caller, Engine, query, validate};
+
+/// A blocking creation waits this long for its snapshot to become durable as well, which is at once where the
+/// durable place is this machine.
+const DURABLE_WAIT_MS: u64 = 100;
+/// Times kept for [`Engine::take_source_stops`]; later ones are dropped until they are taken.
+const SOURCE_STOPS_MAX: usize = 10_000;
+
+/// What the work on snapshots shares.
+#[derive(Default)]
+pub(crate) struct Library {
+    /// Held while limits of a workspace are checked and what counts against them is recorded, and while
+    /// a snapshot's record is read and changed.
+    pub(crate) quiet: tokio::sync::Mutex<()>,
+    /// Read by those who store blobs until they are recorded, written by who removes those not recorded.
+    blobs: tokio::sync::RwLock<()>,
+    /// How long sources stood still, microseconds.
+    source_stops_us: Mutex<Vec<u64>>,
+}
+
+impl Engine {
+    /// Takes a snapshot of the session's disk, whether it runs or is stopped. Answered when it is recorded, or
+    /// with `wait` when it is READY; a caller that goes away does not stop it.
+    pub async fn create_snapshot(&self, caller: &Caller, id: SessionId, new: NewSnapshot) -> Result<Snapshot, Error> {
+        let inner = &self.0;
+        let running = inner.tasks.enter()?;
+        validate::name(&new.name)?;
+        let now = inner.clock.now();
+        validate::expires_at(new.expires_at, now)?;
+        let live = inner.find_live(caller, id, Request::Copy).await?;
+        let snapshot = inner.new_snapshot(&live.session(now), new.name, new.expires_at);
+        let (reply, answer) = oneshot::channel();
+        spawn_running(running, inner.clone().take_snapshot(live, snapshot, new.wait, reply));
+        answer.await.unwrap_or_else(|_| Err(Code::Draining.into()))
+    }
+
+    pub async fn snapshot(&self, caller: &Caller, id: SnapshotId) -> Result<Snapshot, Error> {
+        self.0.find_snapshot(caller.workspace_id, id).await
+    }
+
+    /// One page of snapshots, newest first, and the token of the next page; empty at the end.
+    pub async fn list_snapshots(&self, caller: &Caller, list: ListSnapshots) -> Result<(Vec<Snapshot>, String), Error> {
+        let workspace = self.0.access.workspace(caller, list.workspace_id)?;
+        let size = query::page_size(list.page_size)?;
+        let before = query::parse_page_token(&list.page_token)?.map(|(at, id)| (at, SnapshotId::from_uuid(id)));
+        let (workspace_id, limit) = (Some(workspace.id), size + 1);
+        let query =
+            SnapshotQuery { workspace_id, session_id: list.session_id, dangling: list.dangling, before, limit };
+        let mut snapshots = self.0.store.snapshots(query).await.map_err(store_error)?;
+        let next = query::page(&mut snapshots, size, |last| (last.created_at, *last.id.as_uuid()));
+        Ok((snapshots, next))
+    }
+
+    pub async fn update_snapshot(
+        &self,
+        caller: &Caller,
+        id: SnapshotId,
+        update: SnapshotUpdate,
+    ) -> Result<Snapshot, Error> {
+        let inner = self.0.clone();
+        let workspace_id = caller.workspace_id;
+        if let Some(name) = &update.name {
+            validate::name(name)?;
+        }
+        validate::expires_at(update.expires_at.flatten(), inner.clock.now())?;
+        let tags = update.tags.map(validate::tags).transpose()?;
+        let change = move |snapshot: &mut Snapshot| {
+            if snapshot.workspace_id != workspace_id {
+                return Err(Code::SnapshotNotFound.into());
+            }
+            if snapshot.kind == SnapshotKind::Pause {
+                return Err(in_use("it is that of a pause"));
+            }
+            snapshot.name = update.name.clone().unwrap_or_else(|| snapshot.name.clone());
+            snapshot.expires_at = update.expires_at.unwrap_or(snapshot.expires_at);
+            snapshot.tags = tags.clone().unwrap_or_else(|| snapshot.tags.clone());
+            Ok(())
+        };
+        self.0
+            .detached(async move {
+                let changed = inner.change_snapshot(id, change).await?;
+                inner.look_at_snapshot(id);
+                Ok(changed)
+            })
+            .await
+    }
+
+    /// Removes a snapshot and frees the space that only it needs. Answers with what it was.
+    pub async fn delete_snapshot(&self, caller: &Caller, id: SnapshotId) -> Result<Snapshot, Error> {
+        let (inner, workspace_id) = (self.0.clone(), caller.workspace_id);
+        self.0
+            .detached(async move {
+                let snapshot = inner.begin_delete(id, |of| of.workspace_id == workspace_id).await?;
+                if let Err(error) = inner.finish_delete(id).await {
+                    tracing::warn!(snapshot = %id, %error, "a snapshot could not be deleted; trying again");
+                    inner.keep_deleting(id);
+                    let detail = "the snapshot is being deleted, but its space is not free yet; the server keeps trying";
+                    return Err(Error::new(Code::SnapshotFailed, detail));
+                }
+                Ok(snapshot)
+            })
+            .await
+    }
+
+    /// The disk image of a READY snapshot.
+    pub async fn open_snapshot(&self, caller: &Caller, id: SnapshotId) -> Result<ImageReader, Error> {
+        let snapshot = self.0.find_snapshot(caller.workspace_id, id).await?;
+        if snapshot.state != SnapshotState::Ready || snapshot.manifest.is_empty() {
+            return Err(not_ready(&snapshot));
+        }
+        self.0.blobs.open(&snapshot.manifest).await.map_err(blob_error)
+    }
+
+    /// How long snapshots stopped their sources since the last call, microseconds.
+    pub fn take_source_stops(&self) -> Vec<u64> {
+        std::mem::take(&mut self.0.library.source_stops_us.lock().expect("no holder of this lock panics"))
+    }
+}
+
+fn in_use(detail: &str) -> Error {
+    Error::new(Code::SnapshotInUse, detail)
+}
+
+pub(crate) fn not_ready(snapshot: &Snapshot) -> Error {
+    let detail = match (snapshot.kind, snapshot.state) {
+        (SnapshotKind::Pause, _) => "the disk of a paused session is not kept as blobs".to_owned(),
+        (_, SnapshotState::Failed) => format!("it failed: {}", snapshot.failure_reason),
+        _ => "it is being created".to_owned(),
+    };
+    Error::new(Code::SnapshotNotReady, detail)
+}
+
+pub(crate) fn blob_error(error: BlobError) -> Error {
+    match error {
+        BlobError::Missing(_) | BlobError::Corrupt(_) => Error::new(Code::SnapshotDamaged, error.to_string()),
+        BlobError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit),
+        BlobError::Failed(reason) => Error::new(Code::SnapshotFailed, reason),
+    }
+}
+
+impl Inner {
+    pub(crate) async fn find_snapshot(&self, workspace_id: WorkspaceId, id: SnapshotId) -> Result<Snapshot, Error> {
+        let snapshot = self.store.snapshot(id).await.map_err(store_error)?;
+        snapshot.filter(|of| of.workspace_id == workspace_id).ok_or_else(|| Code::SnapshotNotFound.into())
+    }
+
+    fn new_snapshot(&self, session: &Session, name: String, expires_at: Option<u64>) -> Snapshot {
+        let now = self.clock.now();
+        let retention_ms = self.access.settings(session.workspace_id).snapshot_retention_ms;
+        Snapshot {
+            id: SnapshotId::new(now, self.random()),
+            workspace_id: session.workspace_id,
+            session_id: session.id,
+            name,
+            kind: SnapshotKind::User,
+            state: SnapshotState::Creating,
+            durability: Durability::None,
+            tags: Vec::new(),
+            created_at: now,
+            expires_at: expires_at.or_else(|| retention_ms.map(|ms| now.saturating_add(ms))),
+            local_ready_at: None,
+            durable_at: None,
+            machine: session.machine.clone(),
+            env: session.env.clone(),
+            image_id: ImageId::new(now, self.random()),
+            copied: false,
+            source_stopped_us: 0,
+            manifest: String::new(),
+            size_bytes: 0,
+            stored_bytes: 0,
+            failure_reason: String::new(),
+            propagation_error: String::new(),
+        }
+    }
+
+    /// Reads a snapshot's record, changes and commits it, with nobody else at it. One that is being
+    /// deleted is not there any more.
+    async fn change_snapshot(
+        &self,
+        id: SnapshotId,
+        change: impl FnOnce(&mut Snapshot) -> Result<(), Error>,
+    ) -> Result<Snapshot, Error> {
+        let _quiet = self.library.quiet.lock().await;
+        let snapshot = self.store.snapshot(id).await.map_err(store_error)?;
+        let mut snapshot = snapshot
+            .filter(|of| of.state != SnapshotState::Deleting)
+            .ok_or_else(|| Error::from(Code::SnapshotNotFound))?;
+        change(&mut snapshot)?;
+        self.write(vec![Change::Snapshot(snapshot.clone())]).await?;
+        Ok(snapshot)
+    }
+
+    /// Records a step that is done, however long that takes. False when the engine stops.
+    async fn record_step(&self, id: SnapshotId, change: impl Fn(&mut Snapshot)) -> bool {
+        let step = || async {
+            let changed = self.change_snapshot(id, |snapshot| {
+                change(snapshot);
+                Ok(())
+            });
+            match changed.await {
+                Err(error) if error.code == Code::SnapshotNotFound => Ok(()),
+                other => other.map(|_| ()),
+            }
+        };
+        self.insist("a snapshot's progress could not be recorded", step).await
+    }
+
+    async fn take_snapshot(self: Arc<Self>, live: Arc<Live>, snapshot: Snapshot, wait: bool, reply: Reply<Snapshot>) {
+        if let Err(error) = self.record_snapshot(&snapshot).await {
+            let _ = reply.send(Err(error));
+            return;
+        }
+        let (id, image) = (snapshot.id, snapshot.image_id);
+        let reply = match wait {
+            true => Some(reply),
+            false => {
+                let _ = reply.send(Ok(snapshot));
+                None
+            }
+        };
+        match self.copy_and_store(&live, id, image).await {
+            Ok(stored) => self.answer_and_upload(id, stored.manifest, reply).await,
+            Err(error) => {
+                let failed = self.record_failure(id, &error).await;
+                if let Some(reply) = reply {
+                    let _ = reply.send(Err(error));
+                }
+                if failed {
+                    self.clean_up(id, image).await;
+                }
+            }
+        }
+    }
+
+    /// Records a snapshot to be taken, if its workspace may have one more.
+    async fn record_snapshot(&self, snapshot: &Snapshot) -> Result<(), Error> {
+        let _quiet = self.library.quiet.lock().await;
+        let settings = self.access.settings(snapshot.workspace_id);
+        if settings.snapshots_max.is_some() || settings.bytes_max.is_some() {
+            let others = self.snapshots_of(snapshot.workspace_id).await?;
+            let count = others.iter().filter(|of| of.kind == SnapshotKind::User).count();
+            if let Some(max) = settings.snapshots_max.filter(|max| count >= *max as usize) {
+                return Err(Error::new(Code::QuotaExceeded, format!("the workspace's snapshots_max is {max}")));
+            }
+            let bytes = self.bytes_used(snapshot.workspace_id, &others);
+            if let Some(max) = settings.bytes_max.filter(|max| bytes >= *max) {
+                return Err(Error::new(Code::QuotaExceeded, format!("the workspace's bytes_max is {max}")));
+            }
+        }
+        self.write(vec![Change::Snapshot(snapshot.clone())]).await?;
+        self.deadlines.set(Sleeper::Snapshot(snapshot.id), snapshot.expires_at);
+        Ok(())
+    }
+
+    pub(crate) async fn snapshots_of(&self, workspace_id: WorkspaceId) -> Result<Vec<Snapshot>, Error> {
+        let workspace_id = Some(workspace_id);
+        let query = SnapshotQuery { workspace_id, limit: u32::MAX, ..SnapshotQuery::default() };
+        self.store.snapshots(query).await.map_err(store_error)
+    }
+
+    /// Stored bytes of a workspace's snapshots and sizes of its volumes together.
+    pub(crate) fn bytes_used(&self, workspace_id: WorkspaceId, snapshots: &[Snapshot]) -> u64 {
+        let stored: u64 = snapshots.iter().map(|of| of.stored_bytes).sum();
+        stored.saturating_add(self.volumes.bytes_of(workspace_id))
+    }
+
+    async fn copy_and_store(&self, live: &Live, id: SnapshotId, image: ImageId) -> Result<StoredImage, Error> {
+        let stopped_us = live.ask_job(|reply| Job::Copy { images: vec![image], pause: None, reply }).await?;
+        {
+            let mut stops = self.library.source_stops_us.lock().expect("no holder of this lock panics");
+            if stops.len() < SOURCE_STOPS_MAX {
+                stops.push(stopped_us);
+            }
+        }
+        let copied = |snapshot: &mut Snapshot| {
+            snapshot.copied = true;
+            snapshot.source_stopped_us = stopped_us;
+        };
+        if !self.record_step(id, copied).await {
+            return Err(Code::Draining.into());
+        }
+        self.store_copy(id, image).await
+    }
+
+    /// Stores the copy of the disk as blobs, and removes it.
+    async fn store_copy(&self, id: SnapshotId, image: ImageId) -> Result<StoredImage, Error> {
+        let stored = {
+            let _gate = self.library.blobs.read().await;
+            let stored = self.blobs.store(&self.driver.image_path(image)).await.map_err(blob_error)?;
+            let now = self.clock.now();
+            let ready = |snapshot: &mut Snapshot| {
+                snapshot.state = SnapshotState::Ready;
+                snapshot.durability = Durability::LocalReady;
+                snapshot.local_ready_at = Some(now);
+                snapshot.manifest = stored.manifest.clone();
+                snapshot.size_bytes = stored.size_bytes;
+                snapshot.stored_bytes = stored.stored_bytes;
+            };
+            if !self.record_step(id, ready).await {
+                return Err(Code::Draining.into());
+            }
+            stored
+        };
+        self.remove_image(image).await;
+        self.look_at_snapshot(id);
+        Ok(stored)
+    }
+
+    pub(crate) async fn remove_image(&self, image: ImageId) {
+        self.insist("a disk image could not be removed", || self.driver.remove_image(image)).await;
+    }
+
+    /// False when the engine stops, and leaves the rest to the next start.
+    async fn record_failure(&self, id: SnapshotId, error: &Error) -> bool {
+        if error.code == Code::Draining {
+            return false;
+        }
+        tracing::warn!(snapshot = %id, %error, "a snapshot failed");
+        let reason = match error.detail.is_empty() {
+            true => error.to_string(),
+            false => error.detail.clone(),
+        };
+        let failed = |snapshot: &mut Snapshot| {
+            snapshot.state = SnapshotState::Failed;
+            snapshot.failure_reason = reason.clone();
+        };
+        self.record_step(id, failed).await
+    }
+
+    /// Removes what a snapshot that failed has left.
+    async fn clean_up(&self, id: SnapshotId, image: ImageId) {
+        self.remove_image(image).await;
+        // Part of it may have been stored.
+        self.insist("blobs that no snapshot needs could not be removed", || self.free_blobs()).await;
+        self.look_at_snapshot(id);
+    }
+
+    async fn answer_and_upload(&self, id: SnapshotId, manifest: String, reply: Option<Reply<Snapshot>>) {
+        let mut upload = std::pin::pin!(self.upload_snapshot(id, &manifest));
+        let Some(reply) = reply else { return upload.await };
+        let uploaded = tokio::select! {
+            biased;
+            () = &mut upload => true,
+            _ = self.pause(DURABLE_WAIT_MS) => false,
+        };
+        let snapshot = self.store.snapshot(id).await.map_err(store_error);
+        let _ = reply.send(snapshot.and_then(|of| of.ok_or_else(|| Code::SnapshotNotFound.into())));
+        if !uploaded {
+            upload.await;
+        }
+    }
+
+    /// Brings a READY snapshot to the durable place, however long that takes; until it is deleted or the engine stops.
+    async fn upload_snapshot(&self, id: SnapshotId, manifest: &str) {
+        let mut backoff = self.backoff();
+        loop {
+            let result = tokio::select! {
+                biased;
+                () = self.tasks.stopping() => return,
+                result = self.blobs.upload(manifest) => result,
+            };
+            let now = self.clock.now();
+            let outcome = |snapshot: &mut Snapshot| match &result {
+                Ok(()) => {
+                    snapshot.durability = Durability::Durable;
+                    snapshot.durable_at = Some(now);
+                    snapshot.propagation_error.clear();
+                    Ok(())
+                }
+                Err(error) => {
+                    snapshot.durability = Durability::PropagationFailed;
+                    snapshot.propagation_error = error.to_string();
+                    Ok(())
+                }
+            };
+            match self.change_snapshot(id, outcome).await {
+                Err(error) if error.code == Code::SnapshotNotFound => return,
+                Ok(_) if result.is_ok() => return,
+                _ => tracing::warn!(snapshot = %id, ?result, "a snapshot is not durable yet; trying again"),
+            }
+            if !self.pause(backoff.next_ms()).await {
+                return;
+            }
+        }
+    }
+
+    /// Records that a snapshot is to go, unless something needs it.
+    async fn begin_delete(&self, id: SnapshotId, may: impl FnOnce(&Snapshot) -> bool) -> Result<Snapshot, Error> {
+        let _quiet = self.library.quiet.lock().await;
+        let snapshot = self.store.snapshot(id).await.map_err(store_error)?;
+        let mut snapshot = snapshot.filter(may).ok_or_else(|| Error::from(Code::SnapshotNotFound))?;
+        match (snapshot.kind, snapshot.state) {
+            (_, SnapshotState::Deleting) => return Ok(snapshot),
+            (_, SnapshotState::Creating) => return Err(in_use("it is being created")),
+            (SnapshotKind::Pause, _) => return Err(in_use("it is that of a pause")),
+            _ => {}
+        }
+        let uses = |live: &Arc<Live>| {
+            let session = live.published.borrow();
+            session.source_snapshot_id == Some(id) && !session.state.is_terminal()
+        };
+        if let Some(user) = self.registry.all().iter().find(|live| uses(live)) {
+            return Err(in_use(&format!("session {} was made from it", user.id)));
+        }
+        snapshot.state = SnapshotState::Deleting;
+        self.write(vec![Change::Snapshot(snapshot.clone())]).await?;
+        self.deadlines.set(Sleeper::Snapshot(id), None);
+        Ok(snapshot)
+    }
+
+    /// Frees the space that only this snapshot needs, then forgets it. Can be repeated.
+    async fn finish_delete(&self, id: SnapshotId) -> Result<(), Error> {
+        self.free_blobs().await?;
+        let _quiet = self.library.quiet.lock().await;
+        self.write(vec![Change::ForgetSnapshot(id)]).await
+    }
+
+    /// Removes every blob that no snapshot needs.
+    pub(crate) async fn free_blobs(&self) -> Result<(), Error> {
+        let _gate = self.library.blobs.write().await;
+        let snapshots = self.store.all_snapshots().await.map_err(store_error)?;
+        let kept = snapshots.into_iter().filter(|of| of.state != SnapshotState::Deleting && !of.manifest.is_empty());
+        let manifests: Vec<String> = kept.map(|of| of.manifest).collect();
+        let freed = self.blobs.retain(&manifests).await.map_err(blob_error)?;
+        tracing::debug!(freed, "blobs that no snapshot needs were removed");
+        Ok(())
+    }
+
+    fn keep_deleting(self: &Arc<Self>, id: SnapshotId) {
+        let engine = self.clone();
+        self.background(async move {
+            engine.insist("a snapshot could not be deleted", || engine.finish_delete(id)).await;
+        });
+    }
+
+    /// Has a look soon at whether the snapshot has expired, or when it will.
+    pub(crate) fn look_at_snapshot(&self, id: SnapshotId) {
+        self.deadlines.set(Sleeper::Snapshot(id), Some(self.clock.now()));
+    }
+
+    /// Deletes a snapshot whose time has come, unless something needs it: then its end is when this is asked again.
+    pub(crate) fn expire_snapshot(self: &Arc<Self>, id: SnapshotId) {
+        let engine = self.clone();
+        self.background(async move {
+            let now = engine.clock.now();
+            let due = match engine.store.snapshot(id).await {
+                Ok(Some(snapshot)) if snapshot.kind != SnapshotKind::Pause => snapshot.expires_at,
+                Ok(_) => return,
+                Err(_) => Some(now.saturating_add(engine.config.retry_max_ms)),
+            };
+            if due.is_none_or(|at| at > now) {
+                return engine.deadlines.set(Sleeper::Snapshot(id), due);
+            }
+            match engine.begin_delete(id, |of| of.expires_at.is_some_and(|at| at <= now)).await {
+                Ok(_) => {
+                    engine.insist("an expired snapshot could not be deleted", || engine.finish_delete(id)).await;
+                }
+                Err(error) if error.code == Code::Internal => {
+                    let again = now.saturating_add(engine.config.retry_max_ms);
+                    engine.deadlines.set(Sleeper::Snapshot(id), Some(again));
+                }
+                Err(_) => {}
+            }
+        });
+    }
+
+    /// Goes on with a snapshot where the last server stopped.
+    pub(crate) fn recover_snapshot(self: &Arc<Self>, snapshot: Snapshot) {
+        let (engine, id) = (self.clone(), snapshot.id);
+        match (snapshot.kind, snapshot.state) {
+            (SnapshotKind::Pause, _) => {}
+            (_, SnapshotState::Creating) => self.background(async move {
+                let result = match snapshot.copied {
+                    true => engine.store_copy(id, snapshot.image_id).await,
+                    false => {
+                        let reason = "the server stopped before the disk was copied";
+                        Err(Error::new(Code::SnapshotFailed, reason))
+                    }
+                };
+                match result {
+                    Ok(stored) => engine.upload_snapshot(id, &stored.manifest).await,
+                    Err(error) => {
+                        if engine.record_failure(id, &error).await {
+                            engine.clean_up(id, snapshot.image_id).await;
+                        }
+                    }
+                }
+            }),
+            (_, SnapshotState::Ready) => {
+                self.look_at_snapshot(id);
+                if snapshot.durability != Durability::Durable {
+                    self.background(async move { engine.upload_snapshot(id, &snapshot.manifest).await });
+                }
+            }
+            (_, SnapshotState::Failed) => self.look_at_snapshot(id),
+            (_, SnapshotState::Deleting) => self.keep_deleting(id),
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! What must be true of the world when nothing is under way: records and world agree, and nothing is left that no
+//! record names.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use nagaya_api::ids::{SessionId, VolumeId};
+use nagaya_engine::fake::Fakes;
+use nagaya_engine::model::{
+    AttachmentState, ExecutionStatus, Session, SessionState, SnapshotKind, SnapshotState, VolumeState,
+};
+
+macro_rules! ensure {
+    ($condition:expr, $($message:tt)*) => {
+        if !$condition {
+            return Err(format!($($message)*));
+        }
+    };
+}
+#[allow(unused_imports)] // one of the two crates that include this file has no use for it
+pub(crate) use ensure;
+
+pub fn check_quiet(fakes: &Fakes) -> Result<(), String> {
+    let sessions: BTreeMap<SessionId, Session> = fakes.store.all_sessions().into_iter().map(|s| (s.id, s)).collect();
+    for session in sessions.values() {
+        check_session(fakes, session)?;
+    }
+    for id in fakes.driver.sandboxes().keys() {
+        let live = sessions.get(id).is_some_and(|session| session.state != SessionState::Terminated);
+        ensure!(live, "the sandbox {id} belongs to no session");
+    }
+    check_volumes(fakes, &sessions)?;
+    check_snapshots(fakes, &sessions)?;
+    for execution in fakes.store.all_executions().iter().filter(|e| e.status == ExecutionStatus::Running) {
+        let guest = fakes.driver.guest(execution.session_id);
+        let runs = guest.is_some_and(|guest| guest.running().contains(&execution.id));
+        ensure!(runs, "execution {} is RUNNING on record only", execution.id);
+    }
+    let violations = [fakes.driver.violations(), fakes.blobs.violations()].concat();
+    ensure!(violations.is_empty(), "a port was misused: {violations:?}");
+    Ok(())
+}
+
+fn check_session(fakes: &Fakes, session: &Session) -> Result<(), String> {
+    let (id, state) = (session.id, session.state);
+    let alive = fakes.driver.sandboxes().get(&id) == Some(&true);
+    let frozen = fakes.driver.is_frozen(id);
+    let stopped = matches!(state, SessionState::Paused | SessionState::UserShutdown);
+    let in_memory = session.pause.as_ref().is_some_and(|pause| pause.in_memory);
+    ensure!(session.pause.is_some() == stopped, "{id} is {} with {:?}", state.name(), session.pause);
+    ensure!(session.source_image_id.is_none(), "{id} is {} and still names an image", state.name());
+    let fits = match state {
+        SessionState::Running => alive && !frozen,
+        SessionState::Paused if in_memory => alive && frozen,
+        SessionState::Paused | SessionState::UserShutdown => fakes.driver.is_only_a_disk(id),
+        SessionState::Terminated => !fakes.driver.sandboxes().contains_key(&id),
+        _ => return Err(format!("{id} is stuck in {}", state.name())),
+    };
+    ensure!(fits, "{id} is {} (in memory: {in_memory}), its sandbox alive: {alive}, frozen: {frozen}", state.name());
+    for attachment in &session.attachments {
+        let expected = match state {
+            SessionState::Running => attachment.state == AttachmentState::Attached,
+            SessionState::Paused if in_memory => attachment.state != AttachmentState::Attaching,
+            SessionState::Paused | SessionState::UserShutdown => attachment.state == AttachmentState::Attaching,
+            _ => false,
+        };
+        ensure!(expected, "{id} is {} with {attachment:?}", state.name());
+    }
+    Ok(())
+}
+
+fn check_volumes(fakes: &Fakes, sessions: &BTreeMap<SessionId, Session>) -> Result<(), String> {
+    let recorded: BTreeMap<VolumeId, _> = fakes.store.volumes_now().into_iter().map(|v| (v.id, v)).collect();
+    let existing = fakes.driver.volumes_now();
+    ensure!(recorded.keys().eq(existing.keys()), "volumes recorded {:?}, existing {existing:?}", recorded.keys());
+    for (id, volume) in recorded {
+        let made = &existing[&id];
+        let rests = volume.state == VolumeState::Available && volume.growing_to_bytes.is_none();
+        ensure!(rests && volume.size_bytes == made.size_bytes, "{volume:?} is not {made:?}");
+        let mut expected: Vec<(SessionId, String, bool)> = Vec::new();
+        for session in sessions.values() {
+            let mounted = session.attachments.iter().filter(|of| of.volume_id == id);
+            let mounted = mounted.filter(|of| of.state == AttachmentState::Attached);
+            expected.extend(mounted.map(|of| (session.id, of.mount_path.clone(), of.readonly)));
+        }
+        let mut mounts = made.mounts.clone();
+        let unmounting = |session_id: SessionId| {
+            let attachments = sessions.get(&session_id).map(|session| session.attachments.clone()).unwrap_or_default();
+            attachments.iter().any(|of| of.volume_id == id && of.state == AttachmentState::SyncPending)
+        };
+        mounts.retain(|(session_id, _, _)| !unmounting(*session_id));
+        mounts.sort();
+        ensure!(mounts == expected, "volume {id} is mounted at {mounts:?}, recorded are {expected:?}");
+    }
+    Ok(())
+}
+
+fn check_snapshots(fakes: &Fakes, sessions: &BTreeMap<SessionId, Session>) -> Result<(), String> {
+    let images = fakes.driver.images_now();
+    ensure!(images.is_empty(), "images are left: {images:?}");
+    let stored: BTreeSet<String> = fakes.blobs.stored().into_iter().collect();
+    let mut needed = BTreeSet::new();
+    let mut pauses: BTreeSet<_> = sessions.values().filter_map(|of| Some(of.pause.as_ref()?.snapshot_id)).collect();
+    for snapshot in fakes.store.snapshots_now() {
+        let id = snapshot.id;
+        if snapshot.kind == SnapshotKind::Pause {
+            ensure!(pauses.remove(&id), "snapshot {id} is that of a pause that is over");
+            continue;
+        }
+        match snapshot.state {
+            SnapshotState::Ready => drop(needed.insert(snapshot.manifest.clone())),
+            SnapshotState::Failed => ensure!(snapshot.manifest.is_empty(), "{snapshot:?} failed, yet has blobs"),
+            state => return Err(format!("snapshot {id} is stuck in {state:?}")),
+        }
+    }
+    ensure!(pauses.is_empty(), "pauses without their snapshot: {pauses:?}");
+    ensure!(stored == needed, "stored are {stored:?}, needed {needed:?}");
+    Ok(())
+}

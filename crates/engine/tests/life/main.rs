@@ -1,0 +1,16 @@
+//! What callers may rely on about the life of sessions and what they keep, one promise per test, and
+//! every workflow run with a failure at each of its steps, each step repeated, and a crash after each.
+
+// On a paused runtime tokio's time is virtual, and is what the fake clock shows.
+#![allow(clippy::disallowed_methods, clippy::unwrap_used)]
+
+#[path = "../common/audit.rs"]
+mod audit;
+mod forks;
+mod pause;
+mod recovery;
+mod snapshots;
+mod steps;
+mod support;
+mod volumes;
+mod workflows;

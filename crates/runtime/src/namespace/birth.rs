@@ -1,0 +1,188 @@
+//! How a sandbox comes to run: on a fresh disk, on an image's, or on the one it had before.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use nagaya_api::ids::{ImageId, SessionId};
+use nagaya_engine::model::Machine;
+use nagaya_engine::ports::{DriverError, Guest};
+
+use super::live::{self, Live, PidFd};
+use super::record::{self, Record};
+use super::slots::{Home, Shape, Slot, SlotError, Started};
+use super::{Inner, blocking, disk, failed, room};
+
+impl Inner {
+    /// Makes a sandbox. What is left of one that fails is its directory, at most.
+    pub(super) async fn create(
+        self: &Arc<Self>,
+        id: SessionId,
+        machine: &Machine,
+        image: Option<ImageId>,
+    ) -> Result<Arc<dyn Guest>, DriverError> {
+        let begin = Instant::now();
+        let (inner, wanted) = (self.clone(), machine.clone());
+        let (slot, started) = blocking(move || match image {
+            None => inner.start_fresh(id, &wanted),
+            Some(image) => inner.start_from(id, &wanted, image),
+        })
+        .await?;
+        self.keep_name(id);
+        match self.connect(id, slot, started).await {
+            Ok(guest) => {
+                tracing::debug!(%id, ready = ?begin.elapsed(), "sandbox started");
+                Ok(guest)
+            }
+            Err(error) => {
+                self.destroy(id).await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Starts a stopped sandbox again. When it fails the disk is as it was.
+    pub(super) async fn boot(
+        self: &Arc<Self>,
+        id: SessionId,
+        machine: &Machine,
+    ) -> Result<Arc<dyn Guest>, DriverError> {
+        let (inner, wanted) = (self.clone(), machine.clone());
+        let (slot, started) = blocking(move || {
+            let directory = inner.directory(id);
+            let record = Record::read(&directory).ok_or(DriverError::Gone)?;
+            if record.slot.is_some() {
+                return Err(DriverError::Failed("the sandbox has not been stopped".into()));
+            }
+            // A base layer is lost only with the directory of images; a newer one serves as well.
+            let base = if record.base.exists() { &record.base } else { &inner.factory.image.base };
+            inner.start_kept(id, &wanted, &directory, base)
+        })
+        .await?;
+        self.keep_name(id);
+        match self.connect(id, slot, started).await {
+            Ok(guest) => Ok(guest),
+            Err(error) => {
+                self.stop(id).await?;
+                Err(error)
+            }
+        }
+    }
+
+    fn start_fresh(&self, id: SessionId, machine: &Machine) -> Result<(u32, Started), DriverError> {
+        self.check_request(machine)?;
+        let slot = self.slot(machine, Home::Pool)?;
+        self.take(id, machine, slot, &self.factory.image.base)
+    }
+
+    fn start_from(&self, id: SessionId, machine: &Machine, image: ImageId) -> Result<(u32, Started), DriverError> {
+        let directory = self.directory(id);
+        fs::create_dir(&directory).map_err(|error| failed("make the sandbox's directory", &error))?;
+        let started = self
+            .images
+            .take(image, &directory)
+            .map_err(|error| match error.kind() {
+                std::io::ErrorKind::NotFound => DriverError::Gone,
+                _ => room::refusal("take the image over", &error),
+            })
+            .and_then(|()| self.start_kept(id, machine, &directory, &self.factory.image.base));
+        if started.is_err() {
+            let _ = fs::remove_dir_all(&directory);
+        }
+        started
+    }
+
+    fn start_kept(
+        &self,
+        id: SessionId,
+        machine: &Machine,
+        directory: &Path,
+        base: &Path,
+    ) -> Result<(u32, Started), DriverError> {
+        self.check_request(machine)?;
+        if !disk::path(directory).exists() {
+            return Err(DriverError::Gone);
+        }
+        let slot = self.slot(machine, Home::Kept { directory, base })?;
+        self.take(id, machine, slot, base)
+    }
+
+    fn check_request(&self, machine: &Machine) -> Result<(), DriverError> {
+        if machine.outbound && !self.config.network_outbound {
+            return Err(DriverError::Failed(
+                "this server gives no sandbox outbound access; ask for allow_outbound=false".into(),
+            ));
+        }
+        room::lacking(&self.config).map_or(Ok(()), |limit| Err(DriverError::Exhausted(limit.into())))
+    }
+
+    fn slot(&self, machine: &Machine, home: Home<'_>) -> Result<Slot, DriverError> {
+        let shape = Shape { disk_gb: machine.disk_gb, outbound: machine.outbound };
+        let pool = self.pools.iter().find(|pool| matches!(home, Home::Pool) && pool.shape() == shape);
+        if let Some(slot) = pool.and_then(|pool| pool.take()) {
+            return Ok(slot);
+        }
+        let made = match self.factory.make(shape, home) {
+            // What is held ready of other shapes gives way to what is wanted now.
+            Err(SlotError::Exhausted(max)) => {
+                let other = self.pools.iter().find_map(|pool| pool.take());
+                other.map_or(Err(SlotError::Exhausted(max)), |slot| self.factory.reshape(slot, shape, home))
+            }
+            made => made,
+        };
+        made.map_err(|error| match error {
+            SlotError::Exhausted(_) => DriverError::Exhausted("slots_max".into()),
+            error => room::refusal("make a sandbox", &error),
+        })
+    }
+
+    fn take(&self, id: SessionId, machine: &Machine, slot: Slot, base: &Path) -> Result<(u32, Started), DriverError> {
+        match live::take(self, id, machine, &slot, base) {
+            Ok(()) => Ok((slot.number, slot.started)),
+            Err(error) => {
+                self.factory.discard(slot);
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes a sandbox's name and record durable in the background: syncing takes longer than all the rest. What
+    /// is synced inside the sandbox is not on the host's disk before its name is; see decision 0005.
+    fn keep_name(self: &Arc<Self>, id: SessionId) {
+        let directory = self.directory(id);
+        tokio::task::spawn_blocking(move || {
+            // One that is being removed already need not be durable.
+            if let Err(error) = record::sync(&directory)
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                tracing::warn!(%error, %id, "could not sync a sandbox's record");
+            }
+        });
+    }
+
+    /// Meets the agent of a sandbox that was started just now.
+    async fn connect(
+        self: &Arc<Self>,
+        id: SessionId,
+        slot: u32,
+        started: Started,
+    ) -> Result<Arc<dyn Guest>, DriverError> {
+        // The leash is held until the agent is connected.
+        let Started { pidfd, error: told, leash: _leash, .. } = started;
+        let pidfd = PidFd::new(pidfd).map_err(|error| failed("watch the sandbox", &error))?;
+        let live = Arc::new(Live::new(id, slot, pidfd));
+        self.live().insert(id, live.clone());
+        match live::connect(&self.directory(id), &self.factory.cgroups, slot).await {
+            Ok(link) => {
+                self.watch(&live);
+                self.watch_power(&live, &link);
+                Ok(link)
+            }
+            Err(error) => {
+                let told = live::read_error(&told);
+                Err(if told.is_empty() { error } else { DriverError::Failed(told) })
+            }
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! Copies of disks at rest: `disks/<image id>.ext4` below the data directory.
+//!
+//! A disk is copied as it is at one moment: its file system is frozen, which writes everything back,
+//! its image is copied, and it is thawed again. A file beside the disk tells a later server of a
+//! freeze that was not undone.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nagaya_api::ids::ImageId;
+use rustix::fs::{Mode, OFlags};
+
+use super::disk::{self, DiskError};
+use super::record::sync_directory;
+use super::room;
+use crate::sys::ext4;
+use crate::sys::loop_device::LoopDevice;
+
+const SUFFIX: &str = "ext4";
+/// An image that is being made.
+const FRESH: &str = "new";
+/// Beside a disk whose file system is frozen.
+const FROZEN: &str = "frozen";
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CopyError {
+    #[error("{step}")]
+    System { step: &'static str, source: io::Error },
+    #[error("find the disk")]
+    Disk(#[from] DiskError),
+    /// A copy would take the last of the host's disk, which others need.
+    #[error("less than {0} MiB would be left of the host's disk")]
+    NoRoom(u64),
+}
+
+fn on<E: Into<io::Error>>(step: &'static str) -> impl Fn(E) -> CopyError {
+    move |source| CopyError::System { step, source: source.into() }
+}
+
+/// The images of one data directory. Everything blocks.
+pub(super) struct Images {
+    directory: PathBuf,
+    /// Free space of the host's file system that copies leave for others, MiB.
+    disk_free_mb_min: u64,
+    /// Copies share their blocks with what they are copies of.
+    shares_blocks: bool,
+}
+
+impl Images {
+    pub fn open(data: &Path, disk_free_mb_min: u64) -> io::Result<Self> {
+        let directory = data.join("disks");
+        fs::create_dir_all(&directory)?;
+        for entry in fs::read_dir(&directory)?.flatten() {
+            // What an earlier server did not finish.
+            if entry.path().extension().is_some_and(|extension| extension == FRESH) {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        sync_directory(data)?;
+        let shares_blocks = shares_blocks(&directory)?;
+        Ok(Self { directory, disk_free_mb_min, shares_blocks })
+    }
+
+    pub fn path(&self, id: ImageId) -> PathBuf {
+        self.directory.join(format!("{id}.{SUFFIX}"))
+    }
+
+    pub fn list(&self) -> io::Result<Vec<ImageId>> {
+        let id = |path: &Path| path.file_name()?.to_str()?.strip_suffix(SUFFIX)?.strip_suffix('.')?.parse().ok();
+        Ok(fs::read_dir(&self.directory)?.flatten().filter_map(|entry| id(&entry.path())).collect())
+    }
+
+    pub fn remove(&self, id: ImageId) -> io::Result<()> {
+        match fs::remove_file(self.path(id)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => sync_directory(&self.directory),
+        }
+    }
+
+    /// Makes an image the disk of a sandbox's directory.
+    pub fn take(&self, id: ImageId, directory: &Path) -> io::Result<()> {
+        fs::rename(self.path(id), disk::path(directory))?;
+        sync_directory(directory)?;
+        sync_directory(&self.directory)
+    }
+
+    /// Copies the disk in a sandbox's directory, in use or not, and tells how long its writes stood still.
+    /// On error none of the images is left.
+    pub fn copy(&self, directory: &Path, images: &[ImageId]) -> Result<Duration, CopyError> {
+        let paths: Vec<PathBuf> = images.iter().map(|id| self.path(*id)).collect();
+        let copied = self.copy_to(directory, &paths);
+        if copied.is_err() {
+            for path in paths {
+                let _ = fs::remove_file(path.with_extension(FRESH));
+                let _ = fs::remove_file(path);
+            }
+        }
+        copied
+    }
+
+    fn check_room(&self, source: &File, copies: usize) -> Result<(), CopyError> {
+        const BLOCK_BYTES: u64 = 512;
+        let copied = if self.shares_blocks { 0 } else { source.metadata().map_err(on("look at the disk"))?.blocks() };
+        let copied_mb = ((copied * BLOCK_BYTES) >> 20) * copies as u64;
+        match room::free_disk_mb(&self.directory) {
+            Some(free) if free.saturating_sub(copied_mb) < self.disk_free_mb_min => {
+                Err(CopyError::NoRoom(self.disk_free_mb_min))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn copy_to(&self, directory: &Path, paths: &[PathBuf]) -> Result<Duration, CopyError> {
+        let Some((first, others)) = paths.split_first() else { return Ok(Duration::ZERO) };
+        let source = File::open(disk::path(directory)).map_err(on("open the disk"))?;
+        self.check_room(&source, paths.len())?;
+        let first = create(&first.with_extension(FRESH))?;
+        let stopped = {
+            let still = Still::hold(directory)?;
+            disk::copy(&source, &first).map_err(on("copy the disk"))?;
+            still.map_or(Ok(Duration::ZERO), Still::end)?
+        };
+        first.sync_all().map_err(on("sync the copy of the disk"))?;
+        for path in others {
+            let other = create(&path.with_extension(FRESH))?;
+            disk::copy(&first, &other).map_err(on("copy the disk"))?;
+            other.sync_all().map_err(on("sync the copy of the disk"))?;
+        }
+        for path in paths {
+            fs::rename(path.with_extension(FRESH), path).map_err(on("name the copy of the disk"))?;
+        }
+        sync_directory(&self.directory).map_err(on("sync the directory of images"))?;
+        Ok(stopped)
+    }
+}
+
+fn shares_blocks(directory: &Path) -> io::Result<bool> {
+    let temporary = || rustix::fs::open(directory, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR);
+    Ok(rustix::fs::ioctl_ficlone(temporary()?, temporary()?).is_ok())
+}
+
+fn create(path: &Path) -> Result<File, CopyError> {
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path);
+    file.map_err(on("create the copy of the disk"))
+}
+
+/// A mounted disk whose file system stands still for as long as this lives.
+struct Still {
+    root: OwnedFd,
+    mark: PathBuf,
+    since: Instant,
+}
+
+impl Still {
+    /// `None` when the disk is not mounted.
+    fn hold(directory: &Path) -> Result<Option<Self>, CopyError> {
+        let Some(root) = open_root(directory)? else { return Ok(None) };
+        // What is written back now need not be while everything waits.
+        rustix::fs::syncfs(&root).map_err(on("sync the disk"))?;
+        let mark = directory.join(FROZEN);
+        File::create(&mark).map_err(on("mark the disk as frozen"))?;
+        let still = Self { root, mark, since: Instant::now() };
+        // From here on whatever goes wrong is undone.
+        ext4::freeze(still.root.as_fd()).map_err(on("freeze the disk"))?;
+        Ok(Some(still))
+    }
+
+    fn end(self) -> Result<Duration, CopyError> {
+        ext4::thaw(self.root.as_fd()).map_err(on("thaw the disk"))?;
+        Ok(self.since.elapsed())
+    }
+}
+
+impl Drop for Still {
+    fn drop(&mut self) {
+        match ext4::thaw(self.root.as_fd()) {
+            Ok(()) => drop(fs::remove_file(&self.mark)),
+            Err(error) => tracing::error!(%error, mark = %self.mark.display(), "could not thaw a disk"),
+        }
+    }
+}
+
+/// Writes back what is on the disk in a sandbox's directory. One that is not mounted is written back already.
+pub(super) fn sync_disk(directory: &Path) -> Result<(), CopyError> {
+    match open_root(directory)? {
+        Some(root) => rustix::fs::syncfs(&root).map_err(on("sync the disk")),
+        None => Ok(()),
+    }
+}
+
+/// Whether a server froze the disk in this directory and has not thawed it.
+pub(super) fn is_marked_frozen(directory: &Path) -> bool {
+    directory.join(FROZEN).exists()
+}
+
+/// Undoes what a server left that was killed while it copied the disk in this directory.
+pub(super) fn thaw(directory: &Path) -> Result<(), CopyError> {
+    if let Some(root) = open_root(directory)? {
+        ext4::thaw(root.as_fd()).map_err(on("thaw the disk"))?;
+    }
+    fs::remove_file(directory.join(FROZEN)).map_err(on("unmark the disk"))
+}
+
+/// The root of what is on a mounted disk. The mount that a sandbox has cannot be reached from outside, so
+/// this is another one of the same file system.
+fn open_root(directory: &Path) -> Result<Option<OwnedFd>, CopyError> {
+    let image = disk::path(directory);
+    let devices = match LoopDevice::over(&image) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        devices => devices.map_err(on("look for the disk's loop device"))?,
+    };
+    let Some(device) = devices.first() else { return Ok(None) };
+    let tree = disk::mount(device, &image)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat(&tree, ".", flags, Mode::empty()).map(Some).map_err(on("open the disk"))
+}

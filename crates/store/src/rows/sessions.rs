@@ -1,0 +1,146 @@
+//! Sessions and their executions.
+
+use nagaya_api::ids::{ExecutionId, ImageId, KeyId, SessionId, SnapshotId, WorkspaceId};
+use nagaya_engine::model::{Execution, ExecutionStatus, Machine, Session, SessionState};
+use rusqlite::{Connection, Result, Row, params};
+
+use super::{from_json, id, integer, json, optional_from_json, optional_id, optional_unsigned, unsigned, variant};
+
+pub(crate) const SESSION_COLUMNS: &str = "id, workspace_id, owner_id, name, state, cpu_cores, memory_mb, disk_gb, outbound, \
+     inbound, env, metadata, tags, ssh_authorized_keys, sticky, idle_timeout_minutes, pause_retention_ms, created_at, \
+     ready_at, terminated_at, timeout_at, last_activity_at, terminal_error, driver, source_snapshot_id, source_image_id, \
+     pause, last_resume_error, attachments";
+pub(crate) const EXECUTION_COLUMNS: &str =
+    "id, session_id, command, args, status, exit_code, duration_ms, started_at, ended_at";
+
+pub(super) fn write_session(database: &Connection, session: &Session) -> Result<()> {
+    database
+        .prepare_cached(
+            "INSERT INTO sessions (id, workspace_id, owner_id, name, state, cpu_cores, memory_mb, disk_gb, outbound,
+                 inbound, env, metadata, tags, ssh_authorized_keys, sticky, idle_timeout_minutes, pause_retention_ms,
+                 created_at, ready_at, terminated_at, timeout_at, last_activity_at, terminal_error, driver,
+                 source_snapshot_id, source_image_id, pause, last_resume_error, attachments)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21,
+                 ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29)
+             ON CONFLICT (id) DO UPDATE SET
+                 workspace_id = excluded.workspace_id, owner_id = excluded.owner_id, name = excluded.name,
+                 state = excluded.state, cpu_cores = excluded.cpu_cores, memory_mb = excluded.memory_mb,
+                 disk_gb = excluded.disk_gb, outbound = excluded.outbound, inbound = excluded.inbound,
+                 env = excluded.env, metadata = excluded.metadata, tags = excluded.tags,
+                 ssh_authorized_keys = excluded.ssh_authorized_keys, sticky = excluded.sticky,
+                 idle_timeout_minutes = excluded.idle_timeout_minutes, pause_retention_ms = excluded.pause_retention_ms,
+                 created_at = excluded.created_at, ready_at = excluded.ready_at, terminated_at = excluded.terminated_at,
+                 timeout_at = excluded.timeout_at, last_activity_at = excluded.last_activity_at,
+                 terminal_error = excluded.terminal_error, driver = excluded.driver,
+                 source_snapshot_id = excluded.source_snapshot_id, source_image_id = excluded.source_image_id,
+                 pause = excluded.pause, last_resume_error = excluded.last_resume_error,
+                 attachments = excluded.attachments",
+        )?
+        .execute(params![
+            session.id.to_string(),
+            session.workspace_id.to_string(),
+            session.owner_id.to_string(),
+            session.name,
+            session.state as i64,
+            session.machine.cpu_cores,
+            session.machine.memory_mb,
+            session.machine.disk_gb,
+            session.machine.outbound,
+            session.inbound,
+            json(&session.env)?,
+            json(&session.metadata)?,
+            json(&session.tags)?,
+            json(&session.ssh_authorized_keys)?,
+            session.sticky,
+            session.idle_timeout_minutes,
+            session.pause_retention_ms.map(integer).transpose()?,
+            integer(session.created_at)?,
+            session.ready_at.map(integer).transpose()?,
+            session.terminated_at.map(integer).transpose()?,
+            session.timeout_at.map(integer).transpose()?,
+            integer(session.last_activity_at)?,
+            session.terminal_error,
+            session.driver,
+            session.source_snapshot_id.map(|id| id.to_string()),
+            session.source_image_id.map(|id| id.to_string()),
+            session.pause.as_ref().map(json).transpose()?,
+            session.last_resume_error,
+            json(&session.attachments)?,
+        ])?;
+    Ok(())
+}
+
+pub(super) fn write_execution(database: &Connection, execution: &Execution) -> Result<()> {
+    database
+        .prepare_cached(
+            "INSERT INTO executions (id, session_id, command, args, status, exit_code, duration_ms, started_at, ended_at)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
+             ON CONFLICT (id) DO UPDATE SET
+                 session_id = excluded.session_id, command = excluded.command, args = excluded.args,
+                 status = excluded.status, exit_code = excluded.exit_code, duration_ms = excluded.duration_ms,
+                 started_at = excluded.started_at, ended_at = excluded.ended_at",
+        )?
+        .execute(params![
+            execution.id.to_string(),
+            execution.session_id.to_string(),
+            execution.command,
+            json(&execution.args)?,
+            execution.status as i64,
+            execution.exit_code,
+            integer(execution.duration_ms)?,
+            integer(execution.started_at)?,
+            execution.ended_at.map(integer).transpose()?,
+        ])?;
+    Ok(())
+}
+
+pub(crate) fn read_session(row: &Row<'_>) -> Result<Session> {
+    Ok(Session {
+        id: id(row, 0, SessionId::from_uuid)?,
+        workspace_id: id(row, 1, WorkspaceId::from_uuid)?,
+        owner_id: id(row, 2, KeyId::from_uuid)?,
+        name: row.get(3)?,
+        state: variant(row, 4, &SessionState::ALL, |state| state as i64)?,
+        machine: Machine {
+            cpu_cores: row.get(5)?,
+            memory_mb: row.get(6)?,
+            disk_gb: row.get(7)?,
+            outbound: row.get(8)?,
+        },
+        inbound: row.get(9)?,
+        env: from_json(row, 10)?,
+        metadata: from_json(row, 11)?,
+        tags: from_json(row, 12)?,
+        ssh_authorized_keys: from_json(row, 13)?,
+        sticky: row.get(14)?,
+        idle_timeout_minutes: row.get(15)?,
+        pause_retention_ms: optional_unsigned(row, 16)?,
+        created_at: unsigned(row, 17)?,
+        ready_at: optional_unsigned(row, 18)?,
+        terminated_at: optional_unsigned(row, 19)?,
+        timeout_at: optional_unsigned(row, 20)?,
+        last_activity_at: unsigned(row, 21)?,
+        terminal_error: row.get(22)?,
+        driver: row.get(23)?,
+        source_snapshot_id: optional_id(row, 24, SnapshotId::from_uuid)?,
+        source_image_id: optional_id(row, 25, ImageId::from_uuid)?,
+        pause: optional_from_json(row, 26)?,
+        last_resume_error: row.get(27)?,
+        attachments: from_json(row, 28)?,
+    })
+}
+
+pub(crate) fn read_execution(row: &Row<'_>) -> Result<Execution> {
+    use ExecutionStatus::{Failed, Running, Succeeded, TimedOut};
+    Ok(Execution {
+        id: id(row, 0, ExecutionId::from_uuid)?,
+        session_id: id(row, 1, SessionId::from_uuid)?,
+        command: row.get(2)?,
+        args: from_json(row, 3)?,
+        status: variant(row, 4, &[Running, Succeeded, Failed, TimedOut], |status| status as i64)?,
+        exit_code: row.get(5)?,
+        duration_ms: unsigned(row, 6)?,
+        started_at: unsigned(row, 7)?,
+        ended_at: optional_unsigned(row, 8)?,
+    })
+}
