@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import {
   GiB, InvalidStateError, MiB, SandboxError, SessionNotFoundError, SessionTerminatedError, VolumeInUseError,
-  VolumeLimitExceededError, VolumeNotFoundError, volumeIsDeletable, volumeIsReady,
+  VolumeLimitExceededError, VolumeNotFoundError, volumeIsDeletable,
 } from "@tenkicloud/sandbox";
 import { call, refused } from "./lib/connect.mjs";
 import { SMALL, client, eventually, rejection, shell, unique } from "./lib/helpers.mjs";
@@ -36,7 +36,7 @@ describe("a volume", () => {
     const name = unique("life");
     const volume = await make(1 * MiB, name);
     assert.deepEqual([volume.name, volume.sizeBytes, volume.tags], [name, MiB, []]);
-    assert.ok(volumeIsReady(volume.state) && volumeIsDeletable(volume));
+    assert.ok(volume.state === "AVAILABLE" && volumeIsDeletable(volume));
     assert.ok(Math.abs(volume.createdAt.getTime() - Date.now()) < 60_000, `${volume.createdAt}`);
     assert.equal(volume.workspaceId, (await tenki.whoAmI()).workspaces[0].id);
     assert.deepEqual(await tenki.getVolume(volume.id), volume);

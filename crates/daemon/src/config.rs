@@ -387,6 +387,15 @@ mod tests {
     }
 
     #[test]
+    fn the_readmes_configuration_is_one() {
+        let readme = include_str!("../../../README.md");
+        let (_, rest) = readme.split_once("```toml\n").unwrap();
+        let config = parse(rest.split_once("```").unwrap().0).unwrap();
+        assert_eq!(config.engine.idle_timeout_default_minutes, Some(30));
+        assert_eq!(config.blobs.s3.unwrap().prefix, "server-1");
+    }
+
+    #[test]
     fn an_unknown_key_is_an_error_that_names_it() {
         for text in ["listn = '127.0.0.1:1'", "[limits]\nmessage_bytes = 1", "[tls]\nkey = 'x'", "[network]\ncdir = ''"]
         {

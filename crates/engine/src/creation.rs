@@ -26,7 +26,7 @@ impl Engine {
         let running = inner.tasks.enter()?;
         inner.access.workspace(caller, new.workspace_id)?;
         // Until the session is known, its snapshot must stay and nobody else may become sticky.
-        let _quiet = match new.snapshot_id.is_some() || new.sticky {
+        let quiet = match new.snapshot_id.is_some() || new.sticky {
             true => Some(inner.library.quiet.lock().await),
             false => None,
         };
@@ -45,7 +45,7 @@ impl Engine {
         // leaves nothing half done.
         let (reply, answer) = oneshot::channel();
         inner.spawn(session, Some(slot), Birth::New { source, reply }, running);
-        drop(_quiet);
+        drop(quiet);
         answer.await.unwrap_or_else(|_| Err(Code::Draining.into()))
     }
 

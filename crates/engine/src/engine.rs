@@ -97,7 +97,15 @@ impl Engine {
             Some(workspace) => (workspace, false),
             None => {
                 let id = WorkspaceId::new(now, inner.random());
-                (Workspace { id, name: "default".to_owned(), created_at: now, settings: WorkspaceSettings::default() }, true)
+                (
+                    Workspace {
+                        id,
+                        name: "default".to_owned(),
+                        created_at: now,
+                        settings: WorkspaceSettings::default(),
+                    },
+                    true,
+                )
             }
         };
         let key = ApiKey {

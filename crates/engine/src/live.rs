@@ -269,10 +269,7 @@ mod tests {
             }
         });
         assert_eq!(taken.lock().unwrap().len(), 100);
-        assert_eq!(
-            registry.used(workspace),
-            Used { sessions: 100, cpu_cores: 200, memory_mb: 25_600, disk_gb: 500 }
-        );
+        assert_eq!(registry.used(workspace), Used { sessions: 100, cpu_cores: 200, memory_mb: 25_600, disk_gb: 500 });
         drop(taken);
         assert_eq!(registry.used(workspace), Used::default());
         assert!(registry.reserve(workspace, &machine, None, 0).is_err(), "the server's own limit");

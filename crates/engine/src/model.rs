@@ -137,7 +137,7 @@ pub struct Session {
     pub driver: String,
     /// The snapshot it was made from.
     pub source_snapshot_id: Option<SnapshotId>,
-    /// The disk image it is made from while it is CREATING, when that is no snapshot: a fork's.
+    /// The disk image it is made from, while it is CREATING: a fork's, or what its snapshot is restored to.
     pub source_image_id: Option<ImageId>,
     /// While it is PAUSING, PAUSED, RESUMING or USER_SHUTDOWN.
     pub pause: Option<Pause>,

@@ -193,14 +193,14 @@ pub trait Driver: Send + Sync + 'static {
     /// Takes over a sandbox that an earlier process made. `Gone` when not even its disk is there.
     async fn adopt(&self, id: SessionId) -> Result<Adopted, DriverError>;
     /// Halts every process of the sandbox where it is; clocks of running commands' timeouts stand still.
-    /// Calls on its guest may hang until `thaw`. Freezing a frozen one is no error.
+    /// Calls on its guest may hang until `thaw`. Freezing a frozen one is no error; `Gone` when it has no processes.
     async fn freeze(&self, id: SessionId) -> Result<(), DriverError>;
     /// Lets a frozen sandbox go on. Thawing a running one is no error; `Gone` when it has no processes.
     async fn thaw(&self, id: SessionId) -> Result<(), DriverError>;
     /// Ends all processes and keeps the disk, everything written to it included, and nothing else.
     /// Volumes are unmounted and written back. Stopping a stopped one is no error.
     async fn stop(&self, id: SessionId) -> Result<(), DriverError>;
-    /// Starts a stopped sandbox on its kept disk, without its volumes.
+    /// Starts a stopped sandbox on its kept disk, without its volumes. After an error `stop` takes away what came up.
     async fn boot(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError>;
     /// Ends a sandbox. On return none of its processes is alive; its disk and network are being
     /// released in the background and [`Driver::list`] names it until they are. Repeating it, or

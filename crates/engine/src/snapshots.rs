@@ -68,8 +68,7 @@ impl Engine {
         let size = query::page_size(list.page_size)?;
         let before = query::parse_page_token(&list.page_token)?.map(|(at, id)| (at, SnapshotId::from_uuid(id)));
         let (workspace_id, limit) = (Some(workspace.id), size + 1);
-        let query =
-            SnapshotQuery { workspace_id, session_id: list.session_id, dangling: list.dangling, before, limit };
+        let query = SnapshotQuery { workspace_id, session_id: list.session_id, dangling: list.dangling, before, limit };
         let mut snapshots = self.0.store.snapshots(query).await.map_err(store_error)?;
         let next = query::page(&mut snapshots, size, |last| (last.created_at, *last.id.as_uuid()));
         Ok((snapshots, next))
@@ -118,7 +117,8 @@ impl Engine {
                 if let Err(error) = inner.finish_delete(id).await {
                     tracing::warn!(snapshot = %id, %error, "a snapshot could not be deleted; trying again");
                     inner.keep_deleting(id);
-                    let detail = "the snapshot is being deleted, but its space is not free yet; the server keeps trying";
+                    let detail =
+                        "the snapshot is being deleted, but its space is not free yet; the server keeps trying";
                     return Err(Error::new(Code::SnapshotFailed, detail));
                 }
                 Ok(snapshot)

@@ -31,11 +31,7 @@ struct Known {
 impl Volumes {
     /// What was recorded before the start.
     pub(crate) fn load(volumes: &[Volume], sessions: &[Session]) -> Self {
-        let known = |volume: &Volume| Known {
-            volume: volume.clone(),
-            holders: BTreeMap::new(),
-            quiet: Arc::default(),
-        };
+        let known = |volume: &Volume| Known { volume: volume.clone(), holders: BTreeMap::new(), quiet: Arc::default() };
         let mut table: BTreeMap<_, _> = volumes.iter().map(|volume| (volume.id, known(volume))).collect();
         for session in sessions {
             for attachment in &session.attachments {
@@ -56,6 +52,17 @@ impl Volumes {
         found
             .filter(|volume| volume.workspace_id == workspace_id && volume.state != VolumeState::Deleting)
             .ok_or_else(|| Code::VolumeNotFound.into())
+    }
+
+    /// One that something can be done to: not while it is made, which ends in a moment.
+    fn usable(&self, workspace_id: WorkspaceId, id: VolumeId) -> Result<Volume, Error> {
+        let volume = self.get(workspace_id, id)?;
+        match volume.state {
+            VolumeState::Available => Ok(volume),
+            VolumeState::Creating | VolumeState::Deleting => {
+                Err(Error::new(Code::VolumeNotFound, "it is still being made"))
+            }
+        }
     }
 
     fn put(&self, volume: Volume) {
@@ -129,11 +136,7 @@ impl Engine {
     }
 
     /// A volume, and where it is attached.
-    pub async fn volume(
-        &self,
-        caller: &Caller,
-        id: VolumeId,
-    ) -> Result<(Volume, Vec<(SessionId, Attachment)>), Error> {
+    pub async fn volume(&self, caller: &Caller, id: VolumeId) -> Result<(Volume, Vec<(SessionId, Attachment)>), Error> {
         let volume = self.0.volumes.get(caller.workspace_id, id)?;
         let holders = self.0.volumes.holders(id).into_iter();
         Ok((volume, holders.filter_map(|session| Some((session, self.0.attachment(session, id)?))).collect()))
@@ -167,7 +170,7 @@ impl Engine {
         self.0
             .detached(async move {
                 let _quiet = inner.volumes.quiet(id).await;
-                let mut volume = inner.volumes.get(workspace_id, id)?;
+                let mut volume = inner.volumes.usable(workspace_id, id)?;
                 volume.name = update.name.unwrap_or(volume.name);
                 volume.tags = tags.unwrap_or(volume.tags);
                 inner.record_volume(&mut volume).await?;
@@ -302,7 +305,11 @@ impl Inner {
 
     async fn grow_volume(&self, workspace_id: WorkspaceId, id: VolumeId, size_bytes: u64) -> Result<Volume, Error> {
         let _quiet = self.volumes.quiet(id).await;
-        let mut volume = self.volumes.get(workspace_id, id)?;
+        let mut volume = self.volumes.usable(workspace_id, id)?;
+        if volume.growing_to_bytes.is_some() {
+            // A stopping engine could not record how that ended; the next start finds out.
+            return Err(Code::Draining.into());
+        }
         if size_bytes < volume.size_bytes {
             return Err(Error::new(Code::InvalidArgument, "volumes cannot be made smaller"));
         }
@@ -338,7 +345,7 @@ impl Inner {
 
     async fn delete_volume(self: &Arc<Self>, workspace_id: WorkspaceId, id: VolumeId) -> Result<(), Error> {
         let _quiet = self.volumes.quiet(id).await;
-        let mut volume = self.volumes.get(workspace_id, id)?;
+        let mut volume = self.volumes.usable(workspace_id, id)?;
         let holders = self.volumes.with(|table| {
             let known = table.get_mut(&id)?;
             if known.holders.is_empty() {

@@ -13,7 +13,7 @@ pub const VERSION: u32 = 1;
 /// The oldest version that this build understands.
 pub const VERSION_MIN: u32 = 1;
 /// How long either side waits for the other's greeting.
-pub const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+pub const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What this side says about itself.
 #[derive(Debug, Clone)]

@@ -6,8 +6,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use connectrpc::ConnectError;
 use connectrpc::client::{BidiStream, ClientConfig, HttpClient};
+use nagaya_api::nagaya::v1::NagayaServiceClient;
 use nagaya_api::tenki::client::Whole;
 use nagaya_api::tenki::v1::{self, SandboxServiceClient, SandboxSessionDataPlaneServiceClient};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use v1::run_request::Payload as Input;
 use v1::run_response::Payload as Output;
 
@@ -20,6 +23,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(900);
 #[derive(Clone)]
 pub struct Client {
     pub control: SandboxServiceClient<HttpClient>,
+    /// What is offered beyond the contract.
+    pub own: NagayaServiceClient<HttpClient>,
     http: HttpClient,
     uri: http::Uri,
 }
@@ -93,7 +98,12 @@ impl Client {
         let uri: http::Uri = endpoint.parse().unwrap();
         let http = HttpClient::plaintext_http2_only();
         let config = configuration(&uri).with_default_header("authorization", format!("Bearer {key}"));
-        Self { control: SandboxServiceClient::new(http.clone(), config), http, uri }
+        Self {
+            control: SandboxServiceClient::new(http.clone(), config.clone()),
+            own: NagayaServiceClient::new(http.clone(), config),
+            http,
+            uri,
+        }
     }
 
     /// A sandbox, once it is RUNNING.
@@ -134,6 +144,32 @@ impl Client {
         let request = v1::GetSessionRequest { session_id: id.into() };
         let answer = self.control.get_session(request).await?;
         Ok(answer.session.as_option().cloned().unwrap_or_default())
+    }
+
+    /// Waits until a session is RUNNING; an error when it ended instead.
+    pub async fn wait_running(&self, id: &str) -> Result<v1::SandboxSession, ConnectError> {
+        let request = v1::WaitSessionRequest { session_id: id.into() };
+        let mut states = self.control.wait_session(request).await?;
+        let mut last = v1::SandboxSession::default();
+        while let Some(message) = states.message().await? {
+            last = message.session.as_option().cloned().unwrap_or_default();
+        }
+        match last.state.as_known() {
+            Some(v1::SessionState::Running) => Ok(last),
+            _ => Err(ConnectError::internal(format!("not running: {}", last.terminal_error))),
+        }
+    }
+
+    /// The value of a line without labels in the server's metrics; `None` when there is no such line.
+    pub async fn metric(&self, name: &str) -> Option<f64> {
+        let authority = self.uri.authority().unwrap().as_str();
+        let mut stream = TcpStream::connect(authority).await.unwrap();
+        let request = format!("GET /metrics HTTP/1.1\r\nhost: {authority}\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        answer.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
     }
 
     pub async fn terminate(&self, id: &str) -> Result<(), ConnectError> {

@@ -134,7 +134,7 @@ async fn lists_page_under_all_five_names() {
     let mut pages = Vec::new();
     let mut page_token = String::new();
     loop {
-        let request = wire::ListSnapshotsRequest { page_size: 3, page_token, ..Default::default() };
+        let request = wire::ListSnapshotsRequest { page_size: 3, page_token };
         let page = client.list_snapshots(request).await.unwrap();
         pages.push(page.snapshots.len());
         page_token = page.next_page_token;

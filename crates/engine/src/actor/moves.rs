@@ -155,6 +155,7 @@ impl Actor {
             Err(DriverError::Gone) => {
                 let mut session = self.session.clone();
                 give_up_memory(&mut session, SANDBOX_ENDED);
+                self.stop_owed = true;
                 match self.interrupted().await {
                     Ok(interrupted) => return self.start_boot(session, interrupted, reply).await,
                     Err(error) => error,

@@ -22,14 +22,29 @@ pub(super) struct Work {
 pub(super) enum Done {
     Created(Result<Arc<dyn Guest>, String>),
     Adopted(Result<(Adopted, Vec<Execution>), AdoptError>),
-    Frozen { result: Result<(), DriverError>, reply: Option<Reply<Session>> },
-    Thawed { result: Result<(), DriverError>, reply: Reply<Session> },
-    Booted { result: Result<Arc<dyn Guest>, String>, reply: Option<Reply<Session>> },
+    Frozen {
+        result: Result<(), DriverError>,
+        reply: Option<Reply<Session>>,
+    },
+    Thawed {
+        result: Result<(), DriverError>,
+        reply: Reply<Session>,
+    },
+    Booted {
+        result: Result<Arc<dyn Guest>, String>,
+        reply: Option<Reply<Session>>,
+    },
     /// A pause or resume that failed has been taken back.
     Undone,
-    Probed { exit: Exit, result: Result<(), DriverError> },
+    Probed {
+        exit: Exit,
+        result: Result<(), DriverError>,
+    },
     Stopped(Result<(), DriverError>),
-    Copied { result: Result<u64, DriverError>, reply: Reply<u64> },
+    Copied {
+        result: Result<u64, DriverError>,
+        reply: Reply<u64>,
+    },
     Mounts(Vec<(AttachmentId, Result<(), DriverError>)>),
 }
 
@@ -190,11 +205,7 @@ fn restore_failure(error: BlobError) -> String {
     }
 }
 
-async fn adopt(
-    engine: &Inner,
-    session: &Session,
-    begun: &AtomicBool,
-) -> Result<(Adopted, Vec<Execution>), AdoptError> {
+async fn adopt(engine: &Inner, session: &Session, begun: &AtomicBool) -> Result<(Adopted, Vec<Execution>), AdoptError> {
     let id = session.id;
     let other = |error: DriverError| AdoptError::Other(error.to_string());
     let adopted = match engine.driver.adopt(id).await {
@@ -279,11 +290,7 @@ impl Inner {
 }
 
 fn mount_of(attachment: &Attachment) -> Mount {
-    Mount {
-        volume_id: attachment.volume_id,
-        path: attachment.mount_path.clone(),
-        readonly: attachment.readonly,
-    }
+    Mount { volume_id: attachment.volume_id, path: attachment.mount_path.clone(), readonly: attachment.readonly }
 }
 
 /// Why a disk could not be copied, in the words of the table.

@@ -177,6 +177,13 @@ impl FakeDriver {
         })
     }
 
+    /// Says that a sandbox ended, though it may have been started again since.
+    pub fn report_end(&self, id: SessionId) {
+        let cause = "an earlier end".to_owned();
+        let event = DriverEvent::Ended { id, powered_off: false, cause };
+        self.with(|world| world.events.as_ref().map(|events| events.send(event)));
+    }
+
     /// Every process on the host ends and every mount goes; only disks stay. For between two engines.
     pub fn restart_host(&self) {
         self.with(|world| {
@@ -204,9 +211,7 @@ impl FakeDriver {
 
     /// Whether nothing of a sandbox exists but its disk.
     pub fn is_only_a_disk(&self, id: SessionId) -> bool {
-        self.with(|world| {
-            world.sandbox(id).is_ok_and(|of| of.disk.is_some() && !of.network && of.processes.is_none())
-        })
+        self.with(|world| world.sandbox(id).is_ok_and(|of| of.disk.is_some() && !of.network && of.processes.is_none()))
     }
 
     /// The inside of a sandbox that runs, or of the last life of one that does not.
@@ -395,10 +400,9 @@ impl Driver for FakeDriver {
             match &sandbox.processes {
                 Some(Processes { guest, frozen: false }) => Ok(Adopted::Running(guest.clone())),
                 Some(Processes { guest, frozen: true }) => Ok(Adopted::Frozen(guest.clone())),
-                None if sandbox.disk.is_some() => Ok(Adopted::Stopped {
-                    powered_off: sandbox.powered_off,
-                    host_restarted: sandbox.host_restarted,
-                }),
+                None if sandbox.disk.is_some() => {
+                    Ok(Adopted::Stopped { powered_off: sandbox.powered_off, host_restarted: sandbox.host_restarted })
+                }
                 None => Err(DriverError::Gone),
             }
         })

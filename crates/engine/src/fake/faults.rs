@@ -50,7 +50,15 @@ struct State {
 impl Faults {
     /// No faults, no delays.
     pub fn new(seed: u64) -> Self {
-        let state = State { rng: Rng::new(!seed), effects: 0, crash_at: None, fail_at: None, repeat: false, failures_per_mille: 0, yields_max: 0 };
+        let state = State {
+            rng: Rng::new(!seed),
+            effects: 0,
+            crash_at: None,
+            fail_at: None,
+            repeat: false,
+            failures_per_mille: 0,
+            yields_max: 0,
+        };
         Self { state: Mutex::new(state), crashed: watch::Sender::new(false) }
     }
 

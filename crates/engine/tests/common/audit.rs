@@ -31,6 +31,10 @@ pub fn check_quiet(fakes: &Fakes) -> Result<(), String> {
     check_volumes(fakes, &sessions)?;
     check_snapshots(fakes, &sessions)?;
     for execution in fakes.store.all_executions().iter().filter(|e| e.status == ExecutionStatus::Running) {
+        // Whether it was started before the sandbox was frozen is not known until that is thawed.
+        if fakes.driver.is_frozen(execution.session_id) {
+            continue;
+        }
         let guest = fakes.driver.guest(execution.session_id);
         let runs = guest.is_some_and(|guest| guest.running().contains(&execution.id));
         ensure!(runs, "execution {} is RUNNING on record only", execution.id);

@@ -222,7 +222,10 @@ async fn a_sandbox_that_dies_leaves_its_disk_and_can_be_resumed() {
     assert!(world.fakes.driver.is_only_a_disk(id));
     assert_eq!(world.active().await, 0);
     let resumed = world.resume(id).await;
-    assert_eq!((resumed.metadata["restore_reason"].as_str(), resumed.last_resume_error.as_str()), ("sandbox_ended", ""));
+    assert_eq!(
+        (resumed.metadata["restore_reason"].as_str(), resumed.last_resume_error.as_str()),
+        ("sandbox_ended", "")
+    );
     assert_eq!(world.read(id, "/root/kept").await.as_deref(), Some("yes"));
 }
 
@@ -250,6 +253,19 @@ async fn a_sandbox_that_dies_while_it_is_frozen_is_started_from_its_disk() {
     let paused = world.session(id).await;
     assert_eq!((paused.state, paused.pause.unwrap().disk_reason.as_str()), (SessionState::Paused, "sandbox_ended"));
     assert_eq!(world.resume(id).await.metadata["restore_mode"], "cold_boot");
+}
+
+#[tokio::test(start_paused = true)]
+async fn late_news_of_an_earlier_end_are_not_believed() {
+    let world = World::new().await;
+    let [running, frozen] = [world.running().await, world.running().await];
+    world.pause(frozen).await;
+    for id in [running, frozen] {
+        world.fakes.driver.report_end(id);
+    }
+    idle().await;
+    assert_eq!(world.session(running).await.state, SessionState::Running);
+    assert!(world.session(frozen).await.pause.unwrap().in_memory && world.fakes.driver.is_frozen(frozen));
 }
 
 #[tokio::test(start_paused = true)]
@@ -403,11 +419,8 @@ async fn sticky_sessions_have_a_limit_of_their_own() {
 #[tokio::test(start_paused = true)]
 async fn deadlines_survive_a_restart_and_a_jump_of_the_clock() {
     let world = World::new().await;
-    let new = NewSession {
-        idle_timeout_minutes: Some(10),
-        pause_retention_ms: Some(3_600_000),
-        ..NewSession::default()
-    };
+    let new =
+        NewSession { idle_timeout_minutes: Some(10), pause_retention_ms: Some(3_600_000), ..NewSession::default() };
     let id = world.run(new).await.id;
     let world = world.restart(|_| ()).await;
     world.fakes.clock.advance(600_000);

@@ -51,12 +51,7 @@ impl World {
     /// Waits until a session rests in some state.
     pub async fn settled(&self, id: SessionId) -> Session {
         let mut states = self.engine.watch_session(&self.caller, id).await.unwrap();
-        let moving = [
-            SessionState::Creating,
-            SessionState::Pausing,
-            SessionState::Resuming,
-            SessionState::Terminating,
-        ];
+        let moving = [SessionState::Creating, SessionState::Pausing, SessionState::Resuming, SessionState::Terminating];
         states.wait_for(|session| !moving.contains(&session.state)).await.unwrap().clone()
     }
 

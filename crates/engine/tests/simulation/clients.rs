@@ -54,13 +54,13 @@ impl Action {
         let Some(&(id, tenant)) = known.iter().rev().nth(tail).or(known.last()) else {
             return Self::create(rng);
         };
-        if rng.per_mille(550) {
+        if rng.per_mille(600) {
             return Self::Keep(Keeping::choose(world, rng, id, tenant));
         }
         match rng.below(100) {
             0..25 => Self::create(rng),
-            25..40 => Self::Terminate(id, tenant),
-            40..47 => Self::Rename(id, tenant),
+            25..35 => Self::Terminate(id, tenant),
+            35..47 => Self::Rename(id, tenant),
             47..50 => Self::Extend(id, tenant, 1 + rng.below(5_000)),
             50..53 => Self::Shorten(id, tenant, 1 + rng.below(5_000)),
             53..68 => {
@@ -73,6 +73,10 @@ impl Action {
             90..95 => Self::List { tenant, page_size: 1 + rng.below(4) as u32 },
             _ => Self::Trespass(id, 1 - tenant),
         }
+    }
+
+    pub fn create_and_wait(tenant: usize) -> Self {
+        Self::Create { tenant, limits: Limits::default(), wait: true }
     }
 
     fn create(rng: &mut Rng) -> Self {

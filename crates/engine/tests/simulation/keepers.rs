@@ -22,7 +22,7 @@ pub enum Keeping {
     Pause(SessionId, usize),
     Resume(SessionId, usize),
     /// Adds a record to the log on the disk or on the volume.
-    Write(SessionId, bool),
+    Write(SessionId, usize, bool),
     Snapshot(SessionId, usize, bool),
     DeleteSnapshot(SnapshotId, usize),
     CreateFrom(SnapshotId, usize, Option<VolumeId>),
@@ -46,9 +46,9 @@ impl Keeping {
         let snapshot = pick(model.snapshots());
         let volume = pick(model.volumes());
         match (rng.below(100), snapshot, volume) {
-            (0..18, ..) => Self::Pause(id, tenant),
-            (18..36, ..) => Self::Resume(id, tenant),
-            (36..52, ..) => Self::Write(id, rng.per_mille(400)),
+            (0..16, ..) => Self::Pause(id, tenant),
+            (16..32, ..) => Self::Resume(id, tenant),
+            (32..52, ..) => Self::Write(id, tenant, rng.per_mille(400)),
             (52..60, ..) => Self::Snapshot(id, tenant, rng.per_mille(700)),
             (60..63, Some(Place::Snapshot(snapshot)), _) => Self::DeleteSnapshot(snapshot, tenant),
             (63..69, Some(Place::Snapshot(snapshot)), volume) => {
@@ -71,7 +71,7 @@ pub async fn keep(world: &World, engine: &Engine, keeping: Keeping) -> Outcome {
     match keeping {
         Keeping::Pause(id, tenant) => pause(world, engine, id, tenant).await,
         Keeping::Resume(id, tenant) => resume(world, engine, id, tenant).await,
-        Keeping::Write(id, on_volume) => write(world, engine, id, on_volume).await,
+        Keeping::Write(id, tenant, on_volume) => write(world, engine, id, tenant, on_volume).await,
         Keeping::Snapshot(id, tenant, wait) => snapshot(world, engine, id, tenant, wait).await,
         Keeping::DeleteSnapshot(id, tenant) => delete_snapshot(world, engine, id, tenant).await,
         Keeping::CreateFrom(id, tenant, volume) => {
@@ -137,9 +137,16 @@ async fn resume(world: &World, engine: &Engine, id: SessionId, tenant: usize) ->
 }
 
 /// Adds a record to a log as a client of the data plane would. It counts once it was acknowledged.
-async fn write(world: &World, engine: &Engine, id: SessionId, on_volume: bool) -> Outcome {
-    let certificate = world.model.borrow().certificates.get(&id).cloned();
-    let Some(certificate) = certificate else { return Ok(()) };
+async fn write(world: &World, engine: &Engine, id: SessionId, tenant: usize, on_volume: bool) -> Outcome {
+    let known = world.model.borrow().certificates.get(&id).cloned();
+    let certificate = match known {
+        Some(certificate) => certificate,
+        None => match engine.certificate(&world.tenants[tenant], id).await {
+            Ok((certificate, _)) => certificate.text,
+            Err(error) => return allow(Err(error), &UNUSABLE),
+        },
+    };
+    world.model.borrow_mut().certificates.insert(id, certificate.clone());
     let open = match engine.open(&certificate, id).await {
         Ok(open) => open,
         Err(error) if error.code == Code::InvalidCertificate => {
@@ -221,6 +228,9 @@ async fn delete_snapshot(world: &World, engine: &Engine, id: SnapshotId, tenant:
             let gone = !world.fakes.store.snapshots_now().iter().any(|of| of.id == id);
             // Another deletion of the same may be the one that finishes it.
             must!(gone || world.failures_possible.get(), "a deleted snapshot is still recorded");
+            let sessions = world.fakes.store.all_sessions();
+            let user = sessions.iter().find(|of| of.source_snapshot_id == Some(id) && !of.state.is_terminal());
+            must!(user.is_none(), "a snapshot was deleted that {user:?} was made from");
             Ok(())
         }
         Err(error) => allow(Err(error), &[Code::SnapshotNotFound, Code::SnapshotInUse, Code::SnapshotFailed]),

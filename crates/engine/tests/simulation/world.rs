@@ -12,9 +12,10 @@ use nagaya_engine::ports::{Change, Clock, ExitStatus, Store};
 use nagaya_engine::{Caller, Engine, EngineConfig, ListSessions, ListSnapshots, ListVolumes, NewSession};
 use tokio::task::LocalSet;
 
-use crate::clients::{Action, act};
 use crate::audit::ensure;
-use crate::model::{Model, is_active};
+use crate::clients::{Action, act};
+use crate::keepers::Keeping;
+use crate::model::{Model, Place, is_active};
 
 /// What a test of the simulator breaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +31,8 @@ pub enum Bug {
 const SESSIONS_MAX: u32 = 8;
 /// Of the second tenant; the first has none of its own.
 const WORKSPACE_SESSIONS_MAX: u32 = 3;
-const PAUSE_IN_MEMORY_MAX_MS: u64 = 3_000;
+/// Longer than what passes in quiet, so that both those with their memory and those without are seen there.
+const PAUSE_IN_MEMORY_MAX_MS: u64 = 15_000;
 /// Longer than any pause of the engine, in virtual time: whatever takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(3_600);
 
@@ -290,6 +292,9 @@ async fn life_of(world: &Rc<World>, rng: &mut Rng) -> Result<(), String> {
     world.check()?;
     world.fakes.driver.set_sandboxes_max(rng.per_mille(200).then(|| 1 + rng.below(5) as usize));
     let mut clients = Vec::new();
+    if rng.per_mille(500) {
+        furnish(world, &engine, rng).await?;
+    }
     for _ in 0..4 + rng.below(16) {
         match rng.below(100) {
             0..15 => world.sleep(rng.below(3_000)).await,
@@ -355,10 +360,35 @@ async fn life_of(world: &Rc<World>, rng: &mut Rng) -> Result<(), String> {
     Ok(())
 }
 
+/// Something to begin with: a session that has a volume and something written.
+async fn furnish(world: &Rc<World>, engine: &Engine, rng: &mut Rng) -> Result<(), String> {
+    let tenant = rng.below(2) as usize;
+    let all = [Action::create_and_wait(tenant), Action::Keep(Keeping::CreateVolume(tenant))];
+    for action in all {
+        act(world.clone(), engine.clone(), action).await?;
+    }
+    let (mine, volume) = {
+        let model = world.model.borrow();
+        let mine = model.known().into_iter().rfind(|(_, of)| *of == tenant);
+        (mine, model.volumes().into_iter().rfind(|place| model.tenant_of(*place) == tenant))
+    };
+    let (Some((id, _)), Some(volume)) = (mine, volume.and_then(Place::volume)) else { return Ok(()) };
+    let all = [
+        Keeping::Write(id, tenant, false),
+        Keeping::Attach(id, tenant, volume, false),
+        Keeping::Write(id, tenant, true),
+        Keeping::Snapshot(id, tenant, true),
+    ];
+    for keeping in all {
+        act(world.clone(), engine.clone(), Action::Keep(keeping)).await?;
+    }
+    Ok(())
+}
+
 /// Things that happen to the host and inside sandboxes.
 fn disturb(world: &World, rng: &mut Rng) {
     let known = world.model.borrow().known();
-    match rng.below(6) {
+    match rng.below(7) {
         0 => world.fakes.driver.report_memory_low(),
         1 => world.fakes.blobs.set_offline(rng.per_mille(500)),
         2 => world.fakes.driver.set_full(rng.per_mille(300)),
@@ -368,6 +398,7 @@ fn disturb(world: &World, rng: &mut Rng) {
                 world.fakes.driver.set_volume_in_use(id, rng.per_mille(300));
             }
         }
+        5 => known.iter().for_each(|(id, _)| world.fakes.driver.report_end(*id)),
         _ => {
             if let Some((id, _)) = known.get(rng.below(known.len() as u64) as usize) {
                 world.fakes.driver.power_off(*id);

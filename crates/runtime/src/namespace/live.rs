@@ -84,6 +84,11 @@ impl Live {
         !self.ending.swap(true, Ordering::AcqRel)
     }
 
+    /// Whether its end was told or is under way, though its first process may still be there.
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
+    }
+
     /// Ends all processes, frozen or not.
     pub async fn end(&self, cgroups: &Cgroups) -> Result<(), DriverError> {
         self.begin_ending();

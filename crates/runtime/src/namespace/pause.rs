@@ -46,7 +46,8 @@ impl Inner {
 
     pub(super) fn running(&self, id: SessionId) -> Result<Arc<Live>, DriverError> {
         let live = self.live().get(&id).cloned();
-        live.filter(|live| !live.pidfd.has_ended()).ok_or(DriverError::Gone)
+        // The agent of one that powered itself off is still there, and nothing else.
+        live.filter(|live| !live.is_ending() && !live.pidfd.has_ended()).ok_or(DriverError::Gone)
     }
 
     fn group(&self, live: &Live) -> Group {

@@ -333,14 +333,20 @@ impl Pool {
             drop(state);
             let made = self.factory.make(self.shape, Home::Pool);
             let mut state = self.state();
-            state.coming -= 1;
             match made {
-                Ok(slot) if !state.closed => state.ready.push(slot),
+                Ok(slot) if !state.closed => {
+                    state.ready.push(slot);
+                    state.coming -= 1;
+                }
                 Ok(slot) => {
                     drop(state);
                     self.factory.discard(slot);
+                    self.state().coming -= 1;
+                    self.changed.notify_all();
                 }
                 Err(error) => {
+                    state.coming -= 1;
+                    self.changed.notify_all();
                     // Sandboxes make their own slots and report the error where it is seen.
                     tracing::warn!(error = &error as &dyn std::error::Error, "could not make a slot ahead");
                     let pause = Duration::from_secs(1);
@@ -368,6 +374,7 @@ impl Pool {
         slot
     }
 
+    /// Takes apart what is ready and what is still being made; on return nothing is left of either.
     pub fn close(&self) {
         let ready = {
             let mut state = self.state();
@@ -377,6 +384,10 @@ impl Pool {
         self.changed.notify_all();
         for slot in ready {
             self.factory.discard(slot);
+        }
+        let mut state = self.state();
+        while state.coming > 0 {
+            state = self.changed.wait(state).expect("the pool is changed without panics");
         }
     }
 }

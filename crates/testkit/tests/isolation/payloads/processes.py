@@ -99,6 +99,9 @@ def found(outcome):
 def kill_process_1():
     pid = target()
     signals = [number for number in range(1, 65) if number not in (32, 33)]
+    if os.geteuid() == 0:
+        # Root may power its own sandbox off, and these ask for that. Nobody else's signal may do anything.
+        signals = [number for number in signals if number not in (signal.SIGPWR, signal.SIGUSR1, signal.SIGUSR2, 37, 38)]
     if pid != 1:
         signals = [signal.SIGKILL]
     fd = raw(434, pid, 0)
