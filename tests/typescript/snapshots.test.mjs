@@ -395,3 +395,31 @@ describe("with a server of its own", () => {
     await tenki[Symbol.asyncDispose]();
   });
 });
+
+test("with a bucket that cannot be reached a snapshot is READY here, not durable, and says why", async () => {
+  Object.assign(process.env, { NAGAYA_S3_ACCESS_KEY_ID: "key", NAGAYA_S3_SECRET_ACCESS_KEY: "secret-of-the-bucket" });
+  const own = await Server.start({
+    configuration: "[pools]\nslots_ready = 1\nisolated_slots_ready = 1\n"
+      // Nobody listens on the discard port of a test host.
+      + '[blobs.s3]\nbucket = "b"\nendpoint = "http://127.0.0.1:9"\nallow_http = true\n',
+  });
+  const tenki = client(own);
+  try {
+    const session = await tenki.create(SMALL);
+    await shell(session, "echo kept > kept");
+    const snapshot = await tenki.createSnapshot(session.id);
+    assert.equal(snapshot.state, "READY");
+    const seen = await eventually("it says that it could not be brought there", async () => {
+      const { snapshot: now } = await call(own, "GetSnapshot", { snapshotId: snapshot.id });
+      return now.durabilityState === "SNAPSHOT_DURABILITY_STATE_PROPAGATION_FAILED" && now;
+    }, 60_000);
+    assert.ok(seen.propagationError);
+    const copy = await tenki.create({ snapshotId: snapshot.id });
+    assert.equal(await shell(copy, "cat kept"), "kept");
+    await Promise.all([session.close(), copy.close()]);
+    assert.ok(!own.log.includes("secret-of-the-bucket") && !seen.propagationError.includes("secret-of-the-bucket"));
+  } finally {
+    await tenki[Symbol.asyncDispose]();
+    await own.remove();
+  }
+});

@@ -1,6 +1,7 @@
 // Volumes: made, mounted, written, grown, detached, deleted.
 
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { after, before, describe, test } from "node:test";
 import {
   GiB, InvalidStateError, MiB, SandboxError, SessionNotFoundError, SessionTerminatedError, VolumeInUseError,
@@ -29,6 +30,11 @@ const invalid = async (promise) => {
   assert.equal(error.cause.code, 3, error.message);
 };
 const sizeInside = async (session, path) => Number(await shell(session, `df -B1 --output=size ${path} | tail -n 1`));
+/** The kernel grows a mounted file system only for holders of this capability, which some hosts keep from root. */
+const mayGrowMounted = () => {
+  const [, effective] = /CapEff:\s*([0-9a-f]+)/.exec(readFileSync("/proc/self/status", "utf8"));
+  return (BigInt(`0x${effective}`) >> 24n) % 2n === 1n;
+};
 const device = (session, path) => shell(session, `stat -c %d ${path}`);
 
 describe("a volume", () => {
@@ -219,24 +225,42 @@ describe("detaching", () => {
 });
 
 describe("growing", () => {
-  test("while attached, while not, and the content stays", async () => {
+  test("while it is not attached, to the largest size there is, and the content stays", async () => {
     const volume = await make(4 * MiB);
     const session = await tenki.create({ ...SMALL, volumes: [{ volumeId: volume.id, mountPath: "/data" }] });
     await shell(session, "head -c 1000000 /dev/urandom > /data/file");
     const expected = await shell(session, "sha256sum < /data/file");
-    for (const size of [64 * MiB, 1 * GiB]) {
+    for (const size of [64 * MiB, 1 * GiB, 100 * GiB]) {
+      await session.detachVolume(volume.id);
       assert.equal((await tenki.resizeVolume(volume.id, size)).sizeBytes, size);
+      await session.attachVolume(volume.id, "/data");
       assert.ok((await sizeInside(session, "/data")) > size * 0.7, `${size} bytes inside`);
       assert.equal(await shell(session, "sha256sum < /data/file"), expected);
     }
     await shell(session, "head -c 100000000 /dev/zero > /data/large && rm /data/large");
-    await session.detachVolume(volume.id);
-    assert.equal((await tenki.resizeVolume(volume.id, 100 * GiB)).sizeBytes, 100 * GiB);
-    await session.attachVolume(volume.id, "/data");
-    assert.ok((await sizeInside(session, "/data")) > 70 * GiB);
-    assert.equal(await shell(session, "sha256sum < /data/file"), expected);
     await session.close();
     await tenki.deleteVolume(volume.id);
+  });
+
+  test("while it is attached, where the host lets the server do that; else a clear refusal", async (context) => {
+    const volume = await make(4 * MiB);
+    const session = await tenki.create({ ...SMALL, volumes: [{ volumeId: volume.id, mountPath: "/data" }] });
+    await shell(session, "head -c 1000000 /dev/urandom > /data/file");
+    const expected = await shell(session, "sha256sum < /data/file");
+    if (mayGrowMounted()) {
+      for (const size of [64 * MiB, 1 * GiB]) {
+        assert.equal((await tenki.resizeVolume(volume.id, size)).sizeBytes, size);
+        assert.ok((await sizeInside(session, "/data")) > size * 0.7, `${size} bytes inside`);
+      }
+    } else {
+      const error = await rejection(tenki.resizeVolume(volume.id, 64 * MiB), SandboxError);
+      assert.match(error.message, /CAP_SYS_RESOURCE.*detach/);
+      assert.equal((await tenki.getVolume(volume.id)).sizeBytes, 4 * MiB);
+    }
+    assert.equal(await shell(session, "sha256sum < /data/file && echo more >> /data/other"), expected);
+    await session.close();
+    await tenki.deleteVolume(volume.id);
+    if (!mayGrowMounted()) context.skip("growing a mounted file system was not run: this host gives root no CAP_SYS_RESOURCE");
   });
 
   test("shrinking and sizes out of range are refused", async () => {
@@ -346,9 +370,8 @@ describe("with a server of its own", () => {
       await shell(again, "cat /data/file | grep -x before && echo after >> /data/file");
       const other = await tenki.create(SMALL);
       await rejection(other.attachVolume(volume.id, "/data"), VolumeInUseError);
-      assert.equal((await tenki.resizeVolume(volume.id, 64 * MiB)).sizeBytes, 64 * MiB);
-      assert.ok((await sizeInside(again, "/data")) > 40 * MiB);
       await again.detachVolume(volume.id);
+      assert.equal((await tenki.resizeVolume(volume.id, 64 * MiB)).sizeBytes, 64 * MiB);
       await other.attachVolume(volume.id, "/data");
       assert.equal(await shell(other, "cat /data/file"), "before\nafter");
       await Promise.all([again.close(), other.close()]);

@@ -276,7 +276,7 @@ pub trait Blobs: Send + Sync + 'static {
     async fn store(&self, image: &Path) -> Result<StoredImage, BlobError>;
     /// Brings a stored image to the durable place. Returns at once where that is this machine.
     async fn upload(&self, manifest: &str) -> Result<(), BlobError>;
-    /// Verifies all parts of an image, then makes it at this path. On error nothing is there.
+    /// Verifies all parts of an image, then makes it at this path, not yet fsync'ed. On error nothing is there.
     async fn restore(&self, manifest: &str, image: &Path) -> Result<(), BlobError>;
     /// Opens an image for reading it whole, holes included.
     async fn open(&self, manifest: &str) -> Result<ImageReader, BlobError>;

@@ -10,11 +10,11 @@ use nagaya_engine::ports::BlobError;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, copy_file_range, linkat, open};
 use rustix::io::Errno;
 
-use crate::directory::{Directory, Kind, begin_to_flush, failed};
+use crate::directory::{Directory, Kind, failed};
 use crate::workers::on_each;
-use crate::{BLOCK_BYTES, CHUNK_BYTES, Chunk, Manifest};
+use crate::{BLOCK_BYTES, Chunk, Manifest};
 
-/// Makes an image. It gets its name when every part of it has been verified and written. `fetch` may bring a chunk that is
+/// Makes an image. It gets its name when every part of it has been verified and written; it is not flushed. `fetch` may bring a chunk that is
 /// missing or corrupt from elsewhere; it is verified again.
 pub(crate) fn restore(
     directory: &Directory,
@@ -41,11 +41,8 @@ pub(crate) fn restore(
             true => Ok(()),
             false => spread(bytes, &unnamed.file, chunk, manifest.image_size),
         };
-        write().map_err(|error| broken(&error))?;
-        begin_to_flush(&unnamed.file, chunk.offset(), CHUNK_BYTES);
-        Ok(())
+        write().map_err(|error| broken(&error))
     })?;
-    unnamed.file.sync_all().map_err(|error| broken(&error))?;
     unnamed.name(image).map_err(|error| broken(&error))
 }
 

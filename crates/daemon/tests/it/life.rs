@@ -26,7 +26,7 @@ async fn active_sessions(world: &World) -> i64 {
     usage.limits.iter().find(|limit| limit.key == "active_sessions").unwrap().current
 }
 
-async fn metrics(world: &World) -> String {
+pub async fn metrics(world: &World) -> String {
     let request = Request::get("/metrics").header("host", "x").body(Default::default()).unwrap();
     String::from_utf8(world.http1(request).await.into_body().to_vec()).unwrap()
 }

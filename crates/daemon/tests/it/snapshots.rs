@@ -5,7 +5,7 @@ use connectrpc::ErrorCode;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_api::tenki::v1::{SessionState, SnapshotDurabilityState, SnapshotState, SnapshotType};
 
-use crate::life::pause;
+use crate::life::{metrics, pause};
 use crate::sessions::{get, terminate};
 use crate::support::*;
 
@@ -57,6 +57,8 @@ async fn a_snapshot_is_answered_ready_and_durable() {
     assert_eq!((snapshot.base_image_id.as_str(), snapshot.restore_mode.as_str()), ("sandbox", "COLD_BOOT"));
     assert!(snapshot.raw_image_available && snapshot.local_ready_at.is_set() && snapshot.expires_at.is_set());
     assert_eq!(*client.get_snapshot(get_snapshot(&snapshot.id)).await.unwrap().snapshot, *snapshot);
+
+    assert!(metrics(&world).await.contains("nagaya_snapshot_source_stopped_seconds_count 1"));
 
     // What is made from it inherits what it does not say itself.
     let request = wire::CreateSessionRequest {

@@ -1,6 +1,6 @@
 //! How a sandbox comes to run: on a fresh disk, on an image's, or on the one it had before.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -29,7 +29,7 @@ impl Inner {
             Some(image) => inner.start_from(id, &wanted, image),
         })
         .await?;
-        self.keep_name(id);
+        self.keep(id, image.is_some());
         match self.connect(id, slot, started).await {
             Ok(guest) => {
                 tracing::debug!(%id, ready = ?begin.elapsed(), "sandbox started");
@@ -60,7 +60,7 @@ impl Inner {
             inner.start_kept(id, &wanted, &directory, base)
         })
         .await?;
-        self.keep_name(id);
+        self.keep(id, false);
         match self.connect(id, slot, started).await {
             Ok(guest) => Ok(guest),
             Err(error) => {
@@ -147,13 +147,16 @@ impl Inner {
         }
     }
 
-    /// Makes a sandbox's name and record durable in the background: syncing takes longer than all the rest. What
-    /// is synced inside the sandbox is not on the host's disk before its name is; see decision 0005.
-    fn keep_name(self: &Arc<Self>, id: SessionId) {
+    /// Makes a sandbox's name and record durable, and a disk that was an image, in the background: syncing takes
+    /// longer than all the rest. What is synced inside the sandbox is not on the host's disk before its name is; see
+    /// decision 0005.
+    fn keep(self: &Arc<Self>, id: SessionId, disk_too: bool) {
         let directory = self.directory(id);
         tokio::task::spawn_blocking(move || {
+            let sync_disk = || File::open(disk::path(&directory))?.sync_all();
+            let synced = if disk_too { sync_disk() } else { Ok(()) }.and_then(|()| record::sync(&directory));
             // One that is being removed already need not be durable.
-            if let Err(error) = record::sync(&directory)
+            if let Err(error) = synced
                 && error.kind() != std::io::ErrorKind::NotFound
             {
                 tracing::warn!(%error, %id, "could not sync a sandbox's record");

@@ -3,6 +3,9 @@
 //! A disk is copied as it is at one moment: its file system is frozen, which writes everything back,
 //! its image is copied, and it is thawed again. A file beside the disk tells a later server of a
 //! freeze that was not undone.
+//!
+//! Images are on their way from one place to another, and are not synced: they outlive servers, but
+//! not the host's run. What is made of them is synced by whoever makes it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -15,7 +18,6 @@ use nagaya_api::ids::ImageId;
 use rustix::fs::{Mode, OFlags};
 
 use super::disk::{self, DiskError};
-use super::record::sync_directory;
 use super::room;
 use crate::sys::ext4;
 use crate::sys::loop_device::LoopDevice;
@@ -25,6 +27,8 @@ const SUFFIX: &str = "ext4";
 const FRESH: &str = "new";
 /// Beside a disk whose file system is frozen.
 const FROZEN: &str = "frozen";
+/// Names the run of the host in which the images were made.
+const RUN: &str = "boot-id";
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CopyError {
@@ -51,16 +55,17 @@ pub(super) struct Images {
 }
 
 impl Images {
-    pub fn open(data: &Path, disk_free_mb_min: u64) -> io::Result<Self> {
+    pub fn open(data: &Path, disk_free_mb_min: u64, boot_id: &str) -> io::Result<Self> {
         let directory = data.join("disks");
         fs::create_dir_all(&directory)?;
+        let same_run = fs::read_to_string(directory.join(RUN)).is_ok_and(|run| run == boot_id);
         for entry in fs::read_dir(&directory)?.flatten() {
-            // What an earlier server did not finish.
-            if entry.path().extension().is_some_and(|extension| extension == FRESH) {
+            // What an earlier server did not finish, and all that a power cut may have damaged.
+            if !same_run || entry.path().extension().is_some_and(|extension| extension == FRESH) {
                 fs::remove_file(entry.path())?;
             }
         }
-        sync_directory(data)?;
+        fs::write(directory.join(RUN), boot_id)?;
         let shares_blocks = shares_blocks(&directory)?;
         Ok(Self { directory, disk_free_mb_min, shares_blocks })
     }
@@ -77,15 +82,13 @@ impl Images {
     pub fn remove(&self, id: ImageId) -> io::Result<()> {
         match fs::remove_file(self.path(id)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => sync_directory(&self.directory),
+            _ => Ok(()),
         }
     }
 
     /// Makes an image the disk of a sandbox's directory.
     pub fn take(&self, id: ImageId, directory: &Path) -> io::Result<()> {
-        fs::rename(self.path(id), disk::path(directory))?;
-        sync_directory(directory)?;
-        sync_directory(&self.directory)
+        fs::rename(self.path(id), disk::path(directory))
     }
 
     /// Copies the disk in a sandbox's directory, in use or not, and tells how long its writes stood still.
@@ -124,16 +127,13 @@ impl Images {
             disk::copy(&source, &first).map_err(on("copy the disk"))?;
             still.map_or(Ok(Duration::ZERO), Still::end)?
         };
-        first.sync_all().map_err(on("sync the copy of the disk"))?;
         for path in others {
             let other = create(&path.with_extension(FRESH))?;
             disk::copy(&first, &other).map_err(on("copy the disk"))?;
-            other.sync_all().map_err(on("sync the copy of the disk"))?;
         }
         for path in paths {
             fs::rename(path.with_extension(FRESH), path).map_err(on("name the copy of the disk"))?;
         }
-        sync_directory(&self.directory).map_err(on("sync the directory of images"))?;
         Ok(stopped)
     }
 }

@@ -186,6 +186,7 @@ impl NamespaceDriver {
         }
         let pools = shapes.into_iter().map(|(shape, target)| Pool::start(factory.clone(), shape, target)).collect();
         let (events, receiver) = mpsc::unbounded_channel();
+        let boot_id = record::boot_id().map_err(on("read the host's boot id"))?;
         let inner = Inner {
             sandboxes,
             factory,
@@ -194,9 +195,10 @@ impl NamespaceDriver {
             releasing: Mutex::default(),
             released: Notify::new(),
             events,
-            images: Images::open(&data, config.disk_free_mb_min).map_err(on("open the directory of images"))?,
+            images: Images::open(&data, config.disk_free_mb_min, &boot_id)
+                .map_err(on("open the directory of images"))?,
             volumes: Volumes::open(&data, config.disk_free_mb_min).map_err(on("open the directory of volumes"))?,
-            boot_id: record::boot_id().map_err(on("read the host's boot id"))?,
+            boot_id,
             processors: own_processors().map_err(on("count processors"))?,
             config,
         };
