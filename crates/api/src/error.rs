@@ -207,6 +207,7 @@ codes! {
     CapabilityUnavailable => "capability_unavailable", Unimplemented, "not offered by this sandbox's driver", "Use a session on a driver that offers it.";
     Unimplemented => "unimplemented", Unimplemented, "not implemented by this server yet", "See docs/roadmap.md for what works.";
     SnapshotFailed => "snapshot_failed", Internal, "the snapshot failed", "The session is as it was; remove the cause that the message names and take it again.";
+    VolumeRefused => "volume_refused", FailedPrecondition, "the host cannot change this volume now", "Its content is intact; the message names the cause and what to do.";
     VolumeFailed => "volume_failed", Internal, "the volume could not be changed", "Its content is intact; the message names the cause.";
     Internal => "internal", Internal, "internal error", "This is a bug in Nagaya; please report it with the server's log.";
 }

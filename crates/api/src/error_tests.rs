@@ -95,6 +95,7 @@ fn intended(code: Code) -> Option<&'static str> {
         | Code::SnapshotInUse
         | Code::SnapshotNotReady
         | Code::SnapshotDamaged
+        | Code::VolumeRefused
         | Code::PauseFailed
         | Code::ResumeFailed
         | Code::IsADirectory

@@ -452,5 +452,8 @@ impl Actor {
 /// The store's own words stay in the log: they may name files of the host.
 pub(crate) fn store_error(error: StoreError) -> Error {
     tracing::error!(%error, "the store failed");
-    Error::new(Code::Internal, "the server could not read or write its records")
+    match error {
+        StoreError::Full => Error::new(Code::CapacityUnavailable, "space on the host's disk"),
+        StoreError::Failed(_) => Error::new(Code::Internal, "the server could not read or write its records"),
+    }
 }

@@ -23,9 +23,14 @@ pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 // ---------------------------------------------------------------------------------------------
 // Store
 
-#[derive(Debug, thiserror::Error)]
-#[error("store: {0}")]
-pub struct StoreError(pub String);
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StoreError {
+    /// There is no space to write to; nothing was changed.
+    #[error("store: no space left on the host's disk")]
+    Full,
+    #[error("store: {0}")]
+    Failed(String),
+}
 
 /// One row to insert or replace.
 #[derive(Debug, Clone)]

@@ -109,6 +109,7 @@ fn volume_error(error: DriverError) -> Error {
     match error {
         DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit),
         DriverError::Busy => Code::VolumeBusy.into(),
+        DriverError::Refused(reason) => Error::new(Code::VolumeRefused, reason),
         error => Error::new(Code::VolumeFailed, error.to_string()),
     }
 }

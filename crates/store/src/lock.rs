@@ -23,7 +23,7 @@ impl DirectoryLock {
     /// Takes the lock at once, or says which process holds it.
     pub fn acquire(directory: &Path) -> Result<Self, StoreError> {
         let path = directory.join(FILE_NAME);
-        let fail = |cause: &dyn std::fmt::Display| StoreError(format!("lock {}: {cause}", path.display()));
+        let fail = |cause: &dyn std::fmt::Display| StoreError::Failed(format!("lock {}: {cause}", path.display()));
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -51,7 +51,7 @@ fn held(directory: &Path, path: &Path, file: &mut File) -> StoreError {
         Ok(pid) if readable => format!("process {pid}"),
         _ => "another process".to_string(),
     };
-    StoreError(format!(
+    StoreError::Failed(format!(
         "the data directory {} is in use by {holder} (lock file {}); stop that server, or choose another data directory",
         directory.display(),
         path.display(),

@@ -18,15 +18,15 @@ const TABLE: &str = "CREATE TABLE IF NOT EXISTS schema_migrations (
 pub(crate) fn check(path: &Path) -> Result<(), StoreError> {
     let database =
         Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX)
-            .map_err(|error| StoreError(format!("open {}: {error}", path.display())))?;
-    applied(&database).map(|_| ()).map_err(|reason| StoreError(format!("open {}: {reason}", path.display())))
+            .map_err(|error| StoreError::Failed(format!("open {}: {error}", path.display())))?;
+    applied(&database).map(|_| ()).map_err(|reason| StoreError::Failed(format!("open {}: {reason}", path.display())))
 }
 
 /// Brings the schema up to date, all steps or none.
 pub(crate) fn run(database: &mut Connection) -> Result<(), StoreError> {
-    let fail = |error: rusqlite::Error| StoreError(format!("migrate the database: {error}"));
+    let fail = |error: rusqlite::Error| StoreError::Failed(format!("migrate the database: {error}"));
     let transaction = database.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fail)?;
-    let done = applied(&transaction).map_err(StoreError)?;
+    let done = applied(&transaction).map_err(StoreError::Failed)?;
     transaction.execute_batch(TABLE).map_err(fail)?;
     for (script, number) in SCRIPTS.iter().zip(1i64..).skip(done) {
         transaction.execute_batch(script).map_err(fail)?;

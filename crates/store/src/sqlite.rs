@@ -49,7 +49,8 @@ impl SqliteStore {
             _ => Path::new("."),
         };
         let lock = DirectoryLock::acquire(directory)?;
-        make_private_file(path, directory).map_err(|error| StoreError(format!("open {}: {error}", path.display())))?;
+        make_private_file(path, directory)
+            .map_err(|error| StoreError::Failed(format!("open {}: {error}", path.display())))?;
         migrate::check(path)?;
 
         let mut database = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
@@ -74,7 +75,7 @@ impl SqliteStore {
         let thread = std::thread::Builder::new()
             .name(name.into())
             .spawn(work)
-            .map_err(|error| StoreError(format!("start the thread {name}: {error}")))?;
+            .map_err(|error| StoreError::Failed(format!("start the thread {name}: {error}")))?;
         self.threads.push(thread);
         Ok(())
     }
@@ -91,7 +92,7 @@ impl SqliteStore {
         });
         let questions = self.questions.as_ref().expect("the queue lives as long as the store");
         questions.send(question).await.map_err(|_| stopped())?;
-        answer.await.map_err(|_| stopped())?.map_err(|error| StoreError(format!("read the database: {error}")))
+        answer.await.map_err(|_| stopped())?.map_err(|error| StoreError::Failed(format!("read the database: {error}")))
     }
 }
 
@@ -234,7 +235,7 @@ fn answer_questions(database: &Connection, queue: &Mutex<mpsc::Receiver<Question
 }
 
 fn connect(path: &Path, access: OpenFlags) -> Result<Connection, StoreError> {
-    let fail = |error: rusqlite::Error| StoreError(format!("open {}: {error}", path.display()));
+    let fail = |error: rusqlite::Error| StoreError::Failed(format!("open {}: {error}", path.display()));
     let database = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX).map_err(fail)?;
     database.busy_timeout(BUSY_TIMEOUT).map_err(fail)?;
     database.set_prepared_statement_cache_capacity(64);
@@ -243,7 +244,10 @@ fn connect(path: &Path, access: OpenFlags) -> Result<Connection, StoreError> {
         let mode: String =
             database.pragma_update_and_check(None, "journal_mode", "wal", |row| row.get(0)).map_err(fail)?;
         if mode != "wal" {
-            return Err(StoreError(format!("open {}: this file system cannot hold a write-ahead log", path.display())));
+            return Err(StoreError::Failed(format!(
+                "open {}: this file system cannot hold a write-ahead log",
+                path.display()
+            )));
         }
         database.pragma_update(None, "synchronous", "full").map_err(fail)?;
     }
@@ -261,5 +265,5 @@ fn make_private_file(path: &Path, directory: &Path) -> std::io::Result<()> {
 }
 
 fn stopped() -> StoreError {
-    StoreError("the store's threads have stopped; see the log for the first error".into())
+    StoreError::Failed("the store's threads have stopped; see the log for the first error".into())
 }

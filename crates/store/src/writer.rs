@@ -5,7 +5,7 @@
 //! transaction is on the disk.
 
 use nagaya_engine::ports::{Change, StoreError};
-use rusqlite::{Connection, TransactionBehavior};
+use rusqlite::{Connection, ErrorCode, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::rows;
@@ -39,13 +39,16 @@ pub(crate) fn run(mut database: Connection, mut queue: mpsc::Receiver<Commit>) {
                     answer(commit, outcome);
                 }
             }
-            Err(error) => group.drain(..).for_each(|commit| answer(commit, Err(StoreError(error.0.clone())))),
+            Err(error) => group.drain(..).for_each(|commit| answer(commit, Err(error.clone()))),
         }
     }
 }
 
 fn write(database: &mut Connection, group: &[Commit]) -> Result<(), StoreError> {
-    let fail = |error: rusqlite::Error| StoreError(format!("write the database: {error}"));
+    let fail = |error: rusqlite::Error| match error.sqlite_error_code() {
+        Some(ErrorCode::DiskFull) => StoreError::Full,
+        _ => StoreError::Failed(format!("write the database: {error}")),
+    };
     // Dropped without a commit, a transaction is rolled back.
     let transaction = database.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fail)?;
     for change in group.iter().flat_map(|commit| &commit.changes) {

@@ -43,7 +43,12 @@ impl Server {
     /// Starts a server with this configuration (TOML), to which a network of its own is added
     /// unless it names one.
     pub fn start_with(configuration: &str) -> Self {
-        let data_dir = tempfile::Builder::new().prefix("nagaya-test-").tempdir().unwrap();
+        Self::start_in(&std::env::temp_dir(), configuration)
+    }
+
+    /// As [`Server::start_with`], with the data directory in this one.
+    pub fn start_in(parent: &Path, configuration: &str) -> Self {
+        let data_dir = tempfile::Builder::new().prefix("nagaya-test-").tempdir_in(parent).unwrap();
         let mut configuration = configuration.to_string();
         if !configuration.contains("[network]") {
             configuration.push_str(&format!("[network]\ncidr = \"{}\"\n", free_network()));

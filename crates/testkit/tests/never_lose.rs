@@ -103,6 +103,62 @@ fn no_acknowledged_record_is_lost_by_pauses_snapshots_forks_and_kills() {
     world.end();
 }
 
+#[test]
+fn what_was_synced_to_a_volume_is_there_after_kills_and_ends_and_in_other_sandboxes() {
+    if !rustix::process::geteuid().is_root() {
+        println!("never lose: not run: only root can start the namespace driver");
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let mut server = Server::start_with(CONFIGURATION);
+    let client = Client::of(&server);
+    let (volume, first) = runtime.block_on(async {
+        let request = v1::CreateVolumeRequest { name: "kept".into(), size_bytes: 32 << 20, ..Default::default() };
+        let volume = client.control.create_volume(request).await.unwrap().volume.id.clone();
+        let first = create(&client, None).await.unwrap();
+        mount(&client, &first.id, &volume, false).await.unwrap();
+        first.shell("echo one >/mnt/kept/log && sync /mnt/kept/log", false).await;
+        (volume, first.id)
+    });
+    server.kill();
+    server.restart();
+    let client = Client::of(&server);
+    runtime.block_on(async {
+        let first = client.attach(&first).await.unwrap();
+        first.shell("echo two >>/mnt/kept/log && sync /mnt/kept/log", false).await;
+        // Memory is given up, and with it the mount; a cold boot brings it back.
+        pause(&client, &first.id).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let resumed = resume(&client, &first.id).await.unwrap();
+        assert_eq!(resumed.metadata.get("restore_mode").map(String::as_str), Some("cold_boot"));
+        let first = client.attach(&first.id).await.unwrap();
+        first.shell("echo three >>/mnt/kept/log && sync /mnt/kept/log", false).await;
+        let second = create(&client, None).await.unwrap();
+        let refused = mount(&client, &second.id, &volume, false).await.err().expect("a volume has one writer");
+        assert!(refused.message.clone().unwrap_or_default().contains("volume is in use"), "{refused}");
+        first.terminate().await.unwrap();
+        let third = create(&client, None).await.unwrap();
+        for reader in [&second, &third] {
+            mount(&client, &reader.id, &volume, true).await.unwrap();
+            assert_eq!(reader.shell("cat /mnt/kept/log", false).await, "one\ntwo\nthree");
+            reader.shell("! echo four 2>/dev/null >>/mnt/kept/log", false).await;
+        }
+        for reader in [second, third] {
+            reader.terminate().await.unwrap();
+        }
+        client.control.delete_volume(v1::DeleteVolumeRequest { volume_id: volume }).await.unwrap();
+    });
+    assert!(server.terminate().success(), "{}", server.log());
+    server.purge();
+    settle("nothing is left on the host", || leftovers(server.data_dir()).is_empty());
+}
+
+async fn mount(client: &Client, id: &str, volume_id: &str, readonly: bool) -> Result<(), ConnectError> {
+    let volume = v1::VolumeMount { volume_id: volume_id.into(), mount_path: "/mnt/kept".into(), readonly };
+    let request = v1::AttachVolumeRequest { session_id: id.into(), volume: volume.into() };
+    client.control.attach_volume(request).await.map(drop)
+}
+
 impl World {
     fn count(&mut self, what: &'static str) {
         *self.tally.entry(what).or_default() += 1;

@@ -39,7 +39,7 @@ impl FakeStore {
 
     async fn read<T>(&self, action: impl FnOnce(&mut Tables) -> T) -> Result<T, StoreError> {
         if self.faults.effect().await {
-            return Err(StoreError("a read failed, as this test asked for".to_owned()));
+            return Err(StoreError::Failed("a read failed, as this test asked for".to_owned()));
         }
         Ok(self.with(action))
     }
@@ -162,7 +162,7 @@ impl Tables {
 impl Store for FakeStore {
     async fn commit(&self, changes: Vec<Change>) -> Result<(), StoreError> {
         if self.faults.effect().await || self.fail_commits.load(Ordering::Relaxed) {
-            return Err(StoreError("a commit failed, as this test asked for".to_owned()));
+            return Err(StoreError::Failed("a commit failed, as this test asked for".to_owned()));
         }
         self.commits.fetch_add(1, Ordering::Relaxed);
         self.with(|tables| changes.into_iter().for_each(|change| tables.apply(change)));

@@ -315,7 +315,9 @@ pub async fn a_host_without_space_keeps_the_sandbox_usable_and_no_image(_place: 
     let refused = driver.copy_disk(id, &[image]).await.unwrap_err();
     assert!(matches!(&refused, DriverError::Exhausted(name) if name.contains("disk")), "{refused:?}");
     assert!(driver.images().await.unwrap().is_empty());
-    assert_eq!(fs::read_dir(place.data().join("disks")).unwrap().count(), 0, "a part of a copy was left");
+    let parts = fs::read_dir(place.data().join("disks")).unwrap().map(|entry| entry.unwrap().file_name());
+    let parts: Vec<_> = parts.filter(|name| name != "boot-id").collect();
+    assert!(parts.is_empty(), "a part of a copy was left: {parts:?}");
     write(&*guest, "more", b"still writable").await.unwrap();
     shell(&*guest, "sync more").await;
     assert_eq!(read(&*guest, "more").await.unwrap(), b"still writable");

@@ -268,7 +268,10 @@ pub async fn renaming_the_mount_path_meanwhile_leads_nowhere_else(place: &mut Pl
     }
     println!("of 60 attempts {attached} were attached and {refused} refused");
     assert!(attached > 0, "nothing was ever attached");
-    assert_eq!(fs::read_to_string("/proc/self/mountinfo").unwrap(), host);
+    // Others may mount things on this host meanwhile, but not there.
+    let now = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let strays: Vec<_> = now.lines().filter(|line| !host.contains(line)).collect();
+    assert!(!strays.iter().any(|line| line.contains(" /etc") || line.contains(" /srv")), "{strays:?}");
     assert_eq!(fs::read_dir("/etc").unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>(), etc);
     drop(process);
     destroy(place, &[id]).await;
