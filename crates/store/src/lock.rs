@@ -68,7 +68,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let first = DirectoryLock::acquire(directory.path()).unwrap();
         let refused = DirectoryLock::acquire(directory.path()).unwrap_err();
-        assert!(refused.0.contains(&format!("process {}", std::process::id())), "{refused}");
+        assert!(refused.to_string().contains(&format!("process {}", std::process::id())), "{refused}");
         drop(first);
         DirectoryLock::acquire(directory.path()).unwrap();
     }
