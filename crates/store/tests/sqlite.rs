@@ -230,7 +230,7 @@ fn a_second_server_on_the_same_directory_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let store = open(directory.path());
     let refused = SqliteStore::open(&directory.path().join(FILE)).unwrap_err();
-    assert!(refused.0.contains(&format!("in use by process {}", std::process::id())), "{refused}");
+    assert!(refused.to_string().contains(&format!("in use by process {}", std::process::id())), "{refused}");
     drop(store);
     open(directory.path());
 }
@@ -246,7 +246,7 @@ fn a_database_of_a_newer_version_is_refused_unchanged() {
     drop(database);
     let before = std::fs::read(&path).unwrap();
     let refused = SqliteStore::open(&path).unwrap_err();
-    assert!(refused.0.contains("schema 99") && refused.0.contains("newer version"), "{refused}");
+    assert!(refused.to_string().contains("schema 99") && refused.to_string().contains("newer version"), "{refused}");
     assert_eq!(std::fs::read(&path).unwrap(), before);
 }
 
@@ -262,7 +262,7 @@ fn an_edited_migration_and_a_foreign_database_are_refused_unchanged() {
         Connection::open(&path).unwrap().execute_batch(prepare).unwrap();
         let before = std::fs::read(&path).unwrap();
         let refused = SqliteStore::open(&path).unwrap_err();
-        assert!(refused.0.contains(words), "{refused}");
+        assert!(refused.to_string().contains(words), "{refused}");
         assert_eq!(std::fs::read(&path).unwrap(), before);
     }
     let directory = tempfile::tempdir().unwrap();
