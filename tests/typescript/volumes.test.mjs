@@ -253,7 +253,7 @@ describe("growing", () => {
         assert.ok((await sizeInside(session, "/data")) > size * 0.7, `${size} bytes inside`);
       }
     } else {
-      const error = await rejection(tenki.resizeVolume(volume.id, 64 * MiB), SandboxError);
+      const error = await rejection(tenki.resizeVolume(volume.id, 64 * MiB), InvalidStateError);
       assert.match(error.message, /CAP_SYS_RESOURCE.*detach/);
       assert.equal((await tenki.getVolume(volume.id)).sizeBytes, 4 * MiB);
     }
