@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 use nagaya_api::ids::{ExecutionId, ImageId, SessionId, SnapshotId, VolumeId, WorkspaceId};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::model::{
@@ -460,6 +462,53 @@ pub struct DirectoryEntry {
     pub is_dir: bool,
 }
 
+/// A place in a sandbox that streams lead to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// A port of its own loopback: 127.0.0.1, and [::1] when nothing listens there.
+    Tcp { port: u16 },
+    /// A unix socket, by its absolute path in the sandbox.
+    Unix { path: String },
+}
+
+/// Where to listen in a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Bind {
+    /// Port 0 chooses a free one.
+    Tcp { ip: IpAddr, port: u16 },
+    /// A new unix socket of `tenki`, by its absolute path in the sandbox.
+    Unix { path: String },
+}
+
+/// Bytes both ways. Shutting the writing side down is the end of what is sent; dropping it closes it.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for T {}
+
+pub type BoxStream = Box<dyn Stream>;
+
+/// A listening socket in a sandbox. Dropping it ends the listening; accepted streams go on.
+#[derive(Debug)]
+pub struct Listener {
+    /// The port that was chosen; 0 for a unix socket.
+    pub port: u16,
+    /// Bounded: further peers wait in the sandbox while nobody accepts. Ends when the sandbox does.
+    pub incoming: mpsc::Receiver<Accepted>,
+}
+
+/// A peer in the sandbox that connected to a [`Listener`].
+pub struct Accepted {
+    pub stream: BoxStream,
+    /// `IP:PORT` of the peer; empty for unix sockets.
+    pub source: String,
+}
+
+impl std::fmt::Debug for Accepted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Accepted").field("source", &self.source).finish_non_exhaustive()
+    }
+}
+
 /// A running sandbox, seen from outside. All paths are the sandbox's own; relative ones start at
 /// `/home/tenki`. File calls act as the sandbox's root; what they make new belongs to `tenki`.
 #[async_trait]
@@ -486,6 +535,34 @@ pub trait Guest: Send + Sync + 'static {
     async fn remove(&self, path: &str, recursive: bool) -> Result<u64, GuestError>;
     /// Sorted by name.
     async fn list_directory(&self, path: &str, include_hidden: bool) -> Result<Vec<DirectoryEntry>, GuestError>;
+
+    /// Connects to something that listens in the sandbox. The error's `errno` is the operating system's, e.g.
+    /// `ECONNREFUSED` when nothing listens there. Dropping the future gives up.
+    async fn connect(&self, address: &Address) -> Result<BoxStream, GuestError>;
+    /// Listens in the sandbox, until the listener is dropped or the server ends.
+    async fn listen(&self, bind: &Bind) -> Result<Listener, GuestError>;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Edge
+
+/// Where a preview can be reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    /// What a browser opens, without a slash at its end.
+    pub url: String,
+    /// The loopback port that is the preview's own; 0 where previews are told apart by their host names.
+    pub port: u16,
+}
+
+/// The outside of the server, where previews are reached under their labels (one DNS label each).
+#[async_trait]
+pub trait Edge: Send + Sync + 'static {
+    /// Makes a preview reachable. `port` is the one it had before, kept while it is free; 0 for none. Repeating it is no error.
+    /// The error says what is missing, in words for the user.
+    async fn publish(&self, label: &str, port: u16) -> Result<Published, String>;
+    /// Ends that; connections under way may go on to their end. Withdrawing an unknown one is no error.
+    async fn withdraw(&self, label: &str);
 }
 
 // ---------------------------------------------------------------------------------------------

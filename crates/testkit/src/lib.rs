@@ -5,13 +5,17 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod chance;
 mod client;
 mod leftovers;
 mod server;
+mod small_disk;
 mod suite;
 
+pub use chance::{fresh_seed, number, settle};
 pub use client::{Client, Finished, Running, Sandbox, Wanted};
 pub use leftovers::{Kind, Leftovers, leftovers};
 pub use nagaya_runtime::namespace::instance_name;
 pub use server::{Server, binary};
+pub use small_disk::SmallDisk;
 pub use suite::{NotRun, Outcome, Suite};

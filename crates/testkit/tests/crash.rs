@@ -7,18 +7,18 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use connectrpc::client::{ClientConfig, HttpClient};
 use nagaya_api::tenki::v1::{self, SandboxServiceClient, SandboxSessionDataPlaneServiceClient, SessionState};
-use nagaya_testkit::{Kind, Leftovers, Server, leftovers};
+use nagaya_engine::fake::Rng;
+use nagaya_testkit::{Kind, Leftovers, Server, fresh_seed, leftovers, number, settle};
 
 const WORKERS: usize = 6;
 /// Sandboxes alive at once, so that the load stays the same over the whole run.
 const ALIVE_MAX: usize = 12;
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What callers were told, which is what the server must keep.
 #[derive(Default)]
@@ -107,10 +107,10 @@ fn nothing_is_lost_and_nothing_is_left_when_the_server_is_killed_at_random_momen
         return;
     }
     let kills = number("NAGAYA_CRASH_KILLS").unwrap_or(50);
-    let seed = number("NAGAYA_CRASH_SEED").unwrap_or_else(|| u64::from(std::process::id()) ^ clock_nanoseconds());
+    let seed = number("NAGAYA_CRASH_SEED").unwrap_or_else(fresh_seed);
     println!("crash suite: {kills} kills, repeat with NAGAYA_CRASH_SEED={seed}");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let random = Arc::new(Random(AtomicU64::new(seed)));
+    let random = Arc::new(Mutex::new(Rng::new(seed)));
     let promises = Arc::new(Mutex::new(Promises::default()));
 
     let mut server = Server::start();
@@ -121,7 +121,7 @@ fn nothing_is_lost_and_nothing_is_left_when_the_server_is_killed_at_random_momen
             .map(|_| runtime.spawn(load(clients.clone(), promises.clone(), random.clone(), stop.clone())))
             .collect();
         // The one wait that is meant: the moment of the accident.
-        std::thread::sleep(Duration::from_millis(random.below(400)));
+        std::thread::sleep(Duration::from_millis(random.lock().unwrap().below(400)));
         server.kill();
         stop.store(true, Ordering::Relaxed);
         runtime.block_on(async {
@@ -151,18 +151,22 @@ fn nothing_is_lost_and_nothing_is_left_when_the_server_is_killed_at_random_momen
 }
 
 /// Creates, uses and ends sandboxes until told to stop, or until the server is gone.
-async fn load(clients: Clients, promises: Arc<Mutex<Promises>>, random: Arc<Random>, stop: Arc<AtomicBool>) {
+async fn load(clients: Clients, promises: Arc<Mutex<Promises>>, random: Arc<Mutex<Rng>>, stop: Arc<AtomicBool>) {
     while !stop.load(Ordering::Relaxed) {
         let (alive, candidate) = {
             let promises = promises.lock().unwrap();
-            let index = random.below(promises.running.len().max(1) as u64) as usize;
+            let index = random.lock().unwrap().below(promises.running.len() as u64) as usize;
             (promises.running.len(), promises.running.keys().nth(index).cloned())
         };
-        let went_well = match (random.below(3), candidate) {
+        let (choice, content) = {
+            let mut random = random.lock().unwrap();
+            (random.below(3), random.next() | 1)
+        };
+        let went_well = match (choice, candidate) {
             (0, Some(id)) | (_, Some(id)) if alive >= ALIVE_MAX => end(&clients, &promises, id).await,
             (0, Some(id)) => use_sandbox(&clients, &id).await,
             (1, Some(id)) if alive > ALIVE_MAX / 2 => end(&clients, &promises, id).await,
-            _ => create(&clients, &promises, random.next()).await,
+            _ => create(&clients, &promises, content).await,
         };
         if !went_well {
             return;
@@ -312,36 +316,4 @@ fn settle_empty(data_dir: &std::path::Path) {
             false
         }
     });
-}
-
-fn settle(what: &str, mut ask: impl FnMut() -> bool) {
-    let deadline = Instant::now() + SETTLE_TIMEOUT;
-    while !ask() {
-        assert!(Instant::now() < deadline, "after {SETTLE_TIMEOUT:?} still not true: {what}");
-        std::thread::sleep(Duration::from_millis(200));
-    }
-}
-
-/// splitmix64; shared, so that the workers draw different numbers.
-struct Random(AtomicU64);
-
-impl Random {
-    fn next(&self) -> u64 {
-        let mut z = self.0.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) | 1
-    }
-
-    fn below(&self, end: u64) -> u64 {
-        (self.next() >> 1) % end
-    }
-}
-
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{variable} is no number")))
-}
-
-fn clock_nanoseconds() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64
 }

@@ -2,54 +2,11 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::fs::{self, File};
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::fs;
 
 use connectrpc::{ConnectError, ErrorCode};
 use nagaya_api::tenki::v1::{self, SessionState, SnapshotState};
-use nagaya_testkit::{Client, Sandbox, Server, Wanted, leftovers};
-
-const MEBIBYTE: u64 = 1 << 20;
-
-/// A file system of its own, which can be filled without harm to others.
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    fn make(megabytes: u64) -> Self {
-        let place = tempfile::Builder::new().prefix("nagaya-small-").tempdir().unwrap();
-        let image = place.path().join("image");
-        File::create(&image).unwrap().set_len(megabytes * MEBIBYTE).unwrap();
-        must(Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).arg(&image));
-        fs::create_dir(place.path().join("disk")).unwrap();
-        must(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(place.path().join("disk")));
-        Self(place)
-    }
-
-    fn path(&self) -> PathBuf {
-        self.0.path().join("disk")
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        must(Command::new("umount").arg(self.path()));
-    }
-}
-
-fn must(command: &mut Command) {
-    let status = command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").status().unwrap();
-    assert!(status.success(), "{command:?}: {status}");
-}
-
-/// Takes all space that is left.
-fn fill(path: &Path) {
-    let mut file = File::create(path).unwrap();
-    for size in [1 << 20, 4 << 10] {
-        while file.write_all(&vec![0x55; size]).and_then(|()| file.sync_data()).is_ok() {}
-    }
-}
+use nagaya_testkit::{Client, Sandbox, Server, SmallDisk, Wanted, leftovers, settle};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_host_refuses_what_needs_space_and_keeps_what_there_is() {
@@ -57,7 +14,7 @@ async fn a_full_host_refuses_what_needs_space_and_keeps_what_there_is() {
         println!("full host: not run: only root can start the namespace driver");
         return;
     }
-    let disk = SmallDisk::make(1_024);
+    let disk = SmallDisk::mount(1_024);
     // Without the limit that would refuse everything long before the disk is full.
     let configuration = "[pools]\nslots_ready = 1\nisolated_slots_ready = 1\n[namespace]\ndisk_free_mb_min = 0\n";
     let mut server = Server::start_in(&disk.path(), configuration);
@@ -67,8 +24,7 @@ async fn a_full_host_refuses_what_needs_space_and_keeps_what_there_is() {
     let request = v1::CreateVolumeRequest { name: "v".into(), size_bytes: 64 << 20, ..Default::default() };
     let volume = client.control.create_volume(request).await.unwrap().volume.id.clone();
 
-    let filler = disk.path().join("filler");
-    fill(&filler);
+    let filler = disk.fill();
     refused("a snapshot", snapshot(&client, &sandbox.id).await);
     check(&sandbox).await;
     grow_refused_or_harmless(&client, &volume).await;
@@ -93,7 +49,7 @@ async fn a_full_host_refuses_what_needs_space_and_keeps_what_there_is() {
     drop(client);
     assert!(server.terminate().success(), "{}", server.log());
     server.purge();
-    assert!(leftovers(server.data_dir()).is_empty(), "{}", leftovers(server.data_dir()));
+    settle("nothing is left on the host", || leftovers(server.data_dir()).is_empty());
     drop(server);
 }
 

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use connectrpc::ConnectError;
 use nagaya_api::nagaya::v1 as own;
 use nagaya_api::tenki::v1::{self, SessionState, SnapshotState};
-use nagaya_testkit::{Client, Sandbox, Server, leftovers};
+use nagaya_engine::fake::Rng;
+use nagaya_testkit::{Client, Sandbox, Server, fresh_seed, leftovers, number, settle};
 
 /// Sandboxes and snapshots alive at once.
 const LINES_MAX: usize = 6;
@@ -65,7 +66,7 @@ struct World {
     server: Server,
     client: Client,
     runtime: tokio::runtime::Runtime,
-    random: Random,
+    random: Rng,
     lines: Vec<Line>,
     /// Ids with the records that were acknowledged before each was asked for.
     snapshots: Vec<(String, u64)>,
@@ -79,14 +80,14 @@ fn no_acknowledged_record_is_lost_by_pauses_snapshots_forks_and_kills() {
         return;
     }
     let rounds = number("NAGAYA_KEEP_ROUNDS").unwrap_or(200);
-    let seed = number("NAGAYA_KEEP_SEED").unwrap_or_else(|| u64::from(std::process::id()) ^ clock_nanoseconds());
+    let seed = number("NAGAYA_KEEP_SEED").unwrap_or_else(fresh_seed);
     println!("never lose: {rounds} rounds, repeat with NAGAYA_KEEP_SEED={seed}");
     let server = Server::start_with(CONFIGURATION);
     let mut world = World {
         client: Client::of(&server),
         server,
         runtime: tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap(),
-        random: Random(seed),
+        random: Rng::new(seed),
         lines: Vec::new(),
         snapshots: Vec::new(),
         tally: Tally::new(),
@@ -473,33 +474,4 @@ fn files_below(directory: &std::path::Path) -> usize {
             _ => 1,
         })
         .sum()
-}
-
-fn settle(what: &str, mut ask: impl FnMut() -> bool) {
-    let deadline = Instant::now() + SETTLE_TIMEOUT;
-    while !ask() {
-        assert!(Instant::now() < deadline, "after {SETTLE_TIMEOUT:?} still not true: {what}");
-        std::thread::sleep(Duration::from_millis(200));
-    }
-}
-
-/// splitmix64.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % end
-    }
-}
-
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{variable} is no number")))
-}
-
-fn clock_nanoseconds() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64
 }

@@ -363,6 +363,14 @@ impl Guest for WatchedGuest {
     async fn list_directory(&self, path: &str, include_hidden: bool) -> Result<Vec<DirectoryEntry>, GuestError> {
         self.inner.list_directory(path, include_hidden).await
     }
+
+    async fn connect(&self, address: &Address) -> Result<BoxStream, GuestError> {
+        self.inner.connect(address).await
+    }
+
+    async fn listen(&self, bind: &Bind) -> Result<Listener, GuestError> {
+        self.inner.listen(bind).await
+    }
 }
 
 pub fn pairs(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {

@@ -10,8 +10,8 @@ use tokio::sync::{mpsc, watch};
 use super::files::Files;
 use super::{Faults, programs};
 use crate::ports::{
-    Command, DirectoryEntry, ExitStatus, FileReader, FileStat, FileWriter, Guest, GuestError, Process, ProcessEvent,
-    WriteOptions,
+    Address, Bind, BoxStream, Command, DirectoryEntry, ExitStatus, FileReader, FileStat, FileWriter, Guest, GuestError,
+    Listener, Process, ProcessEvent, WriteOptions,
 };
 
 /// Bytes in a chunk of a file, and messages in a channel.
@@ -288,5 +288,13 @@ impl Guest for FakeGuest {
 
     async fn list_directory(&self, path: &str, include_hidden: bool) -> Result<Vec<DirectoryEntry>, GuestError> {
         self.look(path, |files, path| files.list(path, include_hidden)).await
+    }
+
+    async fn connect(&self, _address: &Address) -> Result<BoxStream, GuestError> {
+        refuse(Code::CapabilityUnavailable, 0)
+    }
+
+    async fn listen(&self, _bind: &Bind) -> Result<Listener, GuestError> {
+        refuse(Code::CapabilityUnavailable, 0)
     }
 }

@@ -4,7 +4,8 @@ use async_trait::async_trait;
 use nagaya_api::error::Code;
 use nagaya_api::ids::ExecutionId;
 use nagaya_engine::ports::{
-    Command, DirectoryEntry, FileReader, FileStat, FileWriter, Guest, GuestError, Process, ProcessEvent, WriteOptions,
+    Address, Bind, BoxStream, Command, DirectoryEntry, FileReader, FileStat, FileWriter, Guest, GuestError, Listener,
+    Process, ProcessEvent, WriteOptions,
 };
 use nagaya_guest::messages::{self, ListDirectory, MakeDirectory, ReadFile, Remove, event, outcome};
 use nagaya_guest::mux::Incoming;
@@ -108,5 +109,13 @@ impl Guest for Link {
                 other => return Err(unexpected(other)),
             }
         }
+    }
+
+    async fn connect(&self, _address: &Address) -> Result<BoxStream, GuestError> {
+        Err(guest_error(Code::CapabilityUnavailable, "connections into a sandbox"))
+    }
+
+    async fn listen(&self, _bind: &Bind) -> Result<Listener, GuestError> {
+        Err(guest_error(Code::CapabilityUnavailable, "listening in a sandbox"))
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nagaya_api::ids::{ExecutionId, SessionId};
 use nagaya_engine::model::Machine;
 use nagaya_engine::ports::{Command, DriverError, DriverEvent, ProcessInput};
-use nagaya_testkit::Outcome;
+use nagaya_testkit::{Outcome, SmallDisk};
 
 use super::life::{adopt_stopped, fresh_image};
 use super::place::*;
@@ -306,7 +306,7 @@ fn freeze_as_a_killed_server_does(directory: &Path) {
 
 pub async fn a_host_without_space_keeps_the_sandbox_usable_and_no_image(_place: &mut Place) -> Outcome {
     let outer = SmallDisk::mount(900);
-    let data = tempfile::Builder::new().prefix("nagaya-contract-small-").tempdir_in(&outer.place).unwrap();
+    let data = tempfile::Builder::new().prefix("nagaya-contract-small-").tempdir_in(outer.path()).unwrap();
     let place = Place::namespace_with(data, |_| ()).await.unwrap();
     let (driver, id) = (place.driver(), fresh_id());
     let guest = driver.create(id, &machine(), None).await.unwrap();
@@ -337,33 +337,4 @@ pub async fn low_memory_of_the_host_is_told_and_not_all_the_time(_place: &mut Pl
     assert!(second.is_err(), "{second:?}");
     place.close().await;
     Ok(())
-}
-
-/// A file system of its own on a file, for a host that runs out of space.
-struct SmallDisk {
-    _image: tempfile::NamedTempFile,
-    place: tempfile::TempDir,
-}
-
-impl SmallDisk {
-    fn mount(megabytes: u64) -> Self {
-        let image = tempfile::NamedTempFile::new().unwrap();
-        image.as_file().set_len(megabytes << 20).unwrap();
-        let place = tempfile::tempdir().unwrap();
-        let script = r#"mkfs.ext4 -q -F -m 0 "$1" && mount -o loop "$1" "$2""#;
-        let status = std::process::Command::new("/bin/sh")
-            .args(["-c", script, "sh"])
-            .args([image.path(), place.path()])
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-            .status()
-            .unwrap();
-        assert!(status.success());
-        Self { _image: image, place }
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("/bin/umount").arg("-l").arg(self.place.path()).status();
-    }
 }

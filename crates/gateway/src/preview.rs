@@ -1,0 +1,1 @@
+//! Requests to previews, on their way to services in sandboxes and back.
