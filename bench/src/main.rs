@@ -2,12 +2,14 @@
 //!
 //! Options: `--quick` (few rounds, for a look and for CI), `--name NAME` (directory below
 //! `bench/results/`), `--only PART` (create, bursts, exec, files,
-//! memory, sustained, pauses, snapshots, forks, volumes, peers).
+//! memory, sustained, pauses, snapshots, forks, volumes, previews, ssh, peers).
 
 mod life;
 mod own;
 mod peers;
+mod previews;
 mod samples;
+mod ssh;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -41,7 +43,7 @@ fn main() -> ExitCode {
     let only = value("--only");
     let wants = |part: &str| only.as_ref().is_none_or(|only| only == part);
 
-    let mut report = Report::default();
+    let mut report = Report::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("results").join(name));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime can be made");
     runtime.block_on(async {
         if wants("create") {
@@ -74,18 +76,33 @@ fn main() -> ExitCode {
         if wants("volumes") {
             life::volumes(&mut report, effort).await;
         }
+        if wants("previews") {
+            previews::run(&mut report, effort).await;
+        }
+        if wants("ssh") {
+            ssh::run(&mut report, effort).await;
+        }
     });
     if wants("peers") {
         peers::run(&mut report, effort);
         println!();
         let runs = ["bubblewrap: run true", "crun: run true", "runc: run true", "runsc: run true", "docker: run true"];
         report.ratios("create + first exec, pools full", &runs);
+        report.ratios(
+            "sustained create, exec, terminate",
+            &[
+                "bubblewrap: sustained run true",
+                "crun: sustained run true",
+                "runc: sustained run true",
+                "runsc: sustained run true",
+            ],
+        );
         report.ratios("pause, memory kept", &["runc: pause", "docker: pause"]);
         report.ratios("resume from memory", &["runc: resume", "docker: unpause"]);
         report.ratios("snapshot, 10 MB dirty", &["runsc: checkpoint", "docker: commit, 10 MB dirty"]);
         report.ratios("restore, 10 MB dirty: to first exec", &["runsc: restore"]);
         report.ratios("exec round trip of true", &["crun: exec true", "runc: exec true", "runsc: exec true"]);
     }
-    report.write(&Path::new(env!("CARGO_MANIFEST_DIR")).join("results").join(name));
+    println!("\nraw samples: {}", report.path().display());
     ExitCode::SUCCESS
 }

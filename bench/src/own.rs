@@ -40,7 +40,7 @@ async fn settle(server: &Server, ready: usize) {
     let deadline = Instant::now() + Duration::from_secs(120);
     loop {
         let slots = ready_slots(server.endpoint());
-        let sandboxes = fs::read_dir(server.data_dir().join("sandboxes")).map_or(0, |entries| entries.count());
+        let sandboxes = fs::read_dir(server.storage().join("sandboxes")).map_or(0, |entries| entries.count());
         if slots >= ready && sandboxes == 0 {
             return;
         }

@@ -3,14 +3,23 @@
 //! what they leave out is in their favour.
 
 use std::fs;
+use std::io::{Read, Seek};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Instant;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::json;
 
 use crate::Effort;
-use crate::samples::{Report, repeat, timed};
+use crate::samples::{Report, milliseconds};
+
+/// A peer that takes longer is named as not run.
+const ATTEMPT_SECONDS_MAX: i64 = 60;
 
 /// The first id of the range that containers get.
 const FIRST_ID: u32 = 0x6000_0000;
@@ -58,9 +67,8 @@ fn bubblewrap(report: &mut Report, effort: Effort) {
         command.args(["--die-with-parent", "/bin/true"]);
         command
     };
-    match attempt(&mut command()) {
-        Err(reason) => report.not_run(name, &reason),
-        Ok(()) => report.timing(name, repeat(effort.of(100, 10), || must(&mut command()))),
+    if measure(report, name, effort.of(100, 10), &mut || command()) {
+        sustained(report, "bubblewrap: sustained run true", effort.of(400, 30), &|_| command());
     }
 }
 
@@ -76,36 +84,42 @@ fn container(report: &mut Report, effort: Effort, runtime: &str) {
         let mut command = Command::new(runtime);
         command.arg("--root").arg(&state);
         if runtime == "runsc" {
-            command.args(["--platform=ptrace", "--network=none", "--ignore-cgroups"]);
+            command.args(["--network=none", "--ignore-cgroups"]);
         }
         command.arg(verb);
         command
     };
     let once = bundle(place.path(), "once", &["/bin/true"], runtime);
-    let mut number = 0;
-    let mut start = || {
-        number += 1;
+    let start = |number: usize| {
         let mut command = base("run");
         command.arg("--bundle").arg(&once).arg(format!("bench-{}-{number}", std::process::id()));
         command
     };
-    match attempt(&mut start()) {
-        Err(reason) => {
-            report.not_run(&run, &reason);
-            return report.not_run(&exec, &reason);
-        }
-        Ok(()) => report.timing(&run, repeat(effort.of(50, 5), || must(&mut start()))),
+    let mut numbers = 0..;
+    if !measure(report, &run, effort.of(50, 5), &mut || start(numbers.next().unwrap_or_default())) {
+        return report.not_run(&exec, "it runs nothing");
     }
+    sustained(report, &format!("{runtime}: sustained run true"), effort.of(100, 10), &|number| {
+        start(1_000_000 + number)
+    });
     let long = bundle(place.path(), "long", &["/bin/sleep", "1000"], runtime);
     let id = format!("bench-{}-long", std::process::id());
     match attempt(base("run").arg("--detach").arg("--bundle").arg(&long).arg(&id)) {
         Err(reason) => report.not_run(&exec, &reason),
-        Ok(()) => {
-            report.timing(&exec, repeat(effort.of(100, 10), || must(base("exec").args([&id, "/bin/true"]))));
-            pause(report, effort, runtime, &|verb| {
+        Ok(_) => {
+            measure(report, &exec, effort.of(100, 10), &mut || {
+                let mut command = base("exec");
+                command.args([&id, "/bin/true"]);
+                command
+            });
+            let verb = |verb: &str| {
                 let mut command = base(verb);
                 command.arg(&id);
                 command
+            };
+            let names = [format!("{runtime}: pause"), format!("{runtime}: resume")];
+            in_turn(report, names.each_ref().map(String::as_str), effort.of(50, 5), &|index| {
+                verb(["pause", "resume"][index])
             });
             if runtime == "runsc" {
                 checkpoint(report, effort, place.path(), &long, &id, &base);
@@ -115,20 +129,20 @@ fn container(report: &mut Report, effort: Effort, runtime: &str) {
     }
 }
 
-/// Pause and resume in turn, each timed.
-fn pause(report: &mut Report, effort: Effort, runtime: &str, verb: &dyn Fn(&str) -> Command) {
-    let (pause, resume) = (format!("{runtime}: pause"), format!("{runtime}: resume"));
-    if let Err(reason) = attempt(&mut verb("pause")).and_then(|()| attempt(&mut verb("resume"))) {
-        report.not_run(&pause, &reason);
-        return report.not_run(&resume, &reason);
+/// Two commands that undo each other, each timed.
+fn in_turn(report: &mut Report, names: [&str; 2], rounds: usize, command: &dyn Fn(usize) -> Command) {
+    let mut samples = [Vec::new(), Vec::new()];
+    for _ in 0..rounds {
+        for index in [0, 1] {
+            match attempt(&mut command(index)) {
+                Ok(time) => samples[index].push(time),
+                Err(reason) => return names.into_iter().for_each(|name| report.not_run(name, &reason)),
+            }
+        }
     }
-    let (mut pauses, mut resumes) = (Vec::new(), Vec::new());
-    for _ in 0..effort.of(50, 5) {
-        pauses.push(timed(|| must(&mut verb("pause"))));
-        resumes.push(timed(|| must(&mut verb("resume"))));
+    for (name, samples) in names.into_iter().zip(samples) {
+        report.timing(name, samples);
     }
-    report.timing(&pause, pauses);
-    report.timing(&resume, resumes);
 }
 
 /// Memory and processes of a sleeping program to a file, and back from it.
@@ -156,19 +170,15 @@ fn checkpoint(
         report.not_run(name, &reason);
         return report.not_run(restore, &reason);
     }
-    report.timing(name, repeat(effort.of(20, 3), || must(&mut take(&image()))));
+    measure(report, name, effort.of(20, 3), &mut || take(&image()));
     let mut copies = Vec::new();
-    let mut back = || {
+    measure(report, restore, effort.of(10, 2), &mut || {
         let copy = format!("{id}-copy-{}", copies.len());
         let mut command = base("restore");
         command.arg("--detach").arg("--image-path").arg(&first).arg("--bundle").arg(bundle).arg(&copy);
         copies.push(copy);
         command
-    };
-    match attempt(&mut back()) {
-        Err(reason) => report.not_run(restore, &reason),
-        Ok(()) => report.timing(restore, repeat(effort.of(10, 2), || must(&mut back()))),
-    }
+    });
     for copy in copies {
         let _ = attempt(base("delete").arg("--force").arg(&copy));
     }
@@ -244,10 +254,7 @@ fn docker(report: &mut Report, effort: Effort) {
         command.args(["nagaya-bench", "/bin/true"]);
         command
     };
-    match attempt(&mut command()) {
-        Err(reason) => report.not_run(name, &reason),
-        Ok(()) => report.timing(name, repeat(effort.of(20, 3), || must(&mut command()))),
-    }
+    measure(report, name, effort.of(20, 3), &mut || command());
     docker_life(report, effort);
 }
 
@@ -268,41 +275,79 @@ fn docker_life(report: &mut Report, effort: Effort) {
     if let Err(reason) = begun {
         return [pause, unpause, commit].into_iter().for_each(|name| report.not_run(name, &reason));
     }
-    let (mut pauses, mut resumes) = (Vec::new(), Vec::new());
-    for _ in 0..effort.of(20, 3) {
-        pauses.push(timed(|| must(&mut docker(&["pause", &id]))));
-        resumes.push(timed(|| must(&mut docker(&["unpause", &id]))));
+    in_turn(report, [pause, unpause], effort.of(20, 3), &|index| docker(&[["pause", "unpause"][index], &id]));
+    match attempt(&mut docker(&["exec", &id, "/bin/sh", "-c", "head -c 10M /dev/urandom >/dirty"])) {
+        Err(reason) => report.not_run(commit, &reason),
+        Ok(_) => {
+            measure(report, commit, effort.of(10, 2), &mut || docker(&["commit", &id, "nagaya-bench-commit"]));
+        }
     }
-    report.timing(pause, pauses);
-    report.timing(unpause, resumes);
-    must(&mut docker(&["exec", &id, "/bin/sh", "-c", "head -c 10M /dev/urandom >/dirty"]));
-    report.timing(commit, repeat(effort.of(10, 2), || must(&mut docker(&["commit", &id, "nagaya-bench-commit"]))));
     let _ = attempt(&mut docker(&["rm", "--force", &id]));
     let _ = attempt(&mut docker(&["image", "rm", "nagaya-bench-commit"]));
 }
 
-/// Why a command does not work here.
-fn attempt(command: &mut Command) -> Result<(), String> {
-    // Output goes to a file: a detached container would keep a pipe open.
-    let errors = tempfile::tempfile().map_err(|error| error.to_string())?;
-    let kept = errors.try_clone().map_err(|error| error.to_string())?;
-    let status = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(kept).status();
-    match status {
-        Ok(status) if status.success() => Ok(()),
-        Ok(status) => {
-            let mut text = String::new();
-            let mut errors = errors;
-            let _ = std::io::Seek::rewind(&mut errors);
-            let _ = std::io::Read::read_to_string(&mut errors, &mut text);
-            let last = text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default();
-            Err(format!("{status}: {}", last.chars().take(200).collect::<String>()))
+/// Runs a command again and again, one after the other, after a first time that does not count. False, and said
+/// so, where it does not work.
+fn measure(report: &mut Report, name: &str, rounds: usize, command: &mut dyn FnMut() -> Command) -> bool {
+    let samples: Result<Vec<f64>, String> = (0..=rounds).map(|_| attempt(&mut command())).collect();
+    match samples {
+        Ok(samples) => report.timing(name, samples[1..].to_vec()),
+        Err(reason) => {
+            report.not_run(name, &reason);
+            return false;
         }
-        Err(error) => Err(error.to_string()),
+    }
+    true
+}
+
+/// As many as eight at a time give, per second: what our own sustained creates compare with.
+fn sustained(report: &mut Report, name: &str, count: usize, command: &(dyn Fn(usize) -> Command + Sync)) {
+    let next = AtomicUsize::new(0);
+    let start = Instant::now();
+    let worker = || {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= count {
+                return Ok(());
+            }
+            attempt(&mut command(number))?;
+        }
+    };
+    let outcome: Result<(), String> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..8).map(|_| scope.spawn(worker)).collect();
+        workers.into_iter().try_for_each(|worker| worker.join().expect("workers do not panic"))
+    });
+    match outcome {
+        Ok(()) => report.figure(name, count as f64 / start.elapsed().as_secs_f64(), "per second"),
+        Err(reason) => report.not_run(name, &reason),
     }
 }
 
-fn must(command: &mut Command) {
-    let Output { status, .. } =
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).output().expect("it ran before");
-    assert!(status.success(), "{command:?} worked before");
+/// How long a command took, milliseconds; or why it does not work here.
+fn attempt(command: &mut Command) -> Result<f64, String> {
+    // Output goes to a file: a detached container would keep a pipe open.
+    let mut errors = tempfile::tempfile().map_err(|error| error.to_string())?;
+    let kept = errors.try_clone().map_err(|error| error.to_string())?;
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(kept);
+    let start = Instant::now();
+    let mut child = command.spawn().map_err(|error| error.to_string())?;
+    let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).map_err(|error| error.to_string())?;
+    let limit = Timespec { tv_sec: ATTEMPT_SECONDS_MAX, tv_nsec: 0 };
+    let ended = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit)).map_err(|error| error.to_string())?;
+    if ended == 0 {
+        let _ = child.kill();
+    }
+    let status = child.wait().map_err(|error| error.to_string())?;
+    let time = milliseconds(start.elapsed());
+    if ended == 0 {
+        return Err(format!("no end after {ATTEMPT_SECONDS_MAX} s"));
+    }
+    if status.success() {
+        return Ok(time);
+    }
+    let mut text = String::new();
+    let _ = errors.rewind();
+    let _ = errors.read_to_string(&mut text);
+    let last = text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default();
+    Err(format!("{status}: {}", last.chars().take(200).collect::<String>()))
 }

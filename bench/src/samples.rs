@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 /// Everything one run found out.
-#[derive(Default)]
 pub struct Report {
+    directory: PathBuf,
     /// Milliseconds, in the order they were taken.
     timings: BTreeMap<String, Vec<f64>>,
     /// Single numbers: name, value, unit.
@@ -18,38 +18,53 @@ pub struct Report {
 }
 
 impl Report {
+    /// Everything reported is written to this directory at once: a run that is cut keeps what it had.
+    pub fn new(directory: PathBuf) -> Self {
+        fs::create_dir_all(&directory).expect("the results' directory can be made");
+        Self { directory, timings: BTreeMap::new(), figures: Vec::new(), not_run: Vec::new() }
+    }
+
+    /// Where the raw samples are.
+    pub fn path(&self) -> PathBuf {
+        self.directory.join("samples.json")
+    }
+
     pub fn timing(&mut self, name: &str, samples: Vec<f64>) {
         let line = summary(&samples);
         println!("{name:46} {line}");
         self.timings.insert(name.to_owned(), samples);
+        self.write();
     }
 
     pub fn figure(&mut self, name: &str, value: f64, unit: &'static str) {
         println!("{name:46} {value:9.2} {unit}");
         self.figures.push((name.to_owned(), value, unit));
+        self.write();
     }
 
     pub fn not_run(&mut self, name: &str, reason: &str) {
         println!("{name:46} not run: {reason}");
         self.not_run.push((name.to_owned(), reason.to_owned()));
+        self.write();
     }
 
-    pub fn median(&self, name: &str) -> Option<f64> {
-        self.timings.get(name).map(|samples| percentile(samples, 50.0))
+    /// The median of a timing, or a figure.
+    pub fn value(&self, name: &str) -> Option<f64> {
+        let timing = self.timings.get(name).map(|samples| percentile(samples, 50.0));
+        timing.or_else(|| self.figures.iter().find(|(each, ..)| each == name).map(|(_, value, _)| *value))
     }
 
-    /// Prints how our median compares with those of peers that do the same work.
+    /// Prints how ours compares with peers that do the same work.
     pub fn ratios(&self, ours: &str, peers: &[&str]) {
-        let Some(own) = self.median(ours) else { return };
+        let Some(own) = self.value(ours) else { return };
         for peer in peers {
-            if let Some(other) = self.median(peer) {
+            if let Some(other) = self.value(peer) {
                 println!("{peer:46} {:9.2} x of {ours}", other / own);
             }
         }
     }
 
-    pub fn write(&self, directory: &Path) {
-        fs::create_dir_all(directory).expect("the results' directory can be made");
+    fn write(&self) {
         let timings: BTreeMap<&String, Value> = self
             .timings
             .iter()
@@ -77,9 +92,7 @@ impl Report {
             lines(json!(figures)),
             lines(json!(not_run)),
         );
-        let path = directory.join("samples.json");
-        fs::write(&path, text).expect("the results can be written");
-        println!("\nraw samples: {}", path.display());
+        fs::write(self.path(), text).expect("the results can be written");
     }
 }
 

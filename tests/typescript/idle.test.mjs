@@ -30,6 +30,12 @@ test("a session pauses when it was idle for as long as it said, and no earlier u
     assert.ok(Date.now() - session.lastActivityAt.getTime() >= 59_000);
     await busy.refresh();
     assert.equal(busy.state, "RUNNING", "a command that runs is use");
+    const { previewUrl } = await session.exposePort(8000);
+    await fetch(previewUrl);
+    await session.refresh();
+    assert.equal(session.state, "RUNNING", "it fell asleep by itself, so a visitor may wake it");
+    await session.pause();
+    assert.equal((await fetch(previewUrl)).status, 503, "this pause was asked for");
     await running.kill();
     await session.resume();
     assert.equal(await shell(session, "cat kept"), "kept");

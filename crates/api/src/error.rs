@@ -159,6 +159,7 @@ codes! {
     StreamProtocol => "stream_protocol", InvalidArgument, "invalid argument: frames out of order", "The first frame of a stream is its start frame, and there is exactly one.";
     Unauthenticated => "unauthenticated", Unauthenticated, "missing or unknown credential", "Send an API key of this server as `Authorization: Bearer tk_…`; `nagaya serve` prints one at its first start.";
     InvalidCertificate => "invalid_certificate", Unauthenticated, "missing, expired or foreign session certificate", "Ask CreateSessionCredential for a new certificate for this session.";
+    PreviewPrivate => "preview_private", Unauthenticated, "missing, expired or foreign viewer token", "This preview is private: open it with a URL that OpenPreview returned lately.";
     SessionNotFound => "session_not_found", NotFound, "session not found", "Check the id; sessions of other workspaces look the same as unknown ones.";
     WorkspaceNotFound => "workspace_not_found", NotFound, "workspace not found", "Use the workspace that WhoAmI names, or none.";
     ExecutionNotFound => "execution_not_found", NotFound, "execution not found in this session", "Use the execution id that ExecuteCommand returned.";
@@ -169,10 +170,12 @@ codes! {
     RegistryImageNotFound => "registry_image_not_found", NotFound, "registry image not found", "Check the reference, and that the image is visible to your workspace.";
     SnapshotNotFound => "snapshot_not_found", NotFound, "snapshot not found", "Check the id; deleted snapshots look the same as unknown ones.";
     VolumeNotFound => "volume_not_found", NotFound, "volume not found", "Check the id; deleted volumes look the same as unknown ones.";
+    PreviewNotFound => "preview_not_found", NotFound, "preview URL not found", "Check the id, slug or token; deleted and expired preview URLs look the same as unknown ones.";
     ArtifactExpired => "artifact_expired", NotFound, "artifact not found or expired", "Ask for a new URL.";
     SessionTerminated => "session_terminated", FailedPrecondition, "session is terminated", "Create a new session.";
     SessionNotRunning => "session_not_running", FailedPrecondition, "session not RUNNING", "Wait until the session is RUNNING.";
     InboundDisabled => "inbound_disabled", FailedPrecondition, "inbound access is disabled for this session", "Create the session with allow_inbound.";
+    PreviewUnbound => "preview_unbound", FailedPrecondition, "preview URL is not bound to a sandbox", "Bind it to a sandbox's port with BindPreviewUrl, or expose the port under this slug.";
     SshUnavailable => "ssh_unavailable", FailedPrecondition, "SSH is not available for this session", "Wait until the session is RUNNING; the message names the cause.";
     SshGatewayUnavailable => "ssh_gateway_unavailable", Unavailable, "no SSH gateway is ready", "Try again in a moment.";
     SnapshotNotDurable => "snapshot_not_durable", FailedPrecondition, "snapshot not yet durable", "Wait until the snapshot's durability state is DURABLE.";
@@ -190,6 +193,7 @@ codes! {
     NotARegularFile => "not_a_regular_file", FailedPrecondition, "not a regular file", "Only regular files can be read and written through the file API; use a command for others.";
     DirectoryNotEmpty => "directory_not_empty", FailedPrecondition, "directory not empty", "Ask for a recursive removal.";
     TemplateExists => "template_exists", AlreadyExists, "template already exists", "Choose another name.";
+    SlugTaken => "slug_taken", AlreadyExists, "slug already in use", "Choose another slug; slugs are unique on a server.";
     FileExists => "file_exists", AlreadyExists, "file exists", "Choose another path, or remove what is there.";
     FileSystem => "file_system", FailedPrecondition, "the file system refused", "The message names the operating system's reason.";
     PermissionDenied => "permission_denied", PermissionDenied, "permission denied", "The sandbox's kernel refused; read-only places cannot be written.";
@@ -203,7 +207,14 @@ codes! {
     CommandTimedOut => "command_timed_out", DeadlineExceeded, "command timed out", "Give it more time, or find out why it hangs.";
     DeadlineExceeded => "deadline_exceeded", DeadlineExceeded, "deadline exceeded", "Give the call more time.";
     Draining => "draining", Unavailable, "the server is shutting down", "Try again in a moment.";
+    PreviewFailed => "preview_failed", Unavailable, "the server cannot make the port reachable", "The message names what is missing on the server; nothing was changed. Try again once that is there.";
+    ServiceNotListening => "service_not_listening", Unavailable, "nothing listens on this port of the sandbox", "Start the service there, on 0.0.0.0, 127.0.0.1 or [::1], and load this again.";
+    ServiceBroken => "service_broken", Unavailable, "the service in the sandbox did not give a valid HTTP answer", "Look at the service's log; it must speak HTTP/1.1, without TLS.";
+    ServiceTimedOut => "service_timed_out", Unavailable, "the service in the sandbox did not answer in time", "Look at the service's log; the operator can raise previews.answer_timeout_ms.";
+    HostRefused => "host_refused", InvalidArgument, "the request names no host that is served here", "Open the URL as it was returned, with one valid Host field.";
     GuestUnreachable => "guest_unreachable", Unavailable, "the sandbox does not answer", "Try again; if it stays so, terminate the session and look at the server's log.";
+    ConnectionRefused => "connection_refused", Unavailable, "connection refused in the sandbox", "Nothing listens at this port or path; start the service, or look at where it listens.";
+    BindFailed => "bind_failed", FailedPrecondition, "the sandbox cannot listen there", "The message names the operating system's reason; choose another port, address or path.";
     CapabilityUnavailable => "capability_unavailable", Unimplemented, "not offered by this sandbox's driver", "Use a session on a driver that offers it.";
     Unimplemented => "unimplemented", Unimplemented, "not implemented by this server yet", "See docs/roadmap.md for what works.";
     SnapshotFailed => "snapshot_failed", Internal, "the snapshot failed", "The session is as it was; remove the cause that the message names and take it again.";

@@ -79,10 +79,12 @@ fn first_match(
 /// What a user of a client should see for each code; `None` where clients have no class of their own.
 fn intended(code: Code) -> Option<&'static str> {
     Some(match code {
-        Code::Unauthenticated | Code::InvalidCertificate => "Unauthorized",
+        Code::Unauthenticated | Code::InvalidCertificate | Code::PreviewPrivate => "Unauthorized",
         Code::PermissionDenied => "PermissionDenied",
-        // Clients know nothing of workspaces and executions; they name the session instead.
-        Code::SessionNotFound | Code::WorkspaceNotFound | Code::ExecutionNotFound => "SessionNotFound",
+        // Clients have no class for these; they name the session instead.
+        Code::SessionNotFound | Code::WorkspaceNotFound | Code::ExecutionNotFound | Code::PreviewNotFound => {
+            "SessionNotFound"
+        }
         Code::FileNotFound | Code::CommandNotFound => "FileNotFound",
         Code::TemplateNotFound => "TemplateNotFound",
         Code::TemplateBuildNotFound => "TemplateBuildNotFound",
@@ -96,12 +98,14 @@ fn intended(code: Code) -> Option<&'static str> {
         | Code::SnapshotNotReady
         | Code::SnapshotDamaged
         | Code::VolumeRefused
+        | Code::PreviewUnbound
         | Code::PauseFailed
         | Code::ResumeFailed
         | Code::IsADirectory
         | Code::NotADirectory
         | Code::NotARegularFile
         | Code::DirectoryNotEmpty
+        | Code::BindFailed
         | Code::FileSystem => "InvalidState",
         Code::InboundDisabled => "InboundDisabled",
         Code::SshUnavailable | Code::SshGatewayUnavailable => "SSHUnavailable",
@@ -124,8 +128,15 @@ fn intended(code: Code) -> Option<&'static str> {
         | Code::PathRefused
         | Code::StreamProtocol
         | Code::FileExists
+        | Code::SlugTaken
+        | Code::PreviewFailed
         | Code::Draining
+        | Code::ServiceNotListening
+        | Code::ServiceBroken
+        | Code::ServiceTimedOut
+        | Code::HostRefused
         | Code::GuestUnreachable
+        | Code::ConnectionRefused
         | Code::CapabilityUnavailable
         | Code::Unimplemented
         | Code::SnapshotFailed

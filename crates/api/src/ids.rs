@@ -85,6 +85,10 @@ id!(
     /// A disk image at rest, on its way into or out of a sandbox.
     ImageId
 );
+id!(
+    /// A name under which a port of a sandbox is reached from outside.
+    PreviewId
+);
 
 #[cfg(test)]
 mod tests {

@@ -16,6 +16,15 @@ pub const VOLUME_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=100 << 30;
 /// Bytes in the path of a mount.
 pub const MOUNT_PATH_BYTES_MAX: usize = 4_096;
 
+/// An allow-list of destinations. Source: rules on `SessionEgressPolicy`.
+pub const EGRESS_DOMAINS_MAX: usize = 256;
+pub const EGRESS_DOMAIN_CHARS_MAX: usize = 253;
+pub const EGRESS_CIDRS_MAX: usize = 64;
+pub const EGRESS_CIDR_CHARS_MAX: usize = 18;
+
+/// Characters in the slug of a preview. Source: rules on `CreatePreviewUrlRequest.slug`.
+pub const SLUG_CHARS: std::ops::RangeInclusive<usize> = 3..=63;
+
 /// Characters in the name of a session, snapshot or volume.
 pub const NAME_CHARS_MAX: usize = 64;
 pub const TAGS_MAX: usize = 20;

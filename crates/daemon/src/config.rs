@@ -4,7 +4,7 @@
 //! which hands what it found over as [`Overrides`]. An unknown key is an error, so that a typing
 //! mistake never silently leaves a limit at its default.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use nagaya_engine::EngineConfig;
@@ -35,6 +35,9 @@ pub struct Config {
     pub public_url: Option<String>,
     /// Serves TLS instead of clear text.
     pub tls: Option<TlsConfig>,
+    /// Previews have host names of one label below this domain, on the one listener; `*.DOMAIN` must lead here. Default:
+    /// none, and each preview has a port of its own on the machine's loopback.
+    pub preview_domain: Option<String>,
     /// An API key to accept besides those made by the server: `tk_` and at least 16 characters.
     pub api_key: Option<String>,
     pub limits: Limits,
@@ -42,7 +45,10 @@ pub struct Config {
     pub network: Network,
     pub pools: Pools,
     pub namespace: Namespace,
+    pub disks: Disks,
     pub blobs: Blobs,
+    pub previews: Previews,
+    pub ssh: Ssh,
 }
 
 /// Files in PEM form.
@@ -79,7 +85,7 @@ pub struct Limits {
     /// How long the body of a refused request is read and thrown away, so that its sender gets
     /// to see the answer. Default 10,000.
     pub refused_body_drain_ms: u64,
-    /// A silent HTTP/2 connection is pinged this often. Default 30,000.
+    /// A silent HTTP/2 connection is pinged this often, and the client of a host-port tunnel. Default 30,000.
     pub keep_alive_interval_ms: u64,
     /// How long a peer may take to answer that ping before it counts as gone. Default 20,000.
     pub keep_alive_timeout_ms: u64,
@@ -116,6 +122,8 @@ pub struct Network {
     pub cidr: Option<String>,
     /// Networks that sandboxes may reach although they are denied by default.
     pub allow: Vec<String>,
+    /// Who answers sandboxes' questions for names, e.g. `9.9.9.9` or `127.0.0.1:5353`. Default: whom the host asks.
+    pub name_server: Option<String>,
 }
 
 /// Resources made ahead, so that creating a sandbox does not wait for them.
@@ -136,7 +144,8 @@ pub struct Namespace {
     pub slots_max: u32,
     /// Processes and threads of one sandbox. Default 1024.
     pub processes_max: u64,
-    /// Free space of the data directory's file system below which no sandbox is made, MiB. Default 256.
+    /// Free space below which no sandbox is made, of the pool of disks where there is one, else of the data directory's
+    /// file system; also what the pool leaves to the host when it grows, MiB. Default 256.
     pub disk_free_mb_min: u64,
     /// Available memory of the host below which no sandbox is made, MiB. Default 256.
     pub memory_available_mb_min: u64,
@@ -146,6 +155,24 @@ pub struct Namespace {
     /// Switch the host's cgroups to fast moves of processes (`favordynmods`), which saves some 8 ms
     /// for each command and stays on for the whole host. Default true.
     pub favor_cgroup_moves: bool,
+}
+
+/// Where disks, volumes and snapshots lie. Decided when a data directory is used for the first time.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Disks {
+    /// `auto`: where the data directory's file system shares no blocks between copies, they lie in a pool: an XFS file
+    /// system in a file. `off`: they are plain files always. Default auto.
+    pub pool: DiskPool,
+    /// What a pool begins with, MiB; at most half of what the host has left. It grows by itself. Default 4096.
+    pub pool_first_mb: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskPool {
+    Auto,
+    Off,
 }
 
 /// Where snapshots are kept: in `blobs` of the data directory, and behind that where it is told.
@@ -181,6 +208,46 @@ fn default_region() -> String {
     "us-east-1".into()
 }
 
+/// How services in sandboxes are reached from browsers.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Previews {
+    /// The certificate for `*.preview_domain`, where that of `tls` is not good for it too.
+    pub tls: Option<TlsConfig>,
+    /// The address of this machine that previews have their ports on while there is no `preview_domain`. Default 127.0.0.1.
+    pub loopback: IpAddr,
+    /// For connecting to a service in a sandbox. Default 10,000.
+    pub connect_timeout_ms: u64,
+    /// How long a service may take from the last piece of a request to the header of its answer. Default 300,000.
+    pub answer_timeout_ms: u64,
+    /// Requests and WebSockets under way to one preview. Default 1024.
+    pub exchanges_max: usize,
+    /// Connections kept open to one preview's service for later requests. Default 32.
+    pub idle_connections_max: usize,
+    /// How long they are kept. Default 30,000.
+    pub idle_timeout_ms: u64,
+}
+
+/// The server for SSH. Through the API's own listener it is always there.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Ssh {
+    /// Where plain SSH is spoken too, e.g. `0.0.0.0:2222`; port 0 picks a free one. Default: nowhere.
+    pub listen: Option<SocketAddr>,
+    /// Default 1024.
+    pub connections_max: usize,
+    /// Connections on which nobody is logged in yet. Default 128.
+    pub logins_max: usize,
+    /// From connecting to being logged in. Default 20,000.
+    pub login_timeout_ms: u64,
+    /// Commands, file servers and forwarded streams of one connection. Default 256.
+    pub channels_per_connection_max: usize,
+    /// How long a certificate is good when its holder does not say. Default 600,000.
+    pub certificate_ttl_ms: u64,
+    /// The longest that is given, whatever is asked for. Default 86,400,000.
+    pub certificate_ttl_max_ms: u64,
+}
+
 /// What flags and environment say; wins over the file.
 #[derive(Debug, Clone, Default)]
 pub struct Overrides {
@@ -188,6 +255,7 @@ pub struct Overrides {
     pub data_dir: Option<PathBuf>,
     pub public_url: Option<String>,
     pub api_key: Option<String>,
+    pub ssh_listen: Option<SocketAddr>,
 }
 
 const MIB: u32 = 1024 * 1024;
@@ -199,13 +267,17 @@ impl Default for Config {
             data_dir: default_data_dir(),
             public_url: None,
             tls: None,
+            preview_domain: None,
             api_key: None,
             limits: Limits::default(),
             engine: EngineConfig::default(),
             network: Network::default(),
             pools: Pools::default(),
             namespace: Namespace::default(),
+            disks: Disks::default(),
             blobs: Blobs::default(),
+            previews: Previews::default(),
+            ssh: Ssh::default(),
         }
     }
 }
@@ -238,13 +310,47 @@ impl Default for Limits {
 
 impl Default for Network {
     fn default() -> Self {
-        Self { outbound: true, cidr: None, allow: Vec::new() }
+        Self { outbound: true, cidr: None, allow: Vec::new(), name_server: None }
     }
 }
 
 impl Default for Pools {
     fn default() -> Self {
         Self { slots_ready: 16, isolated_slots_ready: 2 }
+    }
+}
+
+impl Default for Previews {
+    fn default() -> Self {
+        Self {
+            tls: None,
+            loopback: IpAddr::from([127, 0, 0, 1]),
+            connect_timeout_ms: 10_000,
+            answer_timeout_ms: 300_000,
+            exchanges_max: 1024,
+            idle_connections_max: 32,
+            idle_timeout_ms: 30_000,
+        }
+    }
+}
+
+impl Default for Disks {
+    fn default() -> Self {
+        Self { pool: DiskPool::Auto, pool_first_mb: 4_096 }
+    }
+}
+
+impl Default for Ssh {
+    fn default() -> Self {
+        Self {
+            listen: None,
+            connections_max: 1024,
+            logins_max: 128,
+            login_timeout_ms: 20_000,
+            channels_per_connection_max: 256,
+            certificate_ttl_ms: 600_000,
+            certificate_ttl_max_ms: 86_400_000,
+        }
     }
 }
 
@@ -273,13 +379,44 @@ impl Config {
             }
             None => Self::default(),
         };
-        let Overrides { listen, data_dir, public_url, api_key } = overrides;
+        let Overrides { listen, data_dir, public_url, api_key, ssh_listen } = overrides;
         config.listen = listen.unwrap_or(config.listen);
         config.data_dir = data_dir.unwrap_or(config.data_dir);
         config.public_url = public_url.or(config.public_url);
         config.api_key = api_key.or(config.api_key);
+        config.ssh.listen = ssh_listen.or(config.ssh.listen);
         config.check()?;
         Ok(config)
+    }
+
+    fn check_previews(&mut self) -> Result<(), ConfigError> {
+        let refuse = |key, problem: &str| Err(ConfigError::Value { key, problem: problem.into() });
+        if !self.previews.loopback.is_loopback() {
+            return refuse(
+                "previews.loopback",
+                "must be a loopback address: there is no other protection on these ports",
+            );
+        }
+        let Some(domain) = &mut self.preview_domain else {
+            return match self.previews.tls {
+                Some(_) => refuse("previews.tls", "needs preview_domain"),
+                None => Ok(()),
+            };
+        };
+        domain.make_ascii_lowercase();
+        if !is_domain(domain) {
+            return refuse("preview_domain", "must be a domain name, e.g. previews.example.com");
+        }
+        if self.previews.tls.is_some() && self.tls.is_none() {
+            return refuse("previews.tls", "needs tls: one listener serves both");
+        }
+        let own = self.public_url.as_ref().and_then(|url| url.parse::<http::Uri>().ok());
+        let own = own.as_ref().and_then(http::Uri::host).unwrap_or_default().to_ascii_lowercase();
+        if own.strip_suffix(domain.as_str()).is_some_and(|front| front.is_empty() || front.ends_with('.')) {
+            // Pages of previews could act there in the name of whoever looks at them.
+            return refuse("preview_domain", "must not be the domain that public_url lies in");
+        }
+        Ok(())
     }
 
     fn check(&mut self) -> Result<(), ConfigError> {
@@ -297,6 +434,7 @@ impl Config {
                 return refuse("public_url", "must be http:// or https:// with a host, and no path");
             }
         }
+        self.check_previews()?;
         let limits = &self.limits;
         if !(1024 * 1024..=i32::MAX as usize).contains(&limits.message_bytes_max) {
             return refuse("limits.message_bytes_max", "must be between 1 MiB and 2 GiB");
@@ -325,9 +463,24 @@ impl Config {
             ("limits.keep_alive_timeout_ms", limits.keep_alive_timeout_ms),
             ("limits.download_url_ttl_ms", limits.download_url_ttl_ms),
             ("limits.downloads_max", limits.downloads_max as u64),
+            ("previews.connect_timeout_ms", self.previews.connect_timeout_ms),
+            ("previews.answer_timeout_ms", self.previews.answer_timeout_ms),
+            ("previews.exchanges_max", self.previews.exchanges_max as u64),
+            ("previews.idle_timeout_ms", self.previews.idle_timeout_ms),
             ("engine.forks_max", self.engine.forks_max.into()),
             ("engine.sessions_max", self.engine.sessions_max.into()),
             ("engine.certificate_ttl_ms", self.engine.certificate_ttl_ms),
+            ("engine.wake_timeout_ms", self.engine.wake_timeout_ms),
+            ("engine.previews_max", self.engine.previews_max.into()),
+            ("engine.exposed_ports_max", self.engine.exposed_ports_max.into()),
+            ("engine.private_preview_ttl_ms", self.engine.private_preview_ttl_ms),
+            ("engine.viewer_token_ttl_max_ms", self.engine.viewer_token_ttl_max_ms),
+            ("ssh.connections_max", self.ssh.connections_max as u64),
+            ("ssh.logins_max", self.ssh.logins_max as u64),
+            ("ssh.login_timeout_ms", self.ssh.login_timeout_ms),
+            ("ssh.channels_per_connection_max", self.ssh.channels_per_connection_max as u64),
+            ("ssh.certificate_ttl_ms", self.ssh.certificate_ttl_ms),
+            ("ssh.certificate_ttl_max_ms", self.ssh.certificate_ttl_max_ms),
         ] {
             if count == 0 {
                 return refuse(key, "must not be 0");
@@ -343,6 +496,18 @@ impl Config {
         }
         Ok(())
     }
+}
+
+fn is_domain(name: &str) -> bool {
+    let is_label = |label: &str| {
+        let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        (1..=63).contains(&label.len())
+            && label.bytes().all(allowed)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    // What ends with a digit could be an address.
+    name.len() <= 180 && name.split('.').all(is_label) && !name.ends_with(|last: char| last.is_ascii_digit())
 }
 
 fn default_data_dir() -> PathBuf {
@@ -430,6 +595,13 @@ mod tests {
             ("[limits]\nconnections_max = 0", "limits.connections_max"),
             ("[engine]\nsessions_max = 0", "engine.sessions_max"),
             ("[limits]\ndownloads_max = 0", "limits.downloads_max"),
+            ("preview_domain = 'p_q.example'", "preview_domain"),
+            ("preview_domain = '127.0.0.1'", "preview_domain"),
+            ("preview_domain = 'example.com'\npublic_url = 'https://api.example.com'", "preview_domain"),
+            ("[previews]\nloopback = '0.0.0.0'", "previews.loopback"),
+            ("[previews]\nanswer_timeout_ms = 0", "previews.answer_timeout_ms"),
+            ("[previews.tls]\ncertificate_file = 'c'\nkey_file = 'k'", "previews.tls"),
+            ("preview_domain = 'p.example'\n[previews.tls]\ncertificate_file = 'c'\nkey_file = 'k'", "previews.tls"),
             ("[blobs.s3]\nbucket = ''", "blobs.s3.bucket"),
             ("[blobs.s3]\nbucket = 'b'\nendpoint = 'http://x'", "blobs.s3.endpoint"),
         ] {

@@ -15,27 +15,33 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nagaya_engine::Engine;
+use nagaya_gateway::preview::{self, Proxy};
+use nagaya_gateway::ssh::{SshLimits, SshServer};
 
 use config::Config;
 use download::Downloads;
 pub use metrics::{Level, Levels};
 use metrics::{Metrics, Sources};
-pub use server::ListenError;
 use server::Server;
 use server::lifecycle::{Lifecycle, Phase};
 use server::routes::Routes;
 pub use server::tls::TlsError;
+pub use server::{Front, ListenError};
 
 /// What parts below the engine contribute to the server's surface.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub struct Hooks {
     /// Read at every scrape of `/metrics`: how many resources are ready in each pool.
     pub pools: Option<Levels>,
+    /// Whose edge the engine was given. Without it the server opens its own, and previews are not reached.
+    pub front: Option<Front>,
 }
 
 /// A running server.
 pub struct Daemon {
     server: Server,
+    previews: Arc<Proxy>,
+    ssh: SshServer,
     engine: Engine,
     drain_timeout: Duration,
 }
@@ -60,6 +66,14 @@ impl Daemon {
         }));
         let lifecycle = Lifecycle::new();
         let downloads = Arc::new(Downloads::new(engine.clone(), Arc::clone(&lifecycle), &config.limits));
+        let ssh = SshServer::start(engine.clone(), ssh_limits(&config.ssh)).await.map_err(ListenError::Ssh)?;
+        let ssh_address = match config.ssh.listen {
+            Some(address) => Some(ssh.listen(address).await.map_err(|source| ListenError::Bind { address, source })?),
+            None => None,
+        };
+        if let Some(address) = ssh_address {
+            tracing::info!(%address, host_key = ssh.host_key_fingerprint(), "speaking SSH");
+        }
         let tenki = tenki::Facade::new(tenki::Parts {
             engine: engine.clone(),
             engine_config: config.engine.clone(),
@@ -68,20 +82,26 @@ impl Daemon {
             metrics: Arc::clone(&metrics),
             lifecycle: Arc::clone(&lifecycle),
             downloads: Arc::clone(&downloads),
+            ssh: ssh.clone(),
+            ssh_address,
         });
-        let routes = Routes { tenki, downloads, lifecycle: Arc::clone(&lifecycle), metrics: Arc::clone(&metrics) };
-        let server = Server::start(
-            config.listen,
-            config.tls.as_ref(),
-            config.limits.clone(),
-            routes,
-            Arc::clone(&lifecycle),
-            metrics,
-        )
-        .await?;
+        let previews =
+            Proxy::start(Arc::new(engine.clone()), config.preview_domain.as_deref(), proxy_settings(&config.previews));
+        let routes = Routes {
+            tenki,
+            downloads,
+            previews: Arc::clone(&previews),
+            lifecycle: Arc::clone(&lifecycle),
+            metrics: Arc::clone(&metrics),
+        };
+        let front = match hooks.front {
+            Some(front) => front,
+            None => Front::open(config).await?,
+        };
+        let server = Server::start(config, front, routes, Arc::clone(&lifecycle), metrics)?;
         lifecycle.advance(Phase::Serving);
         let drain_timeout = Duration::from_millis(config.limits.drain_timeout_ms);
-        Ok(Self { server, engine, drain_timeout })
+        Ok(Self { server, previews, ssh, engine, drain_timeout })
     }
 
     /// Where it listens; tells the port when the configuration asked for a free one.
@@ -92,7 +112,29 @@ impl Daemon {
     /// Stops in an orderly way: accepts nothing new, finishes calls for at most
     /// `drain_timeout_ms`, ends long streams, then stops the engine. Sandboxes keep running.
     pub async fn shut_down(self) {
-        self.server.shut_down(self.drain_timeout).await;
+        self.previews.stop();
+        tokio::join!(self.ssh.shut_down(), self.server.shut_down(self.drain_timeout));
         self.engine.shut_down().await;
+    }
+}
+
+fn ssh_limits(config: &config::Ssh) -> SshLimits {
+    SshLimits {
+        connections_max: config.connections_max,
+        logins_max: config.logins_max,
+        login_timeout: Duration::from_millis(config.login_timeout_ms),
+        channels_per_connection_max: config.channels_per_connection_max,
+        certificate_ttl_default: Duration::from_millis(config.certificate_ttl_ms),
+        certificate_ttl_max: Duration::from_millis(config.certificate_ttl_max_ms),
+    }
+}
+
+fn proxy_settings(config: &config::Previews) -> preview::Settings {
+    preview::Settings {
+        connect_timeout: Duration::from_millis(config.connect_timeout_ms),
+        answer_timeout: Duration::from_millis(config.answer_timeout_ms),
+        exchanges_max: config.exchanges_max,
+        idle_connections_max: config.idle_connections_max,
+        idle_timeout: Duration::from_millis(config.idle_timeout_ms),
     }
 }

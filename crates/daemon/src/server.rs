@@ -2,26 +2,30 @@
 //! an orderly way. What is answered on them is the business of [`routes`].
 
 pub(crate) mod body;
+mod front;
 pub(crate) mod lifecycle;
 pub(crate) mod preface;
 pub(crate) mod routes;
 pub(crate) mod tls;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use nagaya_gateway::preview::{Arrival, Viewer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 
-use crate::config::{Limits, TlsConfig};
-use crate::metrics::Metrics;
+use crate::config::{Config, Limits};
+use crate::metrics::{Metrics, OpenConnection};
+pub use front::Front;
 use lifecycle::{Lifecycle, Phase};
 use preface::Version;
 use routes::{Origin, Routes};
@@ -43,6 +47,8 @@ pub enum ListenError {
     Bind { address: SocketAddr, source: io::Error },
     #[error("serve TLS")]
     Tls(#[from] TlsError),
+    #[error("prepare for SSH")]
+    Ssh(#[source] nagaya_api::error::Error),
 }
 
 /// A listener and all its connections.
@@ -56,27 +62,45 @@ pub(crate) struct Server {
 struct Shared {
     routes: Routes,
     limits: Limits,
+    /// The viewer of a preview sees `https://` although a connection may be in clear text.
+    secure_outside: bool,
     lifecycle: Arc<Lifecycle>,
     metrics: Arc<Metrics>,
     tls: Option<TlsAcceptor>,
 }
 
+/// A connection that counts as open, also when another protocol than HTTP is spoken on it.
+struct Open {
+    _place: OwnedSemaphorePermit,
+    _metric: OpenConnection,
+}
+
+/// Where a connection came from.
+struct Peer {
+    ip: IpAddr,
+    /// The preview whose own port it came to.
+    label: Option<Arc<str>>,
+}
+
 impl Server {
-    /// Binds the address and begins to answer. Needs a Tokio runtime.
-    pub(crate) async fn start(
-        listen: SocketAddr,
-        tls: Option<&TlsConfig>,
-        limits: Limits,
+    /// Begins to answer. Needs a Tokio runtime.
+    pub(crate) fn start(
+        config: &Config,
+        front: Front,
         routes: Routes,
         lifecycle: Arc<Lifecycle>,
         metrics: Arc<Metrics>,
     ) -> Result<Self, ListenError> {
-        let tls = tls.map(tls::acceptor).transpose()?;
-        let bind = |source| ListenError::Bind { address: listen, source };
-        let listener = TcpListener::bind(listen).await.map_err(bind)?;
-        let local_addr = listener.local_addr().map_err(bind)?;
-        let shared = Arc::new(Shared { routes, limits, lifecycle: Arc::clone(&lifecycle), metrics, tls });
-        let accepting = tokio::spawn(accept(listener, shared));
+        let local_addr = front.local_addr;
+        let shared = Arc::new(Shared {
+            routes,
+            limits: config.limits.clone(),
+            secure_outside: config.public_url.as_ref().is_some_and(|url| url.starts_with("https:")),
+            lifecycle: Arc::clone(&lifecycle),
+            metrics,
+            tls: tls::acceptor(config)?,
+        });
+        let accepting = tokio::spawn(accept(front.listener, front.arrivals, shared));
         Ok(Self { local_addr, lifecycle, accepting })
     }
 
@@ -99,53 +123,71 @@ impl Server {
 }
 
 /// Runs until the server drains and the last connection is closed.
-async fn accept(listener: TcpListener, shared: Arc<Shared>) {
+async fn accept(listener: TcpListener, mut arrivals: Option<mpsc::Receiver<Arrival>>, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
+    let places = Arc::new(Semaphore::new(shared.limits.connections_max));
     let mut draining = pin!(shared.lifecycle.reached(Phase::Draining));
     loop {
-        tokio::select! {
+        let (stream, peer) = tokio::select! {
             biased;
             () = &mut draining => break,
-            Some(_) = connections.join_next() => {}
+            Some(_) = connections.join_next() => continue,
             accepted = listener.accept() => match accepted {
-                Ok(_) if connections.len() >= shared.limits.connections_max => {
-                    shared.metrics.connection_refused();
-                    tracing::warn!("a connection was closed at once: connections_max is reached");
-                }
-                Ok((stream, _)) => {
-                    connections.spawn(serve(stream, Arc::clone(&shared)));
-                }
+                Ok((stream, peer)) => (stream, Peer { ip: peer.ip(), label: None }),
                 Err(error) => {
                     tracing::warn!(%error, "failed to accept a connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
                 }
             },
+            Some(arrival) = next_arrival(&mut arrivals) => {
+                (arrival.stream, Peer { ip: arrival.peer.ip(), label: Some(arrival.label) })
+            }
+        };
+        match Arc::clone(&places).try_acquire_owned() {
+            Ok(place) => {
+                let open = Open { _place: place, _metric: shared.metrics.connection_opened() };
+                connections.spawn(serve(stream, peer, open, Arc::clone(&shared)));
+            }
+            Err(_) => {
+                shared.metrics.connection_refused();
+                tracing::warn!("a connection was closed at once: connections_max is reached");
+            }
         }
     }
-    drop(listener);
+    drop((listener, arrivals));
     while connections.join_next().await.is_some() {}
 }
 
-async fn serve(stream: TcpStream, shared: Arc<Shared>) {
-    let _open = shared.metrics.connection_opened();
+async fn next_arrival(arrivals: &mut Option<mpsc::Receiver<Arrival>>) -> Option<Arrival> {
+    arrivals.as_mut()?.recv().await
+}
+
+async fn serve(stream: TcpStream, peer: Peer, open: Open, shared: Arc<Shared>) {
     // Answers are small and waited for; holding them back would cost up to 40 ms each.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "failed to set TCP_NODELAY");
     }
+    let viewer = |secure| Viewer {
+        secure: (secure || shared.secure_outside) && peer.label.is_none(),
+        label: peer.label.clone(),
+        peer: peer.ip,
+        connection: Arc::new(open),
+    };
     match &shared.tls {
-        None => serve_http(stream, Origin::HTTP, &shared).await,
-        Some(acceptor) => {
+        Some(acceptor) if peer.label.is_none() => {
             let handshake_timeout = Duration::from_millis(shared.limits.tls_handshake_timeout_ms);
             match tokio::time::timeout(handshake_timeout, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => serve_http(stream, Origin::HTTPS, &shared).await,
+                Ok(Ok(stream)) => serve_http(stream, Origin::HTTPS, viewer(true), &shared).await,
                 Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
                 Err(_) => tracing::debug!("a TLS handshake took longer than tls_handshake_timeout_ms"),
             }
         }
+        _ => serve_http(stream, Origin::HTTP, viewer(false), &shared).await,
     }
 }
 
-async fn serve_http<T>(stream: T, origin: Origin, shared: &Arc<Shared>)
+async fn serve_http<T>(stream: T, origin: Origin, viewer: Viewer, shared: &Arc<Shared>)
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -160,8 +202,8 @@ where
     };
 
     let service = service_fn(|request| {
-        let shared = Arc::clone(shared);
-        async move { shared.routes.answer(request, origin).await }
+        let (shared, viewer) = (Arc::clone(shared), viewer.clone());
+        async move { shared.routes.answer(request, origin, &viewer).await }
     });
     let mut draining = pin!(shared.lifecycle.reached(Phase::Draining));
     let mut stopped = pin!(shared.lifecycle.reached(Phase::Stopped));
@@ -194,6 +236,7 @@ where
                 .timer(TokioTimer::new())
                 .header_read_timeout(header_timeout)
                 .serve_connection(TokioIo::new(stream), service)
+                .with_upgrades()
         ),
         Version::Http2 => drive!(
             hyper::server::conn::http2::Builder::new(TokioExecutor::new())
@@ -206,6 +249,7 @@ where
                 .max_send_buf_size(SEND_BUFFER_BYTES)
                 .keep_alive_interval(Some(Duration::from_millis(limits.keep_alive_interval_ms)))
                 .keep_alive_timeout(Duration::from_millis(limits.keep_alive_timeout_ms))
+                .enable_connect_protocol()
                 .serve_connection(TokioIo::new(stream), service)
         ),
     }

@@ -6,7 +6,7 @@ use std::sync::RwLock;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{KeyId, SessionId, WorkspaceId};
+use nagaya_api::ids::{KeyId, PreviewId, SessionId, WorkspaceId};
 use uuid::Uuid;
 
 use crate::model::{ApiKey, UnixMs, Workspace, WorkspaceSettings};
@@ -21,13 +21,17 @@ pub struct Caller {
 
 /// Certificates start with this, so that one found in a log can be told from other secrets.
 const CERTIFICATE_PREFIX: &str = "nsc1.";
-/// Session id and expiry.
+/// The same for the tokens of those who may look at a private preview.
+const VIEWER_TOKEN_PREFIX: &str = "nvt1.";
+/// An id and an expiry.
 const PAYLOAD_BYTES: usize = 24;
 
 /// The keys in memory: looked up on every call, changed almost never.
 pub(crate) struct Access {
     known: RwLock<Known>,
     certificate_key: [u8; 32],
+    /// Another key, so that neither kind of signature can pass for the other.
+    viewer_key: [u8; 32],
 }
 
 #[derive(Default)]
@@ -43,7 +47,8 @@ impl Access {
         // A key without its workspace would be a caller without quota; it opens nothing.
         let keys = keys.into_iter().filter(|key| known.workspaces.contains_key(&key.workspace_id));
         known.keys.extend(keys.map(|key| (key.secret_hash, key)));
-        Self { known: RwLock::new(known), certificate_key }
+        let viewer_key = blake3::derive_key("nagaya 2026-11 viewer tokens of previews", &certificate_key);
+        Self { known: RwLock::new(known), certificate_key, viewer_key }
     }
 
     pub(crate) fn authenticate(&self, token: &str) -> Result<Caller, Error> {
@@ -93,15 +98,24 @@ impl Access {
     }
 
     pub(crate) fn certify(&self, id: SessionId, expires_at: UnixMs) -> String {
-        let mut payload = [0; PAYLOAD_BYTES];
-        payload[..16].copy_from_slice(id.as_uuid().as_bytes());
-        payload[16..].copy_from_slice(&expires_at.to_be_bytes());
-        let signature = blake3::keyed_hash(&self.certificate_key, &payload);
-        format!(
-            "{CERTIFICATE_PREFIX}{}.{}",
-            URL_SAFE_NO_PAD.encode(payload),
-            URL_SAFE_NO_PAD.encode(signature.as_bytes())
-        )
+        sign(CERTIFICATE_PREFIX, &self.certificate_key, id.as_uuid(), expires_at)
+    }
+
+    /// A token that opens a private preview until then.
+    pub(crate) fn viewer_token(&self, id: PreviewId, expires_at: UnixMs) -> String {
+        sign(VIEWER_TOKEN_PREFIX, &self.viewer_key, id.as_uuid(), expires_at)
+    }
+
+    /// The preview that a viewer token of this server opens and until when, unless it has expired.
+    pub(crate) fn viewed(&self, token: &str, now: UnixMs) -> Result<(PreviewId, UnixMs), Error> {
+        match read_signed(VIEWER_TOKEN_PREFIX, &self.viewer_key, token) {
+            Some((id, expires_at)) if expires_at > now => Ok((PreviewId::from_uuid(id), expires_at)),
+            _ => Err(Code::PreviewPrivate.into()),
+        }
+    }
+
+    pub(crate) fn is_viewer_token(token: &str) -> bool {
+        token.starts_with(VIEWER_TOKEN_PREFIX)
     }
 
     /// Whether the certificate is ours, for this session, and still good.
@@ -114,30 +128,38 @@ impl Access {
 
     /// The session that a certificate of this server opens, unless it has expired.
     pub(crate) fn certified(&self, certificate: &str, now: UnixMs) -> Result<SessionId, Error> {
-        match self.read_certificate(certificate) {
-            Some((id, expires_at)) if expires_at > now => Ok(id),
+        match read_signed(CERTIFICATE_PREFIX, &self.certificate_key, certificate) {
+            Some((id, expires_at)) if expires_at > now => Ok(SessionId::from_uuid(id)),
             _ => Err(Code::InvalidCertificate.into()),
         }
     }
+}
 
-    fn read_certificate(&self, certificate: &str) -> Option<(SessionId, UnixMs)> {
-        let (payload, signature) = certificate.strip_prefix(CERTIFICATE_PREFIX)?.split_once('.')?;
-        let mut bytes = [0; PAYLOAD_BYTES];
-        if URL_SAFE_NO_PAD.decode_slice(payload, &mut bytes) != Ok(PAYLOAD_BYTES) {
-            return None;
-        }
-        let mut signed = [0; 32];
-        if URL_SAFE_NO_PAD.decode_slice(signature, &mut signed) != Ok(32) {
-            return None;
-        }
-        // Comparing with `blake3::Hash` takes the same time for every signature.
-        if blake3::keyed_hash(&self.certificate_key, &bytes) != signed {
-            return None;
-        }
-        let (id, expires_at) = bytes.split_at(16);
-        let id = SessionId::from_uuid(Uuid::from_slice(id).ok()?);
-        Some((id, UnixMs::from_be_bytes(expires_at.try_into().ok()?)))
+/// Prefix, payload and signature, as text that fits into headers, cookies and URLs.
+fn sign(prefix: &str, key: &[u8; 32], id: &Uuid, expires_at: UnixMs) -> String {
+    let mut payload = [0; PAYLOAD_BYTES];
+    payload[..16].copy_from_slice(id.as_bytes());
+    payload[16..].copy_from_slice(&expires_at.to_be_bytes());
+    let signature = blake3::keyed_hash(key, &payload);
+    format!("{prefix}{}.{}", URL_SAFE_NO_PAD.encode(payload), URL_SAFE_NO_PAD.encode(signature.as_bytes()))
+}
+
+fn read_signed(prefix: &str, key: &[u8; 32], text: &str) -> Option<(Uuid, UnixMs)> {
+    let (payload, signature) = text.strip_prefix(prefix)?.split_once('.')?;
+    let mut bytes = [0; PAYLOAD_BYTES];
+    if URL_SAFE_NO_PAD.decode_slice(payload, &mut bytes) != Ok(PAYLOAD_BYTES) {
+        return None;
     }
+    let mut signed = [0; 32];
+    if URL_SAFE_NO_PAD.decode_slice(signature, &mut signed) != Ok(32) {
+        return None;
+    }
+    // Comparing with `blake3::Hash` takes the same time for every signature.
+    if blake3::keyed_hash(key, &bytes) != signed {
+        return None;
+    }
+    let (id, expires_at) = bytes.split_at(16);
+    Some((Uuid::from_slice(id).ok()?, UnixMs::from_be_bytes(expires_at.try_into().ok()?)))
 }
 
 /// A new secret: `tk_` and 256 random bits in hexadecimal.
@@ -215,6 +237,21 @@ mod tests {
         assert!(access.verify(&format!("{certificate}A"), id, 1).is_err());
         let other = Access::new(vec![], vec![], [8; 32]);
         assert!(other.verify(&certificate, id, 1).is_err(), "another server's key");
+    }
+
+    #[test]
+    fn a_viewer_token_opens_its_preview_and_nothing_else() {
+        let access = access();
+        let id = PreviewId::new(5, [5; 10]);
+        let token = access.viewer_token(id, 1_000);
+        assert!(Access::is_viewer_token(&token));
+        assert_eq!(access.viewed(&token, 999), Ok((id, 1_000)));
+        assert!(access.viewed(&token, 1_000).is_err(), "expired");
+        let rest = token.strip_prefix(VIEWER_TOKEN_PREFIX).unwrap();
+        assert!(access.certified(&format!("{CERTIFICATE_PREFIX}{rest}"), 1).is_err(), "a token as a certificate");
+        let certificate = access.certify(SessionId::from_uuid(*id.as_uuid()), 1_000);
+        let rest = certificate.strip_prefix(CERTIFICATE_PREFIX).unwrap();
+        assert!(access.viewed(&format!("{VIEWER_TOKEN_PREFIX}{rest}"), 1).is_err(), "a certificate as a token");
     }
 
     #[test]

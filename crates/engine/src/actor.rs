@@ -9,6 +9,7 @@ mod ending;
 mod mounts;
 mod moves;
 mod requests;
+mod restrict;
 mod work;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,7 +25,7 @@ use crate::deadlines::Sleeper;
 use crate::executions::{Executions, Started};
 use crate::inner::Inner;
 use crate::live::{Activity, Exit, Live, Slot};
-use crate::model::{Attachment, Session, SessionState, UnixMs};
+use crate::model::{Attachment, Egress, Session, SessionState, UnixMs};
 use crate::ports::{Change, StoreError};
 use crate::session::{Request, Verdict, accept};
 use crate::tasks::Running;
@@ -50,6 +51,10 @@ pub(crate) enum Job {
     Resume {
         reply: Reply<Session>,
     },
+    /// Resume it for a visitor, if visitors may wake it.
+    Wake {
+        reply: Reply<Session>,
+    },
     /// Copy the disk; where a pause is named only while that lasts. The answer is how long the source stood still.
     Copy {
         images: Vec<ImageId>,
@@ -64,6 +69,11 @@ pub(crate) enum Job {
         volume_id: VolumeId,
         force: bool,
         reply: Reply<()>,
+    },
+    /// Name the only destinations that the sandbox reaches, or lift that.
+    Restrict {
+        egress: Option<Egress>,
+        reply: Reply<Session>,
     },
 }
 
@@ -298,11 +308,13 @@ impl Actor {
 
     async fn take_up(&mut self, job: Job) {
         match job {
-            Job::Pause { reply } => self.pause(Some(reply)),
+            Job::Pause { reply } => self.pause_asked(reply).await,
             Job::Resume { reply } => self.resume(reply).await,
+            Job::Wake { reply } => self.wake(reply).await,
             Job::Copy { images, pause, reply } => self.copy(images, pause, reply),
             Job::Attach { mount, reply } => self.attach(mount, reply).await,
             Job::Detach { volume_id, force, reply } => self.detach(volume_id, force, reply).await,
+            Job::Restrict { egress, reply } => self.restrict(egress, reply).await,
         }
     }
 
@@ -320,6 +332,7 @@ impl Actor {
                 let _ = reply.send(result.map_err(work::copy_error));
             }
             Done::Mounts(results) => self.mounts_done(results).await,
+            Done::Restricted { result, before, reply } => self.restricted(result, before, reply).await,
         }
         Flow::Continue
     }

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use nagaya_api::ids::{SessionId, SnapshotId, VolumeId, WorkspaceId};
+use nagaya_api::ids::{PreviewId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 
 use crate::live::Live;
-use crate::model::{SessionState, UnixMs};
+use crate::model::{Binding, Egress, Preview, SessionState, UnixMs};
 use crate::ports::{Clock, Guest};
 
 /// A session to create. Absent values are those of the snapshot, else the contract's defaults.
@@ -25,6 +25,8 @@ pub struct NewSession {
     pub max_duration_ms: Option<u64>,
     pub inbound: bool,
     pub outbound: bool,
+    /// The only destinations it reaches; absent: the snapshot's, else all that the server lets sandboxes reach.
+    pub egress: Option<Egress>,
     pub ssh_authorized_keys: Vec<String>,
     pub sticky: bool,
     pub idle_timeout_minutes: Option<u32>,
@@ -140,6 +142,8 @@ pub struct SessionUpdate {
     pub sticky: Option<bool>,
     /// Counted from the session's creation: when that is past, the session ends now.
     pub max_duration_ms: Option<u64>,
+    /// Replaces all of them; a list without any is refused.
+    pub ssh_authorized_keys: Option<Vec<String>>,
 }
 
 /// Which sessions to list, newest first.
@@ -170,6 +174,81 @@ pub struct NewExecution {
     pub timeout_ms: u64,
 }
 
+/// A port to make reachable from outside.
+#[derive(Debug, Clone, Default)]
+pub struct NewExposure {
+    /// Not 0.
+    pub port: u16,
+    /// `None`: with the session.
+    pub expires_at: Option<UnixMs>,
+    /// The named preview to reach it under, which is made if need be; `None`: a name that nobody can guess.
+    pub slug: Option<String>,
+}
+
+/// A named preview to make.
+#[derive(Debug, Clone, Default)]
+pub struct NewPreview {
+    pub slug: String,
+    /// Where it leads; it may be bound later.
+    pub binding: Option<Binding>,
+    /// When that ends.
+    pub expires_at: Option<UnixMs>,
+    /// Must be the caller's own where given.
+    pub workspace_id: Option<WorkspaceId>,
+}
+
+/// Which named previews to list, newest first.
+#[derive(Debug, Clone, Default)]
+pub struct ListPreviews {
+    /// Must be the caller's own where given.
+    pub workspace_id: Option<WorkspaceId>,
+    /// Only those that lead to this session.
+    pub session_id: Option<SessionId>,
+    /// 0 is the default size.
+    pub page_size: u32,
+    /// Empty for the first page.
+    pub page_token: String,
+}
+
+/// A preview, and what a browser opens to see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PreviewUrl {
+    pub preview: Preview,
+    /// Without a slash at its end. Empty while the edge cannot make it reachable, which it keeps trying.
+    pub url: String,
+}
+
+/// A private preview, open for whoever has the token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenPreview {
+    pub preview: Preview,
+    /// Without the token.
+    pub url: String,
+    pub viewer_token: String,
+    /// When the token ends, unless the preview is kept open by visits and touches.
+    pub expires_at: UnixMs,
+}
+
+/// Where a preview's token leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PreviewTarget {
+    pub preview: Preview,
+    /// Nothing can answer there now: it is not bound, or its session does not run.
+    pub is_offline: bool,
+}
+
+/// Somebody who looks at a preview. While it lives the session is in use.
+pub struct PreviewVisit {
+    pub preview_id: PreviewId,
+    /// Where the preview led when the visit began. A visit goes on there to its end, whatever becomes of the preview.
+    pub session_id: SessionId,
+    /// Of the sandbox's own loopback.
+    pub port: u16,
+    /// Another one after every start of the sandbox: connections to an earlier one are dead.
+    pub guest: Arc<dyn Guest>,
+    pub(crate) _activity: InUse,
+}
+
 /// Opens the data plane of one session until it expires.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Certificate {
@@ -196,6 +275,24 @@ pub struct OpenSession {
     /// The session's environment, to be laid under the command's own.
     pub env: BTreeMap<String, String>,
     pub(crate) _activity: Option<InUse>,
+}
+
+impl OpenSession {
+    /// Completes when the session is not RUNNING any more, with the state it is in. Never completes while the engine
+    /// stops: the sandbox lives on.
+    pub fn stopped(&self) -> impl Future<Output = SessionState> + Send + 'static {
+        let published = self._activity.as_ref().map(|in_use| in_use.live.published.clone());
+        async move {
+            // One that ended while it was opened is not in use.
+            let Some(mut published) = published else { return SessionState::Terminated };
+            let state = published.wait_for(|session| session.state != SessionState::Running).await;
+            let state = state.ok().map(|session| session.state);
+            match state {
+                Some(state) => state,
+                None => std::future::pending().await,
+            }
+        }
+    }
 }
 
 /// Counts as use of the session while it lives.

@@ -2,6 +2,18 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Which stopped sessions a visit from outside resumes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WakeOnVisit {
+    /// None of them.
+    Never,
+    /// Those that were paused because nobody used them: what was paused by request stays paused.
+    Idle,
+    /// All of them.
+    Always,
+}
+
 /// Limits and periods of the engine. Every name ends in its unit or in what is counted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -20,6 +32,18 @@ pub struct EngineConfig {
     pub pause_retention_default_ms: Option<u64>,
     /// How long a paused session may keep its memory; then only its disk is kept. Absent: until memory runs low.
     pub pause_in_memory_max_ms: Option<u64>,
+    /// Which stopped sessions are resumed when somebody wants to reach them from outside.
+    pub wake_on_visit: WakeOnVisit,
+    /// How long somebody who reaches for a session waits until it runs.
+    pub wake_timeout_ms: u64,
+    /// Previews of this server, over all workspaces.
+    pub previews_max: u32,
+    /// Previews that lead to one session.
+    pub exposed_ports_max: u32,
+    /// How long a private preview stays open that nobody looks at, unless whoever opened it said so.
+    pub private_preview_ttl_ms: u64,
+    /// Longest life of a viewer token.
+    pub viewer_token_ttl_max_ms: u64,
     /// Sessions made by one fork.
     pub forks_max: u32,
     /// Volumes in one session.
@@ -50,6 +74,12 @@ impl Default for EngineConfig {
             idle_timeout_default_minutes: None,
             pause_retention_default_ms: None,
             pause_in_memory_max_ms: Some(24 * 3_600_000),
+            wake_on_visit: WakeOnVisit::Idle,
+            wake_timeout_ms: 60_000,
+            previews_max: 4_096,
+            exposed_ports_max: 32,
+            private_preview_ttl_ms: 3_600_000,
+            viewer_token_ttl_max_ms: 24 * 3_600_000,
             forks_max: 100,
             volumes_per_session_max: 16,
             executions_per_session_max: 100,

@@ -16,7 +16,7 @@ use crate::model::{Session, SessionState, Snapshot, SnapshotKind, SnapshotState}
 use crate::ports::Change;
 use crate::session::Request;
 use crate::snapshots::not_ready;
-use crate::{Caller, Engine, validate};
+use crate::{Caller, Engine, egress, validate};
 
 impl Engine {
     /// Records a new session and starts to create its sandbox. Returns when the record is durable,
@@ -105,12 +105,16 @@ impl Inner {
         if let Some(duration_ms) = new.max_duration_ms {
             validate::max_duration_ms(duration_ms, &self.config)?;
         }
-        let machine = validate::machine(
+        let mut machine = validate::machine(
             new.cpu_cores.or(inherited.map(|machine| machine.cpu_cores)),
             new.memory_mb.or(inherited.map(|machine| machine.memory_mb)),
             new.disk_gb.or(inherited.map(|machine| machine.disk_gb)),
             new.outbound,
         )?;
+        machine.egress = match new.egress {
+            Some(egress) => Some(egress::checked(egress)?),
+            None => inherited.and_then(|machine| machine.egress.clone()),
+        };
         if inherited.is_some_and(|inherited| machine.disk_gb < inherited.disk_gb) {
             return Err(Error::new(Code::InvalidResources, "disk_gb is smaller than the snapshot's disk"));
         }

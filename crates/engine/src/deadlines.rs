@@ -1,9 +1,9 @@
-//! When sessions and snapshots want to be woken: one timer for all of them.
+//! When sessions, snapshots and previews want to be woken: one timer for all of them.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Mutex;
 
-use nagaya_api::ids::{SessionId, SnapshotId};
+use nagaya_api::ids::{PreviewId, SessionId, SnapshotId};
 use tokio::sync::Notify;
 
 use crate::model::UnixMs;
@@ -15,6 +15,7 @@ use crate::tasks::Tasks;
 pub(crate) enum Sleeper {
     Session(SessionId),
     Snapshot(SnapshotId),
+    Preview(PreviewId),
 }
 
 /// At most one time per sleeper, who knows what is due then.

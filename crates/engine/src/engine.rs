@@ -18,7 +18,8 @@ use crate::deadlines::Deadlines;
 use crate::executions::guest_error;
 use crate::inner::{Found, Inner, certificate_key};
 use crate::model::{ApiKey, Execution, ExecutionStatus, Session, SessionState, UnixMs, Workspace, WorkspaceSettings};
-use crate::ports::{Blobs, Change, Clock, Driver, Entropy, ProcessEvent, SessionQuery, Store};
+use crate::ports::{Blobs, Change, Clock, Driver, Edge, Entropy, ProcessEvent, SessionQuery, Store};
+use crate::previews::Previews;
 use crate::session::{Request, check};
 use crate::snapshots::Library;
 use crate::tasks::Tasks;
@@ -30,12 +31,15 @@ use crate::{query, recovery};
 pub struct Engine(pub(crate) Arc<Inner>);
 
 impl Engine {
-    /// Starts the engine: recovers everything recorded, then serves.
+    /// Starts the engine: recovers everything recorded, then serves. The edge is asked to publish before this returns;
+    /// visitors who come so early have to wait for it.
+    #[allow(clippy::too_many_arguments)] // one for each port
     pub async fn start(
         config: EngineConfig,
         store: Arc<dyn Store>,
         driver: Arc<dyn Driver>,
         blobs: Arc<dyn Blobs>,
+        edge: Arc<dyn Edge>,
         clock: Arc<dyn Clock>,
         entropy: Arc<dyn Entropy>,
     ) -> Result<Self, Error> {
@@ -49,12 +53,14 @@ impl Engine {
             store,
             driver,
             blobs,
+            edge,
             clock,
             entropy,
             access: Access::new(workspaces, keys, key),
             registry: Arc::default(),
             library: Library::default(),
             volumes: Volumes::load(&records.volumes, &records.sessions),
+            previews: Previews::load(&records.previews),
             deadlines: Deadlines::new(),
             tasks: Tasks::new(),
         });

@@ -7,10 +7,12 @@ mod blobs;
 mod clock;
 mod disks;
 mod driver;
+mod edge;
 mod faults;
 mod files;
 mod guest;
 mod programs;
+mod sockets;
 mod store;
 
 use std::sync::{Arc, Mutex};
@@ -19,6 +21,7 @@ pub use blobs::FakeBlobs;
 pub use clock::FakeClock;
 pub use disks::FakeVolume;
 pub use driver::FakeDriver;
+pub use edge::FakeEdge;
 pub use faults::{Faults, Rng};
 pub use guest::FakeGuest;
 pub use store::FakeStore;
@@ -50,6 +53,7 @@ pub struct Fakes {
     pub store: Arc<FakeStore>,
     pub driver: Arc<FakeDriver>,
     pub blobs: Arc<FakeBlobs>,
+    pub edge: Arc<FakeEdge>,
     pub clock: Arc<FakeClock>,
     pub entropy: Arc<FakeEntropy>,
 }
@@ -63,6 +67,7 @@ impl Fakes {
             store: Arc::new(FakeStore::new(faults.clone())),
             driver: Arc::new(FakeDriver::new(faults.clone(), images.clone())),
             blobs: Arc::new(FakeBlobs::new(faults.clone(), images)),
+            edge: Arc::new(FakeEdge::new(faults.clone())),
             clock: Arc::new(FakeClock::new(1_767_225_600_000)),
             entropy: Arc::new(FakeEntropy::new(seed)),
             faults,
@@ -73,13 +78,15 @@ impl Fakes {
     pub fn disconnect(&self) {
         self.driver.disconnect();
         self.blobs.disconnect();
+        self.edge.disconnect();
     }
 
     /// Starts an engine in this world; again after it was shut down or dropped with its runtime.
     pub async fn start(&self, config: EngineConfig) -> Result<Engine, nagaya_api::error::Error> {
         self.disconnect();
         let (store, driver, blobs) = (self.store.clone(), self.driver.clone(), self.blobs.clone());
-        Engine::start(config, store, driver, blobs, self.clock.clone(), self.entropy.clone()).await
+        let (edge, clock, entropy) = (self.edge.clone(), self.clock.clone(), self.entropy.clone());
+        Engine::start(config, store, driver, blobs, edge, clock, entropy).await
     }
 }
 

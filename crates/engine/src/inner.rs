@@ -15,7 +15,8 @@ use crate::config::EngineConfig;
 use crate::deadlines::{Deadlines, Sleeper};
 use crate::live::{Exit, Live, Registry, Slot};
 use crate::model::{Machine, Session, SessionState};
-use crate::ports::{Blobs, Change, Clock, Driver, DriverEvent, Entropy, Store};
+use crate::ports::{Blobs, Change, Clock, Driver, DriverEvent, Edge, Entropy, Store};
+use crate::previews::Previews;
 use crate::session::{Request, check};
 use crate::snapshots::Library;
 use crate::tasks::{Running, Tasks};
@@ -29,12 +30,14 @@ pub(crate) struct Inner {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) driver: Arc<dyn Driver>,
     pub(crate) blobs: Arc<dyn Blobs>,
+    pub(crate) edge: Arc<dyn Edge>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) entropy: Arc<dyn Entropy>,
     pub(crate) access: Access,
     pub(crate) registry: Arc<Registry>,
     pub(crate) library: Library,
     pub(crate) volumes: Volumes,
+    pub(crate) previews: Previews,
     pub(crate) deadlines: Deadlines,
     pub(crate) creates: Semaphore,
     pub(crate) tasks: Tasks,
@@ -210,6 +213,7 @@ impl Inner {
                     }
                 }
                 Sleeper::Snapshot(id) => engine.expire_snapshot(id),
+                Sleeper::Preview(id) => engine.expire_preview(id),
             };
             engine.deadlines.run(&*engine.clock, &engine.tasks, wake).await;
         });
@@ -225,13 +229,18 @@ pub(crate) fn spawn_running(running: Running, work: impl Future<Output = ()> + S
 }
 
 pub(crate) async fn certificate_key(store: &dyn Store, entropy: &dyn Entropy) -> Result<[u8; 32], Error> {
-    let stored = store.setting(CERTIFICATE_KEY).await.map_err(store_error)?;
+    lasting_secret(store, entropy, CERTIFICATE_KEY).await
+}
+
+/// A secret of the server that is made when it is first asked for.
+pub(crate) async fn lasting_secret(store: &dyn Store, entropy: &dyn Entropy, name: &str) -> Result<[u8; 32], Error> {
+    let stored = store.setting(name).await.map_err(store_error)?;
     if let Some(stored) = stored {
-        return stored.try_into().map_err(|_| Error::new(Code::Internal, "the stored certificate key is damaged"));
+        return stored.try_into().map_err(|_| Error::new(Code::Internal, format!("the stored {name} is damaged")));
     }
     let mut key = [0; 32];
     entropy.fill(&mut key);
-    let change = Change::Setting { name: CERTIFICATE_KEY.to_owned(), value: key.to_vec() };
+    let change = Change::Setting { name: name.to_owned(), value: key.to_vec() };
     store.commit(vec![change]).await.map_err(store_error)?;
     Ok(key)
 }

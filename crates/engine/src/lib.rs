@@ -13,6 +13,7 @@ mod calls;
 mod config;
 mod creation;
 mod deadlines;
+mod egress;
 mod engine;
 mod executions;
 #[cfg(feature = "fake")]
@@ -21,19 +22,25 @@ mod inner;
 mod live;
 pub mod model;
 pub mod ports;
+mod previews;
 mod query;
 mod recovery;
 pub mod session;
 mod settings;
 mod snapshots;
+mod ssh;
 mod tasks;
 pub mod validate;
+mod visits;
 mod volumes;
+mod waking;
 
 pub use access::Caller;
 pub use calls::{
-    Certificate, Fork, ListSessions, ListSnapshots, ListVolumes, NewExecution, NewMount, NewSession, NewSnapshot,
-    NewVolume, OpenSession, SessionUpdate, SnapshotUpdate, Usage, VolumeUpdate, WorkspaceSettingsUpdate,
+    Certificate, Fork, ListPreviews, ListSessions, ListSnapshots, ListVolumes, NewExecution, NewExposure, NewMount,
+    NewPreview, NewSession, NewSnapshot, NewVolume, OpenPreview, OpenSession, PreviewTarget, PreviewUrl, PreviewVisit,
+    SessionUpdate, SnapshotUpdate, Usage, VolumeUpdate, WorkspaceSettingsUpdate,
 };
-pub use config::EngineConfig;
+pub use config::{EngineConfig, WakeOnVisit};
 pub use engine::Engine;
+pub use ssh::Visit;

@@ -255,7 +255,7 @@ mod tests {
     fn racing_creators_never_get_more_than_the_quota() {
         let registry = Arc::new(Registry::default());
         let workspace = WorkspaceId::new(1, [0; 10]);
-        let machine = Machine { cpu_cores: 2, memory_mb: 256, disk_gb: 5, outbound: false };
+        let machine = Machine { cpu_cores: 2, memory_mb: 256, disk_gb: 5, outbound: false, egress: None };
         let taken = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
             for _ in 0..4 {

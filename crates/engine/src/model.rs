@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use nagaya_api::ids::{AttachmentId, ExecutionId, ImageId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
+use nagaya_api::ids::{
+    AttachmentId, ExecutionId, ImageId, KeyId, PreviewId, SessionId, SnapshotId, VolumeId, WorkspaceId,
+};
 use serde::{Deserialize, Serialize};
 
 /// Milliseconds since the Unix epoch.
@@ -101,6 +103,35 @@ pub struct Machine {
     pub disk_gb: u32,
     /// False: no packet leaves the sandbox.
     pub outbound: bool,
+    /// The only destinations outside that it reaches; `None` is all that the server lets sandboxes reach.
+    #[serde(default)]
+    pub egress: Option<Egress>,
+}
+
+/// Destinations a sandbox may reach. What the server denies to all sandboxes stays denied.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Egress {
+    /// Lower case, without a dot at the end; `*.example.com` is every name below it.
+    pub allow_domains: Vec<String>,
+    /// IPv4 networks in their shortest form, such as `1.2.3.0/24`.
+    pub allow_cidrs: Vec<String>,
+}
+
+/// A connection that a sandbox made, or tried to make, to the outside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Connection {
+    pub at: UnixMs,
+    /// `ADDRESS:PORT`; of an ICMP message the address. Empty where only a name was asked for.
+    pub destination: String,
+    /// `tcp`, `udp`, `icmp`, `dns`, or the protocol's number.
+    pub protocol: String,
+    /// The name that the sandbox found the address by, where that is known.
+    pub name: String,
+    /// Sent by the sandbox, with the headers of packets.
+    pub bytes_sent: u64,
+    pub bytes_received: u64,
+    /// Empty: it was let through. Otherwise why not, in words for the user.
+    pub denied: String,
 }
 
 /// One session, from its creation to its last trace. Written before every side effect.
@@ -159,6 +190,9 @@ pub struct Pause {
     pub in_memory: bool,
     /// Why only the disk is kept, e.g. `host_restarted`; becomes `restore_reason`. Empty while `in_memory`.
     pub disk_reason: String,
+    /// It was paused because nobody used it; whoever wants to reach it may wake it.
+    #[serde(default)]
+    pub idle: bool,
 }
 
 /// A volume in a session.
@@ -265,6 +299,55 @@ pub struct Volume {
     pub tags: Vec<String>,
     pub created_at: UnixMs,
     pub updated_at: UnixMs,
+}
+
+/// The numbers are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PreviewKind {
+    /// A port of a session, under a name that nobody can guess; goes with the session.
+    Exposed = 1,
+    /// Under a name of the user's choice (its slug); outlives sessions.
+    Named = 2,
+    /// Like `Exposed`, but opens for holders of a viewer token only.
+    Private = 3,
+}
+
+/// The numbers are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PreviewState {
+    /// Recorded, but nobody was told of it yet: the next start removes it.
+    Making = 0,
+    Live = 1,
+}
+
+/// Where a preview leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Binding {
+    pub session_id: SessionId,
+    pub port: u16,
+}
+
+/// A name under which a port of a sandbox is reached from outside.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Preview {
+    pub id: PreviewId,
+    pub workspace_id: WorkspaceId,
+    /// The key that made it.
+    pub owner_id: KeyId,
+    pub kind: PreviewKind,
+    pub state: PreviewState,
+    /// One DNS label; no other preview of the server has it. Of a named preview its slug.
+    pub label: String,
+    /// Always present but for named ones. Its session may have ended.
+    pub binding: Option<Binding>,
+    /// When the binding ends, and with it what is not named; `None` is with the session.
+    pub expires_at: Option<UnixMs>,
+    /// The port that the edge has given it, kept so that its URL stays the same; 0 for none.
+    pub edge_port: u16,
+    pub created_at: UnixMs,
+    pub updated_at: UnixMs,
+    /// The last visit, to the minute.
+    pub last_accessed_at: Option<UnixMs>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,12 +12,13 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use nagaya_api::ids::{ExecutionId, ImageId, SessionId, SnapshotId, VolumeId, WorkspaceId};
+use nagaya_api::ids::{ExecutionId, ImageId, PreviewId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::model::{
-    ApiKey, Execution, Guarantees, Machine, Session, SessionState, Snapshot, UnixMs, Volume, Workspace,
+    ApiKey, Connection, Egress, Execution, Guarantees, Machine, Preview, PreviewKind, Session, SessionState, Snapshot,
+    UnixMs, Volume, Workspace,
 };
 
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
@@ -48,6 +49,8 @@ pub enum Change {
     ForgetSnapshot(SnapshotId),
     Volume(Volume),
     ForgetVolume(VolumeId),
+    Preview(Preview),
+    ForgetPreview(PreviewId),
     /// A named secret or setting of the server.
     Setting {
         name: String,
@@ -96,6 +99,19 @@ pub struct VolumeQuery {
     pub limit: u32,
 }
 
+/// Which previews to list, newest first.
+#[derive(Debug, Clone, Default)]
+pub struct PreviewQuery {
+    pub workspace_id: Option<WorkspaceId>,
+    pub kind: Option<PreviewKind>,
+    /// Only those that lead to this session.
+    pub session_id: Option<SessionId>,
+    /// Only previews older than this one, by (created_at, id).
+    pub before: Option<(UnixMs, PreviewId)>,
+    /// Rows at most.
+    pub limit: u32,
+}
+
 /// Records that survive the process. What `commit` acknowledged is on disk.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
@@ -119,6 +135,9 @@ pub trait Store: Send + Sync + 'static {
     async fn volumes(&self, query: VolumeQuery) -> Result<Vec<Volume>, StoreError>;
     /// Every volume of every workspace.
     async fn all_volumes(&self) -> Result<Vec<Volume>, StoreError>;
+    async fn previews(&self, query: PreviewQuery) -> Result<Vec<Preview>, StoreError>;
+    /// Every preview of every workspace.
+    async fn all_previews(&self) -> Result<Vec<Preview>, StoreError>;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -243,6 +262,13 @@ pub trait Driver: Send + Sync + 'static {
     /// wrote is on disk.
     async fn settle_volume(&self, id: VolumeId) -> Result<(), DriverError>;
 
+    /// Names the only destinations that a sandbox with outbound access reaches from now on, frozen or not; `None` lifts
+    /// that. What the machine of `create` and `boot` names holds before the sandbox's first instruction, and outlives
+    /// this process. On return connections to what is not allowed any more are cut. Repeating it is no error.
+    async fn set_egress(&self, id: SessionId, egress: Option<&Egress>) -> Result<(), DriverError>;
+    /// The last connections of a running or frozen sandbox to the outside, oldest first.
+    async fn connections(&self, id: SessionId) -> Result<Vec<Connection>, DriverError>;
+
     /// Events of sandboxes that this process created or adopted. May be called once.
     fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent>;
 }
@@ -330,6 +356,15 @@ pub struct Command {
     pub stdin: bool,
     /// TERM after this long, KILL 5 s later. 0 is no limit. Milliseconds.
     pub timeout_ms: u64,
+    /// Start this in place of what `argv` names, which is only for sandboxes that are too old to have it.
+    pub builtin: Option<Builtin>,
+}
+
+/// Programs that every sandbox has, whatever its image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Builtin {
+    /// Serves the files that the command's user may reach, in SFTP over standard input and output.
+    Sftp,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -469,6 +504,9 @@ pub enum Address {
     Tcp { port: u16 },
     /// A unix socket, by its absolute path in the sandbox.
     Unix { path: String },
+    /// The same, refused with `permission_denied` unless it is one of the allowed paths or lies below one of them,
+    /// when all symbolic links have been followed.
+    UnixWithin { path: String, allowed: Vec<String> },
 }
 
 /// Where to listen in a sandbox.

@@ -2,7 +2,7 @@
 //!
 //! Every live record gets its task, which adopts the sandbox, rolls back a creation or finishes an
 //! ending; see [`crate::actor`]. What the driver has and no live record names is destroyed. No
-//! caller is served before each of these has been tried once. Snapshots and volumes go on where
+//! caller is served before each of these has been tried once, and previews are reachable again. Snapshots and volumes go on where
 //! they stopped, images, volumes and blobs that no record names are removed; that goes on beside.
 
 use std::collections::BTreeSet;
@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 
 use crate::actor::{Birth, store_error};
 use crate::inner::Inner;
-use crate::model::{Session, SessionState, Snapshot, SnapshotState, Volume};
+use crate::model::{Preview, Session, SessionState, Snapshot, SnapshotState, Volume};
 use crate::ports::{DriverError, Store};
 use crate::tasks::Running;
 
@@ -23,6 +23,7 @@ pub(crate) struct Records {
     pub(crate) sessions: Vec<Session>,
     pub(crate) snapshots: Vec<Snapshot>,
     pub(crate) volumes: Vec<Volume>,
+    pub(crate) previews: Vec<Preview>,
 }
 
 pub(crate) async fn read(store: &dyn Store) -> Result<Records, Error> {
@@ -30,6 +31,7 @@ pub(crate) async fn read(store: &dyn Store) -> Result<Records, Error> {
         sessions: store.live_sessions().await.map_err(store_error)?,
         snapshots: store.all_snapshots().await.map_err(store_error)?,
         volumes: store.all_volumes().await.map_err(store_error)?,
+        previews: store.all_previews().await.map_err(store_error)?,
     })
 }
 
@@ -61,6 +63,7 @@ pub(crate) async fn recover(engine: &Arc<Inner>, records: Records) -> Result<(),
         // Tasks drop their end when they have tried; there is nothing to receive.
         let _ = attempt.await;
     }
+    engine.recover_previews(records.previews).await;
     records.volumes.into_iter().for_each(|volume| engine.recover_volume(volume));
     records.snapshots.into_iter().for_each(|snapshot| engine.recover_snapshot(snapshot));
     let freeing = engine.clone();

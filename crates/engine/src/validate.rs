@@ -63,6 +63,7 @@ pub fn machine(
         memory_mb: memory_mb.unwrap_or(limits::DEFAULT_MEMORY_MB),
         disk_gb: disk_gb.unwrap_or(limits::DEFAULT_DISK_GB),
         outbound,
+        egress: None,
     };
     let refuse = |field: &str| Err(Error::new(Code::InvalidResources, field));
     if !limits::CPU_CORES.contains(&machine.cpu_cores) {
@@ -180,6 +181,36 @@ pub fn volume_bytes(size_bytes: u64) -> Result<(), Error> {
     Ok(())
 }
 
+/// A port that something can listen on.
+pub fn port(port: u16) -> Result<(), Error> {
+    if port == 0 { Err(invalid("port must be 1 to 65535")) } else { Ok(()) }
+}
+
+/// The name of a preview: a DNS label of at least three characters.
+pub fn slug(slug: &str) -> Result<(), Error> {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    if !limits::SLUG_CHARS.contains(&slug.len()) {
+        return Err(invalid("slug must have 3 to 63 characters"));
+    }
+    let ends = [slug.bytes().next(), slug.bytes().last()];
+    if !slug.bytes().all(|byte| plain(byte) || byte == b'-') || !ends.into_iter().flatten().all(plain) {
+        return Err(invalid("slug must be lower-case letters, digits and hyphens, with no hyphen at its ends"));
+    }
+    // Two hyphens mark names in other alphabets, which could look like somebody else's.
+    if slug.contains("--") {
+        return Err(invalid("slug must not have two hyphens in a row"));
+    }
+    if RESERVED_SLUGS.split(' ').any(|reserved| reserved == slug) {
+        return Err(invalid("slug is reserved"));
+    }
+    Ok(())
+}
+
+/// Names that visitors take for the server itself, and that its operator may want below the same domain.
+const RESERVED_SLUGS: &str = "admin api app auth autoconfig autodiscover console dashboard docs ftp gateway help imap \
+    internal localhost login mail metrics nagaya pop3 preview previews root sandbox sandbox-gateway smtp ssh status \
+    support tenki wpad www";
+
 /// A time at which something ends must lie ahead.
 pub fn expires_at(expires_at: Option<UnixMs>, now: UnixMs) -> Result<(), Error> {
     if expires_at.is_some_and(|at| at <= now) {
@@ -196,7 +227,10 @@ mod tests {
     #[test]
     fn resources_outside_the_contract_are_refused() {
         let check = |cpu, memory, disk| machine(cpu, memory, disk, true).map_err(|error| error.code);
-        assert_eq!(check(None, None, None), Ok(Machine { cpu_cores: 2, memory_mb: 4_096, disk_gb: 5, outbound: true }));
+        assert_eq!(
+            check(None, None, None),
+            Ok(Machine { cpu_cores: 2, memory_mb: 4_096, disk_gb: 5, outbound: true, egress: None })
+        );
         assert!(check(Some(16), Some(65_536), Some(100)).is_ok());
         assert!(check(Some(1), Some(128), Some(5)).is_ok());
         for (cpu, memory, disk) in
@@ -265,6 +299,25 @@ mod tests {
         }
         assert!(overlap("/a", "/a") && overlap("/a/b", "/a") && overlap("/a", "/a/b/c"));
         assert!(!overlap("/a", "/ab") && !overlap("/a/b", "/a/c"));
+    }
+
+    #[test]
+    fn slugs_are_dns_labels_that_mislead_nobody() {
+        for good in ["abc", "my-app", "0-0", "a1-b2-c3", "www1", &"a".repeat(63)] {
+            assert_eq!(slug(good), Ok(()), "{good}");
+        }
+        let long = "a".repeat(64);
+        let bad = [
+            "", "ab", &long, "-abc", "abc-", "a--b", "xn--abc", "Abc", "a_b", "a.b", "a b", "äbc", "abc\n", "www",
+            "api",
+        ];
+        for bad in bad {
+            assert_eq!(slug(bad).unwrap_err().code, Code::InvalidArgument, "{bad}");
+        }
+        assert_eq!(RESERVED_SLUGS.split(' ').count(), 32);
+        for reserved in RESERVED_SLUGS.split(' ') {
+            assert!(slug(reserved).is_err(), "{reserved}");
+        }
     }
 
     proptest! {

@@ -1,1 +1,297 @@
 //! Requests to previews, on their way to services in sandboxes and back.
+//!
+//! ```text
+//! viewer ── HTTP/1.1, HTTP/2 ──▶ Proxy ── enter ──▶ engine: which sandbox, which port, may they, is it awake
+//!                                  │
+//!                                  └── HTTP/1.1 over Guest::connect, kept open ──▶ service in the sandbox
+//! ```
+//!
+//! Bodies stream both ways and are never held; what follows a 101 is carried as bytes. Nothing here decides who may
+//! look at what, or listens on an address: the daemon hands requests in.
+
+mod body;
+mod edge;
+mod exchange;
+mod headers;
+mod host;
+mod page;
+mod pool;
+mod token;
+mod upgrade;
+
+use std::future::Future;
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use http::request::Parts;
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Body, Incoming};
+use nagaya_api::error::{Code, Error};
+use nagaya_engine::Engine;
+use nagaya_engine::ports::Guest;
+use tokio::sync::watch;
+
+pub use body::ResponseBody;
+pub use edge::{Arrival, DomainEdge, LoopbackEdge};
+use host::{Below, Host};
+use page::Asker;
+use pool::{Lease, Services};
+pub use token::PARAMETER as VIEWER_TOKEN_PARAMETER;
+use token::Shown;
+use upgrade::Upgrade;
+
+type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// How long the body of a refused request is read and thrown away, so that its sender gets to see the answer.
+const REFUSED_BODY_DRAIN: Duration = Duration::from_secs(5);
+
+/// Limits of the proxy.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// For connecting to the service, from the sandbox's side.
+    pub connect_timeout: Duration,
+    /// From the last piece of the request to the header of the answer.
+    pub answer_timeout: Duration,
+    /// Requests and tunnels under way to one preview.
+    pub exchanges_max: usize,
+    /// Connections kept open to one preview's service.
+    pub idle_connections_max: usize,
+    /// How long such a connection is kept.
+    pub idle_timeout: Duration,
+}
+
+/// Who decides where a preview leads.
+#[async_trait]
+pub trait Entrance: Send + Sync + 'static {
+    /// The service behind a label, awake. `token` is the viewer's, if one was shown.
+    async fn enter(&self, label: &str, token: Option<&str>) -> Result<Visit, Error>;
+}
+
+/// A way to a service that is open for one request.
+pub struct Visit {
+    /// Another one after every start of the sandbox.
+    pub guest: Arc<dyn Guest>,
+    /// Of the sandbox's loopback.
+    pub port: u16,
+    /// Kept while the request lasts.
+    pub hold: Box<dyn Send + Sync>,
+}
+
+#[async_trait]
+impl Entrance for Engine {
+    async fn enter(&self, label: &str, token: Option<&str>) -> Result<Visit, Error> {
+        let visit = self.enter_preview(label, token).await?;
+        Ok(Visit { guest: Arc::clone(&visit.guest), port: visit.port, hold: Box::new(visit) })
+    }
+}
+
+/// How a request came in.
+#[derive(Clone)]
+pub struct Viewer {
+    /// The preview whose own loopback port it came to; `None` when the request's host tells.
+    pub label: Option<Arc<str>>,
+    pub peer: IpAddr,
+    /// The viewer sees `https://`.
+    pub secure: bool,
+    /// Kept while the connection lasts, also by what is spoken on it after HTTP.
+    pub connection: Arc<dyn Send + Sync>,
+}
+
+/// The proxy. One for the whole server.
+pub struct Proxy {
+    entrance: Arc<dyn Entrance>,
+    /// Below which previews have their names, lower case.
+    domain: Option<String>,
+    settings: Settings,
+    services: Arc<Services>,
+    stopping: watch::Sender<bool>,
+}
+
+impl Proxy {
+    /// Needs a Tokio runtime.
+    pub fn start(entrance: Arc<dyn Entrance>, domain: Option<&str>, settings: Settings) -> Arc<Self> {
+        Arc::new(Self {
+            entrance,
+            domain: domain.map(str::to_ascii_lowercase),
+            services: Services::start(settings.idle_timeout),
+            settings,
+            stopping: watch::Sender::new(false),
+        })
+    }
+
+    /// Ends what has no end of its own: tunnels and streams of events.
+    pub fn stop(&self) {
+        self.stopping.send_replace(true);
+    }
+
+    /// Whether a request to the server's own listener is one to a preview.
+    pub fn is_asked(&self, request: &Request<Incoming>) -> bool {
+        let Some(domain) = &self.domain else { return false };
+        let authority = match request.uri().authority() {
+            Some(authority) => authority.as_str().as_bytes(),
+            None => request.headers().get(header::HOST).map_or(&[][..], HeaderValue::as_bytes),
+        };
+        // Whatever may be meant for a preview is refused there if it is not well-formed.
+        let text = authority.to_ascii_lowercase();
+        let name = text.split(|byte| *byte == b':').next().unwrap_or_default();
+        let name = name.strip_suffix(b".").unwrap_or(name);
+        name.strip_suffix(domain.as_bytes()).is_some_and(|front| front.is_empty() || front.ends_with(b"."))
+    }
+
+    /// Answers a request to a preview. Never fails: what goes wrong is told to the viewer.
+    pub async fn answer(&self, request: Request<Incoming>, viewer: &Viewer) -> Response<ResponseBody> {
+        let (mut parts, body) = request.into_parts();
+        let asker = Asker::of(&parts);
+        let expects_continue = exchange::expects_continue(&parts.headers);
+        let mut body = Some(body);
+        match self.relay(&mut parts, &mut body, asker, viewer).await {
+            Ok(response) => response,
+            Err(error) => {
+                tracing::debug!(%error, "a request to a preview was refused");
+                // Who asks first whether to send a body does not send it now.
+                if let (Some(body), false) = (body, expects_continue) {
+                    discard(body);
+                }
+                asker.error(&error).map(ResponseBody::own)
+            }
+        }
+    }
+
+    async fn relay(
+        &self,
+        parts: &mut Parts,
+        body: &mut Option<Incoming>,
+        asker: Asker,
+        viewer: &Viewer,
+    ) -> Result<Response<ResponseBody>, Error> {
+        let (host, label) = self.target(parts, viewer)?;
+        let shown = token::take(parts, &label);
+        let visit = self.entrance.enter(&label, shown.as_ref().map(|shown| shown.token.as_str())).await?;
+        let learned = match shown {
+            Some(Shown { token, in_url: true }) => token::cookie(&label, &token, viewer.secure),
+            _ => None,
+        };
+        if let Some(cookie) = &learned
+            && asker.is_browser()
+            && parts.method == Method::GET
+        {
+            return Ok(to_same_place(&parts.uri, cookie));
+        }
+        let upgrade = Upgrade::of(parts)?;
+        headers::to_service(parts, &host, viewer, upgrade.as_ref().map(|upgrade| &upgrade.protocol));
+        parts.uri = origin_form(&parts.uri);
+        parts.version = Version::HTTP_11;
+        parts.extensions = http::Extensions::new();
+
+        let entered = self.services.enter(&label, visit, &self.settings)?;
+        let body = body.take().expect("the body is taken here only");
+        let sent = std::mem::replace(parts, Request::new(()).into_parts().0);
+        let (response, lease) = exchange::exchange(entered, sent, body, &self.settings).await?;
+        let mut response = self.hand_back(response, lease, upgrade, viewer)?;
+        token::strip_set_cookies(response.headers_mut());
+        if let Some(cookie) = learned {
+            response.headers_mut().append(header::SET_COOKIE, cookie);
+        }
+        Ok(response)
+    }
+
+    /// Which preview a request is for. Anything could be meant by a request without a proper host, so it is refused.
+    fn target(&self, parts: &Parts, viewer: &Viewer) -> Result<(Host, String), Error> {
+        let host = Host::of(parts)
+            .ok_or_else(|| Error::new(Code::InvalidArgument, "a request must name exactly one valid host"))?;
+        if let Some(label) = &viewer.label {
+            return match host.is_loopback() {
+                true => Ok((host, label.to_string())),
+                false => Err(Error::new(Code::HostRefused, "this port is for localhost, 127.0.0.1 and [::1]")),
+            };
+        }
+        let domain = self.domain.as_ref().ok_or(Code::HostRefused)?;
+        match host::below(domain, &host.name) {
+            Some(Below::Label(label)) => Ok((host, label)),
+            Some(Below::Nothing) => Err(Code::PreviewNotFound.into()),
+            None => Err(Code::HostRefused.into()),
+        }
+    }
+
+    /// Turns a service's answer into the viewer's.
+    fn hand_back(
+        &self,
+        mut response: Response<Incoming>,
+        lease: Lease,
+        upgrade: Option<Upgrade>,
+        viewer: &Viewer,
+    ) -> Result<Response<ResponseBody>, Error> {
+        let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        let on_service = switches.then(|| hyper::upgrade::on(&mut response));
+        let (mut parts, incoming) = response.into_parts();
+        parts.extensions = http::Extensions::new();
+        parts.version = Version::HTTP_11;
+        let Some(on_service) = on_service else {
+            // To such a request any success would say that the tunnel is there.
+            if parts.status.is_success() && upgrade.is_some_and(|upgrade| upgrade.extended_connect) {
+                return Err(Error::new(
+                    Code::ServiceBroken,
+                    "it does not speak the protocol that the viewer asked for",
+                ));
+            }
+            headers::to_viewer(&mut parts.headers, None);
+            let stopping = is_event_stream(&parts.headers).then(|| self.stopping());
+            return Ok(Response::from_parts(parts, ResponseBody::service(incoming, lease, stopping)));
+        };
+        let Some(upgrade) = upgrade else {
+            return Err(Error::new(Code::ServiceBroken, "it switched to a protocol that nobody asked for"));
+        };
+        let protocol = parts.headers.get(header::UPGRADE).cloned().unwrap_or_else(|| upgrade.protocol.clone());
+        headers::to_viewer(&mut parts.headers, Some(protocol));
+        upgrade.accept(&mut parts.status, &mut parts.headers);
+        let connection = Arc::clone(&viewer.connection);
+        upgrade.run(on_service, (lease.into_entered(), connection), self.stopping());
+        Ok(Response::from_parts(parts, ResponseBody::own(Full::default())))
+    }
+
+    fn stopping(&self) -> BoxFuture<()> {
+        let mut stopping = self.stopping.subscribe();
+        Box::pin(async move {
+            // An error means that the proxy itself is gone.
+            let _ = stopping.wait_for(|stopping| *stopping).await;
+        })
+    }
+}
+
+/// Has the browser open the same URL without the token, so that it stays out of histories and referrers.
+fn to_same_place(uri: &Uri, cookie: &HeaderValue) -> Response<ResponseBody> {
+    let path = uri.path_and_query().map_or("/", PathAndQuery::as_str);
+    // Two slashes at its beginning would lead to another host.
+    let path = format!("/{}", path.trim_start_matches(['/', '\\']));
+    let mut response = Response::new(ResponseBody::own(Full::default()));
+    *response.status_mut() = StatusCode::SEE_OTHER;
+    let headers = response.headers_mut();
+    headers.insert(header::SET_COOKIE, cookie.clone());
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::LOCATION, HeaderValue::try_from(path).unwrap_or_else(|_| HeaderValue::from_static("/")));
+    response
+}
+
+/// A target as servers expect it: path and query, or the asterisk of OPTIONS.
+fn origin_form(uri: &Uri) -> Uri {
+    uri.path_and_query().cloned().map_or_else(|| Uri::from_static("/"), Uri::from)
+}
+
+fn is_event_stream(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"))
+}
+
+fn discard(mut body: Incoming) {
+    if body.is_end_stream() {
+        return;
+    }
+    tokio::spawn(tokio::time::timeout(
+        REFUSED_BODY_DRAIN,
+        async move { while let Some(Ok(_)) = body.frame().await {} },
+    ));
+}

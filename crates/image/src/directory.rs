@@ -170,6 +170,9 @@ impl Directory {
             _ => failed("read a blob", &error),
         })?;
         bytes.clear();
+        // All of it in one piece, not in ever larger ones.
+        let length = file.metadata().map_or(0, |metadata| metadata.len());
+        bytes.reserve(length.min(kind.bytes_max()) as usize + 1);
         let read = (&mut file).take(kind.bytes_max() + 1).read_to_end(bytes);
         match read {
             Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => Err(BlobError::Corrupt(name())),

@@ -14,6 +14,9 @@ use crate::directory::{Directory, Kind, failed};
 use crate::workers::on_each;
 use crate::{BLOCK_BYTES, Chunk, Manifest};
 
+/// Shorter runs of blocks are copied, and stay in memory.
+const SHARED_BLOCKS_MIN: usize = 16;
+
 /// Makes an image. It gets its name when every part of it has been verified and written; it is not flushed. `fetch` may bring a chunk that is
 /// missing or corrupt from elsewhere; it is verified again.
 pub(crate) fn restore(
@@ -37,40 +40,37 @@ pub(crate) fn restore(
         if bytes.len() as u64 != chunk.stored_bytes() {
             return Err(BlobError::Corrupt(chunk.digest.to_string()));
         }
-        let write = || match directory.shares_blocks && share(&blob, &unnamed.file, chunk, manifest.image_size) {
-            true => Ok(()),
-            false => spread(bytes, &unnamed.file, chunk, manifest.image_size),
-        };
-        write().map_err(|error| broken(&error))
+        let shared = directory.shares_blocks.then_some(&blob);
+        spread(bytes, shared, &unnamed.file, chunk, manifest.image_size).map_err(|error| broken(&error))
     })?;
     unnamed.name(image).map_err(|error| broken(&error))
 }
 
-/// Writes the blocks of a blob to their places.
-fn spread(bytes: &[u8], image: &File, chunk: &Chunk, image_size: u64) -> io::Result<()> {
-    let mut rest = bytes;
+/// Puts the blocks of a blob to their places: long runs as the blob's own blocks, where it can share them, and others by writing
+/// them. Those are mostly the file system's own, which whoever mounts it wants at once, from memory and not from the disk.
+fn spread(bytes: &[u8], blob: Option<&File>, image: &File, chunk: &Chunk, image_size: u64) -> io::Result<()> {
+    let mut position = 0;
     for run in chunk.blocks.runs() {
-        let (blocks, after) = rest.split_at(run.len() * BLOCK_BYTES as usize);
+        let blocks = &bytes[position..position + run.len() * BLOCK_BYTES as usize];
         let offset = chunk.offset() + run.start as u64 * BLOCK_BYTES;
         let in_image = ((image_size - offset) as usize).min(blocks.len());
-        image.write_all_at(&blocks[..in_image], offset)?;
-        rest = after;
+        let blob = blob.filter(|_| run.len() >= SHARED_BLOCKS_MIN);
+        if !blob.is_some_and(|blob| share(blob, position as u64, image, offset, in_image)) {
+            image.write_all_at(&blocks[..in_image], offset)?;
+        }
+        position += blocks.len();
     }
     Ok(())
 }
 
-/// Lets the image have the blob's own blocks. False leaves the rest for copying.
-fn share(blob: &File, image: &File, chunk: &Chunk, image_size: u64) -> bool {
-    let mut from = 0;
-    for run in chunk.blocks.runs() {
-        let mut to = chunk.offset() + run.start as u64 * BLOCK_BYTES;
-        let end = (to + run.len() as u64 * BLOCK_BYTES).min(image_size);
-        while to < end {
-            let length = (end - to) as usize;
-            match copy_file_range(blob, Some(&mut from), image, Some(&mut to), length) {
-                Ok(0) | Err(_) => return false,
-                Ok(_) => {}
-            }
+/// Lets the image have the blob's own blocks. False leaves them for copying.
+fn share(blob: &File, mut from: u64, image: &File, mut to: u64, length: usize) -> bool {
+    let end = to + length as u64;
+    while to < end {
+        let rest = (end - to) as usize;
+        match copy_file_range(blob, Some(&mut from), image, Some(&mut to), rest) {
+            Ok(0) | Err(_) => return false,
+            Ok(_) => {}
         }
     }
     true

@@ -5,9 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use buffa::MessageField;
-use connectrpc::client::{ClientConfig, HttpClient};
+use connectrpc::client::{BidiStream, ClientConfig, HttpClient};
+use nagaya_api::tenki::client::Whole;
 use nagaya_api::tenki::v1;
 use nagaya_daemon::config::Config;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use v1::run_request::Payload as Input;
 use v1::run_response::Payload as Output;
 
@@ -17,6 +19,19 @@ use crate::server::Server;
 const PROGRAM: &str = "import os, platform\n\
 print('hello from', platform.node(), 'as', os.environ['USER'], 'with', len(os.sched_getaffinity(0)), 'processors')\n\
 print('sum of squares below 1000:', sum(n * n for n in range(1000)))";
+
+const PORT: i32 = 8000;
+const SERVICE: &str = "import http.server\n\
+class Page(http.server.BaseHTTPRequestHandler):\n\
+    def do_GET(self):\n\
+        self.send_response(200)\n\
+        self.end_headers()\n\
+        self.wfile.write(b'served from the sandbox')\n\
+    def log_message(self, *_):\n\
+        pass\n\
+server = http.server.HTTPServer(('127.0.0.1', 8000), Page)\n\
+print('listening', flush=True)\n\
+server.serve_forever()";
 
 pub fn run() -> anyhow::Result<ExitCode> {
     let directory = tempfile::Builder::new().prefix("nagaya-demo-").tempdir().context("make a temporary directory")?;
@@ -65,6 +80,7 @@ async fn use_sandbox(server: &Server) -> anyhow::Result<()> {
             owner_id: "self".into(),
             owner_type: "SERVICE".into(),
             name: "demo".into(),
+            allow_inbound: Some(true),
             allow_outbound: Some(false),
             wait_ready: true,
             ..Default::default()
@@ -92,22 +108,39 @@ async fn use_sandbox(server: &Server) -> anyhow::Result<()> {
     let answer = timed("file read", data.read_file(read)).await?;
     ensure!(answer.response.content == content, "the file's content changed");
 
+    // It ends when this goes.
+    let _service = timed("web service started in it", start_service(&data, &id)).await?;
+    let expose = v1::ExposePortRequest { session_id: id.clone(), port: PORT, ..Default::default() };
+    let exposed = timed("port opened", control.expose_port(expose)).await?;
+    let page = timed("page fetched through its preview URL", fetch(&exposed.preview_url)).await?;
+    println!("    │ {}: {page}", exposed.preview_url);
+
     let terminate = v1::TerminateSessionRequest { session_id: id };
     timed("sandbox terminated", control.terminate_session(terminate)).await?;
     Ok(())
 }
 
-async fn run_python(data: &v1::SandboxSessionDataPlaneServiceClient<HttpClient>, id: &str) -> anyhow::Result<String> {
-    let frame = |payload| v1::SandboxSessionDataPlaneServiceRunRequest {
-        frame: MessageField::some(v1::RunRequest { payload: Some(payload) }),
-    };
+type DataPlane = v1::SandboxSessionDataPlaneServiceClient<HttpClient>;
+type Run = BidiStream<
+    <HttpClient as connectrpc::client::ClientTransport>::ResponseBody,
+    v1::SandboxSessionDataPlaneServiceRunRequest,
+    Whole<v1::SandboxSessionDataPlaneServiceRunResponse>,
+>;
+
+async fn start_python(data: &DataPlane, id: &str, program: &str) -> anyhow::Result<Run> {
     let start = v1::RunStart {
         session_id: id.to_owned(),
-        cmd: vec!["python3".into(), "-c".into(), PROGRAM.into()],
+        cmd: vec!["python3".into(), "-c".into(), program.into()],
         ..Default::default()
     };
+    let frame = MessageField::some(v1::RunRequest { payload: Some(Input::Start(Box::new(start))) });
     let mut run = data.run().await?;
-    run.send(frame(Input::Start(Box::new(start)))).await?;
+    run.send(v1::SandboxSessionDataPlaneServiceRunRequest { frame }).await?;
+    Ok(run)
+}
+
+async fn run_python(data: &DataPlane, id: &str) -> anyhow::Result<String> {
+    let mut run = start_python(data, id, PROGRAM).await?;
     let (mut output, mut errors) = (Vec::new(), Vec::new());
     while let Some(message) = run.message().await? {
         match message.frame.payload.clone() {
@@ -120,4 +153,31 @@ async fn run_python(data: &v1::SandboxSessionDataPlaneServiceClient<HttpClient>,
         }
     }
     Ok(String::from_utf8(output)?)
+}
+
+/// A web service that lasts as long as what this returns, and listens already.
+async fn start_service(data: &DataPlane, id: &str) -> anyhow::Result<Run> {
+    let mut run = start_python(data, id, SERVICE).await?;
+    let mut said = Vec::new();
+    while let Some(message) = run.message().await? {
+        match message.frame.payload.clone() {
+            Some(Output::Stdout(_)) => return Ok(run),
+            Some(Output::Stderr(bytes)) => said.extend_from_slice(&bytes),
+            _ => {}
+        }
+    }
+    bail!("the web service ended: {}", String::from_utf8_lossy(&said));
+}
+
+/// The page at the root of an `http://HOST:PORT` URL.
+async fn fetch(url: &str) -> anyhow::Result<String> {
+    let authority = url.strip_prefix("http://").context("a preview without TLS")?.trim_end_matches('/');
+    let mut stream = tokio::net::TcpStream::connect(authority).await?;
+    let request = format!("GET / HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = String::new();
+    stream.take(1 << 20).read_to_string(&mut answer).await?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("an answer of HTTP")?;
+    ensure!(head.starts_with("HTTP/1.1 200 "), "{answer}");
+    Ok(body.to_owned())
 }

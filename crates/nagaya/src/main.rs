@@ -48,12 +48,20 @@ struct Settings {
     /// An API key to accept besides those made by the server.
     #[arg(long, env = "NAGAYA_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
+    /// Address and port on which plain SSH is spoken too, for clients with a certificate.
+    #[arg(long, env = "NAGAYA_SSH_LISTEN")]
+    ssh_listen: Option<SocketAddr>,
 }
 
 impl Settings {
     fn load(self) -> anyhow::Result<Config> {
-        let overrides =
-            Overrides { listen: self.listen, data_dir: self.data_dir, api_key: self.api_key, ..Overrides::default() };
+        let overrides = Overrides {
+            listen: self.listen,
+            data_dir: self.data_dir,
+            api_key: self.api_key,
+            ssh_listen: self.ssh_listen,
+            ..Overrides::default()
+        };
         Ok(Config::load(self.config.as_deref(), overrides)?)
     }
 }

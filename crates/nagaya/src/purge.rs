@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use nagaya_daemon::config::Config;
 use nagaya_engine::ports::Driver;
-use nagaya_runtime::namespace::{NETWORK_FILE, NamespaceDriver};
+use nagaya_runtime::namespace::{NETWORK_FILE, NamespaceDriver, PoolChoice, storage_root};
 use nagaya_store::SqliteStore;
 
 use crate::server::{ADDRESS_FILE, BLOBS, DATABASE, KEY_FILE, driver_settings, open_blobs};
@@ -35,6 +35,7 @@ pub async fn purge(config: &Config) -> anyhow::Result<usize> {
     let mut settings = driver_settings(config)?;
     settings.pool_ready = 0;
     settings.pool_ready_isolated = 0;
+    settings.pool = PoolChoice::Off;
     let driver = tokio::task::spawn_blocking(move || NamespaceDriver::start(settings)).await??;
     let ids = driver.list().await?;
     for id in &ids {
@@ -50,6 +51,12 @@ pub async fn purge(config: &Config) -> anyhow::Result<usize> {
         open_blobs(config)?.retain(&[]).await.context("remove what is in the bucket")?;
     }
     tokio::task::spawn_blocking(move || driver.remove_host_state()).await?;
+    let storage = storage_root(&config.data_dir);
+    anyhow::ensure!(
+        storage == config.data_dir,
+        "{} is still in use: end what uses it, and repeat this",
+        storage.display()
+    );
     drop(store);
     for name in DIRECTORIES {
         remove(fs::remove_dir_all(config.data_dir.join(name)), &config.data_dir.join(name))?;

@@ -2,18 +2,19 @@
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
-use nagaya_daemon::config::Config;
+use nagaya_daemon::config::{Config, DiskPool};
 use nagaya_daemon::host::{HostClock, HostEntropy};
-use nagaya_daemon::{Daemon, Hooks, Level, Levels};
+use nagaya_daemon::{Daemon, Front, Hooks, Level, Levels};
 use nagaya_engine::Engine;
 use nagaya_engine::ports::{Blobs, Driver, Entropy, Store};
 use nagaya_image::{BlobStore, S3Config, S3Credentials};
-use nagaya_runtime::namespace::{self, NamespaceDriver};
+use nagaya_runtime::namespace::{self, NamespaceDriver, PoolChoice};
 use nagaya_store::SqliteStore;
 
 /// Names in the data directory that are not the driver's.
@@ -44,7 +45,8 @@ impl Server {
         let port: Arc<dyn Driver> = driver.clone();
         let blobs = open_blobs(&config)?;
         let (clock, entropy) = (Arc::new(HostClock), Arc::new(HostEntropy));
-        let engine = Engine::start(config.engine.clone(), store, port, blobs, clock, entropy).await?;
+        let front = Front::open(&config).await?;
+        let engine = Engine::start(config.engine.clone(), store, port, blobs, front.edge(), clock, entropy).await?;
         for key in [key.as_deref(), config.api_key.as_deref()].into_iter().flatten() {
             engine.first_start(Some(key)).await?;
         }
@@ -52,7 +54,7 @@ impl Server {
         let level = driver.clone();
         let pools: Levels =
             Arc::new(move || level.pool_levels().map(|(name, value)| Level { name: name.into(), value }).to_vec());
-        let daemon = Daemon::start(&config, engine, Hooks { pools: Some(pools) }).await?;
+        let daemon = Daemon::start(&config, engine, Hooks { pools: Some(pools), front: Some(front) }).await?;
         let server = Self { daemon, driver, tls, data_dir, key_file, new_key };
         write_private(&server.data_dir.join(ADDRESS_FILE), &server.url())?;
         Ok(server)
@@ -111,9 +113,10 @@ fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
     write().with_context(|| format!("write {}", path.display()))
 }
 
-/// The place of the snapshots' bytes. A bucket need not be reachable yet.
+/// The place of the snapshots' bytes, after the driver has opened the storage that it is in. A bucket need not be
+/// reachable yet.
 pub fn open_blobs(config: &Config) -> anyhow::Result<Arc<dyn Blobs>> {
-    let directory = config.data_dir.join(BLOBS);
+    let directory = namespace::storage_root(&config.data_dir).join(BLOBS);
     let Some(s3) = &config.blobs.s3 else {
         return Ok(Arc::new(BlobStore::open(&directory)?));
     };
@@ -136,17 +139,29 @@ pub fn open_blobs(config: &Config) -> anyhow::Result<Arc<dyn Blobs>> {
     Ok(Arc::new(BlobStore::open_with_s3(&directory, &settings)?))
 }
 
+/// An address, with port 53 unless it names another.
+fn name_server(text: &str) -> anyhow::Result<SocketAddr> {
+    let address = text.parse().or_else(|_| text.parse().map(|ip: IpAddr| SocketAddr::from((ip, 53))));
+    address.with_context(|| format!("network.name_server {text:?} is neither ADDRESS nor ADDRESS:PORT"))
+}
+
 /// The driver's part of the configuration.
 pub fn driver_settings(config: &Config) -> anyhow::Result<namespace::Config> {
     let mut settings = namespace::Config::new(config.data_dir.clone());
     settings.network_cidr = config.network.cidr.as_deref().map(str::parse).transpose()?;
     settings.network_allow = config.network.allow.clone();
     settings.network_outbound = config.network.outbound;
+    settings.name_server = config.network.name_server.as_deref().map(name_server).transpose()?;
     settings.pool_ready = config.pools.slots_ready;
     settings.pool_ready_isolated = config.pools.isolated_slots_ready;
     settings.slots_max = config.namespace.slots_max;
     settings.processes_max = config.namespace.processes_max;
     settings.disk_free_mb_min = config.namespace.disk_free_mb_min;
+    settings.pool = match config.disks.pool {
+        DiskPool::Auto => PoolChoice::Auto,
+        DiskPool::Off => PoolChoice::Off,
+    };
+    settings.pool_first_mb = config.disks.pool_first_mb;
     settings.memory_available_mb_min = config.namespace.memory_available_mb_min;
     settings.memory_low_mb = config.namespace.memory_low_mb;
     settings.favor_cgroup_moves = config.namespace.favor_cgroup_moves;

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::cgroup::Cgroups;
+use crate::namespace::{has_pool, shares_blocks, storage_is_plain, storage_root};
 
 /// How much a missing capability costs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,7 +42,11 @@ pub fn examine(data: &Path) -> Vec<Finding> {
         required("loop devices", device("/dev/loop-control"), "modprobe loop"),
         required("mkfs.ext4", program("mkfs.ext4", "-V"), "apt-get install e2fsprogs"),
         required("nft", program("nft", "--version"), "apt-get install nftables"),
-        optional("reflink", reflink(data), "put the data directory on XFS or btrfs: disks are then copied in no time"),
+        optional(
+            "copies of disks",
+            copies(data),
+            "apt-get install xfsprogs, then begin a new data directory, or put that on XFS or btrfs: disks are copied in no time",
+        ),
         optional("swap limit", swap_limit(), "boot with swapaccount=1, or switch swap off"),
         optional("CRIU", program("criu", "--version"), "apt-get install criu (4.1 or newer)"),
         optional("runsc", program("runsc", "--version"), "apt-get install runsc"),
@@ -97,22 +102,32 @@ fn program(name: &str, version: &str) -> Result<String, String> {
     Ok(String::from_utf8_lossy(&text).lines().next().unwrap_or("installed").trim().to_owned())
 }
 
-fn reflink(data: &Path) -> Result<String, String> {
-    let place = data.ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/"));
-    let make = |name: &str| {
-        let path = place.join(name);
-        let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path);
-        let _ = fs::remove_file(&path);
-        file
-    };
-    let attempt = make(".nagaya-doctor-1").and_then(|source| {
-        let target = make(".nagaya-doctor-2")?;
-        Ok(rustix::fs::ioctl_ficlone(&target, &source)?)
-    });
-    match attempt {
-        Ok(()) => Ok(format!("{} shares blocks between copies", place.display())),
-        Err(error) => Err(format!("{} does not share blocks between copies ({error})", place.display())),
+/// How disks are copied: in no time where copies share their blocks.
+fn copies(data: &Path) -> Result<String, String> {
+    let data = fs::canonicalize(data).unwrap_or_else(|_| data.to_owned());
+    if has_pool(&data) {
+        return Ok(format!("disks are in a pool, mounted at {}", storage_root(&data).display()));
     }
+    let place = data.ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/"));
+    match shares_blocks(place) {
+        Ok(true) => return Ok(format!("{} shares blocks between copies", place.display())),
+        Ok(false) => {}
+        Err(error) => return Err(format!("{} cannot be tried: {error}", place.display())),
+    }
+    if storage_is_plain(&data) {
+        return Err(format!("{} was first used without a pool, and its disks stay plain files", data.display()));
+    }
+    let offered = |()| if modprobe_knows("xfs") { Ok(()) } else { filesystem("xfs").map(drop) };
+    let made = program("mkfs.xfs", "-V").map(drop).and_then(offered);
+    made.map(|()| "a pool will hold the disks".into())
+        .map_err(|why| format!("{} shares no blocks, and a pool needs XFS: {why}", place.display()))
+}
+
+/// A module that is not loaded yet counts as well.
+fn modprobe_knows(module: &str) -> bool {
+    let path = "/usr/sbin:/usr/bin:/sbin:/bin";
+    let status = Command::new("modprobe").args(["-n", "-q", module]).env("PATH", path).stdin(Stdio::null()).status();
+    status.is_ok_and(|status| status.success())
 }
 
 fn swap_limit() -> Result<String, String> {

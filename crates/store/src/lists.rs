@@ -1,7 +1,7 @@
 //! The statements of the lists: newest first, in pages by key.
 
 use nagaya_engine::model::UnixMs;
-use nagaya_engine::ports::{SessionQuery, SnapshotQuery, VolumeQuery};
+use nagaya_engine::ports::{PreviewQuery, SessionQuery, SnapshotQuery, VolumeQuery};
 use rusqlite::types::Value;
 
 use crate::rows;
@@ -59,6 +59,20 @@ pub(crate) fn volumes(query: &VolumeQuery) -> rusqlite::Result<List> {
     let mut list = List::new("volumes", rows::VOLUME_COLUMNS);
     if let Some(workspace_id) = query.workspace_id {
         list.filter("workspace_id = ?", Value::Text(workspace_id.to_string()));
+    }
+    list.page(query.before, query.limit)
+}
+
+pub(crate) fn previews(query: &PreviewQuery) -> rusqlite::Result<List> {
+    let mut list = List::new("previews", rows::PREVIEW_COLUMNS);
+    if let Some(workspace_id) = query.workspace_id {
+        list.filter("workspace_id = ?", Value::Text(workspace_id.to_string()));
+    }
+    if let Some(kind) = query.kind {
+        list.filter("kind = ?", Value::Integer(kind as i64));
+    }
+    if let Some(session_id) = query.session_id {
+        list.filter("session_id = ?", Value::Text(session_id.to_string()));
     }
     list.page(query.before, query.limit)
 }

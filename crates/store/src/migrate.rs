@@ -6,8 +6,12 @@ use nagaya_engine::ports::StoreError;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior};
 
 /// The scripts in order: number 1 is the first. A released script is never edited again.
-const SCRIPTS: &[&str] =
-    &[include_str!("../migrations/0001_sessions.sql"), include_str!("../migrations/0002_life.sql")];
+const SCRIPTS: &[&str] = &[
+    include_str!("../migrations/0001_sessions.sql"),
+    include_str!("../migrations/0002_life.sql"),
+    include_str!("../migrations/0003_previews.sql"),
+    include_str!("../migrations/0004_egress.sql"),
+];
 
 const TABLE: &str = "CREATE TABLE IF NOT EXISTS schema_migrations (
     number   INTEGER PRIMARY KEY,

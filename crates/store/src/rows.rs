@@ -1,6 +1,7 @@
 //! Records to rows and back.
 
 mod accounts;
+mod previews;
 mod sessions;
 mod snapshots;
 mod volumes;
@@ -13,6 +14,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub(crate) use accounts::{API_KEY_COLUMNS, WORKSPACE_COLUMNS, read_api_key, read_workspace};
+pub(crate) use previews::{PREVIEW_COLUMNS, read_preview};
 pub(crate) use sessions::{EXECUTION_COLUMNS, SESSION_COLUMNS, read_execution, read_session};
 pub(crate) use snapshots::{SNAPSHOT_COLUMNS, read_snapshot};
 pub(crate) use volumes::{VOLUME_COLUMNS, read_volume};
@@ -29,6 +31,8 @@ pub(crate) fn apply(database: &Connection, change: &Change) -> Result<()> {
         Change::ForgetSnapshot(id) => forget(database, "DELETE FROM snapshots WHERE id = ?1", id),
         Change::Volume(volume) => volumes::write_volume(database, volume),
         Change::ForgetVolume(id) => forget(database, "DELETE FROM volumes WHERE id = ?1", id),
+        Change::Preview(preview) => previews::write_preview(database, preview),
+        Change::ForgetPreview(id) => forget(database, "DELETE FROM previews WHERE id = ?1", id),
         Change::Setting { name, value } => accounts::write_setting(database, name, value),
     }
 }

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use nagaya_api::ids::{ExecutionId, SessionId, SnapshotId, VolumeId};
-use nagaya_engine::model::{ApiKey, Execution, Session, Snapshot, Volume, Workspace};
-use nagaya_engine::ports::{Change, SessionQuery, SnapshotQuery, Store, StoreError, VolumeQuery};
+use nagaya_engine::model::{ApiKey, Execution, Preview, Session, Snapshot, Volume, Workspace};
+use nagaya_engine::ports::{Change, PreviewQuery, SessionQuery, SnapshotQuery, Store, StoreError, VolumeQuery};
 use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params_from_iter};
 use tokio::sync::{mpsc, oneshot};
@@ -202,6 +202,19 @@ impl Store for SqliteStore {
     async fn all_volumes(&self) -> Result<Vec<Volume>, StoreError> {
         let sql = format!("SELECT {} FROM volumes ORDER BY created_at, id", rows::VOLUME_COLUMNS);
         self.read(move |database| all(database, &sql, Vec::new(), rows::read_volume)).await
+    }
+
+    async fn previews(&self, query: PreviewQuery) -> Result<Vec<Preview>, StoreError> {
+        self.read(move |database| {
+            let list = lists::previews(&query)?;
+            all(database, &list.sql, list.values, rows::read_preview)
+        })
+        .await
+    }
+
+    async fn all_previews(&self) -> Result<Vec<Preview>, StoreError> {
+        let sql = format!("SELECT {} FROM previews ORDER BY created_at, id", rows::PREVIEW_COLUMNS);
+        self.read(move |database| all(database, &sql, Vec::new(), rows::read_preview)).await
     }
 }
 

@@ -9,12 +9,15 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use nagaya_engine::model::{ApiKey, Session, SessionState, Snapshot, Volume, Workspace, WorkspaceSettings};
+use nagaya_engine::model::{
+    ApiKey, Machine, Preview, Session, SessionState, Snapshot, Volume, Workspace, WorkspaceSettings,
+};
 use nagaya_engine::ports::{Change, SessionQuery, Store};
 use nagaya_store::SqliteStore;
 use rusqlite::Connection;
 
 use suite::kept::{snapshot, volume};
+use suite::previews::preview;
 use suite::{execution, join_all, key, runtime, session, workspace};
 
 const FILE: &str = "state.db";
@@ -131,12 +134,39 @@ fn database_of_schema_1(directory: &Path) {
 }
 
 #[test]
+fn a_session_paused_under_schema_2_is_one_that_was_paused_by_request() {
+    let directory = tempfile::tempdir().unwrap();
+    database_of_schema_1(directory.path());
+    let script = include_str!("../migrations/0002_life.sql");
+    let database = Connection::open(directory.path().join(FILE)).unwrap();
+    database.execute_batch(script).unwrap();
+    let checksum = blake3::hash(script.as_bytes()).to_hex().to_string();
+    database.execute("INSERT INTO schema_migrations VALUES (2, ?1)", [checksum]).unwrap();
+    let id = session(1, SessionState::Paused as u32).id;
+    let pause = format!(
+        "{{\"paused_at\":5,\"expires_at\":null,\"snapshot_id\":\"{id}\",\"in_memory\":true,\"disk_reason\":\"\"}}"
+    );
+    database.execute("UPDATE sessions SET pause = ?1 WHERE id = ?2", (pause, id.to_string())).unwrap();
+    drop(database);
+    let store = open(directory.path());
+    runtime().block_on(async {
+        let pause = store.session(id).await.unwrap().unwrap().pause.unwrap();
+        assert_eq!((pause.paused_at, pause.in_memory, pause.idle), (5, true, false));
+        assert_eq!(store.all_previews().await.unwrap(), []);
+        store.commit(vec![Change::Preview(preview(1, 1))]).await.unwrap();
+        let same_label = Preview { label: preview(1, 1).label, ..preview(1, 2) };
+        assert!(store.commit(vec![Change::Preview(same_label)]).await.is_err(), "a label of two previews");
+    });
+}
+
+#[test]
 fn a_database_of_schema_1_keeps_every_row_and_can_be_used_on() {
     let directory = tempfile::tempdir().unwrap();
     database_of_schema_1(directory.path());
     let migrated = |state: SessionState| Session {
         name: "a".into(),
         state,
+        machine: Machine { egress: None, ..session(1, state as u32).machine },
         env: [("A".into(), "b".into())].into(),
         metadata: Default::default(),
         tags: vec!["tag".into()],

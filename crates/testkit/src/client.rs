@@ -8,7 +8,9 @@ use connectrpc::ConnectError;
 use connectrpc::client::{BidiStream, ClientConfig, HttpClient};
 use nagaya_api::nagaya::v1::NagayaServiceClient;
 use nagaya_api::tenki::client::Whole;
-use nagaya_api::tenki::v1::{self, SandboxServiceClient, SandboxSessionDataPlaneServiceClient};
+use nagaya_api::tenki::v1::{
+    self, SandboxServiceClient, SandboxSessionDataPlaneServiceClient, SshGatewayClientServiceClient,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use v1::run_request::Payload as Input;
@@ -25,6 +27,8 @@ pub struct Client {
     pub control: SandboxServiceClient<HttpClient>,
     /// What is offered beyond the contract.
     pub own: NagayaServiceClient<HttpClient>,
+    /// Certificates for SSH, and where to go with them.
+    pub gateways: SshGatewayClientServiceClient<HttpClient>,
     http: HttpClient,
     uri: http::Uri,
 }
@@ -36,11 +40,12 @@ pub struct Wanted {
     pub cpu_cores: i32,
     pub memory_mb: i32,
     pub outbound: bool,
+    pub inbound: bool,
 }
 
 impl Default for Wanted {
     fn default() -> Self {
-        Self { name: String::new(), cpu_cores: 1, memory_mb: 512, outbound: false }
+        Self { name: String::new(), cpu_cores: 1, memory_mb: 512, outbound: false, inbound: false }
     }
 }
 
@@ -100,7 +105,8 @@ impl Client {
         let config = configuration(&uri).with_default_header("authorization", format!("Bearer {key}"));
         Self {
             control: SandboxServiceClient::new(http.clone(), config.clone()),
-            own: NagayaServiceClient::new(http.clone(), config),
+            own: NagayaServiceClient::new(http.clone(), config.clone()),
+            gateways: SshGatewayClientServiceClient::new(http.clone(), config),
             http,
             uri,
         }
@@ -115,7 +121,7 @@ impl Client {
             cpu_cores: Some(wanted.cpu_cores),
             memory_mb: Some(wanted.memory_mb),
             allow_outbound: Some(wanted.outbound),
-            allow_inbound: Some(false),
+            allow_inbound: Some(wanted.inbound),
             wait_ready: true,
             ..Default::default()
         };

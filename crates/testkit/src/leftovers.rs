@@ -86,7 +86,7 @@ pub fn leftovers(data_dir: &Path) -> Leftovers {
             found.add(Kind::Socket, path);
         }
     }
-    for path in entries(&data_dir.join("sandboxes")) {
+    for path in entries(&nagaya_runtime::namespace::storage_root(data_dir).join("sandboxes")) {
         found.add(Kind::Directory, path.display().to_string());
     }
     socket_files(data_dir, &mut found);

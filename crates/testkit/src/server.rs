@@ -101,6 +101,11 @@ impl Server {
         self.data_dir.path()
     }
 
+    /// Where its disks, images, volumes and blobs are.
+    pub fn storage(&self) -> PathBuf {
+        crate::storage_root(self.data_dir.path())
+    }
+
     /// The key that the first start made. Checks that only its owner can read it.
     pub fn api_key(&self) -> String {
         use std::os::unix::fs::PermissionsExt;

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use connectrpc::{ConnectError, ErrorCode};
 use nagaya_api::tenki::v1::{self, SessionState, SnapshotState};
@@ -33,10 +34,12 @@ async fn a_full_host_refuses_what_needs_space_and_keeps_what_there_is() {
     match &paused {
         // Pausing takes no space but for its record.
         Ok(_) => assert_eq!(state, SessionState::Paused),
-        Err(_) => assert_eq!(state, SessionState::Running),
+        // Nor can it always be recorded that it was taken back.
+        Err(_) => assert!(matches!(state, SessionState::Running | SessionState::Pausing), "{state:?}"),
     }
 
     fs::remove_file(&filler).unwrap();
+    let state = settled_state(&client, &sandbox.id).await;
     if state == SessionState::Paused {
         client.control.resume_session(v1::ResumeSessionRequest { session_id: sandbox.id.clone() }).await.unwrap();
     }
@@ -51,6 +54,19 @@ async fn a_full_host_refuses_what_needs_space_and_keeps_what_there_is() {
     server.purge();
     settle("nothing is left on the host", || leftovers(server.data_dir()).is_empty());
     drop(server);
+}
+
+/// The session's state when it is none that passes.
+async fn settled_state(client: &Client, id: &str) -> SessionState {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let state = client.session(id).await.unwrap().state.as_known().unwrap();
+        if state != SessionState::Pausing {
+            return state;
+        }
+        assert!(Instant::now() < deadline, "the failed pause is never taken back");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 async fn snapshot(client: &Client, id: &str) -> Result<v1::Snapshot, ConnectError> {

@@ -334,7 +334,7 @@ impl World {
             let request = v1::DeleteSnapshotRequest { snapshot_id: snapshot.id };
             self.runtime.block_on(self.client.control.delete_snapshot(request)).unwrap();
         }
-        let files = |directory: &str| files_below(&self.server.data_dir().join(directory));
+        let files = |directory: &str| files_below(&self.server.storage().join(directory));
         // Beside the images there is a file that names the host's run, and with the blobs their owner's name may be.
         settle("no blob and no image is left", || {
             files("blobs/chunks") + files("blobs/images") == 0 && files("disks") == 1

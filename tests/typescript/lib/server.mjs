@@ -25,6 +25,7 @@ export function binary() {
 export class Server {
   constructor(dataDir) {
     this.dataDir = dataDir;
+    this.listen = "127.0.0.1:0";
     this.log = "";
   }
 
@@ -41,7 +42,7 @@ export class Server {
     const directory = ["--data-dir", this.dataDir];
     this.process = spawn(
       binary(),
-      ["serve", "--listen", "127.0.0.1:0", ...directory, "--config", join(this.dataDir, "test.toml")],
+      ["serve", "--listen", this.listen, ...directory, "--config", join(this.dataDir, "test.toml")],
       { stdio: ["ignore", "pipe", "pipe"] },
     );
     this.process.stderr.setEncoding("utf8").on("data", (text) => (this.log += text));
@@ -78,6 +79,11 @@ export class Server {
   /** Starts the server again on the same data. */
   async restart() {
     await this.launch();
+  }
+
+  /** From the next start on it listens where it does now, so that clients find it again. */
+  stay() {
+    this.listen = new URL(this.endpoint).host;
   }
 
   /** Stops the server, removes every sandbox and the data directory. */

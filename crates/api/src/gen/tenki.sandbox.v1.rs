@@ -22461,6 +22461,17 @@ pub struct SandboxSession {
         skip_serializing_if = "::core::option::Option::is_none"
     )]
     pub source_template_id: ::core::option::Option<::buffa::alloc::string::String>,
+    /// Of later versions of the vendor's SDKs.
+    ///
+    /// Field 39: `egress`
+    #[serde(
+        rename = "egress",
+        skip_serializing_if = "::buffa::json_helpers::skip_if::is_unset_message_field"
+    )]
+    pub egress: ::buffa::MessageField<
+        SessionEgressPolicy,
+        ::buffa::Inline<SessionEgressPolicy>,
+    >,
 }
 impl ::core::fmt::Debug for SandboxSession {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
@@ -22502,6 +22513,7 @@ impl ::core::fmt::Debug for SandboxSession {
             .field("runtime_state", &self.runtime_state)
             .field("runtime_error", &self.runtime_error)
             .field("source_template_id", &self.source_template_id)
+            .field("egress", &self.egress)
             .finish()
     }
 }
@@ -22706,6 +22718,14 @@ impl ::buffa::Message for SandboxSession {
         if let Some(ref v) = self.source_template_id {
             size += 2u64 + ::buffa::types::string_encoded_len(v) as u64;
         }
+        if self.egress.is_set() {
+            let __slot = __cache.reserve();
+            let inner_size = self.egress.compute_size(__cache);
+            __cache.set(__slot, inner_size);
+            size
+                += 2u64 + ::buffa::encoding::varint_len(inner_size as u64) as u64
+                    + inner_size as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -22883,6 +22903,14 @@ impl ::buffa::Message for SandboxSession {
         }
         if let Some(ref v) = self.source_template_id {
             ::buffa::types::put_string_field(38u32, v, buf);
+        }
+        if self.egress.is_set() {
+            ::buffa::types::put_len_delimited_header(
+                39u32,
+                u64::from(__cache.consume_next()),
+                buf,
+            );
+            self.egress.write_to(__cache, buf);
         }
     }
     fn merge_field(
@@ -23250,6 +23278,17 @@ impl ::buffa::Message for SandboxSession {
                     buf,
                 )?;
             }
+            39u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::Message::merge_length_delimited(
+                    self.egress.get_or_insert_default(),
+                    buf,
+                    ctx,
+                )?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -23294,6 +23333,7 @@ impl ::buffa::Message for SandboxSession {
         self.runtime_state = ::buffa::EnumValue::from(0);
         self.runtime_error = ::core::option::Option::None;
         self.source_template_id = ::core::option::Option::None;
+        self.egress = ::buffa::MessageField::none();
     }
 }
 impl ::buffa::json_helpers::ProtoElemJson for SandboxSession {
@@ -23314,6 +23354,153 @@ pub const __SANDBOX_SESSION_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::b
     type_url: "type.googleapis.com/tenki.sandbox.v1.SandboxSession",
     to_json: ::buffa::type_registry::any_to_json::<SandboxSession>,
     from_json: ::buffa::type_registry::any_from_json::<SandboxSession>,
+    is_wkt: false,
+};
+/// The only destinations that a session reaches, while it has outbound access. Of later versions of the vendor's SDKs.
+#[derive(Clone, PartialEq, Default)]
+#[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(default)]
+pub struct SessionEgressPolicy {
+    /// host names, and *. with a name for all below it; at most 256 items; each at most 253 characters
+    ///
+    /// Field 1: `allow_domains`
+    #[serde(
+        rename = "allowDomains",
+        alias = "allow_domains",
+        skip_serializing_if = "::buffa::json_helpers::skip_if::is_empty_vec",
+        deserialize_with = "::buffa::json_helpers::null_as_default"
+    )]
+    pub allow_domains: ::buffa::alloc::vec::Vec<::buffa::alloc::string::String>,
+    /// IPv4 networks; at most 64 items; each at most 18 characters
+    ///
+    /// Field 2: `allow_cidrs`
+    #[serde(
+        rename = "allowCidrs",
+        alias = "allow_cidrs",
+        skip_serializing_if = "::buffa::json_helpers::skip_if::is_empty_vec",
+        deserialize_with = "::buffa::json_helpers::null_as_default"
+    )]
+    pub allow_cidrs: ::buffa::alloc::vec::Vec<::buffa::alloc::string::String>,
+}
+impl ::core::fmt::Debug for SessionEgressPolicy {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("SessionEgressPolicy")
+            .field("allow_domains", &self.allow_domains)
+            .field("allow_cidrs", &self.allow_cidrs)
+            .finish()
+    }
+}
+impl SessionEgressPolicy {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/tenki.sandbox.v1.SessionEgressPolicy";
+}
+::buffa::impl_default_instance!(SessionEgressPolicy);
+impl ::buffa::MessageName for SessionEgressPolicy {
+    const PACKAGE: &'static str = "tenki.sandbox.v1";
+    const NAME: &'static str = "SessionEgressPolicy";
+    const FULL_NAME: &'static str = "tenki.sandbox.v1.SessionEgressPolicy";
+    const TYPE_URL: &'static str = "type.googleapis.com/tenki.sandbox.v1.SessionEgressPolicy";
+}
+impl ::buffa::Message for SessionEgressPolicy {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let mut size = 0u64;
+        for v in &self.allow_domains {
+            size += 1u64 + ::buffa::types::string_encoded_len(v) as u64;
+        }
+        for v in &self.allow_cidrs {
+            size += 1u64 + ::buffa::types::string_encoded_len(v) as u64;
+        }
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        for v in &self.allow_domains {
+            ::buffa::types::put_string_field(1u32, v, buf);
+        }
+        for v in &self.allow_cidrs {
+            ::buffa::types::put_string_field(2u32, v, buf);
+        }
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            1u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                let __elem = ::buffa::types::decode_string(buf)?;
+                ctx.register_element_memory(
+                    ::buffa::__private::element_footprint(&__elem),
+                )?;
+                self.allow_domains.push(__elem);
+            }
+            2u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                let __elem = ::buffa::types::decode_string(buf)?;
+                ctx.register_element_memory(
+                    ::buffa::__private::element_footprint(&__elem),
+                )?;
+                self.allow_cidrs.push(__elem);
+            }
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {
+        self.allow_domains.clear();
+        self.allow_cidrs.clear();
+    }
+}
+impl ::buffa::json_helpers::ProtoElemJson for SessionEgressPolicy {
+    fn serialize_proto_json<S: ::serde::Serializer>(
+        v: &Self,
+        s: S,
+    ) -> ::core::result::Result<S::Ok, S::Error> {
+        ::serde::Serialize::serialize(v, s)
+    }
+    fn deserialize_proto_json<'de, D: ::serde::Deserializer<'de>>(
+        d: D,
+    ) -> ::core::result::Result<Self, D::Error> {
+        <Self as ::serde::Deserialize>::deserialize(d)
+    }
+}
+#[doc(hidden)]
+pub const __SESSION_EGRESS_POLICY_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buffa::type_registry::JsonAnyEntry {
+    type_url: "type.googleapis.com/tenki.sandbox.v1.SessionEgressPolicy",
+    to_json: ::buffa::type_registry::any_to_json::<SessionEgressPolicy>,
+    from_json: ::buffa::type_registry::any_from_json::<SessionEgressPolicy>,
     is_wkt: false,
 };
 #[derive(Clone, PartialEq, Default)]
@@ -25242,6 +25429,18 @@ pub struct PreviewUrl {
         ::buffa_types::google::protobuf::Timestamp,
         ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
     >,
+    /// Of later versions of the vendor's SDKs.
+    ///
+    /// Field 16: `expires_at`
+    #[serde(
+        rename = "expiresAt",
+        alias = "expires_at",
+        skip_serializing_if = "::buffa::json_helpers::skip_if::is_unset_message_field"
+    )]
+    pub expires_at: ::buffa::MessageField<
+        ::buffa_types::google::protobuf::Timestamp,
+        ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
+    >,
 }
 impl ::core::fmt::Debug for PreviewUrl {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
@@ -25258,6 +25457,7 @@ impl ::core::fmt::Debug for PreviewUrl {
             .field("created_at", &self.created_at)
             .field("updated_at", &self.updated_at)
             .field("last_accessed_at", &self.last_accessed_at)
+            .field("expires_at", &self.expires_at)
             .finish()
     }
 }
@@ -25339,6 +25539,14 @@ impl ::buffa::Message for PreviewUrl {
                 += 1u64 + ::buffa::encoding::varint_len(inner_size as u64) as u64
                     + inner_size as u64;
         }
+        if self.expires_at.is_set() {
+            let __slot = __cache.reserve();
+            let inner_size = self.expires_at.compute_size(__cache);
+            __cache.set(__slot, inner_size);
+            size
+                += 2u64 + ::buffa::encoding::varint_len(inner_size as u64) as u64
+                    + inner_size as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -25398,6 +25606,14 @@ impl ::buffa::Message for PreviewUrl {
                 buf,
             );
             self.last_accessed_at.write_to(__cache, buf);
+        }
+        if self.expires_at.is_set() {
+            ::buffa::types::put_len_delimited_header(
+                16u32,
+                u64::from(__cache.consume_next()),
+                buf,
+            );
+            self.expires_at.write_to(__cache, buf);
         }
     }
     fn merge_field(
@@ -25514,6 +25730,17 @@ impl ::buffa::Message for PreviewUrl {
                     ctx,
                 )?;
             }
+            16u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::Message::merge_length_delimited(
+                    self.expires_at.get_or_insert_default(),
+                    buf,
+                    ctx,
+                )?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -25533,6 +25760,7 @@ impl ::buffa::Message for PreviewUrl {
         self.created_at = ::buffa::MessageField::none();
         self.updated_at = ::buffa::MessageField::none();
         self.last_accessed_at = ::buffa::MessageField::none();
+        self.expires_at = ::buffa::MessageField::none();
     }
 }
 impl ::buffa::json_helpers::ProtoElemJson for PreviewUrl {
@@ -26203,6 +26431,17 @@ pub struct CreateSessionRequest {
         ::buffa::alloc::string::String,
         ::buffa::alloc::string::String,
     >,
+    /// Of later versions of the vendor's SDKs.
+    ///
+    /// Field 33: `egress`
+    #[serde(
+        rename = "egress",
+        skip_serializing_if = "::buffa::json_helpers::skip_if::is_unset_message_field"
+    )]
+    pub egress: ::buffa::MessageField<
+        SessionEgressPolicy,
+        ::buffa::Inline<SessionEgressPolicy>,
+    >,
 }
 impl ::core::fmt::Debug for CreateSessionRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
@@ -26235,6 +26474,7 @@ impl ::core::fmt::Debug for CreateSessionRequest {
             .field("template_spec_id", &self.template_spec_id)
             .field("setup_env", &self.setup_env)
             .field("setup_secrets", &self.setup_secrets)
+            .field("egress", &self.egress)
             .finish()
     }
 }
@@ -26378,6 +26618,14 @@ impl ::buffa::Message for CreateSessionRequest {
                 ::buffa::map_codec::Str,
                 _,
             >(&self.setup_secrets, 2u64);
+        if self.egress.is_set() {
+            let __slot = __cache.reserve();
+            let inner_size = self.egress.compute_size(__cache);
+            __cache.set(__slot, inner_size);
+            size
+                += 2u64 + ::buffa::encoding::varint_len(inner_size as u64) as u64
+                    + inner_size as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -26494,6 +26742,14 @@ impl ::buffa::Message for CreateSessionRequest {
             ::buffa::map_codec::Str,
             _,
         >(&self.setup_secrets, 30u32, buf);
+        if self.egress.is_set() {
+            ::buffa::types::put_len_delimited_header(
+                33u32,
+                u64::from(__cache.consume_next()),
+                buf,
+            );
+            self.egress.write_to(__cache, buf);
+        }
     }
     fn merge_field(
         &mut self,
@@ -26776,6 +27032,17 @@ impl ::buffa::Message for CreateSessionRequest {
                     _,
                 >(&mut self.setup_secrets, buf, ctx)?;
             }
+            33u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::Message::merge_length_delimited(
+                    self.egress.get_or_insert_default(),
+                    buf,
+                    ctx,
+                )?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -26811,6 +27078,7 @@ impl ::buffa::Message for CreateSessionRequest {
         self.template_spec_id = ::core::option::Option::None;
         ::buffa::map_codec::MapStorage::storage_clear(&mut self.setup_env);
         ::buffa::map_codec::MapStorage::storage_clear(&mut self.setup_secrets);
+        self.egress = ::buffa::MessageField::none();
     }
 }
 impl ::buffa::json_helpers::ProtoElemJson for CreateSessionRequest {
@@ -49281,6 +49549,18 @@ pub struct CreatePreviewUrlRequest {
         skip_serializing_if = "::core::option::Option::is_none"
     )]
     pub workspace_id: ::core::option::Option<::buffa::alloc::string::String>,
+    /// Of later versions of the vendor's SDKs.
+    ///
+    /// Field 6: `expires_at`
+    #[serde(
+        rename = "expiresAt",
+        alias = "expires_at",
+        skip_serializing_if = "::buffa::json_helpers::skip_if::is_unset_message_field"
+    )]
+    pub expires_at: ::buffa::MessageField<
+        ::buffa_types::google::protobuf::Timestamp,
+        ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
+    >,
 }
 impl ::core::fmt::Debug for CreatePreviewUrlRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
@@ -49290,6 +49570,7 @@ impl ::core::fmt::Debug for CreatePreviewUrlRequest {
             .field("session_id", &self.session_id)
             .field("port", &self.port)
             .field("workspace_id", &self.workspace_id)
+            .field("expires_at", &self.expires_at)
             .finish()
     }
 }
@@ -49316,7 +49597,7 @@ impl ::buffa::Message for CreatePreviewUrlRequest {
     /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
     /// points reject, never a silently wrapped size.
     #[allow(clippy::let_and_return)]
-    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+    fn compute_size(&self, __cache: &mut ::buffa::SizeCache) -> u32 {
         #[allow(unused_imports)]
         use ::buffa::Enumeration as _;
         let mut size = 0u64;
@@ -49335,11 +49616,19 @@ impl ::buffa::Message for CreatePreviewUrlRequest {
         if let Some(ref v) = self.workspace_id {
             size += 1u64 + ::buffa::types::string_encoded_len(v) as u64;
         }
+        if self.expires_at.is_set() {
+            let __slot = __cache.reserve();
+            let inner_size = self.expires_at.compute_size(__cache);
+            __cache.set(__slot, inner_size);
+            size
+                += 1u64 + ::buffa::encoding::varint_len(inner_size as u64) as u64
+                    + inner_size as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
         &self,
-        _cache: &mut ::buffa::SizeCache,
+        __cache: &mut ::buffa::SizeCache,
         buf: &mut impl ::buffa::EncodeSink,
     ) {
         #[allow(unused_imports)]
@@ -49358,6 +49647,14 @@ impl ::buffa::Message for CreatePreviewUrlRequest {
         }
         if let Some(ref v) = self.workspace_id {
             ::buffa::types::put_string_field(5u32, v, buf);
+        }
+        if self.expires_at.is_set() {
+            ::buffa::types::put_len_delimited_header(
+                6u32,
+                u64::from(__cache.consume_next()),
+                buf,
+            );
+            self.expires_at.write_to(__cache, buf);
         }
     }
     fn merge_field(
@@ -49418,6 +49715,17 @@ impl ::buffa::Message for CreatePreviewUrlRequest {
                     buf,
                 )?;
             }
+            6u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::Message::merge_length_delimited(
+                    self.expires_at.get_or_insert_default(),
+                    buf,
+                    ctx,
+                )?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -49430,6 +49738,7 @@ impl ::buffa::Message for CreatePreviewUrlRequest {
         self.session_id = ::core::option::Option::None;
         self.port = ::core::option::Option::None;
         self.workspace_id = ::core::option::Option::None;
+        self.expires_at = ::buffa::MessageField::none();
     }
 }
 impl ::buffa::json_helpers::ProtoElemJson for CreatePreviewUrlRequest {
@@ -49809,6 +50118,18 @@ pub struct BindPreviewUrlRequest {
         skip_serializing_if = "::buffa::json_helpers::skip_if::is_zero_i32"
     )]
     pub port: i32,
+    /// Of later versions of the vendor's SDKs.
+    ///
+    /// Field 4: `expires_at`
+    #[serde(
+        rename = "expiresAt",
+        alias = "expires_at",
+        skip_serializing_if = "::buffa::json_helpers::skip_if::is_unset_message_field"
+    )]
+    pub expires_at: ::buffa::MessageField<
+        ::buffa_types::google::protobuf::Timestamp,
+        ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
+    >,
 }
 impl ::core::fmt::Debug for BindPreviewUrlRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
@@ -49816,6 +50137,7 @@ impl ::core::fmt::Debug for BindPreviewUrlRequest {
             .field("preview_url_id", &self.preview_url_id)
             .field("session_id", &self.session_id)
             .field("port", &self.port)
+            .field("expires_at", &self.expires_at)
             .finish()
     }
 }
@@ -49842,7 +50164,7 @@ impl ::buffa::Message for BindPreviewUrlRequest {
     /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
     /// points reject, never a silently wrapped size.
     #[allow(clippy::let_and_return)]
-    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+    fn compute_size(&self, __cache: &mut ::buffa::SizeCache) -> u32 {
         #[allow(unused_imports)]
         use ::buffa::Enumeration as _;
         let mut size = 0u64;
@@ -49857,11 +50179,19 @@ impl ::buffa::Message for BindPreviewUrlRequest {
         if self.port != 0i32 {
             size += 1u64 + ::buffa::types::int32_encoded_len(self.port) as u64;
         }
+        if self.expires_at.is_set() {
+            let __slot = __cache.reserve();
+            let inner_size = self.expires_at.compute_size(__cache);
+            __cache.set(__slot, inner_size);
+            size
+                += 1u64 + ::buffa::encoding::varint_len(inner_size as u64) as u64
+                    + inner_size as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
         &self,
-        _cache: &mut ::buffa::SizeCache,
+        __cache: &mut ::buffa::SizeCache,
         buf: &mut impl ::buffa::EncodeSink,
     ) {
         #[allow(unused_imports)]
@@ -49874,6 +50204,14 @@ impl ::buffa::Message for BindPreviewUrlRequest {
         }
         if self.port != 0i32 {
             ::buffa::types::put_int32_field(3u32, self.port, buf);
+        }
+        if self.expires_at.is_set() {
+            ::buffa::types::put_len_delimited_header(
+                4u32,
+                u64::from(__cache.consume_next()),
+                buf,
+            );
+            self.expires_at.write_to(__cache, buf);
         }
     }
     fn merge_field(
@@ -49908,6 +50246,17 @@ impl ::buffa::Message for BindPreviewUrlRequest {
                 )?;
                 self.port = ::buffa::types::decode_int32(buf)?;
             }
+            4u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::Message::merge_length_delimited(
+                    self.expires_at.get_or_insert_default(),
+                    buf,
+                    ctx,
+                )?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -49918,6 +50267,7 @@ impl ::buffa::Message for BindPreviewUrlRequest {
         self.preview_url_id.clear();
         self.session_id.clear();
         self.port = 0i32;
+        self.expires_at = ::buffa::MessageField::none();
     }
 }
 impl ::buffa::json_helpers::ProtoElemJson for BindPreviewUrlRequest {
@@ -50344,6 +50694,17 @@ pub struct ListPreviewUrlsRequest {
         skip_serializing_if = "::core::option::Option::is_none"
     )]
     pub workspace_id: ::core::option::Option<::buffa::alloc::string::String>,
+    /// Of later versions of the vendor's SDKs.
+    ///
+    /// UUID
+    ///
+    /// Field 5: `session_id`
+    #[serde(
+        rename = "sessionId",
+        alias = "session_id",
+        skip_serializing_if = "::core::option::Option::is_none"
+    )]
+    pub session_id: ::core::option::Option<::buffa::alloc::string::String>,
 }
 impl ::core::fmt::Debug for ListPreviewUrlsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
@@ -50352,6 +50713,7 @@ impl ::core::fmt::Debug for ListPreviewUrlsRequest {
             .field("page_size", &self.page_size)
             .field("page_token", &self.page_token)
             .field("workspace_id", &self.workspace_id)
+            .field("session_id", &self.session_id)
             .finish()
     }
 }
@@ -50394,6 +50756,9 @@ impl ::buffa::Message for ListPreviewUrlsRequest {
         if let Some(ref v) = self.workspace_id {
             size += 1u64 + ::buffa::types::string_encoded_len(v) as u64;
         }
+        if let Some(ref v) = self.session_id {
+            size += 1u64 + ::buffa::types::string_encoded_len(v) as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -50414,6 +50779,9 @@ impl ::buffa::Message for ListPreviewUrlsRequest {
         }
         if let Some(ref v) = self.workspace_id {
             ::buffa::types::put_string_field(4u32, v, buf);
+        }
+        if let Some(ref v) = self.session_id {
+            ::buffa::types::put_string_field(5u32, v, buf);
         }
     }
     fn merge_field(
@@ -50460,6 +50828,18 @@ impl ::buffa::Message for ListPreviewUrlsRequest {
                     buf,
                 )?;
             }
+            5u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::types::merge_string(
+                    self
+                        .session_id
+                        .get_or_insert_with(::buffa::alloc::string::String::new),
+                    buf,
+                )?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -50471,6 +50851,7 @@ impl ::buffa::Message for ListPreviewUrlsRequest {
         self.page_size = 0i32;
         self.page_token.clear();
         self.workspace_id = ::core::option::Option::None;
+        self.session_id = ::core::option::Option::None;
     }
 }
 impl ::buffa::json_helpers::ProtoElemJson for ListPreviewUrlsRequest {

@@ -11,6 +11,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use nagaya_api::error::{Code, Error};
 use nagaya_engine::ports::ImageReader;
+use nagaya_gateway::preview;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::lifecycle::Busy;
@@ -167,6 +168,7 @@ enum Content {
     Rpc(ConnectRpcBody),
     Text(Full<Bytes>),
     Disk(Disk),
+    Preview(preview::ResponseBody),
     /// The answer to HEAD: nothing, of which the length is told.
     EmptyOf(u64),
 }
@@ -225,6 +227,10 @@ impl ResponseBody {
         Self { content: Content::Disk(disk), _busy: Some(busy) }
     }
 
+    pub(crate) fn preview(body: preview::ResponseBody, busy: Busy) -> Self {
+        Self { content: Content::Preview(body), _busy: Some(busy) }
+    }
+
     pub(crate) fn empty_of(length: u64) -> Self {
         Self { content: Content::EmptyOf(length), _busy: None }
     }
@@ -243,6 +249,10 @@ impl Body for ResponseBody {
             Content::Rpc(body) => Pin::new(body).poll_frame(context).map_err(|never| match never {}),
             Content::Text(body) => Pin::new(body).poll_frame(context).map_err(|never| match never {}),
             Content::Disk(disk) => disk.poll_part(context),
+            Content::Preview(body) => Pin::new(body).poll_frame(context).map_err(|error| {
+                tracing::debug!(%error, "a preview's answer broke off");
+                CutOff
+            }),
             Content::EmptyOf(_) => Poll::Ready(None),
         }
     }
@@ -252,6 +262,7 @@ impl Body for ResponseBody {
             Content::Rpc(ConnectRpcBody::Full(body)) | Content::Text(body) => body.is_end_stream(),
             Content::Rpc(_) => false,
             Content::Disk(disk) => disk.rest == 0,
+            Content::Preview(body) => body.is_end_stream(),
             Content::EmptyOf(_) => true,
         }
     }
@@ -262,6 +273,7 @@ impl Body for ResponseBody {
             Content::Rpc(ConnectRpcBody::Full(body)) | Content::Text(body) => body.size_hint(),
             Content::Rpc(_) => SizeHint::default(),
             Content::Disk(disk) => SizeHint::with_exact(disk.rest),
+            Content::Preview(body) => body.size_hint(),
             Content::EmptyOf(length) => SizeHint::with_exact(*length),
         }
     }

@@ -1,4 +1,4 @@
-//! Which part of the server answers a request, by its path.
+//! Which part of the server answers a request: by its host if it is a preview's, else by its path.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use hyper::body::Incoming;
 
 use nagaya_api::error::{Code, Error};
+use nagaya_gateway::preview::{Proxy, Viewer};
 
 use super::body::ResponseBody;
 use super::lifecycle::{Lifecycle, Phase};
@@ -34,6 +35,7 @@ impl Origin {
 pub(crate) struct Routes {
     pub(crate) tenki: Facade,
     pub(crate) downloads: Arc<Downloads>,
+    pub(crate) previews: Arc<Proxy>,
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) metrics: Arc<Metrics>,
 }
@@ -43,9 +45,17 @@ impl Routes {
         &self,
         request: Request<Incoming>,
         origin: Origin,
+        viewer: &Viewer,
     ) -> Result<Response<ResponseBody>, Infallible> {
+        if viewer.label.is_some() || self.previews.is_asked(&request) {
+            let busy = self.lifecycle.enter();
+            return Ok(self.previews.answer(request, viewer).await.map(|body| ResponseBody::preview(body, busy)));
+        }
         if Facade::serves(request.uri().path()) {
             return Ok(self.tenki.call(request, origin).await);
+        }
+        if Facade::bridge_to(request.uri().path()).is_some() {
+            return Ok(self.tenki.bridge(request, viewer).await);
         }
         let readable = matches!(*request.method(), Method::GET | Method::HEAD);
         let mut response = match (request.uri().path(), readable) {

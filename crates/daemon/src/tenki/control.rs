@@ -10,7 +10,7 @@ use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{Session, SessionState};
 use nagaya_engine::{Caller, ListSessions, NewExecution, NewSession, SessionUpdate};
 
-use super::{Tenki, convert, volumes};
+use super::{Tenki, convert, egress, volumes};
 
 /// Names under which the default image is asked for.
 const DEFAULT_IMAGES: [&str; 2] = ["", "sandbox"];
@@ -150,6 +150,7 @@ impl Tenki {
             tags: (request.clear_tags || !request.tags.is_empty()).then_some(request.tags),
             sticky: request.sticky,
             max_duration_ms: milliseconds(request.max_duration.as_option(), "max_duration")?,
+            ..SessionUpdate::default()
         };
         self.engine.update_session(caller, id, update).await.map(convert::session)
     }
@@ -380,6 +381,7 @@ fn new_session(request: wire::CreateSessionRequest) -> Result<NewSession, Error>
         tags: request.tags,
         inbound: request.allow_inbound.unwrap_or(false),
         outbound: request.allow_outbound.unwrap_or(false),
+        egress: request.egress.into_option().map(egress::read),
         ssh_authorized_keys: request.ssh_authorized_keys,
         sticky: request.sticky,
         idle_timeout_minutes,

@@ -14,6 +14,8 @@ use nagaya_engine::model::{
 };
 use nagaya_engine::ports::{ExitStatus, GuestError, Signal};
 
+use super::egress;
+
 /// Sessions are owned by a key, which the contract has no word for; `SERVICE` comes closest.
 pub(super) const OWNER_TYPE: &str = "SERVICE";
 
@@ -133,6 +135,7 @@ pub(super) fn session(session: Session) -> wire::SandboxSession {
         timeout_at: session.timeout_at.map(timestamp).into(),
         inbound_enabled: session.inbound,
         outbound_enabled: session.machine.outbound,
+        egress: session.machine.egress.map(egress::policy).into(),
         cpu_cores: signed(session.machine.cpu_cores),
         memory_mb: signed(session.machine.memory_mb),
         disk_size_gb: signed(session.machine.disk_gb),

@@ -20,6 +20,22 @@ impl own::NagayaService for Own {
     ) -> ServiceResult<own::ForkSessionResponse> {
         Ok(Response::new(self.0.fork_session(&context, request).await?))
     }
+
+    async fn update_session_egress(
+        &self,
+        context: RequestContext,
+        request: own::UpdateSessionEgressRequest,
+    ) -> ServiceResult<own::UpdateSessionEgressResponse> {
+        Ok(Response::new(self.0.update_session_egress(&context, request).await?))
+    }
+
+    async fn list_session_connections(
+        &self,
+        context: RequestContext,
+        request: own::ListSessionConnectionsRequest,
+    ) -> ServiceResult<own::ListSessionConnectionsResponse> {
+        Ok(Response::new(self.0.list_session_connections(&context, request).await?))
+    }
 }
 
 impl Tenki {

@@ -9,18 +9,25 @@ mod auth;
 mod control;
 mod convert;
 mod data;
+mod dial;
 mod direct;
+mod egress;
 mod files;
 mod fork;
 mod observe;
+mod ports;
+mod previews;
 pub(crate) mod reframe;
 mod run;
 mod services;
 mod settings;
 mod snapshots;
+mod ssh;
+mod tunnel;
 mod volumes;
 mod wait;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,6 +43,7 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{Session, SessionState};
 use nagaya_engine::{Caller, Engine, EngineConfig};
+use nagaya_gateway::ssh::SshServer;
 use tower::Service as _;
 
 use crate::config::Limits;
@@ -63,6 +71,9 @@ pub(crate) struct Parts {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) downloads: Arc<Downloads>,
+    pub(crate) ssh: SshServer,
+    /// Where SSH is spoken without the bridge.
+    pub(crate) ssh_address: Option<SocketAddr>,
 }
 
 /// Admits requests, and hands them to the rpc layer.
@@ -81,11 +92,16 @@ struct Tenki {
     metrics: Arc<Metrics>,
     public_url: Option<String>,
     downloads: Arc<Downloads>,
+    ssh: SshServer,
+    ssh_address: Option<SocketAddr>,
     message_bytes_max: usize,
     stdin_window_bytes: u32,
     read_chunk_bytes: usize,
     create_hold: Duration,
     deadline_margin: Duration,
+    lifecycle: Arc<Lifecycle>,
+    tunnel_ping_interval: Duration,
+    tunnel_ping_timeout: Duration,
 }
 
 /// What is known about a request before its message is read.
@@ -109,18 +125,24 @@ impl Facade {
     }
 
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { engine, engine_config, limits, public_url, metrics, lifecycle, downloads } = parts;
+        let Parts { engine, engine_config, limits, public_url, metrics, lifecycle, downloads, ssh, ssh_address } =
+            parts;
         let tenki = Arc::new(Tenki {
             engine,
             engine_config,
             metrics: Arc::clone(&metrics),
             public_url,
             downloads,
+            ssh,
+            ssh_address,
             message_bytes_max: limits.message_bytes_max,
             stdin_window_bytes: limits.stdin_window_bytes,
             read_chunk_bytes: limits.read_chunk_bytes as usize,
             create_hold: Duration::from_millis(limits.create_hold_ms),
             deadline_margin: Duration::from_millis(limits.deadline_margin_ms),
+            lifecycle: Arc::clone(&lifecycle),
+            tunnel_ping_interval: Duration::from_millis(limits.keep_alive_interval_ms),
+            tunnel_ping_timeout: Duration::from_millis(limits.keep_alive_timeout_ms),
         });
         let dispatcher =
             Observed { inner: Direct::new(Arc::clone(&tenki)), metrics, lifecycle: Arc::clone(&lifecycle) };

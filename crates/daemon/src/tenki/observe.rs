@@ -20,6 +20,11 @@ pub(super) fn is_long(method: &str) -> bool {
     matches!(method, "Run" | "WaitSession" | "StreamCommandOutput" | "Dial" | "HostPortTunnel")
 }
 
+/// Streams that say themselves why they end when the server drains.
+fn says_farewell(method: &str) -> bool {
+    method == "HostPortTunnel"
+}
+
 pub(super) struct Observed<D> {
     pub(super) inner: D,
     pub(super) metrics: Arc<Metrics>,
@@ -36,7 +41,8 @@ impl<D> Observed<D> {
     }
 
     fn stream(&self, mut call: Call, starting: StreamingResult) -> StreamingResult {
-        let mut ends: Ends = is_long(call.rpc).then(|| Box::pin(self.lifecycle.reached(Phase::Draining)) as _);
+        let cut = is_long(call.rpc) && !says_farewell(call.rpc);
+        let mut ends: Ends = cut.then(|| Box::pin(self.lifecycle.reached(Phase::Draining)) as _);
         Box::pin(async move {
             let started = match &mut ends {
                 None => starting.await,

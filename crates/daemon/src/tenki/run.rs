@@ -88,6 +88,7 @@ fn command(tenki: &Tenki, open: &OpenSession, start: wire::RunStart) -> Result<C
         pty: start.pty,
         stdin: start.stream_stdin,
         timeout_ms: start.timeout_ms.into(),
+        builtin: None,
     };
     validate::command(&command, &tenki.engine_config)?;
     Ok(command)
@@ -143,7 +144,8 @@ struct Running {
     _open: OpenSession,
 }
 
-struct AbortOnDrop(JoinHandle<()>);
+/// A task that ends with its holder.
+pub(super) struct AbortOnDrop(pub(super) JoinHandle<()>);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {

@@ -11,19 +11,19 @@ use super::control::{List, workspace};
 use super::fork::Own;
 use super::settings::retention_settings;
 use super::snapshots::Scope;
-use super::{Tenki, convert, run, wait};
+use super::{Tenki, convert, dial, run, tunnel, wait};
 
 /// A router that knows all rpcs of the contract, and our own.
 pub(super) fn router(tenki: &Arc<Tenki>) -> Router {
     let router = wire::SandboxService::register(Arc::new(ControlPlane(Arc::clone(tenki))), Router::new());
     let router = wire::SandboxSessionDataPlaneService::register(Arc::new(DataPlane(Arc::clone(tenki))), router);
-    let router = wire::SshGatewayClientService::register(Arc::new(SshGateways), router);
+    let router = wire::SshGatewayClientService::register(Arc::new(SshGateways(Arc::clone(tenki))), router);
     own::NagayaService::register(Arc::new(Own(Arc::clone(tenki))), router)
 }
 
 struct ControlPlane(Arc<Tenki>);
 struct DataPlane(Arc<Tenki>);
-struct SshGateways;
+struct SshGateways(Arc<Tenki>);
 
 fn answer<T>(result: Result<T, Error>) -> ServiceResult<T> {
     Ok(Response::new(result?))
@@ -131,6 +131,14 @@ impl wire::SandboxService for ControlPlane {
     ) -> ServiceResult<wire::UpdateSessionResponse> {
         let session = self.0.update_session(&self.0.caller(&context)?, request).await?;
         Response::ok(wire::UpdateSessionResponse { session: session.into() })
+    }
+
+    async fn update_ssh_authorized_keys(
+        &self,
+        context: RequestContext,
+        request: wire::UpdateSSHAuthorizedKeysRequest,
+    ) -> ServiceResult<wire::UpdateSSHAuthorizedKeysResponse> {
+        answer(self.0.update_ssh_authorized_keys(&self.0.caller(&context)?, request).await)
     }
 
     async fn extend_session(
@@ -411,6 +419,106 @@ impl wire::SandboxService for ControlPlane {
         Response::ok(wire::UpdateWorkspaceSnapshotRetentionSettingsResponse { settings })
     }
 
+    async fn expose_port(
+        &self,
+        context: RequestContext,
+        request: wire::ExposePortRequest,
+    ) -> ServiceResult<wire::ExposePortResponse> {
+        answer(self.0.expose_port(&self.0.caller(&context)?, request).await)
+    }
+
+    async fn unexpose_port(
+        &self,
+        context: RequestContext,
+        request: wire::UnexposePortRequest,
+    ) -> ServiceResult<wire::UnexposePortResponse> {
+        answer(self.0.unexpose_port(&self.0.caller(&context)?, request).await)
+    }
+
+    async fn list_exposed_ports(
+        &self,
+        context: RequestContext,
+        request: wire::ListExposedPortsRequest,
+    ) -> ServiceResult<wire::ListExposedPortsResponse> {
+        answer(self.0.list_exposed_ports(&self.0.caller(&context)?, &request.session_id).await)
+    }
+
+    async fn open_preview(
+        &self,
+        context: RequestContext,
+        request: wire::OpenPreviewRequest,
+    ) -> ServiceResult<wire::OpenPreviewResponse> {
+        answer(self.0.open_preview(&self.0.caller(&context)?, request).await)
+    }
+
+    async fn touch_preview(
+        &self,
+        context: RequestContext,
+        request: wire::TouchPreviewRequest,
+    ) -> ServiceResult<wire::TouchPreviewResponse> {
+        answer(self.0.touch_preview(&self.0.caller(&context)?, request).await)
+    }
+
+    async fn create_preview_url(
+        &self,
+        context: RequestContext,
+        request: wire::CreatePreviewUrlRequest,
+    ) -> ServiceResult<wire::CreatePreviewUrlResponse> {
+        let preview_url = self.0.create_preview_url(&self.0.caller(&context)?, request).await?;
+        Response::ok(wire::CreatePreviewUrlResponse { preview_url: preview_url.into() })
+    }
+
+    async fn get_preview_url(
+        &self,
+        context: RequestContext,
+        request: wire::GetPreviewUrlRequest,
+    ) -> ServiceResult<wire::GetPreviewUrlResponse> {
+        let preview_url = self.0.get_preview_url(&self.0.caller(&context)?, request).await?;
+        Response::ok(wire::GetPreviewUrlResponse { preview_url: preview_url.into() })
+    }
+
+    async fn list_preview_urls(
+        &self,
+        context: RequestContext,
+        request: wire::ListPreviewUrlsRequest,
+    ) -> ServiceResult<wire::ListPreviewUrlsResponse> {
+        answer(self.0.list_preview_urls(&self.0.caller(&context)?, request).await)
+    }
+
+    async fn bind_preview_url(
+        &self,
+        context: RequestContext,
+        request: wire::BindPreviewUrlRequest,
+    ) -> ServiceResult<wire::BindPreviewUrlResponse> {
+        let preview_url = self.0.bind_preview_url(&self.0.caller(&context)?, request).await?;
+        Response::ok(wire::BindPreviewUrlResponse { preview_url: preview_url.into() })
+    }
+
+    async fn unbind_preview_url(
+        &self,
+        context: RequestContext,
+        request: wire::UnbindPreviewUrlRequest,
+    ) -> ServiceResult<wire::UnbindPreviewUrlResponse> {
+        let preview_url = self.0.unbind_preview_url(&self.0.caller(&context)?, &request.preview_url_id).await?;
+        Response::ok(wire::UnbindPreviewUrlResponse { preview_url: preview_url.into() })
+    }
+
+    async fn delete_preview_url(
+        &self,
+        context: RequestContext,
+        request: wire::DeletePreviewUrlRequest,
+    ) -> ServiceResult<wire::DeletePreviewUrlResponse> {
+        answer(self.0.delete_preview_url(&self.0.caller(&context)?, &request.preview_url_id).await)
+    }
+
+    async fn resolve_preview_token(
+        &self,
+        context: RequestContext,
+        request: wire::ResolvePreviewTokenRequest,
+    ) -> ServiceResult<wire::ResolvePreviewTokenResponse> {
+        answer(self.0.resolve_preview_token(&self.0.caller(&context)?, request).await)
+    }
+
     async fn report_session_activity(
         &self,
         context: RequestContext,
@@ -454,6 +562,22 @@ impl wire::SandboxSessionDataPlaneService for DataPlane {
         run::run(&self.0, &context, requests).await
     }
 
+    async fn dial(
+        &self,
+        context: RequestContext,
+        requests: ServiceStream<wire::SandboxSessionDataPlaneServiceDialRequest>,
+    ) -> ServiceResult<ServiceStream<wire::SandboxSessionDataPlaneServiceDialResponse>> {
+        dial::dial(&self.0, &context, requests).await
+    }
+
+    async fn host_port_tunnel(
+        &self,
+        context: RequestContext,
+        requests: ServiceStream<wire::SandboxSessionDataPlaneServiceHostPortTunnelRequest>,
+    ) -> ServiceResult<ServiceStream<wire::SandboxSessionDataPlaneServiceHostPortTunnelResponse>> {
+        tunnel::tunnel(&self.0, &context, requests).await
+    }
+
     async fn stat(
         &self,
         context: RequestContext,
@@ -491,4 +615,20 @@ impl wire::SandboxSessionDataPlaneService for DataPlane {
     }
 }
 
-impl wire::SshGatewayClientService for SshGateways {}
+impl wire::SshGatewayClientService for SshGateways {
+    async fn issue_sandbox_ssh_cert(
+        &self,
+        context: RequestContext,
+        request: wire::IssueSandboxSSHCertRequest,
+    ) -> ServiceResult<wire::IssueSandboxSSHCertResponse> {
+        answer(self.0.issue_sandbox_ssh_cert(&self.0.caller(&context)?, request).await)
+    }
+
+    async fn list_active_ssh_gateways(
+        &self,
+        context: RequestContext,
+        _: wire::ListActiveSSHGatewaysRequest,
+    ) -> ServiceResult<wire::ListActiveSSHGatewaysResponse> {
+        Response::ok(self.0.list_active_ssh_gateways(&context))
+    }
+}

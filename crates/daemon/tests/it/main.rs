@@ -4,11 +4,15 @@
 
 mod control;
 mod data;
+mod dial;
 mod download;
 mod life;
 mod listener;
+mod preview_hosts;
+mod previews;
 mod run;
 mod sessions;
 mod snapshots;
 mod support;
+mod tunnel;
 mod volumes;

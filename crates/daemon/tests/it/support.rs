@@ -20,7 +20,7 @@ use nagaya_daemon::config::Config;
 use nagaya_daemon::{Daemon, Hooks};
 use nagaya_engine::Engine;
 use nagaya_engine::fake::Fakes;
-use nagaya_engine::model::{Guarantees, Machine};
+use nagaya_engine::model::{Connection, Egress, Guarantees, Machine};
 use nagaya_engine::ports::*;
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
@@ -63,6 +63,7 @@ impl World {
             fakes.store.clone(),
             Arc::new(driver),
             fakes.blobs.clone(),
+            fakes.edge.clone(),
             fakes.clock.clone(),
             fakes.entropy.clone(),
         );
@@ -260,6 +261,14 @@ impl Driver for WatchedDriver {
 
     async fn copy_disk(&self, id: SessionId, images: &[ImageId]) -> Result<u64, DriverError> {
         self.inner.copy_disk(id, images).await
+    }
+
+    async fn set_egress(&self, id: SessionId, egress: Option<&Egress>) -> Result<(), DriverError> {
+        self.inner.set_egress(id, egress).await
+    }
+
+    async fn connections(&self, id: SessionId) -> Result<Vec<Connection>, DriverError> {
+        self.inner.connections(id).await
     }
 
     async fn attach_volume(&self, id: SessionId, mount: &Mount) -> Result<(), DriverError> {

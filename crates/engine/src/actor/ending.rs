@@ -96,6 +96,7 @@ impl Actor {
         }
         // In this order: whoever learns that it has ended finds its quota free and its record in the store.
         self.engine.registry.remove(self.session.id);
+        self.engine.end_previews_of(self.session.id);
         self.slot = None;
         if let Some(id) = self.session.source_snapshot_id {
             // It may have expired while this session kept it.
@@ -196,7 +197,9 @@ fn refuse(message: Message) {
 fn refuse_job(job: Job) {
     let error = || Error::from(Code::SessionTerminated);
     match job {
-        Job::Pause { reply } | Job::Resume { reply } => drop(reply.send(Err(error()))),
+        Job::Pause { reply } | Job::Resume { reply } | Job::Wake { reply } | Job::Restrict { reply, .. } => {
+            drop(reply.send(Err(error())));
+        }
         Job::Copy { reply, .. } => drop(reply.send(Err(error()))),
         Job::Attach { reply, .. } => drop(reply.send(Err(error()))),
         Job::Detach { reply, .. } => drop(reply.send(Err(error()))),

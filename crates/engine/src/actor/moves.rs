@@ -47,6 +47,18 @@ impl Actor {
         }
     }
 
+    /// Whoever asks for a pause wants it to last: where it began by itself, visitors end it no more.
+    pub(super) async fn pause_asked(&mut self, reply: Reply<Session>) {
+        if self.session.pause.as_ref().is_some_and(|pause| pause.idle) {
+            let mut session = self.session.clone();
+            session.pause.iter_mut().for_each(|pause| pause.idle = false);
+            if let Err(error) = self.commit(session, Vec::new()).await {
+                return answer(Some(reply), Err(error));
+            }
+        }
+        self.pause(Some(reply));
+    }
+
     /// Freezes the sandbox. `None` when nobody asked for it.
     pub(super) fn pause(&mut self, reply: Option<Reply<Session>>) {
         if let Some(refusal) = self.settled(Request::Pause) {
@@ -68,7 +80,7 @@ impl Actor {
 
     pub(super) async fn frozen(&mut self, result: Result<(), DriverError>, reply: Option<Reply<Session>>) {
         let failure = match result {
-            Ok(()) => match self.record_pause().await {
+            Ok(()) => match self.record_pause(reply.is_none()).await {
                 Ok(()) => return answer(reply, Ok(self.session.clone())),
                 Err(error) => error,
             },
@@ -88,9 +100,10 @@ impl Actor {
         self.work = Some(self.undo(false));
     }
 
-    async fn record_pause(&mut self) -> Result<(), Error> {
+    async fn record_pause(&mut self, idle: bool) -> Result<(), Error> {
         let mut session = self.session.clone();
         let snapshot = self.stop_record(&mut session, SessionState::Paused, "");
+        session.pause.iter_mut().for_each(|pause| pause.idle = idle);
         self.moving = None;
         if let Err(error) = self.commit(session, vec![Change::Snapshot(snapshot)]).await {
             self.moving = Some(SessionState::Pausing);
@@ -116,6 +129,7 @@ impl Actor {
             snapshot_id: snapshot.id,
             in_memory: disk_reason.is_empty(),
             disk_reason: disk_reason.to_owned(),
+            idle: false,
         });
         snapshot
     }
@@ -126,6 +140,15 @@ impl Actor {
         if self.session.state != SessionState::Running {
             self.slot = None;
         }
+    }
+
+    /// Decided here, so that whoever was told of a pause finds it lasting.
+    pub(super) async fn wake(&mut self, reply: Reply<Session>) {
+        if self.session.pause.is_some() && !self.engine.may_wake(&self.session) {
+            let state = self.session.state.name();
+            return answer(Some(reply), Err(Error::new(Code::SessionNotRunning, format!("(state={state})"))));
+        }
+        self.resume(reply).await;
     }
 
     pub(super) async fn resume(&mut self, reply: Reply<Session>) {

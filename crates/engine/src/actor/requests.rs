@@ -62,6 +62,13 @@ impl Actor {
             validate::max_duration_ms(duration_ms, &self.engine.config)?;
             session.timeout_at = Some(session.created_at.saturating_add(duration_ms));
         }
+        if let Some(keys) = update.ssh_authorized_keys {
+            if keys.is_empty() {
+                return Err(Error::new(Code::InvalidArgument, "ssh_authorized_keys must name at least one key"));
+            }
+            validate::ssh_authorized_keys(&keys, &self.engine.config)?;
+            session.ssh_authorized_keys = keys;
+        }
         Ok(session)
     }
 

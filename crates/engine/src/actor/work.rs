@@ -10,7 +10,7 @@ use nagaya_api::ids::{AttachmentId, ImageId, SessionId, SnapshotId};
 use super::{Actor, Job, Reply};
 use crate::inner::Inner;
 use crate::live::{Exit, Live};
-use crate::model::{Attachment, AttachmentState, Execution, Session, SessionState};
+use crate::model::{Attachment, AttachmentState, Egress, Execution, Session, SessionState};
 use crate::ports::{Adopted, BlobError, BoxFuture, DriverError, Guest, Mount};
 
 pub(super) struct Work {
@@ -46,6 +46,12 @@ pub(super) enum Done {
         reply: Reply<u64>,
     },
     Mounts(Vec<(AttachmentId, Result<(), DriverError>)>),
+    Restricted {
+        result: Result<(), DriverError>,
+        /// What held before.
+        before: Option<Egress>,
+        reply: Reply<Session>,
+    },
 }
 
 pub(super) enum AdoptError {
@@ -213,6 +219,10 @@ async fn adopt(engine: &Inner, session: &Session, begun: &AtomicBool) -> Result<
         Err(DriverError::Gone) => return Err(AdoptError::Gone),
         Err(error) => return Err(other(error)),
     };
+    if matches!(adopted, Adopted::Running(_) | Adopted::Frozen(_)) && session.machine.outbound {
+        // The server may have been killed between recording destinations and setting them.
+        engine.driver.set_egress(id, session.machine.egress.as_ref()).await.map_err(other)?;
+    }
     let executions = engine.store.executions(id).await.map_err(|error| AdoptError::Other(error.to_string()))?;
     let runs = matches!(session.state, SessionState::Running | SessionState::Pausing | SessionState::Resuming);
     let in_memory = session.pause.as_ref().is_some_and(|pause| pause.in_memory);

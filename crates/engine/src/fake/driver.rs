@@ -10,7 +10,7 @@ use super::blobs::Images;
 use super::disks::Volume;
 use super::files::Files;
 use super::{FakeGuest, Faults};
-use crate::model::{Guarantees, Machine};
+use crate::model::{Connection, Egress, Guarantees, Machine};
 use crate::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Mount};
 
 /// A driver whose sandboxes are records. They outlive the engine, whole or half made. Clones share them.
@@ -48,6 +48,7 @@ pub(super) struct Sandbox {
     processes: Option<Processes>,
     powered_off: bool,
     host_restarted: bool,
+    egress: Option<Egress>,
     /// Whether this engine created or adopted it, and so hears of its end.
     attached: bool,
     /// Dead, and being taken apart by a task of this process.
@@ -89,6 +90,12 @@ impl Sandbox {
 impl World {
     pub(super) fn sandbox(&mut self, id: SessionId) -> Result<&mut Sandbox, DriverError> {
         self.sandboxes.get_mut(&id).filter(|sandbox| !sandbox.releasing).ok_or(DriverError::Gone)
+    }
+
+    fn restrict(&mut self, id: SessionId, egress: Option<Egress>) -> Result<(), DriverError> {
+        self.processes(id)?;
+        self.sandbox(id)?.egress = egress;
+        Ok(())
     }
 
     fn processes(&mut self, id: SessionId) -> Result<&mut Processes, DriverError> {
@@ -209,6 +216,15 @@ impl FakeDriver {
         self.with(|world| world.processes(id).is_ok_and(|processes| processes.frozen))
     }
 
+    /// The only destinations of a running sandbox.
+    pub fn egress(&self, id: SessionId) -> Option<Egress> {
+        self.with(|world| world.sandbox(id).ok().and_then(|sandbox| sandbox.egress.clone()))
+    }
+
+    pub fn lose_egress(&self, id: SessionId) {
+        self.with(|world| world.sandbox(id).map(|sandbox| sandbox.egress = None)).expect("there is such a sandbox");
+    }
+
     /// Whether nothing of a sandbox exists but its disk.
     pub fn is_only_a_disk(&self, id: SessionId) -> bool {
         self.with(|world| world.sandbox(id).is_ok_and(|of| of.disk.is_some() && !of.network && of.processes.is_none()))
@@ -275,7 +291,12 @@ impl FakeDriver {
         refusal.map_or(Ok(()), Err)
     }
 
-    async fn create_parts(self, id: SessionId, disk: Option<ImageId>) -> Result<Arc<dyn Guest>, DriverError> {
+    async fn create_parts(
+        self,
+        id: SessionId,
+        machine: Machine,
+        disk: Option<ImageId>,
+    ) -> Result<Arc<dyn Guest>, DriverError> {
         let _busy = self.busy(id, "create");
         self.step().await?;
         self.refusal()?;
@@ -284,7 +305,8 @@ impl FakeDriver {
                 world.violations.push(format!("create of {id}, which exists"));
                 world.sandboxes.insert(id, other);
             }
-            world.sandboxes.entry(id).or_default().network = true;
+            let sandbox = world.sandboxes.entry(id).or_default();
+            (sandbox.network, sandbox.egress) = (true, machine.egress);
         });
         // A failure from here on leaves what was made so far for `list` to find.
         self.step().await?;
@@ -380,11 +402,11 @@ impl Driver for FakeDriver {
     async fn create(
         &self,
         id: SessionId,
-        _machine: &Machine,
+        machine: &Machine,
         disk: Option<ImageId>,
     ) -> Result<Arc<dyn Guest>, DriverError> {
         // Goes on when nobody waits for it any more, as a real driver's threads do.
-        let creation = tokio::spawn(self.clone().create_parts(id, disk));
+        let creation = tokio::spawn(self.clone().create_parts(id, machine.clone(), disk));
         creation.await.map_err(|error| DriverError::Failed(error.to_string()))?
     }
 
@@ -422,7 +444,7 @@ impl Driver for FakeDriver {
         self.repeatable(|| self.stop_parts(id)).await
     }
 
-    async fn boot(&self, id: SessionId, _machine: &Machine) -> Result<Arc<dyn Guest>, DriverError> {
+    async fn boot(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError> {
         let _busy = self.busy(id, "boot");
         self.step().await?;
         self.refusal()?;
@@ -430,7 +452,7 @@ impl Driver for FakeDriver {
             let sandbox = world.sandbox(id)?;
             sandbox.disk.as_ref().ok_or(DriverError::Gone)?;
             let stopped = !sandbox.network && sandbox.processes.is_none();
-            sandbox.network = true;
+            (sandbox.network, sandbox.egress) = (true, machine.egress.clone());
             if !stopped {
                 world.violations.push(format!("boot of {id}, which was not stopped"));
             }
@@ -507,6 +529,21 @@ impl Driver for FakeDriver {
 
     async fn settle_volume(&self, id: VolumeId) -> Result<(), DriverError> {
         self.repeatable(|| self.let_volume_settle(id)).await
+    }
+
+    async fn set_egress(&self, id: SessionId, egress: Option<&Egress>) -> Result<(), DriverError> {
+        let _busy = self.busy(id, "set_egress");
+        let egress = egress.cloned();
+        self.repeatable(|| async {
+            self.step().await?;
+            self.with(|world| world.restrict(id, egress.clone()))?;
+            self.step().await
+        })
+        .await
+    }
+
+    async fn connections(&self, id: SessionId) -> Result<Vec<Connection>, DriverError> {
+        self.with(|world| world.processes(id).map(|_| Vec::new()))
     }
 
     fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent> {

@@ -8,6 +8,7 @@ use nagaya_api::ids::ExecutionId;
 use tokio::sync::{mpsc, watch};
 
 use super::files::Files;
+use super::sockets::Sockets;
 use super::{Faults, programs};
 use crate::ports::{
     Address, Bind, BoxStream, Command, DirectoryEntry, ExitStatus, FileReader, FileStat, FileWriter, Guest, GuestError,
@@ -18,13 +19,14 @@ use crate::ports::{
 const CHUNK_BYTES: usize = 64 * 1024;
 const CHANNEL_MAX: usize = 4;
 
-/// The inside of a fake sandbox: files in memory, and a handful of programs (see `programs.rs`).
+/// The inside of a fake sandbox: files in memory, a handful of programs (see `programs.rs`) and sockets (see `sockets.rs`).
 pub struct FakeGuest {
     faults: Arc<Faults>,
     disk: Arc<Mutex<Files>>,
     mounts: Mutex<Vec<Mounted>>,
     frozen: watch::Sender<bool>,
     detached: Mutex<BTreeMap<ExecutionId, watch::Sender<Vec<ProcessEvent>>>>,
+    sockets: Sockets,
     /// Why the sandbox died, once it has.
     death: watch::Sender<Option<String>>,
 }
@@ -47,6 +49,7 @@ impl FakeGuest {
             mounts: Mutex::default(),
             frozen: watch::Sender::new(false),
             detached: Mutex::default(),
+            sockets: Sockets::default(),
             death: watch::Sender::new(None),
         }
     }
@@ -290,11 +293,13 @@ impl Guest for FakeGuest {
         self.look(path, |files, path| files.list(path, include_hidden)).await
     }
 
-    async fn connect(&self, _address: &Address) -> Result<BoxStream, GuestError> {
-        refuse(Code::CapabilityUnavailable, 0)
+    async fn connect(&self, address: &Address) -> Result<BoxStream, GuestError> {
+        self.awake().await?;
+        self.sockets.connect(address, self.death.subscribe()).await
     }
 
-    async fn listen(&self, _bind: &Bind) -> Result<Listener, GuestError> {
-        refuse(Code::CapabilityUnavailable, 0)
+    async fn listen(&self, bind: &Bind) -> Result<Listener, GuestError> {
+        self.awake().await?;
+        self.sockets.listen(bind, self.death.subscribe())
     }
 }

@@ -3,11 +3,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use nagaya_api::ids::{ExecutionId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
+use nagaya_api::ids::{ExecutionId, KeyId, PreviewId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 
 use super::Faults;
-use crate::model::{ApiKey, Execution, Session, SessionState, Snapshot, Volume, Workspace};
-use crate::ports::{Change, SessionQuery, SnapshotQuery, Store, StoreError, VolumeQuery};
+use crate::model::{ApiKey, Execution, Preview, Session, SessionState, Snapshot, Volume, Workspace};
+use crate::ports::{Change, PreviewQuery, SessionQuery, SnapshotQuery, Store, StoreError, VolumeQuery};
 
 /// A store in memory. It outlives the engine that writes to it.
 pub struct FakeStore {
@@ -25,6 +25,7 @@ struct Tables {
     executions: BTreeMap<ExecutionId, Execution>,
     snapshots: BTreeMap<SnapshotId, Snapshot>,
     volumes: BTreeMap<VolumeId, Volume>,
+    previews: BTreeMap<PreviewId, Preview>,
     settings: BTreeMap<String, Vec<u8>>,
 }
 
@@ -74,6 +75,11 @@ impl FakeStore {
         self.with(|tables| tables.volumes.values().cloned().collect())
     }
 
+    /// Every preview, without faults.
+    pub fn previews_now(&self) -> Vec<Preview> {
+        self.with(|tables| tables.previews.values().cloned().collect())
+    }
+
     /// Loses the newest session record, as a store that does not sync would: for tests of tests.
     pub fn lose_newest_session(&self) {
         self.with(|tables| tables.sessions.pop_last());
@@ -109,6 +115,12 @@ impl Tables {
             }
             Change::ForgetVolume(id) => {
                 self.volumes.remove(&id);
+            }
+            Change::Preview(preview) => {
+                self.previews.insert(preview.id, preview);
+            }
+            Change::ForgetPreview(id) => {
+                self.previews.remove(&id);
             }
             Change::Setting { name, value } => {
                 self.settings.insert(name, value);
@@ -154,6 +166,20 @@ impl Tables {
             .filter(|volume| query.before.is_none_or(|before| (volume.created_at, volume.id) < before))
             .collect();
         found.sort_by_key(|volume| std::cmp::Reverse((volume.created_at, volume.id)));
+        found.into_iter().take(query.limit as usize).cloned().collect()
+    }
+
+    fn previews(&self, query: &PreviewQuery) -> Vec<Preview> {
+        let leads_to = |preview: &&Preview, id| preview.binding.is_some_and(|binding| binding.session_id == id);
+        let mut found: Vec<&Preview> = self
+            .previews
+            .values()
+            .filter(|preview| query.workspace_id.is_none_or(|id| preview.workspace_id == id))
+            .filter(|preview| query.kind.is_none_or(|kind| preview.kind == kind))
+            .filter(|preview| query.session_id.is_none_or(|id| leads_to(preview, id)))
+            .filter(|preview| query.before.is_none_or(|before| (preview.created_at, preview.id) < before))
+            .collect();
+        found.sort_by_key(|preview| std::cmp::Reverse((preview.created_at, preview.id)));
         found.into_iter().take(query.limit as usize).cloned().collect()
     }
 }
@@ -227,5 +253,13 @@ impl Store for FakeStore {
 
     async fn all_volumes(&self) -> Result<Vec<Volume>, StoreError> {
         self.read(|tables| tables.volumes.values().cloned().collect()).await
+    }
+
+    async fn previews(&self, query: PreviewQuery) -> Result<Vec<Preview>, StoreError> {
+        self.read(|tables| tables.previews(&query)).await
+    }
+
+    async fn all_previews(&self) -> Result<Vec<Preview>, StoreError> {
+        self.read(|tables| tables.previews.values().cloned().collect()).await
     }
 }

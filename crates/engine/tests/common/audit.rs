@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use nagaya_api::ids::{SessionId, VolumeId};
 use nagaya_engine::fake::Fakes;
 use nagaya_engine::model::{
-    AttachmentState, ExecutionStatus, Session, SessionState, SnapshotKind, SnapshotState, VolumeState,
+    AttachmentState, ExecutionStatus, PreviewKind, PreviewState, Session, SessionState, SnapshotKind, SnapshotState,
+    VolumeState,
 };
 
 macro_rules! ensure {
@@ -30,6 +31,7 @@ pub fn check_quiet(fakes: &Fakes) -> Result<(), String> {
     }
     check_volumes(fakes, &sessions)?;
     check_snapshots(fakes, &sessions)?;
+    check_previews(fakes, &sessions)?;
     for execution in fakes.store.all_executions().iter().filter(|e| e.status == ExecutionStatus::Running) {
         // Whether it was started before the sandbox was frozen is not known until that is thawed.
         if fakes.driver.is_frozen(execution.session_id) {
@@ -39,7 +41,7 @@ pub fn check_quiet(fakes: &Fakes) -> Result<(), String> {
         let runs = guest.is_some_and(|guest| guest.running().contains(&execution.id));
         ensure!(runs, "execution {} is RUNNING on record only", execution.id);
     }
-    let violations = [fakes.driver.violations(), fakes.blobs.violations()].concat();
+    let violations = [fakes.driver.violations(), fakes.blobs.violations(), fakes.edge.violations()].concat();
     ensure!(violations.is_empty(), "a port was misused: {violations:?}");
     Ok(())
 }
@@ -118,5 +120,20 @@ fn check_snapshots(fakes: &Fakes, sessions: &BTreeMap<SessionId, Session>) -> Re
     }
     ensure!(pauses.is_empty(), "pauses without their snapshot: {pauses:?}");
     ensure!(stored == needed, "stored are {stored:?}, needed {needed:?}");
+    Ok(())
+}
+
+fn check_previews(fakes: &Fakes, sessions: &BTreeMap<SessionId, Session>) -> Result<(), String> {
+    let recorded = fakes.store.previews_now();
+    for preview in &recorded {
+        ensure!(preview.state == PreviewState::Live, "{preview:?} is stuck");
+        let session = preview.binding.and_then(|binding| sessions.get(&binding.session_id));
+        let lives = session.is_some_and(|session| session.state != SessionState::Terminated);
+        ensure!(lives || preview.kind == PreviewKind::Named, "{preview:?} outlived its session");
+    }
+    let published = fakes.edge.published();
+    let expected: BTreeMap<String, u16> = recorded.iter().map(|of| (of.label.clone(), of.edge_port)).collect();
+    ensure!(expected.len() == recorded.len(), "two previews have one label: {recorded:?}");
+    ensure!(published == expected, "published are {published:?}, recorded {expected:?}");
     Ok(())
 }

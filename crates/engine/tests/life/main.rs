@@ -6,8 +6,11 @@
 
 #[path = "../common/audit.rs"]
 mod audit;
+mod egress;
 mod forks;
 mod pause;
+mod preview_workflows;
+mod previews;
 mod recovery;
 mod snapshots;
 mod steps;

@@ -7,7 +7,7 @@ use nagaya_api::error::Error;
 use nagaya_api::ids::{SessionId, SnapshotId, VolumeId};
 use nagaya_engine::fake::Fakes;
 use nagaya_engine::model::{SessionState, SnapshotKind};
-use nagaya_engine::{EngineConfig, ListSessions, ListSnapshots, ListVolumes, NewSession, NewSnapshot};
+use nagaya_engine::{EngineConfig, ListPreviews, ListSessions, ListSnapshots, ListVolumes, NewSession, NewSnapshot};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::audit;
@@ -63,7 +63,7 @@ async fn set_up() -> Stage {
     let world = World::with(config()).await;
     let attached = world.volume().await.id;
     let free = world.volume().await.id;
-    let new = NewSession { mounts: vec![mount(attached, "/data")], ..NewSession::default() };
+    let new = NewSession { mounts: vec![mount(attached, "/data")], inbound: true, ..NewSession::default() };
     let session = world.run(new).await.id;
     world.write(session, "/root/log", "kept").await;
     world.write(session, "/data/log", "kept too").await;
@@ -173,8 +173,12 @@ async fn reckon(workflow: &impl Workflow, stage: &Stage, fault: Fault, result: O
         assert!(!attached, "{fault:?}");
         engine.delete_volume(caller, volume.id).await.unwrap();
     }
+    for preview in engine.list_previews(caller, ListPreviews::default()).await.unwrap().0 {
+        engine.delete_preview(caller, preview.preview.id).await.unwrap();
+    }
     quiet().await;
     audit_now(fakes, fault);
+    assert!(fakes.store.previews_now().is_empty() && fakes.edge.published().is_empty(), "{fault:?}");
     assert!(fakes.driver.sandboxes().is_empty() && fakes.driver.volumes_now().is_empty(), "{fault:?}");
     assert!(fakes.store.snapshots_now().is_empty() && fakes.blobs.stored().is_empty(), "{fault:?}");
     assert_eq!(world.active().await, 0, "{fault:?}");

@@ -5,6 +5,11 @@ use nagaya_engine::model::{AttachmentState, Session, SessionState, SnapshotState
 use nagaya_engine::ports::Clock;
 use nagaya_engine::{Fork, NewMount, NewSession, NewSnapshot, NewVolume};
 
+use crate::preview_workflows::{
+    BindPreview, CreatePreview, DeletePreview, EndOfBinding, EndOfExposure, Expose, ExposeNamed, OpenPreview,
+    TouchPreview, Unexpose,
+};
+
 use crate::steps::{Stage, Workflow, run};
 use crate::support::{MIB, idle, mount};
 
@@ -393,4 +398,16 @@ workflows! {
     forking => ForkTwice;
     terminating_with_volumes => Terminate { paused: false };
     terminating_a_stopped_session => Terminate { paused: true };
+    exposing_a_port => Expose;
+    exposing_a_port_under_a_slug => ExposeNamed { known: false };
+    exposing_a_port_under_a_known_slug => ExposeNamed { known: true };
+    unexposing_a_port => Unexpose;
+    creating_a_preview => CreatePreview;
+    binding_a_preview => BindPreview;
+    deleting_a_preview => DeletePreview;
+    opening_a_private_preview => OpenPreview;
+    touching_a_private_preview => TouchPreview;
+    expiry_of_an_exposure => EndOfExposure { terminated: false };
+    the_end_of_a_session_with_exposures => EndOfExposure { terminated: true };
+    expiry_of_a_binding => EndOfBinding;
 }

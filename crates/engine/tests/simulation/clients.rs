@@ -11,6 +11,7 @@ use nagaya_engine::{Caller, Engine, ListSessions, NewExecution, NewSession, Sess
 
 use crate::audit::ensure;
 use crate::keepers::{self, Keeping};
+use crate::viewers::{self, Viewing};
 use crate::world::World;
 
 /// What a client is about to do.
@@ -22,6 +23,7 @@ pub enum Action {
         wait: bool,
     },
     Keep(Keeping),
+    View(Viewing),
     Terminate(SessionId, usize),
     Rename(SessionId, usize),
     Extend(SessionId, usize, u64),
@@ -56,6 +58,9 @@ impl Action {
         };
         if rng.per_mille(600) {
             return Self::Keep(Keeping::choose(world, rng, id, tenant));
+        }
+        if rng.per_mille(400) {
+            return Self::View(Viewing::choose(world, rng, id, tenant));
         }
         match rng.below(100) {
             0..25 => Self::create(rng),
@@ -106,6 +111,7 @@ pub async fn act(world: Rc<World>, engine: Engine, action: Action) -> Result<(),
     let result = match action.clone() {
         Action::Create { tenant, limits, wait } => create(world, &engine, tenant, limits, wait).await,
         Action::Keep(keeping) => keepers::keep(world, &engine, keeping).await,
+        Action::View(viewing) => viewers::view(world, &engine, viewing).await,
         Action::Terminate(id, tenant) => terminate(world, &engine, id, tenant).await,
         Action::Rename(id, tenant) => rename(world, &engine, id, tenant).await,
         Action::Extend(id, tenant, by) => extend(world, &engine, id, tenant, by).await,
@@ -173,6 +179,7 @@ async fn create(world: &World, engine: &Engine, tenant: usize, limits: Limits, w
         idle_timeout_minutes: limits.idle_timeout_minutes,
         pause_retention_ms: limits.pause_retention_ms,
         tags: vec!["a".into()],
+        inbound: true,
         ..NewSession::default()
     };
     let session = match engine.create_session(caller, new).await {

@@ -246,7 +246,7 @@ async fn create_from(
     log: String,
 ) -> Outcome {
     let mounts = volume.map(mount).into_iter().collect();
-    let new = NewSession { name: "from".into(), snapshot_id: Some(id), mounts, ..NewSession::default() };
+    let new = NewSession { name: "from".into(), snapshot_id: Some(id), mounts, inbound: true, ..NewSession::default() };
     let session = match engine.create_session(&world.tenants[tenant], new).await {
         Ok(session) => session,
         Err(error) => {

@@ -12,6 +12,7 @@ mod audit;
 mod clients;
 mod keepers;
 mod model;
+mod viewers;
 mod world;
 
 use std::hash::{BuildHasher, Hasher, RandomState};

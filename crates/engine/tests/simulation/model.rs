@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use nagaya_api::ids::{SessionId, SnapshotId, VolumeId};
+use nagaya_api::ids::{PreviewId, SessionId, SnapshotId, VolumeId};
 use nagaya_engine::fake::Fakes;
-use nagaya_engine::model::{ExecutionStatus, Session, SessionState, SnapshotState};
+use nagaya_engine::model::{Binding, ExecutionStatus, Session, SessionState, SnapshotState};
 
 use crate::audit::{self, ensure};
 use crate::keepers::DISK_LOG;
@@ -32,6 +32,15 @@ pub struct Model {
     pub writing: BTreeSet<Place>,
     /// Somebody asked for their deletion.
     pub doomed: BTreeSet<Place>,
+    /// Acknowledged exposures without an end, that nobody asked to take back since; with what they were told.
+    pub exposed: BTreeMap<(SessionId, u16), PreviewId>,
+    /// Acknowledged named previews that nobody asked to delete, and where each leads: none where that is not known.
+    pub named: BTreeMap<PreviewId, (usize, Option<Option<Binding>>)>,
+    /// Exposures and named previews that somebody is changing.
+    pub exposing: BTreeSet<(SessionId, u16)>,
+    pub binding: BTreeSet<PreviewId>,
+    /// Visitors got in.
+    pub visited: bool,
     /// How often resuming was asked for, and how many of these were not answered.
     resumes: BTreeMap<SessionId, (u64, u64)>,
     /// Acknowledged as paused, with nobody having asked to resume them since.
@@ -126,9 +135,10 @@ impl Model {
                 execution.id
             );
         }
-        let violations = [fakes.driver.violations(), fakes.blobs.violations()].concat();
+        let violations = [fakes.driver.violations(), fakes.blobs.violations(), fakes.edge.violations()].concat();
         ensure!(violations.is_empty(), "a port was misused: {violations:?}");
         self.check_logs(fakes, &rows)?;
+        self.check_previews(fakes, &rows)?;
         for id in &self.paused {
             let stopped = [SessionState::Paused, SessionState::UserShutdown].contains(&rows[id].state);
             ensure!(stopped || rows[id].state.is_terminal(), "{id} was paused, but is {}", rows[id].state.name());
@@ -167,6 +177,33 @@ impl Model {
             ensure!(found.starts_with(&log.content), "{place:?} holds {found:?}, acknowledged was {:?}", log.content);
         }
         Ok(())
+    }
+
+    /// No preview that was acknowledged is lost, or leads elsewhere.
+    fn check_previews(&self, fakes: &Fakes, rows: &BTreeMap<SessionId, Session>) -> Result<(), String> {
+        let previews: BTreeMap<_, _> = fakes.store.previews_now().into_iter().map(|of| (of.id, of)).collect();
+        for ((session_id, port), id) in &self.exposed {
+            let found = previews.get(id).and_then(|of| of.binding);
+            let expected = Binding { session_id: *session_id, port: *port };
+            let ended = rows[session_id].state == SessionState::Terminated;
+            ensure!(ended || found == Some(expected), "the exposed port {port} of {session_id} leads to {found:?}");
+        }
+        for (id, (_, expected)) in &self.named {
+            let found = previews.get(id).ok_or_else(|| format!("the acknowledged preview {id} is lost"))?;
+            let fits = expected.is_none_or(|expected| found.binding == expected) || self.binding.contains(id);
+            ensure!(fits, "{found:?} was to lead to {expected:?}");
+        }
+        let labels: BTreeSet<_> = previews.values().map(|of| &of.label).collect();
+        ensure!(labels.len() == previews.len(), "two previews have one label: {previews:?}");
+        Ok(())
+    }
+
+    /// A life is over: what nobody was answered is not known.
+    pub fn forget_changes_under_way(&mut self) {
+        self.exposing.clear();
+        for id in std::mem::take(&mut self.binding) {
+            self.named.entry(id).and_modify(|(_, known)| *known = None);
+        }
     }
 
     pub fn log(&self, place: Place) -> String {
@@ -276,6 +313,9 @@ impl Model {
     /// What the schedule came to, for counting.
     pub fn seen_of_interest(&self) -> Vec<String> {
         let mut seen = Vec::new();
+        if self.visited {
+            seen.push("a visit".to_owned());
+        }
         for row in self.seen.values() {
             let told = |key: &str| row.metadata.get(key).map(|value| format!(" {value}")).unwrap_or_default();
             if row.metadata.contains_key("restore_mode") {

@@ -9,13 +9,14 @@ use nagaya_api::ids::{KeyId, WorkspaceId};
 use nagaya_engine::fake::{Fakes, Rng};
 use nagaya_engine::model::{ApiKey, SessionState, Workspace, WorkspaceSettings};
 use nagaya_engine::ports::{Change, Clock, ExitStatus, Store};
-use nagaya_engine::{Caller, Engine, EngineConfig, ListSessions, ListSnapshots, ListVolumes, NewSession};
+use nagaya_engine::{Caller, Engine, EngineConfig, ListPreviews, ListSessions, ListSnapshots, ListVolumes, NewSession};
 use tokio::task::LocalSet;
 
 use crate::audit::ensure;
 use crate::clients::{Action, act};
 use crate::keepers::Keeping;
 use crate::model::{Model, Place, is_active};
+use crate::viewers::Viewing;
 
 /// What a test of the simulator breaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,8 +91,15 @@ impl Totals {
         ] {
             assert!(self.ended.contains_key(reason), "no session ended with {reason:?}");
         }
-        for seen in ["restore memory", "from a snapshot", "a log on a disk", "a log on a volume", "a log in a snapshot"]
-        {
+        let often = [
+            "restore memory",
+            "from a snapshot",
+            "a log on a disk",
+            "a log on a volume",
+            "a log in a snapshot",
+            "a visit",
+        ];
+        for seen in often {
             assert!(self.seen.contains_key(seen), "never seen: {seen}");
         }
         if !all {
@@ -252,6 +260,7 @@ fn lives(world: &Rc<World>, rng: &mut Rng, bug: Option<Bug>, crashes: &mut u64) 
         world.fail_per_mille(0);
         world.model.borrow_mut().renaming.clear();
         world.model.borrow_mut().writing.clear();
+        world.model.borrow_mut().forget_changes_under_way();
         world.check()?;
         between_lives(world, rng);
         now = ended_at + rng.below(8_000);
@@ -384,6 +393,10 @@ async fn furnish(world: &Rc<World>, engine: &Engine, rng: &mut Rng) -> Result<()
     for keeping in all {
         patiently("a client", act(world.clone(), engine.clone(), Action::Keep(keeping))).await??;
     }
+    let all = [Viewing::Expose(id, tenant, 1, None), Viewing::Create(tenant, "slug-0".into()), Viewing::Visit(0, 10)];
+    for viewing in all {
+        patiently("a client", act(world.clone(), engine.clone(), Action::View(viewing))).await??;
+    }
     Ok(())
 }
 
@@ -475,7 +488,15 @@ async fn delete_everything(world: &Rc<World>, engine: &Engine) -> Result<(), Str
             let deleted = patiently("delete a volume", engine.delete_volume(tenant, volume.id)).await?;
             deleted.map_err(|error| format!("delete of volume {}: {error}", volume.id))?;
         }
+        let list = ListPreviews { page_size: 100, ..ListPreviews::default() };
+        for preview in engine.list_previews(tenant, list).await.map_err(|error| error.to_string())?.0 {
+            world.model.borrow_mut().named.remove(&preview.preview.id);
+            let deleted = patiently("delete a preview", engine.delete_preview(tenant, preview.preview.id)).await?;
+            deleted.map_err(|error| format!("delete of preview {}: {error}", preview.preview.id))?;
+        }
     }
+    let left = (world.fakes.store.previews_now(), world.fakes.edge.published());
+    ensure!(left.0.is_empty() && left.1.is_empty(), "previews are left: {left:?}");
     let (driver, blobs, store) = (&world.fakes.driver, &world.fakes.blobs, &world.fakes.store);
     ensure!(driver.volumes_now().is_empty() && store.volumes_now().is_empty(), "volumes are left");
     ensure!(blobs.stored().is_empty() && store.snapshots_now().is_empty(), "snapshots or blobs are left");

@@ -20,8 +20,10 @@ use detached::Executions;
 use failure::Failure;
 use paths::Root;
 use power::Power;
+pub use program::SFTP;
 use reaper::Reaper;
 use settings::Settings;
+use sockets::Peers;
 
 mod clock;
 mod command;
@@ -37,6 +39,7 @@ mod reaper;
 mod serve;
 mod settings;
 mod signals;
+mod sockets;
 mod sys;
 
 /// Threads for calls that may wait for a disk.
@@ -61,6 +64,7 @@ pub struct Agent {
     /// What all waiting on behalf of commands goes by.
     clock: Arc<Clock>,
     power: Power,
+    peers: Peers,
     /// Notified when a command starts.
     busy: Notify,
     /// Notified when a request has been answered.
@@ -117,6 +121,7 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
         executions: Executions::default(),
         clock: Arc::default(),
         power: Power::default(),
+        peers: Peers::default(),
         busy: Notify::new(),
         answered: Notify::new(),
         settings,

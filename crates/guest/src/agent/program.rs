@@ -22,6 +22,10 @@ use crate::messages::Command;
 /// Uid and gid of the user `tenki`.
 pub const TENKI: u32 = 1000;
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// The file server among the agent's own programs, see `crate::sftp`. Also what it is called as a process.
+pub const SFTP: &str = "sftp";
+/// This very program, as whoever is about to execute it sees it.
+const OWN_PROGRAM: &str = "/proc/self/exe";
 /// Soft limit of open files that commands start with.
 const OPEN_FILES_MAX: u64 = 65_536;
 
@@ -153,8 +157,14 @@ struct Strings {
 fn strings(agent: &Agent, command: &Command) -> Result<Strings, Failure> {
     let invalid = |detail: &str| Failure::new(Code::InvalidCommand, detail);
     let c_string = |text: &str| sys::c_string(text).ok_or_else(|| invalid("NUL byte"));
-    let name = command.argv.first().ok_or_else(|| invalid("no arguments"))?;
-    let argv = command.argv.iter().map(|argument| c_string(argument)).collect::<Result<Vec<_>, _>>()?;
+    let (name, argv) = match command.builtin.as_str() {
+        SFTP => (OWN_PROGRAM, vec![c_string(SFTP)?]),
+        _ => {
+            let name = command.argv.first().ok_or_else(|| invalid("no arguments"))?;
+            let argv = command.argv.iter().map(|argument| c_string(argument)).collect::<Result<Vec<_>, _>>()?;
+            (name.as_str(), argv)
+        }
+    };
 
     let (user, home) = if command.privileged { ("root", "/root") } else { ("tenki", agent.settings.home.as_str()) };
     let mut env = Vec::with_capacity(command.env.len() + 7);

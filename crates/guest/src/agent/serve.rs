@@ -7,7 +7,7 @@ use nagaya_api::error::Code;
 
 use super::command::{Control, Sink, supervise};
 use super::failure::Failure;
-use super::{Agent, blocking, directories, files, program};
+use super::{Agent, blocking, directories, files, program, sockets};
 use crate::frame::MESSAGE_BYTES_MAX;
 use crate::messages::{self, Command, Entries, Event, Outcome, Request, Started, encode, request};
 use crate::mux::{self, Receiver, Sender};
@@ -68,6 +68,9 @@ async fn other(
             }
             Outcome::default()
         }
+        Kind::Connect(request) => sockets::connect(agent, *request, sender, receiver).await?,
+        Kind::Listen(request) => sockets::listen(agent, *request, sender, receiver).await?,
+        Kind::Accept(request) => sockets::accept(agent, *request, sender, receiver).await?,
         Kind::ReadFile(request) => files::read(agent, *request, sender).await?,
         Kind::WriteFile(request) => files::write(agent, *request, sender, receiver).await?,
         Kind::Stat(request) => {

@@ -1,9 +1,14 @@
-//! The first process of a sandbox. See `nagaya_guest::agent`.
+//! The first process of a sandbox, see `nagaya_guest::agent`; called `sftp`, a file server, see `nagaya_guest::sftp`.
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    match nagaya_guest::agent::main(std::env::args().skip(1)) {
+    let mut arguments = std::env::args();
+    let result = match arguments.next().as_deref() {
+        Some(nagaya_guest::agent::SFTP) => nagaya_guest::sftp::main(),
+        _ => nagaya_guest::agent::main(arguments),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {
             eprintln!("nagaya-agent: {reason}");

@@ -400,6 +400,30 @@ impl ::buffa::Message for Request {
                         += 1u64 + ::buffa::encoding::varint_len(inner as u64) as u64
                             + inner as u64;
                 }
+                __buffa::oneof::request::Kind::Connect(x) => {
+                    let __slot = __cache.reserve();
+                    let inner = x.compute_size(__cache);
+                    __cache.set(__slot, inner);
+                    size
+                        += 1u64 + ::buffa::encoding::varint_len(inner as u64) as u64
+                            + inner as u64;
+                }
+                __buffa::oneof::request::Kind::Listen(x) => {
+                    let __slot = __cache.reserve();
+                    let inner = x.compute_size(__cache);
+                    __cache.set(__slot, inner);
+                    size
+                        += 1u64 + ::buffa::encoding::varint_len(inner as u64) as u64
+                            + inner as u64;
+                }
+                __buffa::oneof::request::Kind::Accept(x) => {
+                    let __slot = __cache.reserve();
+                    let inner = x.compute_size(__cache);
+                    __cache.set(__slot, inner);
+                    size
+                        += 2u64 + ::buffa::encoding::varint_len(inner as u64) as u64
+                            + inner as u64;
+                }
             }
         }
         ::buffa::saturate_size(size)
@@ -512,6 +536,30 @@ impl ::buffa::Message for Request {
                 __buffa::oneof::request::Kind::AwaitPowerOff(x) => {
                     ::buffa::types::put_len_delimited_header(
                         13u32,
+                        u64::from(__cache.consume_next()),
+                        buf,
+                    );
+                    x.write_to(__cache, buf);
+                }
+                __buffa::oneof::request::Kind::Connect(x) => {
+                    ::buffa::types::put_len_delimited_header(
+                        14u32,
+                        u64::from(__cache.consume_next()),
+                        buf,
+                    );
+                    x.write_to(__cache, buf);
+                }
+                __buffa::oneof::request::Kind::Listen(x) => {
+                    ::buffa::types::put_len_delimited_header(
+                        15u32,
+                        u64::from(__cache.consume_next()),
+                        buf,
+                    );
+                    x.write_to(__cache, buf);
+                }
+                __buffa::oneof::request::Kind::Accept(x) => {
+                    ::buffa::types::put_len_delimited_header(
+                        16u32,
                         u64::from(__cache.consume_next()),
                         buf,
                     );
@@ -786,6 +834,66 @@ impl ::buffa::Message for Request {
                     ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
                     self.kind = ::core::option::Option::Some(
                         __buffa::oneof::request::Kind::AwaitPowerOff(
+                            ::buffa::alloc::boxed::Box::new(val),
+                        ),
+                    );
+                }
+            }
+            14u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                if let ::core::option::Option::Some(
+                    __buffa::oneof::request::Kind::Connect(ref mut existing),
+                ) = self.kind
+                {
+                    ::buffa::Message::merge_length_delimited(&mut **existing, buf, ctx)?;
+                } else {
+                    let mut val = ::core::default::Default::default();
+                    ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
+                    self.kind = ::core::option::Option::Some(
+                        __buffa::oneof::request::Kind::Connect(
+                            ::buffa::alloc::boxed::Box::new(val),
+                        ),
+                    );
+                }
+            }
+            15u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                if let ::core::option::Option::Some(
+                    __buffa::oneof::request::Kind::Listen(ref mut existing),
+                ) = self.kind
+                {
+                    ::buffa::Message::merge_length_delimited(&mut **existing, buf, ctx)?;
+                } else {
+                    let mut val = ::core::default::Default::default();
+                    ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
+                    self.kind = ::core::option::Option::Some(
+                        __buffa::oneof::request::Kind::Listen(
+                            ::buffa::alloc::boxed::Box::new(val),
+                        ),
+                    );
+                }
+            }
+            16u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                if let ::core::option::Option::Some(
+                    __buffa::oneof::request::Kind::Accept(ref mut existing),
+                ) = self.kind
+                {
+                    ::buffa::Message::merge_length_delimited(&mut **existing, buf, ctx)?;
+                } else {
+                    let mut val = ::core::default::Default::default();
+                    ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
+                    self.kind = ::core::option::Option::Some(
+                        __buffa::oneof::request::Kind::Accept(
                             ::buffa::alloc::boxed::Box::new(val),
                         ),
                     );
@@ -1115,6 +1223,11 @@ pub struct Command {
     pub stdin: bool,
     /// Field 7: `timeout_ms`
     pub timeout_ms: u64,
+    /// A program of the agent's own in place of what argv names: "sftp" serves files over its standard streams. An
+    /// agent that does not know it starts argv.
+    ///
+    /// Field 8: `builtin`
+    pub builtin: ::buffa::alloc::string::String,
 }
 impl ::core::fmt::Debug for Command {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
@@ -1126,6 +1239,7 @@ impl ::core::fmt::Debug for Command {
             .field("pty", &self.pty)
             .field("stdin", &self.stdin)
             .field("timeout_ms", &self.timeout_ms)
+            .field("builtin", &self.builtin)
             .finish()
     }
 }
@@ -1182,6 +1296,9 @@ impl ::buffa::Message for Command {
         if self.timeout_ms != 0u64 {
             size += 1u64 + ::buffa::types::uint64_encoded_len(self.timeout_ms) as u64;
         }
+        if !self.builtin.is_empty() {
+            size += 1u64 + ::buffa::types::string_encoded_len(&self.builtin) as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -1216,6 +1333,9 @@ impl ::buffa::Message for Command {
         }
         if self.timeout_ms != 0u64 {
             ::buffa::types::put_uint64_field(7u32, self.timeout_ms, buf);
+        }
+        if !self.builtin.is_empty() {
+            ::buffa::types::put_string_field(8u32, &self.builtin, buf);
         }
     }
     fn merge_field(
@@ -1287,6 +1407,13 @@ impl ::buffa::Message for Command {
                 )?;
                 self.timeout_ms = ::buffa::types::decode_uint64(buf)?;
             }
+            8u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::types::merge_string(&mut self.builtin, buf)?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -1301,6 +1428,7 @@ impl ::buffa::Message for Command {
         self.pty = false;
         self.stdin = false;
         self.timeout_ms = 0u64;
+        self.builtin.clear();
     }
 }
 /// Starts a command that belongs to the sandbox. Repeating it with the same id is harmless.
@@ -2250,6 +2378,279 @@ impl ::buffa::Message for ListDirectory {
         self.include_hidden = false;
     }
 }
+/// Connects to a unix socket by its absolute path. Answered with Opened, then DATA both ways. A side that sends no more says
+/// END (the server) or EndOfContent (the agent); the agent's END comes when both are through.
+#[derive(Clone, PartialEq, Default)]
+pub struct Connect {
+    /// Field 1: `path`
+    pub path: ::buffa::alloc::string::String,
+    /// Unless empty: with all symbolic links followed, the socket must be one of these paths or lie below one.
+    ///
+    /// Field 2: `allowed`
+    pub allowed: ::buffa::alloc::vec::Vec<::buffa::alloc::string::String>,
+}
+impl ::core::fmt::Debug for Connect {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("Connect")
+            .field("path", &self.path)
+            .field("allowed", &self.allowed)
+            .finish()
+    }
+}
+impl Connect {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Connect";
+}
+::buffa::impl_default_instance!(Connect);
+impl ::buffa::MessageName for Connect {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "Connect";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.Connect";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Connect";
+}
+impl ::buffa::Message for Connect {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let mut size = 0u64;
+        if !self.path.is_empty() {
+            size += 1u64 + ::buffa::types::string_encoded_len(&self.path) as u64;
+        }
+        for v in &self.allowed {
+            size += 1u64 + ::buffa::types::string_encoded_len(v) as u64;
+        }
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        if !self.path.is_empty() {
+            ::buffa::types::put_string_field(1u32, &self.path, buf);
+        }
+        for v in &self.allowed {
+            ::buffa::types::put_string_field(2u32, v, buf);
+        }
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            1u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::types::merge_string(&mut self.path, buf)?;
+            }
+            2u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                let __elem = ::buffa::types::decode_string(buf)?;
+                ctx.register_element_memory(
+                    ::buffa::__private::element_footprint(&__elem),
+                )?;
+                self.allowed.push(__elem);
+            }
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {
+        self.path.clear();
+        self.allowed.clear();
+    }
+}
+/// Listens on a new unix socket that belongs to `tenki`. Answered with Opened, then Arrived for each peer, until the server
+/// resets the stream. The socket and the peers that were not taken go with the stream.
+#[derive(Clone, PartialEq, Default)]
+pub struct Listen {
+    /// Field 1: `path`
+    pub path: ::buffa::alloc::string::String,
+}
+impl ::core::fmt::Debug for Listen {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("Listen").field("path", &self.path).finish()
+    }
+}
+impl Listen {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Listen";
+}
+::buffa::impl_default_instance!(Listen);
+impl ::buffa::MessageName for Listen {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "Listen";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.Listen";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Listen";
+}
+impl ::buffa::Message for Listen {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let mut size = 0u64;
+        if !self.path.is_empty() {
+            size += 1u64 + ::buffa::types::string_encoded_len(&self.path) as u64;
+        }
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        if !self.path.is_empty() {
+            ::buffa::types::put_string_field(1u32, &self.path, buf);
+        }
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            1u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::types::merge_string(&mut self.path, buf)?;
+            }
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {
+        self.path.clear();
+    }
+}
+/// Takes a peer; the rest is as for Connect.
+#[derive(Clone, PartialEq, Default)]
+pub struct Accept {
+    /// Field 1: `number`
+    pub number: u64,
+}
+impl ::core::fmt::Debug for Accept {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("Accept").field("number", &self.number).finish()
+    }
+}
+impl Accept {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Accept";
+}
+::buffa::impl_default_instance!(Accept);
+impl ::buffa::MessageName for Accept {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "Accept";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.Accept";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Accept";
+}
+impl ::buffa::Message for Accept {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let mut size = 0u64;
+        if self.number != 0u64 {
+            size += 1u64 + ::buffa::types::uint64_encoded_len(self.number) as u64;
+        }
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        if self.number != 0u64 {
+            ::buffa::types::put_uint64_field(1u32, self.number, buf);
+        }
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            1u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.number = ::buffa::types::decode_uint64(buf)?;
+            }
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {
+        self.number = 0u64;
+    }
+}
 /// A MESSAGE frame from the server: something for a running command.
 #[derive(Clone, PartialEq, Default)]
 pub struct Input {
@@ -2548,6 +2949,22 @@ impl ::buffa::Message for Event {
                         += 1u64 + ::buffa::encoding::varint_len(inner as u64) as u64
                             + inner as u64;
                 }
+                __buffa::oneof::event::Kind::Arrived(x) => {
+                    let __slot = __cache.reserve();
+                    let inner = x.compute_size(__cache);
+                    __cache.set(__slot, inner);
+                    size
+                        += 1u64 + ::buffa::encoding::varint_len(inner as u64) as u64
+                            + inner as u64;
+                }
+                __buffa::oneof::event::Kind::EndOfContent(x) => {
+                    let __slot = __cache.reserve();
+                    let inner = x.compute_size(__cache);
+                    __cache.set(__slot, inner);
+                    size
+                        += 1u64 + ::buffa::encoding::varint_len(inner as u64) as u64
+                            + inner as u64;
+                }
             }
         }
         ::buffa::saturate_size(size)
@@ -2580,6 +2997,22 @@ impl ::buffa::Message for Event {
                 __buffa::oneof::event::Kind::Entries(x) => {
                     ::buffa::types::put_len_delimited_header(
                         3u32,
+                        u64::from(__cache.consume_next()),
+                        buf,
+                    );
+                    x.write_to(__cache, buf);
+                }
+                __buffa::oneof::event::Kind::Arrived(x) => {
+                    ::buffa::types::put_len_delimited_header(
+                        4u32,
+                        u64::from(__cache.consume_next()),
+                        buf,
+                    );
+                    x.write_to(__cache, buf);
+                }
+                __buffa::oneof::event::Kind::EndOfContent(x) => {
+                    ::buffa::types::put_len_delimited_header(
+                        5u32,
                         u64::from(__cache.consume_next()),
                         buf,
                     );
@@ -2659,6 +3092,46 @@ impl ::buffa::Message for Event {
                     );
                 }
             }
+            4u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                if let ::core::option::Option::Some(
+                    __buffa::oneof::event::Kind::Arrived(ref mut existing),
+                ) = self.kind
+                {
+                    ::buffa::Message::merge_length_delimited(&mut **existing, buf, ctx)?;
+                } else {
+                    let mut val = ::core::default::Default::default();
+                    ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
+                    self.kind = ::core::option::Option::Some(
+                        __buffa::oneof::event::Kind::Arrived(
+                            ::buffa::alloc::boxed::Box::new(val),
+                        ),
+                    );
+                }
+            }
+            5u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                if let ::core::option::Option::Some(
+                    __buffa::oneof::event::Kind::EndOfContent(ref mut existing),
+                ) = self.kind
+                {
+                    ::buffa::Message::merge_length_delimited(&mut **existing, buf, ctx)?;
+                } else {
+                    let mut val = ::core::default::Default::default();
+                    ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
+                    self.kind = ::core::option::Option::Some(
+                        __buffa::oneof::event::Kind::EndOfContent(
+                            ::buffa::alloc::boxed::Box::new(val),
+                        ),
+                    );
+                }
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -2674,6 +3147,152 @@ pub mod event {
     use super::*;
     #[doc(inline)]
     pub use super::__buffa::oneof::event::Kind;
+}
+/// Somebody connected to a socket that the server listens on.
+#[derive(Clone, PartialEq, Default)]
+pub struct Arrived {
+    /// Field 1: `number`
+    pub number: u64,
+}
+impl ::core::fmt::Debug for Arrived {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("Arrived").field("number", &self.number).finish()
+    }
+}
+impl Arrived {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Arrived";
+}
+::buffa::impl_default_instance!(Arrived);
+impl ::buffa::MessageName for Arrived {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "Arrived";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.Arrived";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Arrived";
+}
+impl ::buffa::Message for Arrived {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let mut size = 0u64;
+        if self.number != 0u64 {
+            size += 1u64 + ::buffa::types::uint64_encoded_len(self.number) as u64;
+        }
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        if self.number != 0u64 {
+            ::buffa::types::put_uint64_field(1u32, self.number, buf);
+        }
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            1u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.number = ::buffa::types::decode_uint64(buf)?;
+            }
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {
+        self.number = 0u64;
+    }
+}
+/// The agent sends no more content on this stream.
+#[derive(Clone, PartialEq, Default)]
+pub struct EndOfContent {}
+impl ::core::fmt::Debug for EndOfContent {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("EndOfContent").finish()
+    }
+}
+impl EndOfContent {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.EndOfContent";
+}
+::buffa::impl_default_instance!(EndOfContent);
+impl ::buffa::MessageName for EndOfContent {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "EndOfContent";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.EndOfContent";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.EndOfContent";
+}
+impl ::buffa::Message for EndOfContent {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let size = 0u64;
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        _buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {}
 }
 #[derive(Clone, PartialEq, Default)]
 pub struct Started {
@@ -4154,6 +4773,9 @@ pub mod __buffa {
                 AwaitPowerOff(
                     ::buffa::alloc::boxed::Box<super::super::super::AwaitPowerOff>,
                 ),
+                Connect(::buffa::alloc::boxed::Box<super::super::super::Connect>),
+                Listen(::buffa::alloc::boxed::Box<super::super::super::Listen>),
+                Accept(::buffa::alloc::boxed::Box<super::super::super::Accept>),
             }
             impl ::buffa::Oneof for Kind {}
             impl From<super::super::super::Command> for Kind {
@@ -4290,6 +4912,36 @@ pub mod __buffa {
                     Self::Some(Kind::from(v))
                 }
             }
+            impl From<super::super::super::Connect> for Kind {
+                fn from(v: super::super::super::Connect) -> Self {
+                    Self::Connect(::buffa::alloc::boxed::Box::new(v))
+                }
+            }
+            impl From<super::super::super::Connect> for ::core::option::Option<Kind> {
+                fn from(v: super::super::super::Connect) -> Self {
+                    Self::Some(Kind::from(v))
+                }
+            }
+            impl From<super::super::super::Listen> for Kind {
+                fn from(v: super::super::super::Listen) -> Self {
+                    Self::Listen(::buffa::alloc::boxed::Box::new(v))
+                }
+            }
+            impl From<super::super::super::Listen> for ::core::option::Option<Kind> {
+                fn from(v: super::super::super::Listen) -> Self {
+                    Self::Some(Kind::from(v))
+                }
+            }
+            impl From<super::super::super::Accept> for Kind {
+                fn from(v: super::super::super::Accept) -> Self {
+                    Self::Accept(::buffa::alloc::boxed::Box::new(v))
+                }
+            }
+            impl From<super::super::super::Accept> for ::core::option::Option<Kind> {
+                fn from(v: super::super::super::Accept) -> Self {
+                    Self::Some(Kind::from(v))
+                }
+            }
         }
         pub mod input {
             #[allow(unused_imports)]
@@ -4319,6 +4971,10 @@ pub mod __buffa {
                 Started(::buffa::alloc::boxed::Box<super::super::super::Started>),
                 Opened(::buffa::alloc::boxed::Box<super::super::super::Opened>),
                 Entries(::buffa::alloc::boxed::Box<super::super::super::Entries>),
+                Arrived(::buffa::alloc::boxed::Box<super::super::super::Arrived>),
+                EndOfContent(
+                    ::buffa::alloc::boxed::Box<super::super::super::EndOfContent>,
+                ),
             }
             impl ::buffa::Oneof for Kind {}
             impl From<super::super::super::Started> for Kind {
@@ -4348,6 +5004,27 @@ pub mod __buffa {
             }
             impl From<super::super::super::Entries> for ::core::option::Option<Kind> {
                 fn from(v: super::super::super::Entries) -> Self {
+                    Self::Some(Kind::from(v))
+                }
+            }
+            impl From<super::super::super::Arrived> for Kind {
+                fn from(v: super::super::super::Arrived) -> Self {
+                    Self::Arrived(::buffa::alloc::boxed::Box::new(v))
+                }
+            }
+            impl From<super::super::super::Arrived> for ::core::option::Option<Kind> {
+                fn from(v: super::super::super::Arrived) -> Self {
+                    Self::Some(Kind::from(v))
+                }
+            }
+            impl From<super::super::super::EndOfContent> for Kind {
+                fn from(v: super::super::super::EndOfContent) -> Self {
+                    Self::EndOfContent(::buffa::alloc::boxed::Box::new(v))
+                }
+            }
+            impl From<super::super::super::EndOfContent>
+            for ::core::option::Option<Kind> {
+                fn from(v: super::super::super::EndOfContent) -> Self {
                     Self::Some(Kind::from(v))
                 }
             }

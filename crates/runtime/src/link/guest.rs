@@ -11,7 +11,7 @@ use nagaya_guest::messages::{self, ListDirectory, MakeDirectory, ReadFile, Remov
 use nagaya_guest::mux::Incoming;
 use tokio::sync::mpsc;
 
-use super::{Link, event_of, files, finish, guest_error, process, unexpected};
+use super::{Link, event_of, files, finish, guest_error, process, sockets, streams, unexpected};
 
 /// What is taken from an agent as the entries of one directory.
 const ENTRIES_MAX: usize = 100_000;
@@ -111,11 +111,18 @@ impl Guest for Link {
         }
     }
 
-    async fn connect(&self, _address: &Address) -> Result<BoxStream, GuestError> {
-        Err(guest_error(Code::CapabilityUnavailable, "connections into a sandbox"))
+    async fn connect(&self, address: &Address) -> Result<BoxStream, GuestError> {
+        match address {
+            Address::Tcp { port } => Ok(Box::new(sockets::connect(self.network()?, *port).await?)),
+            Address::Unix { path } => Ok(Box::new(streams::connect(self, path, &[]).await?)),
+            Address::UnixWithin { path, allowed } => Ok(Box::new(streams::connect(self, path, allowed).await?)),
+        }
     }
 
-    async fn listen(&self, _bind: &Bind) -> Result<Listener, GuestError> {
-        Err(guest_error(Code::CapabilityUnavailable, "listening in a sandbox"))
+    async fn listen(&self, bind: &Bind) -> Result<Listener, GuestError> {
+        match bind {
+            Bind::Tcp { ip, port } => sockets::listen(self, self.network()?, *ip, *port).await,
+            Bind::Unix { path } => streams::listen(self, path).await,
+        }
     }
 }

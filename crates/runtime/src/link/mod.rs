@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -18,6 +19,8 @@ use tokio::net::UnixStream;
 mod files;
 mod guest;
 mod process;
+mod sockets;
+mod streams;
 #[cfg(test)]
 mod tests;
 
@@ -25,6 +28,7 @@ mod tests;
 pub struct Link {
     mux: Mux,
     out_of_memory_kills: OnceLock<Counter>,
+    network: OnceLock<Arc<sockets::Network>>,
 }
 
 /// Something that only ever grows.
@@ -59,7 +63,7 @@ impl Link {
     async fn with_handshake(stream: UnixStream, handshake: Handshake) -> Result<Arc<Self>, LinkError> {
         let (reader, writer) = stream.into_split();
         let (mux, _) = Mux::start(reader, writer, Role::Host, handshake).await?;
-        Ok(Arc::new(Self { mux, out_of_memory_kills: OnceLock::new() }))
+        Ok(Arc::new(Self { mux, out_of_memory_kills: OnceLock::new(), network: OnceLock::new() }))
     }
 
     /// Completes when the connection has ended, with the reason in words for the log.
@@ -102,6 +106,20 @@ impl Link {
     /// command killed that way ends with the reason `out_of_memory`. Only the first call counts.
     pub fn count_out_of_memory_kills(&self, count: impl Fn() -> u64 + Send + Sync + 'static) {
         let _ = self.out_of_memory_kills.set(Arc::new(count));
+    }
+
+    /// Tells by the pidfd of its first process where the sandbox's network is. Only the first call counts.
+    pub fn use_network_of(&self, process: OwnedFd) {
+        let network = Arc::new(sockets::Network::new(process));
+        if self.network.set(network.clone()).is_ok() {
+            let mux = self.mux.clone();
+            tokio::spawn(async move { network.cut_with(mux).await });
+        }
+    }
+
+    /// The sandbox's network, where the server can reach it.
+    fn network(&self) -> Result<&Arc<sockets::Network>, GuestError> {
+        self.network.get().ok_or_else(|| guest_error(Code::CapabilityUnavailable, "connections into a sandbox"))
     }
 
     /// Sends a request.

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use nagaya_api::error::Code;
-use nagaya_engine::ports::{Command, ExitStatus, GuestError, Process, ProcessEvent, ProcessInput, Signal};
+use nagaya_engine::ports::{Builtin, Command, ExitStatus, GuestError, Process, ProcessEvent, ProcessInput, Signal};
 use nagaya_guest::frame::{DATA_BYTES_MAX, Kind};
 use nagaya_guest::messages::{self, EnvironmentVariable, Exit, Input, Resize, event, outcome, request};
 use nagaya_guest::mux::{Incoming, Receiver, Sender, charge};
@@ -28,6 +28,10 @@ pub(super) fn to_message(command: Command) -> messages::Command {
         pty: command.pty,
         stdin: command.stdin,
         timeout_ms: command.timeout_ms,
+        builtin: match command.builtin {
+            Some(Builtin::Sftp) => nagaya_guest::agent::SFTP.into(),
+            None => String::new(),
+        },
     }
 }
 
@@ -144,6 +148,8 @@ async fn feed(sender: Sender, mut inputs: mpsc::Receiver<ProcessInput>) {
     let mut waiting = 0;
     let mut open = true;
     let mut closing = false;
+    // A second end, or content after it, would break the protocol, and cost the sandbox its connection.
+    let mut closed = false;
     loop {
         if closing && stdin.is_empty() {
             sender.end_content();
@@ -152,12 +158,15 @@ async fn feed(sender: Sender, mut inputs: mpsc::Receiver<ProcessInput>) {
         let next = stdin.front().map(Bytes::len);
         tokio::select! {
             input = inputs.recv(), if open && waiting < STDIN_BYTES_MAX => match input {
-                Some(ProcessInput::Stdin(data)) if !data.is_empty() => {
+                Some(ProcessInput::Stdin(data)) if !data.is_empty() && !closed => {
                     waiting += data.len();
                     stdin.extend(split(data));
                 }
                 Some(ProcessInput::Stdin(_)) => {}
-                Some(ProcessInput::StdinClose) => closing = true,
+                Some(ProcessInput::StdinClose) => {
+                    closing = !closed;
+                    closed = true;
+                }
                 Some(ProcessInput::Signal(signal)) => tell(&sender, to_signal(signal)).await,
                 Some(ProcessInput::Resize { columns, rows }) => {
                     let size = Resize { columns: columns.into(), rows: rows.into() };

@@ -21,6 +21,7 @@ mod connections;
 mod detached;
 mod directories;
 mod files;
+mod streams;
 
 /// Held while descriptors can be inherited, so that only the intended program does.
 static SPAWNING: Mutex<()> = Mutex::new(());

@@ -11,7 +11,7 @@ use nagaya_engine::ports::{DriverError, Guest};
 
 use super::live::{self, Live, PidFd};
 use super::record::{self, Record};
-use super::slots::{Home, Shape, Slot, SlotError, Started};
+use super::slots::{Ground, Home, Shape, Slot, SlotError, Started};
 use super::{Inner, blocking, disk, failed, room};
 
 impl Inner {
@@ -114,7 +114,8 @@ impl Inner {
                 "this server gives no sandbox outbound access; ask for allow_outbound=false".into(),
             ));
         }
-        room::lacking(&self.config).map_or(Ok(()), |limit| Err(DriverError::Exhausted(limit.into())))
+        room::lacking(&self.config, self.storage.root())
+            .map_or(Ok(()), |limit| Err(DriverError::Exhausted(limit.into())))
     }
 
     fn slot(&self, machine: &Machine, home: Home<'_>) -> Result<Slot, DriverError> {
@@ -123,18 +124,34 @@ impl Inner {
         if let Some(slot) = pool.and_then(|pool| pool.take()) {
             return Ok(slot);
         }
-        let made = match self.factory.make(shape, home) {
+        let made = match self.ground(shape) {
+            Some(ground) => self.factory.build(ground, shape.disk_gb, home),
+            None => self.factory.make(shape, home),
+        };
+        let made = match made {
             // What is held ready of other shapes gives way to what is wanted now.
-            Err(SlotError::Exhausted(max)) => {
-                let other = self.pools.iter().find_map(|pool| pool.take());
-                other.map_or(Err(SlotError::Exhausted(max)), |slot| self.factory.reshape(slot, shape, home))
-            }
+            Err(SlotError::Exhausted(max)) => self.make_in_place_of_another(shape, home, max),
             made => made,
         };
         made.map_err(|error| match error {
             SlotError::Exhausted(_) => DriverError::Exhausted("slots_max".into()),
             error => room::refusal("make a sandbox", &error),
         })
+    }
+
+    fn ground(&self, shape: Shape) -> Option<Ground> {
+        self.grounds.iter().find(|pool| pool.shape().outbound == shape.outbound)?.take()
+    }
+
+    fn make_in_place_of_another(&self, shape: Shape, home: Home<'_>, max: u32) -> Result<Slot, SlotError> {
+        if let Some(slot) = self.pools.iter().find_map(|pool| pool.take()) {
+            return self.factory.reshape(slot, shape, home);
+        }
+        if let Some(ground) = self.ground(shape) {
+            return self.factory.build(ground, shape.disk_gb, home);
+        }
+        let ground = self.grounds.iter().find_map(|pool| pool.take()).ok_or(SlotError::Exhausted(max))?;
+        self.factory.rebuild(ground, shape, home)
     }
 
     fn take(&self, id: SessionId, machine: &Machine, slot: Slot, base: &Path) -> Result<(u32, Started), DriverError> {
@@ -176,7 +193,7 @@ impl Inner {
         let pidfd = PidFd::new(pidfd).map_err(|error| failed("watch the sandbox", &error))?;
         let live = Arc::new(Live::new(id, slot, pidfd));
         self.live().insert(id, live.clone());
-        match live::connect(&self.directory(id), &self.factory.cgroups, slot).await {
+        match live::connect(&self.directory(id), &self.factory.cgroups, &live).await {
             Ok(link) => {
                 self.watch(&live);
                 self.watch_power(&live, &link);

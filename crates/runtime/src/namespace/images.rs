@@ -1,4 +1,4 @@
-//! Copies of disks at rest: `disks/<image id>.ext4` below the data directory.
+//! Copies of disks at rest: `disks/<image id>.ext4` in the storage.
 //!
 //! A disk is copied as it is at one moment: its file system is frozen, which writes everything back,
 //! its image is copied, and it is thawed again. A file beside the disk tells a later server of a
@@ -19,7 +19,9 @@ use rustix::fs::{Mode, OFlags};
 
 use super::disk::{self, DiskError};
 use super::room;
+use super::storage::shares_blocks;
 use crate::sys::ext4;
+use crate::sys::grace::{self, Expedited};
 use crate::sys::loop_device::LoopDevice;
 
 const SUFFIX: &str = "ext4";
@@ -27,6 +29,8 @@ const SUFFIX: &str = "ext4";
 const FRESH: &str = "new";
 /// Beside a disk whose file system is frozen.
 const FROZEN: &str = "frozen";
+/// In it when the host's grace periods are expedited for that.
+const EXPEDITED: &str = "expedited";
 /// Names the run of the host in which the images were made.
 const RUN: &str = "boot-id";
 
@@ -45,7 +49,7 @@ fn on<E: Into<io::Error>>(step: &'static str) -> impl Fn(E) -> CopyError {
     move |source| CopyError::System { step, source: source.into() }
 }
 
-/// The images of one data directory. Everything blocks.
+/// The images of one storage. Everything blocks.
 pub(super) struct Images {
     directory: PathBuf,
     /// Free space of the host's file system that copies leave for others, MiB.
@@ -55,8 +59,8 @@ pub(super) struct Images {
 }
 
 impl Images {
-    pub fn open(data: &Path, disk_free_mb_min: u64, boot_id: &str) -> io::Result<Self> {
-        let directory = data.join("disks");
+    pub fn open(storage: &Path, disk_free_mb_min: u64, boot_id: &str) -> io::Result<Self> {
+        let directory = storage.join("disks");
         fs::create_dir_all(&directory)?;
         let same_run = fs::read_to_string(directory.join(RUN)).is_ok_and(|run| run == boot_id);
         for entry in fs::read_dir(&directory)?.flatten() {
@@ -138,11 +142,6 @@ impl Images {
     }
 }
 
-fn shares_blocks(directory: &Path) -> io::Result<bool> {
-    let temporary = || rustix::fs::open(directory, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR);
-    Ok(rustix::fs::ioctl_ficlone(temporary()?, temporary()?).is_ok())
-}
-
 fn create(path: &Path) -> Result<File, CopyError> {
     let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path);
     file.map_err(on("create the copy of the disk"))
@@ -152,6 +151,7 @@ fn create(path: &Path) -> Result<File, CopyError> {
 struct Still {
     root: OwnedFd,
     mark: PathBuf,
+    expedited: Option<Expedited>,
     since: Instant,
 }
 
@@ -162,8 +162,10 @@ impl Still {
         // What is written back now need not be while everything waits.
         rustix::fs::syncfs(&root).map_err(on("sync the disk"))?;
         let mark = directory.join(FROZEN);
-        File::create(&mark).map_err(on("mark the disk as frozen"))?;
-        let still = Self { root, mark, since: Instant::now() };
+        let content = if grace::can_be_expedited() { EXPEDITED } else { "" };
+        fs::write(&mark, content).map_err(on("mark the disk as frozen"))?;
+        let expedited = Some(Expedited::begin());
+        let still = Self { root, mark, expedited, since: Instant::now() };
         // From here on whatever goes wrong is undone.
         ext4::freeze(still.root.as_fd()).map_err(on("freeze the disk"))?;
         Ok(Some(still))
@@ -177,7 +179,10 @@ impl Still {
 
 impl Drop for Still {
     fn drop(&mut self) {
-        match ext4::thaw(self.root.as_fd()) {
+        let thawed = ext4::thaw(self.root.as_fd());
+        // Before the mark that tells of it.
+        drop(self.expedited.take());
+        match thawed {
             Ok(()) => drop(fs::remove_file(&self.mark)),
             Err(error) => tracing::error!(%error, mark = %self.mark.display(), "could not thaw a disk"),
         }
@@ -202,7 +207,11 @@ pub(super) fn thaw(directory: &Path) -> Result<(), CopyError> {
     if let Some(root) = open_root(directory)? {
         ext4::thaw(root.as_fd()).map_err(on("thaw the disk"))?;
     }
-    fs::remove_file(directory.join(FROZEN)).map_err(on("unmark the disk"))
+    let mark = directory.join(FROZEN);
+    if fs::read_to_string(&mark).is_ok_and(|content| content == EXPEDITED) {
+        grace::end().map_err(on("end expedited grace periods"))?;
+    }
+    fs::remove_file(mark).map_err(on("unmark the disk"))
 }
 
 /// The root of what is on a mounted disk. The mount that a sandbox has cannot be reached from outside, so

@@ -140,8 +140,13 @@ pub(super) fn take(
     let processors = inner.processors_for(slot.number, machine.cpu_cores);
     set_processors(slot.started.pid, &processors).map_err(|error| failed("set the sandbox's processors", &error))?;
     let boot_id = Some(inner.boot_id.clone());
-    let record = Record { slot: Some(slot.number), base: base.to_owned(), boot_id, powered_off: false };
+    let egress = machine.egress.clone();
+    let record = Record { slot: Some(slot.number), base: base.to_owned(), boot_id, powered_off: false, egress };
     record.write(&slot.directory).map_err(|error| failed("write the sandbox's record", &error))?;
+    if let Some(network) = inner.factory.network.as_ref().filter(|_| machine.outbound) {
+        let begun = network.begin(slot.number, machine.egress.as_ref());
+        begun.map_err(|error| failed("set the sandbox's destinations", &error))?;
+    }
     let directory = inner.directory(id);
     if slot.directory != directory {
         fs::rename(&slot.directory, &directory).map_err(|error| failed("name the sandbox", &error))?;
@@ -197,8 +202,9 @@ fn short_path(directory: &OwnedFd) -> String {
 }
 
 /// Connects to the agent and exchanges greetings.
-pub(super) async fn connect(directory: &Path, cgroups: &Cgroups, slot: u32) -> Result<Arc<Link>, DriverError> {
-    let group = cgroups.group(&group_name(slot));
+pub(super) async fn connect(directory: &Path, cgroups: &Cgroups, live: &Live) -> Result<Arc<Link>, DriverError> {
+    let group = cgroups.group(&group_name(live.slot));
+    let process = live.pidfd.try_clone().map_err(|error| failed("name the sandbox's first process", &error))?;
     let place = open_directory(directory).map_err(|error| failed("open the sandbox's directory", &error))?;
     let path = short_path(&place);
     let connecting = Link::connect(Path::new(&path));
@@ -207,6 +213,7 @@ pub(super) async fn connect(directory: &Path, cgroups: &Cgroups, slot: u32) -> R
         .map_err(|_| DriverError::Failed("the agent does not answer".into()))?
         .map_err(|error| failed("connect to the agent", &error))?;
     link.count_out_of_memory_kills(move || group.out_of_memory_kills());
+    link.use_network_of(process);
     Ok(link)
 }
 

@@ -15,6 +15,7 @@
 
 mod birth;
 mod disk;
+mod egress;
 mod events;
 mod host_image;
 mod images;
@@ -25,27 +26,32 @@ mod record;
 mod rest;
 mod room;
 mod slots;
+mod storage;
 mod volumes;
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
 use nagaya_api::ids::{ImageId, SessionId, VolumeId};
-use nagaya_engine::model::{Guarantees, Machine};
+use nagaya_engine::model::{Connection, Egress, Guarantees, Machine};
 use nagaya_engine::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Mount};
 use tokio::sync::{Notify, mpsc};
 
-pub use network::{Cidr, Network, NetworkError};
+pub use network::{Cidr, Network, NetworkError, Settings};
+pub use storage::{PoolChoice, storage_root};
+pub(crate) use storage::{has_pool, shares_blocks, storage_is_plain};
 
 use crate::cgroup::Cgroups;
 use crate::spawner::Spawner;
 use images::{CopyError, Images};
 use live::Live;
 use record::Record;
-use slots::{Factory, Pool, Shape, group_name};
+use slots::{Factory, Ground, Pool, Shape, group_name};
+use storage::Storage;
 use volumes::Volumes;
 
 /// What the operator decides about the driver.
@@ -61,8 +67,13 @@ pub struct Config {
     pub pool_ready_isolated: usize,
     /// Processes and threads of one sandbox.
     pub processes_max: u64,
-    /// Free space of the data directory's file system below which no sandbox is made, MiB.
+    /// Free space below which no sandbox is made, MiB: of the pool of disks where there is one, else of the data
+    /// directory's file system.
     pub disk_free_mb_min: u64,
+    /// Whether a new data directory gets a pool of disks.
+    pub pool: PoolChoice,
+    /// What a new pool begins with, MiB; at most half of what the host has left.
+    pub pool_first_mb: u64,
     /// Available memory of the host below which no sandbox is made, MiB.
     pub memory_available_mb_min: u64,
     /// Available memory of the host below which paused sandboxes should give theirs back, MiB.
@@ -71,6 +82,8 @@ pub struct Config {
     pub network_cidr: Option<Cidr>,
     /// Private networks that sandboxes may reach, such as `10.1.2.0/24`.
     pub network_allow: Vec<String>,
+    /// Who answers sandboxes' questions for names; `None` is whom the host asks.
+    pub name_server: Option<SocketAddr>,
     /// False: there is no way out for any sandbox, and asking for one is an error.
     pub network_outbound: bool,
     /// Switch the host's cgroups to fast moves of processes; see [`Cgroups::favor_moves`].
@@ -86,10 +99,13 @@ impl Config {
             pool_ready_isolated: 2,
             processes_max: 1_024,
             disk_free_mb_min: 256,
+            pool: PoolChoice::Auto,
+            pool_first_mb: 4_096,
             memory_available_mb_min: 256,
             memory_low_mb: 512,
             network_cidr: None,
             network_allow: Vec::new(),
+            name_server: None,
             network_outbound: true,
             favor_cgroup_moves: true,
         }
@@ -115,6 +131,9 @@ pub fn instance_name(data: &Path) -> String {
 /// Holds the network that was chosen for this data directory: sandboxes keep their addresses.
 pub const NETWORK_FILE: &str = "network";
 
+/// Grounds of either kind that wait for a disk, where as many slots do.
+const GROUNDS_READY: usize = 4;
+
 pub struct NamespaceDriver {
     inner: Arc<Inner>,
     events: Mutex<Option<mpsc::UnboundedReceiver<DriverEvent>>>,
@@ -122,9 +141,11 @@ pub struct NamespaceDriver {
 
 struct Inner {
     config: Config,
+    storage: Storage,
     sandboxes: PathBuf,
     factory: Arc<Factory>,
     pools: Vec<Arc<Pool>>,
+    grounds: Vec<Arc<Pool<Ground>>>,
     live: Mutex<HashMap<SessionId, Arc<Live>>>,
     releasing: Mutex<HashSet<SessionId>>,
     /// Told after each release; one waiter at a time.
@@ -148,21 +169,26 @@ impl NamespaceDriver {
         {
             tracing::warn!(%error, "cgroups stay slow to move processes: creating and running take some ms longer");
         }
+        let storage = Storage::open(&data, config.pool, config.pool_first_mb, config.disk_free_mb_min)
+            .map_err(on("open the pool of disks"))?;
+        let root = storage.root();
+        let sandboxes = root.join(storage::SANDBOXES);
         let network = if config.network_outbound {
             let cidr = match config.network_cidr {
                 Some(cidr) => cidr,
                 None => Cidr::choose(&data.join(NETWORK_FILE)).map_err(on("choose a network"))?,
             };
-            Some(Network::open(&instance, cidr, &config.network_allow).map_err(on("set the network's rules"))?)
+            let settings = Settings { allowed: config.network_allow.clone(), name_server: config.name_server };
+            let existing = restricted_slots(&sandboxes);
+            Some(Network::open(&instance, cidr, &settings, &existing).map_err(on("set the network's rules"))?)
         } else {
             None
         };
         let images = data.join("images");
         let image =
             host_image::make(&images, network.as_ref().map(Network::name_server)).map_err(on("make the host image"))?;
-        let disks = disk::Disks::open(&data, &image.layer_names()).map_err(on("prepare disks"))?;
-        let sandboxes = data.join("sandboxes");
-        let pool_directory = data.join("pool");
+        let disks = disk::Disks::open(root, &image.layer_names()).map_err(on("prepare disks"))?;
+        let pool_directory = root.join("pool");
         // Slots that nobody took; their agents and mounts went with the process that made them.
         let _ = fs::remove_dir_all(&pool_directory);
         for directory in [&sandboxes, &pool_directory] {
@@ -184,6 +210,9 @@ impl NamespaceDriver {
         if config.network_outbound {
             shapes.push((Shape { disk_gb: nagaya_api::limits::DEFAULT_DISK_GB, outbound: true }, config.pool_ready));
         }
+        let ground =
+            |(shape, target): &(Shape, usize)| Pool::start(factory.clone(), *shape, GROUNDS_READY.min(*target));
+        let grounds = shapes.iter().map(ground).collect();
         let pools = shapes.into_iter().map(|(shape, target)| Pool::start(factory.clone(), shape, target)).collect();
         let (events, receiver) = mpsc::unbounded_channel();
         let boot_id = record::boot_id().map_err(on("read the host's boot id"))?;
@@ -191,13 +220,15 @@ impl NamespaceDriver {
             sandboxes,
             factory,
             pools,
+            grounds,
             live: Mutex::default(),
             releasing: Mutex::default(),
             released: Notify::new(),
             events,
-            images: Images::open(&data, config.disk_free_mb_min, &boot_id)
+            images: Images::open(root, config.disk_free_mb_min, &boot_id)
                 .map_err(on("open the directory of images"))?,
-            volumes: Volumes::open(&data, config.disk_free_mb_min).map_err(on("open the directory of volumes"))?,
+            volumes: Volumes::open(root, config.disk_free_mb_min).map_err(on("open the directory of volumes"))?,
+            storage,
             boot_id,
             processors: own_processors().map_err(on("count processors"))?,
             config,
@@ -226,6 +257,9 @@ impl NamespaceDriver {
         for pool in &self.inner.pools {
             pool.close();
         }
+        for pool in &self.inner.grounds {
+            pool.close();
+        }
     }
 
     /// Removes what the driver set on the host; only when no sandbox is left. Blocks.
@@ -237,7 +271,16 @@ impl NamespaceDriver {
             tracing::warn!(error = &error as &dyn std::error::Error, "could not remove the network's rules");
         }
         self.inner.factory.cgroups.remove();
+        if let Err(error) = self.inner.storage.remove() {
+            tracing::warn!(error = &error as &dyn std::error::Error, "could not remove the pool of disks");
+        }
     }
+}
+
+/// Slots of sandboxes that exist, and the only destinations they reach.
+fn restricted_slots(sandboxes: &Path) -> Vec<(u32, Option<Egress>)> {
+    let records = directories(sandboxes).into_iter().filter_map(|(_, path)| Record::read(&path));
+    records.filter_map(|record| Some((record.slot?, record.egress))).collect()
 }
 
 /// Takes the numbers of sandboxes that exist, and sweeps what belongs to none.
@@ -425,6 +468,16 @@ impl Driver for NamespaceDriver {
 
     async fn settle_volume(&self, id: VolumeId) -> Result<(), DriverError> {
         self.inner.volumes.settle(id).await
+    }
+
+    async fn set_egress(&self, id: SessionId, egress: Option<&Egress>) -> Result<(), DriverError> {
+        let (inner, egress) = (self.inner.clone(), egress.cloned());
+        blocking(move || inner.set_egress(id, egress)).await
+    }
+
+    async fn connections(&self, id: SessionId) -> Result<Vec<Connection>, DriverError> {
+        let inner = self.inner.clone();
+        blocking(move || inner.connections(id)).await
     }
 
     fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent> {

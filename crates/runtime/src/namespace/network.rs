@@ -2,23 +2,34 @@
 //!
 //! A sandbox with outbound access has a link `eth0` whose other end is on the host, named after the
 //! server and the slot. The rules match that name by its prefix, so making or removing a sandbox
-//! changes no rule. A sandbox without outbound access has no link at all.
+//! changes no rule; the few that may reach named destinations only stand in sets. A sandbox without
+//! outbound access has no link at all.
+
+mod connections;
+mod destinations;
+mod names;
+mod netfilter;
+mod ranges;
+mod rules;
+mod stub;
 
 use std::fs;
 use std::io::{self, Write};
-use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nagaya_engine::model::{Connection, Egress};
 
 use crate::sys;
 use crate::sys::netlink::{GUEST_LINK, LOOPBACK, Netlink};
 
-/// Destinations that no sandbox reaches unless the operator allows them: this network, private and
-/// shared ranges, loopback, link-local (cloud metadata among them), documentation, benchmarking,
-/// multicast, reserved. Source: IANA's special-purpose address registry.
-const DENIED: &str = "0.0.0.0/8, 10.0.0.0/8, 100.64.0.0/10, 127.0.0.0/8, 169.254.0.0/16, 172.16.0.0/12, \
-     192.0.0.0/24, 192.0.2.0/24, 192.168.0.0/16, 198.18.0.0/15, 198.51.100.0/24, 203.0.113.0/24, 224.0.0.0/3";
+use destinations::Destinations;
+use rules::Rules;
+use stub::{Sockets, Stub};
 
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
@@ -30,6 +41,8 @@ pub enum NetworkError {
     Forwarding(#[source] io::Error),
     #[error("{step}")]
     Link { step: &'static str, source: io::Error },
+    #[error("network_allow {0:?} is not an IPv4 address or network such as 10.1.2.0/24")]
+    Allow(String),
     #[error("every /16 of 10.192.0.0/10 is routed already; name a free network as network.cidr")]
     NoneFree,
     #[error("network_cidr {0:?} is not an IPv4 network of the form a.b.c.d/n with n from 8 to 28")]
@@ -111,33 +124,72 @@ impl Cidr {
     }
 }
 
+/// What the operator decides about the network.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// Private networks that sandboxes reach.
+    pub allowed: Vec<String>,
+    /// Who answers questions for names; `None` is whom the host asks.
+    pub name_server: Option<SocketAddr>,
+}
+
 /// The host's side of the sandboxes' network.
-#[derive(Debug, Clone)]
 pub struct Network {
     cidr: Cidr,
     /// Four hexadecimal digits that tell this server's links and rules from another's.
     instance: String,
+    destinations: Arc<Destinations>,
+    /// Ends with the network.
+    _stub: Stub,
 }
 
 impl Network {
-    /// Sets the rules. `allowed` networks are reachable although they are private.
-    pub fn open(instance: &str, cidr: Cidr, allowed: &[String]) -> Result<Self, NetworkError> {
-        let network = Self { cidr, instance: instance.to_owned() };
-        let forwarding = Path::new("/proc/sys/net/ipv4/ip_forward");
-        if !fs::read_to_string(forwarding).map_err(NetworkError::Forwarding)?.starts_with('1') {
-            fs::write(forwarding, "1").map_err(NetworkError::Forwarding)?;
+    /// Sets the rules, those of sandboxes in `existing` slots included, and starts the name server.
+    pub fn open(
+        instance: &str,
+        cidr: Cidr,
+        settings: &Settings,
+        existing: &[(u32, Option<Egress>)],
+    ) -> Result<Self, NetworkError> {
+        switch_on("/proc/sys/net/ipv4/ip_forward").map_err(NetworkError::Forwarding)?;
+        if let Err(error) = switch_on("/proc/sys/net/netfilter/nf_conntrack_acct") {
+            tracing::warn!(%error, "the kernel does not count bytes of sandboxes' connections");
         }
-        let resolver = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-        let behind_stub = fs::read_to_string("/run/systemd/resolve/resolv.conf").unwrap_or_default();
-        let upstream = name_server(&resolver).or_else(|| name_server(&behind_stub));
-        if upstream.is_none() {
-            tracing::warn!("the host names no reachable IPv4 name server; names do not resolve in sandboxes");
+        let (upstream, forwarded) = name_servers(settings);
+        let number = u16::from_str_radix(instance, 16).unwrap_or(0);
+        let mark = u32::from(number) | MARK;
+        let sockets = Sockets::bind(cidr.gateway(), mark).map_err(on("open the name server of sandboxes"))?;
+        let table = format!("nagaya_{instance}");
+        let range = |text: &str| ranges::parse(text).ok_or_else(|| NetworkError::Allow(text.to_owned()));
+        let denied = rules::DENIED.iter().map(|text| range(text)).collect::<Result<_, _>>()?;
+        let opened = settings.allowed.iter().map(|text| range(text)).collect::<Result<_, _>>()?;
+        let destinations = Arc::new(Destinations::new(table.clone(), denied, opened));
+        let stale_names = take_over(&destinations, cidr, &table, existing);
+        let (restricted, networks) = destinations.describe();
+        let rules = Rules {
+            table: &table,
+            links: &format!("ngy{instance}"),
+            cidr,
+            gateway: cidr.gateway(),
+            opened: &settings.allowed,
+            name_server: forwarded,
+            port: sockets.port,
+            mark,
+            log_group: number,
+            restricted,
+            networks,
+            stale_names,
+        };
+        if let Err(error) = run_nft(&rules.script(true)) {
+            tracing::debug!(error = &error as &dyn std::error::Error, "the rules of an earlier server are not kept");
+            run_nft(&rules.script(false))?;
         }
-        run_nft(&network.rules(allowed, upstream))?;
-        Ok(network)
+        let stub = Stub::start(sockets, upstream, destinations.clone(), watched(number))
+            .map_err(on("start the name server of sandboxes"))?;
+        Ok(Self { cidr, instance: instance.to_owned(), destinations, _stub: stub })
     }
 
-    /// The name server that sandboxes are told; requests to it go to the host's own one.
+    /// The name server that sandboxes are told; requests to it go to the host's own one, or to the stub.
     pub fn name_server(&self) -> Ipv4Addr {
         self.cidr.gateway()
     }
@@ -154,54 +206,24 @@ impl Network {
         format!("ngy{}", self.instance)
     }
 
-    fn rules(&self, allowed: &[String], upstream: Option<Ipv4Addr>) -> String {
-        let (table, links, cidr, gateway) = (self.table(), self.link_prefix(), self.cidr, self.cidr.gateway());
-        let allow =
-            if allowed.is_empty() { String::new() } else { format!("ip daddr {{ {} }} accept", allowed.join(", ")) };
-        let dns = upstream.map_or(String::new(), |upstream| {
-            format!(
-                "iifname \"{links}*\" ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 dnat ip to {upstream}"
-            )
-        });
-        format!(
-            r#"add table inet {table}
-delete table inet {table}
-table inet {table} {{
-    chain prerouting {{
-        type nat hook prerouting priority dstnat; policy accept;
-        {dns}
-    }}
-    chain postrouting {{
-        type nat hook postrouting priority srcnat; policy accept;
-        ip saddr {cidr} oifname != "{links}*" masquerade
-    }}
-    chain input {{
-        type filter hook input priority filter - 10; policy accept;
-        iifname "{links}*" drop
-    }}
-    chain forward {{
-        type filter hook forward priority filter - 10; policy accept;
-        iifname "{links}*" jump outbound
-        oifname "{links}*" jump inbound
-    }}
-    chain outbound {{
-        meta nfproto != ipv4 drop
-        ip saddr != {cidr} drop
-        fib saddr . iif oif missing drop
-        oifname "{links}*" drop
-        ct status dnat accept
-        {allow}
-        ip daddr {{ {DENIED} }} drop
-        fib daddr type != unicast drop
-        accept
-    }}
-    chain inbound {{
-        ct state established,related accept
-        drop
-    }}
-}}
-"#
-        )
+    /// Sets where the sandbox in a slot may go, before anything of its user's runs in it. See [`Destinations::begin`].
+    pub fn begin(&self, slot: u32, egress: Option<&Egress>) -> io::Result<()> {
+        self.destinations.begin(self.cidr.guest(slot), egress)
+    }
+
+    /// Changes that; see [`Destinations::change`]. Blocks.
+    pub fn change(&self, slot: u32, egress: Option<&Egress>) -> io::Result<()> {
+        self.destinations.change(self.cidr.guest(slot), egress)
+    }
+
+    /// Forgets the sandbox in a slot, whose processes are gone. Blocks.
+    pub fn forget(&self, slot: u32) {
+        self.destinations.forget(self.cidr.guest(slot));
+    }
+
+    /// The last connections of the sandbox in a slot. Blocks.
+    pub fn connections(&self, slot: u32) -> io::Result<Vec<Connection>> {
+        self.destinations.connections(self.cidr.guest(slot))
     }
 
     /// Gives a namespace its loopback device and, with a `slot`, its link and address.
@@ -238,6 +260,81 @@ table inet {table} {{
     }
 }
 
+/// Tells sockets of our name server from all others of the host; the lower half tells servers apart.
+const MARK: u32 = 0x6e67_0000;
+
+fn switch_on(setting: &str) -> io::Result<()> {
+    if fs::read_to_string(setting)?.starts_with('1') { Ok(()) } else { fs::write(setting, "1") }
+}
+
+/// Whom the stub asks, and to whom questions are sent on without it. The stub is on the host, so it may ask on loopback.
+fn name_servers(settings: &Settings) -> (Option<SocketAddr>, Option<SocketAddr>) {
+    if let Some(server) = settings.name_server {
+        return (Some(server), Some(server).filter(|server| server.is_ipv4() && !server.ip().is_loopback()));
+    }
+    let resolver = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let behind_stub = fs::read_to_string("/run/systemd/resolve/resolv.conf").unwrap_or_default();
+    let reachable = name_server(&resolver).or_else(|| name_server(&behind_stub));
+    let upstream = reachable.or_else(|| any_name_server(&resolver));
+    if upstream.is_none() {
+        tracing::warn!("the host names no IPv4 name server; names do not resolve in sandboxes");
+    }
+    let on_port_53 = |address| SocketAddr::from((address, 53));
+    (upstream.map(on_port_53), reachable.map(on_port_53))
+}
+
+/// Takes over sandboxes of an earlier server, with the names that its kernel set still holds; returns elements of that
+/// set that belong to none of them.
+fn take_over(destinations: &Destinations, cidr: Cidr, table: &str, existing: &[(u32, Option<Egress>)]) -> Vec<String> {
+    let mut left = names_in_kernel(table);
+    for (slot, egress) in existing {
+        let guest = cidr.guest(*slot);
+        let (own, others) = left.into_iter().partition(|name: &KeptName| name.guest == guest && egress.is_some());
+        left = others;
+        let addresses = own.into_iter().map(|name: KeptName| (name.address, name.left)).collect();
+        destinations.take_over(guest, egress.as_ref(), addresses);
+    }
+    left.into_iter().map(|name| format!("{} . {}", name.guest, name.address)).collect()
+}
+
+struct KeptName {
+    guest: Ipv4Addr,
+    address: Ipv4Addr,
+    left: Duration,
+}
+
+/// What an earlier server's set holds; nothing where there is none.
+fn names_in_kernel(table: &str) -> Vec<KeptName> {
+    let output = Command::new("nft")
+        .args(["-j", "list", "set", "inet", table, destinations::NAMES])
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .stderr(Stdio::null())
+        .output();
+    let listed = output.ok().and_then(|output| serde_json::from_slice::<serde_json::Value>(&output.stdout).ok());
+    listed.map(|listed| kept_names(&listed)).unwrap_or_default()
+}
+
+fn kept_names(listed: &serde_json::Value) -> Vec<KeptName> {
+    let sets = listed["nftables"].as_array().into_iter().flatten();
+    let elements = sets.filter_map(|object| object["set"]["elem"].as_array()).flatten();
+    let kept = |element: &serde_json::Value| {
+        let element = &element["elem"];
+        let address = |at: usize| element["val"]["concat"][at].as_str()?.parse().ok();
+        let left = Duration::from_secs(element["expires"].as_u64()?);
+        Some(KeptName { guest: address(0)?, address: address(1)?, left })
+    };
+    elements.filter_map(kept).collect()
+}
+
+/// Sockets on which the kernel tells of connections. Without them there is no log, and all else works.
+fn watched(group: u16) -> Vec<std::os::fd::OwnedFd> {
+    let opened = [netfilter::open_log(group), netfilter::open_flow_ends()];
+    let told = |socket: io::Result<_>| {
+        socket.inspect_err(|error| tracing::warn!(%error, "connections of sandboxes are not written down in full")).ok()
+    };
+    opened.into_iter().filter_map(told).collect()
+}
+
 fn on(step: &'static str) -> impl Fn(io::Error) -> NetworkError {
     move |source| NetworkError::Link { step, source }
 }
@@ -248,30 +345,27 @@ fn open_inside(namespace: BorrowedFd<'_>) -> Result<Netlink, NetworkError> {
         // Without IPv6 there is no address that the rules would have to know.
         let _ = fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1");
         let _ = fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
+        // But for the loopback device, which leads nowhere: programs that name it `localhost` often take ::1.
+        let _ = fs::write("/proc/sys/net/ipv6/conf/lo/disable_ipv6", "0");
         // `ping` without raw sockets, and low ports for everybody: a sandbox has one owner.
         let _ = fs::write("/proc/sys/net/ipv4/ping_group_range", "0 4294967294");
         let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
         Netlink::open()
     };
-    within(namespace, prepare).map_err(on("enter the network namespace"))
-}
-
-/// Runs `work` on this thread in another network namespace. The way back must not fail: a thread
-/// in the wrong namespace would build all later links there.
-fn within<T>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    let home = fs::File::open("/proc/thread-self/ns/net")?;
-    sys::enter_network_namespace(namespace)?;
-    let result = work();
-    sys::enter_network_namespace(home.as_fd()).expect("a thread may return to the namespace it came from");
-    result
+    sys::in_network_namespace(namespace, prepare).map_err(on("enter the network namespace"))
 }
 
 /// The first IPv4 name server of a resolv.conf that is not on the host's own loopback.
 fn name_server(resolver: &str) -> Option<Ipv4Addr> {
-    resolver
-        .lines()
-        .filter_map(|line| line.strip_prefix("nameserver")?.trim().parse().ok())
-        .find(|address: &Ipv4Addr| !address.is_loopback() && !address.is_unspecified())
+    addresses(resolver).find(|address| !address.is_loopback() && !address.is_unspecified())
+}
+
+fn any_name_server(resolver: &str) -> Option<Ipv4Addr> {
+    addresses(resolver).find(|address| !address.is_unspecified())
+}
+
+fn addresses(resolver: &str) -> impl Iterator<Item = Ipv4Addr> + '_ {
+    resolver.lines().filter_map(|line| line.strip_prefix("nameserver")?.trim().parse().ok())
 }
 
 fn run_nft(rules: &str) -> Result<(), NetworkError> {

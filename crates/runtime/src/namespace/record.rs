@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use nagaya_engine::model::Egress;
 use serde::{Deserialize, Serialize};
 
 use super::disk;
@@ -23,6 +24,9 @@ pub(super) struct Record {
     /// It powered itself off, and was not started since.
     #[serde(default)]
     pub powered_off: bool,
+    /// The only destinations that it reaches.
+    #[serde(default)]
+    pub egress: Option<Egress>,
 }
 
 impl Record {

@@ -20,7 +20,7 @@ impl Inner {
         let mut powered_off = record.powered_off;
         if let Some(live) = self.find(id, &record)? {
             let connecting = async {
-                let link = live::connect(&directory, &self.factory.cgroups, live.slot).await?;
+                let link = live::connect(&directory, &self.factory.cgroups, &live).await?;
                 if link.powered_off() {
                     return Ok(None);
                 }

@@ -14,8 +14,8 @@ use super::{Config, failed};
 
 /// The name of the limit that a new sandbox would break, if any. What cannot be read is no reason
 /// to refuse.
-pub(super) fn lacking(config: &Config) -> Option<&'static str> {
-    breaks(config, free_disk_mb(&config.data), available_memory_mb())
+pub(super) fn lacking(config: &Config, storage: &Path) -> Option<&'static str> {
+    breaks(config, free_disk_mb(storage), available_memory_mb())
 }
 
 fn breaks(config: &Config, disk_mb: Option<u64>, memory_mb: Option<u64>) -> Option<&'static str> {
@@ -52,8 +52,12 @@ pub(super) fn limit_of(error: &(dyn std::error::Error + 'static)) -> Option<&'st
 }
 
 pub(super) fn free_disk_mb(path: &Path) -> Option<u64> {
+    Some(free_bytes(path)? >> 20)
+}
+
+pub(super) fn free_bytes(path: &Path) -> Option<u64> {
     let status = rustix::fs::statvfs(path).ok()?;
-    Some(status.f_bavail.saturating_mul(status.f_frsize) >> 20)
+    Some(status.f_bavail.saturating_mul(status.f_frsize))
 }
 
 pub(super) fn available_memory_mb() -> Option<u64> {

@@ -4,6 +4,9 @@
 //! network, a file system and an agent that waits for a server. Taking it means to set its limits and
 //! to connect. It is used by one session and never again: the number is, once everything with it is
 //! gone. A slot that nobody took ends with the server: its agent is on a leash.
+//!
+//! A sandbox on a disk that exists needs a slot around that. What does not depend on the disk, its ground, is made
+//! ahead as well.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -61,6 +64,14 @@ pub(super) enum Home<'a> {
     Pool,
     /// A directory with a disk that is kept whatever becomes of the slot, and the base layer under that disk.
     Kept { directory: &'a Path, base: &'a Path },
+}
+
+/// What a sandbox stands on, whatever its disk is.
+pub(super) struct Ground {
+    number: u32,
+    group: Group,
+    network: OwnedFd,
+    user: OwnedFd,
 }
 
 /// A sandbox that nobody has yet.
@@ -130,8 +141,11 @@ impl Factory {
         self.numbers().used.insert(number);
     }
 
-    /// Gives a number back, after everything that bears it is gone.
+    /// Gives a number back, after everything that bears it is gone. Blocks.
     pub fn release(&self, number: u32) {
+        if let Some(network) = &self.network {
+            network.forget(number);
+        }
         self.numbers().used.remove(&number);
     }
 
@@ -148,39 +162,58 @@ impl Factory {
 
     /// Makes a slot from nothing; takes some ten milliseconds.
     pub fn make(&self, shape: Shape, home: Home<'_>) -> Result<Slot, SlotError> {
+        self.build(self.prepare(shape.outbound)?, shape.disk_gb, home)
+    }
+
+    /// Makes the ground of a slot.
+    pub fn prepare(&self, outbound: bool) -> Result<Ground, SlotError> {
         let number = self.number()?;
-        let made = self.make_numbered(number, shape, home);
-        if made.is_err() {
-            self.clear(number);
-        }
-        made
+        self.prepare_numbered(number, outbound).inspect_err(|_| self.clear(number))
+    }
+
+    /// Makes a slot on a ground.
+    pub fn build(&self, ground: Ground, disk_gb: u32, home: Home<'_>) -> Result<Slot, SlotError> {
+        let number = ground.number;
+        self.build_on(ground, disk_gb, home).inspect_err(|_| self.clear(number))
+    }
+
+    /// Takes a ground apart that has no slot.
+    pub fn abandon(&self, ground: Ground) {
+        let Ground { number, network, user, .. } = ground;
+        drop((network, user));
+        self.clear(number);
     }
 
     fn directory(&self, number: u32) -> PathBuf {
         self.pool_directory.join(number.to_string())
     }
 
-    fn make_numbered(&self, number: u32, shape: Shape, home: Home<'_>) -> Result<Slot, SlotError> {
+    fn prepare_numbered(&self, number: u32, outbound: bool) -> Result<Ground, SlotError> {
         let group = self.cgroups.make_group(&group_name(number))?;
+        let (network, user) = self.spawner.namespaces(first_id(number))?;
+        match &self.network {
+            Some(rules) => rules.set_up(network.as_fd(), outbound.then_some(number))?,
+            None => Network::set_up_isolated(network.as_fd())?,
+        }
+        Ok(Ground { number, group, network, user })
+    }
+
+    fn build_on(&self, ground: Ground, disk_gb: u32, home: Home<'_>) -> Result<Slot, SlotError> {
+        let Ground { number, group, network, user } = ground;
         let (directory, base) = match home {
             Home::Pool => {
                 let directory = self.directory(number);
                 fs::create_dir(&directory).map_err(on("make the slot's directory"))?;
-                self.disks.make(&disk::path(&directory), shape.disk_gb)?;
+                self.disks.make(&disk::path(&directory), disk_gb)?;
                 (directory, self.image.base.as_path())
             }
             Home::Kept { directory, base } => {
                 // Of an attempt that failed a moment ago.
                 disk::wait_until_unmounted(&disk::path(directory))?;
-                disk::grow(&disk::path(directory), shape.disk_gb)?;
+                disk::grow(&disk::path(directory), disk_gb)?;
                 (directory.to_owned(), base)
             }
         };
-        let (network, user) = self.spawner.namespaces(first_id(number))?;
-        match &self.network {
-            Some(rules) => rules.set_up(network.as_fd(), shape.outbound.then_some(number))?,
-            None => Network::set_up_isolated(network.as_fd())?,
-        }
         let disk = disk::attach(&disk::path(&directory))?;
         mount::set_attributes(disk.as_fd(), NO_DEVICES, Some(user.as_fd()))
             .map_err(|errno| on("map the disk")(errno.into()))?;
@@ -230,12 +263,20 @@ impl Factory {
         let Slot { number, started, .. } = slot;
         live::kill_and_wait(&started.pidfd);
         drop(started);
+        self.make_again(number, shape, home)
+    }
+
+    /// As [`Factory::reshape`], from a ground.
+    pub fn rebuild(&self, ground: Ground, shape: Shape, home: Home<'_>) -> Result<Slot, SlotError> {
+        let Ground { number, network, user, .. } = ground;
+        drop((network, user));
+        self.make_again(number, shape, home)
+    }
+
+    fn make_again(&self, number: u32, shape: Shape, home: Home<'_>) -> Result<Slot, SlotError> {
         self.remove(number);
-        let made = self.make_numbered(number, shape, home);
-        if made.is_err() {
-            self.clear(number);
-        }
-        made
+        let ground = self.prepare_numbered(number, shape.outbound).inspect_err(|_| self.clear(number))?;
+        self.build(ground, shape.disk_gb, home)
     }
 
     /// Removes what bears a number and has no processes any more, and frees the number.
@@ -270,16 +311,42 @@ pub(super) fn group_name(number: u32) -> String {
     format!("slot-{number}")
 }
 
-/// Slots of one shape, refilled by threads of its own.
-pub(super) struct Pool {
+/// What is made ahead.
+pub(super) trait Product: Send + Sized + 'static {
+    fn make(factory: &Factory, shape: Shape) -> Result<Self, SlotError>;
+    fn discard(self, factory: &Factory);
+}
+
+impl Product for Slot {
+    fn make(factory: &Factory, shape: Shape) -> Result<Self, SlotError> {
+        factory.make(shape, Home::Pool)
+    }
+
+    fn discard(self, factory: &Factory) {
+        factory.discard(self);
+    }
+}
+
+impl Product for Ground {
+    fn make(factory: &Factory, shape: Shape) -> Result<Self, SlotError> {
+        factory.prepare(shape.outbound)
+    }
+
+    fn discard(self, factory: &Factory) {
+        factory.abandon(self);
+    }
+}
+
+/// Slots, or grounds, of one shape, refilled by threads of its own.
+pub(super) struct Pool<P: Product = Slot> {
     factory: Arc<Factory>,
     shape: Shape,
-    state: Mutex<PoolState>,
+    state: Mutex<PoolState<P>>,
     changed: Condvar,
 }
 
-struct PoolState {
-    ready: Vec<Slot>,
+struct PoolState<P> {
+    ready: Vec<P>,
     /// When one was taken last.
     taken: Instant,
     /// Being made now.
@@ -293,7 +360,7 @@ const REFILL_AFTER: Duration = Duration::from_millis(20);
 /// Making a slot waits for the kernel more than it computes, so several are made at once.
 const MAKERS: usize = 4;
 
-impl Pool {
+impl<P: Product> Pool<P> {
     pub fn start(factory: Arc<Factory>, shape: Shape, target: usize) -> Arc<Self> {
         let state = PoolState { ready: Vec::new(), taken: Instant::now(), coming: 0, target, closed: false };
         let pool = Arc::new(Self { factory, shape, state: Mutex::new(state), changed: Condvar::new() });
@@ -307,7 +374,7 @@ impl Pool {
         pool
     }
 
-    fn state(&self) -> MutexGuard<'_, PoolState> {
+    fn state(&self) -> MutexGuard<'_, PoolState<P>> {
         self.state.lock().expect("the pool is changed without panics")
     }
 
@@ -331,7 +398,7 @@ impl Pool {
             }
             state.coming += 1;
             drop(state);
-            let made = self.factory.make(self.shape, Home::Pool);
+            let made = P::make(&self.factory, self.shape);
             let mut state = self.state();
             match made {
                 Ok(slot) if !state.closed => {
@@ -340,7 +407,7 @@ impl Pool {
                 }
                 Ok(slot) => {
                     drop(state);
-                    self.factory.discard(slot);
+                    slot.discard(&self.factory);
                     self.state().coming -= 1;
                     self.changed.notify_all();
                 }
@@ -365,7 +432,7 @@ impl Pool {
         self.state().ready.len()
     }
 
-    pub fn take(&self) -> Option<Slot> {
+    pub fn take(&self) -> Option<P> {
         let mut state = self.state();
         state.taken = Instant::now();
         let slot = state.ready.pop();
@@ -383,7 +450,7 @@ impl Pool {
         };
         self.changed.notify_all();
         for slot in ready {
-            self.factory.discard(slot);
+            slot.discard(&self.factory);
         }
         let mut state = self.state();
         while state.coming > 0 {

@@ -1,4 +1,4 @@
-//! Volumes: disks of their own that outlive sandboxes, `volumes/<id>.ext4` below the data directory.
+//! Volumes: disks of their own that outlive sandboxes, `volumes/<id>.ext4` in the storage.
 //!
 //! A volume in a sandbox is a loop device over its image, mounted in the sandbox's mount namespace and held by
 //! nothing else, so that it goes with the sandbox however that ends. Nothing about it is kept in memory: who has
@@ -49,7 +49,7 @@ const BUSY_FOR_GOOD: Duration = Duration::from_millis(50);
 const NO_GROWTH_IN_USE: &str =
     "this server may not grow a volume that is in use (it has no CAP_SYS_RESOURCE): detach the volume first";
 
-/// The volumes of one data directory. Everything but [`Volumes::settle`] blocks.
+/// The volumes of one storage. Everything but [`Volumes::settle`] blocks.
 pub(super) struct Volumes {
     directory: PathBuf,
     /// Free space of the host's file system below which no volume is made or grown, MiB.
@@ -75,8 +75,8 @@ impl Inner {
 }
 
 impl Volumes {
-    pub fn open(data: &Path, disk_free_mb_min: u64) -> io::Result<Self> {
-        let directory = data.join("volumes");
+    pub fn open(storage: &Path, disk_free_mb_min: u64) -> io::Result<Self> {
+        let directory = storage.join("volumes");
         fs::create_dir_all(&directory)?;
         for entry in fs::read_dir(&directory)?.flatten() {
             // What an earlier server did not finish.
@@ -84,7 +84,7 @@ impl Volumes {
                 fs::remove_file(entry.path())?;
             }
         }
-        File::open(data)?.sync_all()?;
+        File::open(storage)?.sync_all()?;
         Ok(Self { directory, disk_free_mb_min, turns: Turns::default() })
     }
 

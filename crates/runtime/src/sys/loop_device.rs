@@ -13,6 +13,7 @@ const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
 const LOOP_SET_CAPACITY: libc::c_ulong = 0x4C07;
 const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
+const LO_FLAGS_DIRECT_IO: u32 = 16;
 /// Another process may take the free device first; each try asks for a new one.
 const TRIES: u32 = 64;
 /// No file reaches that far, so nothing can be read or written there.
@@ -58,6 +59,11 @@ impl LoopDevice {
         Self::attach_with(file, LO_FLAGS_AUTOCLEAR | LO_FLAGS_READ_ONLY)
     }
 
+    /// One that keeps nothing in memory: what lies on it does that already.
+    pub fn attach_direct(file: BorrowedFd<'_>) -> io::Result<Self> {
+        Self::attach_with(file, LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO)
+    }
+
     fn attach_with(file: BorrowedFd<'_>, flags: u32) -> io::Result<Self> {
         let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;
         let mut last = io::Error::from_raw_os_error(libc::EBUSY);
@@ -87,8 +93,9 @@ impl LoopDevice {
     /// Every device over the file at `path`, whoever made it. While one is in the list, it stays what it is.
     pub fn over(path: &Path) -> io::Result<Vec<Self>> {
         let wanted = fs::metadata(path)?;
-        let names = fs::read_dir("/sys/block")?.flatten().map(|entry| entry.path());
-        Ok(names.filter_map(|directory| Self::open_if_over(&directory, path, &wanted)).collect())
+        let names = attached()?;
+        let directories = names.iter().map(|name| Path::new("/sys/block").join(name));
+        Ok(directories.filter_map(|directory| Self::open_if_over(&directory, path, &wanted)).collect())
     }
 
     /// The device of that number, if it is over the file at `path`.
@@ -122,6 +129,17 @@ impl LoopDevice {
         Ok(self.info()?.flags & LO_FLAGS_READ_ONLY != 0)
     }
 
+    /// Whether it reads and writes its file directly. Where the file's own system cannot, the kernel leaves that out.
+    pub fn is_direct(&self) -> io::Result<bool> {
+        Ok(self.info()?.flags & LO_FLAGS_DIRECT_IO != 0)
+    }
+
+    /// Lets nobody punch holes into the file by discarding blocks of the device.
+    pub fn forbid_discards(&self) -> io::Result<()> {
+        let name = Path::new(&self.path).file_name().unwrap_or_default();
+        fs::write(Path::new("/sys/block").join(name).join("queue/discard_max_bytes"), "0")
+    }
+
     /// Whether [`LoopDevice::cut_off`] was called on it.
     pub fn is_cut_off(&self) -> io::Result<bool> {
         Ok(self.info()?.offset == NOWHERE)
@@ -149,6 +167,14 @@ impl LoopDevice {
         done(unsafe { libc::ioctl(self.device.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) })?;
         Ok(info)
     }
+}
+
+/// Names of the loop devices that have a file. Hosts keep those that once had one, thousands of them, and asking each takes
+/// many times as long as this list, which leaves out what has no size.
+fn attached() -> io::Result<Vec<String>> {
+    let partitions = fs::read_to_string("/proc/partitions")?;
+    let names = partitions.lines().filter_map(|line| line.split_whitespace().nth(3));
+    Ok(names.filter(|name| name.starts_with("loop")).map(str::to_owned).collect())
 }
 
 fn configure(device: BorrowedFd<'_>, file: BorrowedFd<'_>, flags: u32) -> io::Result<()> {

@@ -2,11 +2,12 @@
 #![allow(unsafe_code)]
 
 pub mod ext4;
+pub mod grace;
 pub mod loop_device;
 pub mod netlink;
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -37,6 +38,30 @@ pub fn enter_network_namespace(namespace: BorrowedFd<'_>) -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// Runs `work` on this thread in another network namespace, named by itself or by the pidfd of a process in it.
+/// `work` must not wait for other tasks: they would run there, too. A thread that cannot come back ends the server,
+/// because everything that it made later would lie in a sandbox's network; sandboxes live on.
+pub fn in_network_namespace<T>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let home = std::fs::File::open("/proc/thread-self/ns/net")?;
+    enter_network_namespace(namespace)?;
+    let result = work();
+    if let Err(error) = enter_network_namespace(home.as_fd()) {
+        tracing::error!(%error, "a thread cannot return from a sandbox's network namespace; the server ends at once");
+        std::process::abort();
+    }
+    result
+}
+
+/// Marks a socket, so that rules of the packet filter know packets that would be delivered to it.
+pub fn set_socket_mark(socket: BorrowedFd<'_>, mark: u32) -> io::Result<()> {
+    let length = size_of::<u32>() as libc::socklen_t;
+    // SAFETY: the kernel reads `length` bytes at the pointer, which is a live u32 of that size.
+    let result = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_MARK, (&raw const mark).cast(), length)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Lets a task wait for a descriptor to become readable. Needs the runtime's context.

@@ -10,10 +10,10 @@ use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 const REQUEST: u16 = 0x1;
-const ACKNOWLEDGE: u16 = 0x4;
+pub const ACKNOWLEDGE: u16 = 0x4;
 const EXCLUSIVE: u16 = 0x200;
-const CREATE: u16 = 0x400;
-const MESSAGE_ERROR: u16 = 2;
+pub const CREATE: u16 = 0x400;
+pub const MESSAGE_ERROR: u16 = 2;
 
 /// The index that a sandbox's side of its link gets; 1 is the loopback device.
 pub const GUEST_LINK: u32 = 2;
@@ -28,19 +28,24 @@ pub struct Netlink {
     sequence: u32,
 }
 
-/// A message being built: header, fixed part, attributes.
-struct Message(Vec<u8>);
+/// A netlink message being built: header, fixed part, attributes.
+pub struct Message(Vec<u8>);
 
 impl Message {
+    /// A request that the kernel acknowledges.
     fn new(kind: u16, flags: u16, fixed: &[u8]) -> Self {
+        Self::request(kind, ACKNOWLEDGE | flags, fixed)
+    }
+
+    pub fn request(kind: u16, flags: u16, fixed: &[u8]) -> Self {
         let mut bytes = vec![0; 16];
         bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
-        bytes[6..8].copy_from_slice(&(REQUEST | ACKNOWLEDGE | flags).to_ne_bytes());
+        bytes[6..8].copy_from_slice(&(REQUEST | flags).to_ne_bytes());
         bytes.extend_from_slice(fixed);
         Self(bytes)
     }
 
-    fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
+    pub fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
         self.0.extend_from_slice(&(4 + value.len() as u16).to_ne_bytes());
         self.0.extend_from_slice(&kind.to_ne_bytes());
         self.0.extend_from_slice(value);
@@ -48,7 +53,7 @@ impl Message {
         self
     }
 
-    fn nested(mut self, kind: u16, fixed: &[u8], fill: impl FnOnce(Self) -> Self) -> Self {
+    pub fn nested(mut self, kind: u16, fixed: &[u8], fill: impl FnOnce(Self) -> Self) -> Self {
         let start = self.0.len();
         self.0.extend_from_slice(&[0; 4]);
         self.0[start + 2..start + 4].copy_from_slice(&(kind | NESTED).to_ne_bytes());
@@ -57,6 +62,14 @@ impl Message {
         let length = (filled.0.len() - start) as u16;
         filled.0[start..start + 2].copy_from_slice(&length.to_ne_bytes());
         filled
+    }
+
+    /// Its bytes, with the number that answers to it bear.
+    pub fn finish(mut self, sequence: u32) -> Vec<u8> {
+        let length = self.0.len() as u32;
+        self.0[0..4].copy_from_slice(&length.to_ne_bytes());
+        self.0[8..12].copy_from_slice(&sequence.to_ne_bytes());
+        self.0
     }
 }
 
@@ -130,12 +143,10 @@ impl Netlink {
         )
     }
 
-    fn call(&mut self, mut message: Message) -> io::Result<()> {
+    fn call(&mut self, message: Message) -> io::Result<()> {
         self.sequence += 1;
-        let length = message.0.len() as u32;
-        message.0[0..4].copy_from_slice(&length.to_ne_bytes());
-        message.0[8..12].copy_from_slice(&self.sequence.to_ne_bytes());
-        rustix::net::sendto(self.socket.as_fd(), &message.0, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
+        let message = message.finish(self.sequence);
+        rustix::net::sendto(self.socket.as_fd(), &message, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
         let mut answer = [0; 4096];
         let (length, _) = rustix::net::recv(self.socket.as_fd(), &mut answer[..], RecvFlags::empty())?;
         let field = |at: usize| answer[at..at + 4].try_into().map(u32::from_ne_bytes).unwrap_or_default();

@@ -9,7 +9,7 @@ use super::{from_json, id, integer, json, optional_from_json, optional_id, optio
 pub(crate) const SESSION_COLUMNS: &str = "id, workspace_id, owner_id, name, state, cpu_cores, memory_mb, disk_gb, outbound, \
      inbound, env, metadata, tags, ssh_authorized_keys, sticky, idle_timeout_minutes, pause_retention_ms, created_at, \
      ready_at, terminated_at, timeout_at, last_activity_at, terminal_error, driver, source_snapshot_id, source_image_id, \
-     pause, last_resume_error, attachments";
+     pause, last_resume_error, attachments, egress";
 pub(crate) const EXECUTION_COLUMNS: &str =
     "id, session_id, command, args, status, exit_code, duration_ms, started_at, ended_at";
 
@@ -19,9 +19,9 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
             "INSERT INTO sessions (id, workspace_id, owner_id, name, state, cpu_cores, memory_mb, disk_gb, outbound,
                  inbound, env, metadata, tags, ssh_authorized_keys, sticky, idle_timeout_minutes, pause_retention_ms,
                  created_at, ready_at, terminated_at, timeout_at, last_activity_at, terminal_error, driver,
-                 source_snapshot_id, source_image_id, pause, last_resume_error, attachments)
+                 source_snapshot_id, source_image_id, pause, last_resume_error, attachments, egress)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21,
-                 ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29)
+                 ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30)
              ON CONFLICT (id) DO UPDATE SET
                  workspace_id = excluded.workspace_id, owner_id = excluded.owner_id, name = excluded.name,
                  state = excluded.state, cpu_cores = excluded.cpu_cores, memory_mb = excluded.memory_mb,
@@ -34,7 +34,7 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
                  terminal_error = excluded.terminal_error, driver = excluded.driver,
                  source_snapshot_id = excluded.source_snapshot_id, source_image_id = excluded.source_image_id,
                  pause = excluded.pause, last_resume_error = excluded.last_resume_error,
-                 attachments = excluded.attachments",
+                 attachments = excluded.attachments, egress = excluded.egress",
         )?
         .execute(params![
             session.id.to_string(),
@@ -66,6 +66,7 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
             session.pause.as_ref().map(json).transpose()?,
             session.last_resume_error,
             json(&session.attachments)?,
+            session.machine.egress.as_ref().map(json).transpose()?,
         ])?;
     Ok(())
 }
@@ -106,6 +107,7 @@ pub(crate) fn read_session(row: &Row<'_>) -> Result<Session> {
             memory_mb: row.get(6)?,
             disk_gb: row.get(7)?,
             outbound: row.get(8)?,
+            egress: optional_from_json(row, 29)?,
         },
         inbound: row.get(9)?,
         env: from_json(row, 10)?,

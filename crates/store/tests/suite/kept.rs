@@ -11,7 +11,7 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 
-use super::{Promise, session, workspace};
+use super::{Promise, egress, session, workspace};
 
 macro_rules! promises {
     ($($name:ident),* $(,)?) => {
@@ -42,7 +42,7 @@ pub fn snapshot(created_at: u64, number: u32) -> Snapshot {
         expires_at: Some(created_at + 1),
         local_ready_at: Some(created_at + 2),
         durable_at: Some(created_at + 3),
-        machine: Machine { cpu_cores: 2, memory_mb: 4096, disk_gb: 5, outbound: true },
+        machine: Machine { cpu_cores: 2, memory_mb: 4096, disk_gb: 5, outbound: true, egress: egress() },
         env: BTreeMap::from([("EMPTY".into(), String::new()), ("LINES".into(), "a\nb".into())]),
         image_id: ImageId::new(created_at, [9; 10]),
         copied: true,
@@ -107,7 +107,7 @@ async fn snapshots_and_volumes_come_back_as_they_were_written(store: &dyn Store)
         manifest: String::new(),
         failure_reason: "the server stopped before the disk was copied".into(),
         propagation_error: String::new(),
-        machine: Machine { cpu_cores: 16, memory_mb: 65_536, disk_gb: 100, outbound: false },
+        machine: Machine { cpu_cores: 16, memory_mb: 65_536, disk_gb: 100, outbound: false, egress: None },
         ..snapshot(100, 9)
     });
     let states = [VolumeState::Creating, VolumeState::Available, VolumeState::Deleting];
@@ -144,7 +144,7 @@ async fn a_second_write_replaces_the_whole_snapshot_and_volume(store: &dyn Store
         expires_at: None,
         local_ready_at: None,
         durable_at: Some(9),
-        machine: Machine { cpu_cores: 1, memory_mb: 1, disk_gb: 1, outbound: false },
+        machine: Machine { cpu_cores: 1, memory_mb: 1, disk_gb: 1, outbound: false, egress: None },
         env: BTreeMap::new(),
         image_id: ImageId::new(7, [7; 10]),
         copied: false,

@@ -4,13 +4,14 @@
 #![allow(clippy::unwrap_used, dead_code)]
 
 pub mod kept;
+pub mod previews;
 
 use std::collections::BTreeMap;
 
 use nagaya_api::ids::{AttachmentId, ExecutionId, ImageId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use nagaya_engine::model::{
-    ApiKey, Attachment, AttachmentState, Execution, ExecutionStatus, Machine, Pause, Session, SessionState, Workspace,
-    WorkspaceSettings,
+    ApiKey, Attachment, AttachmentState, Egress, Execution, ExecutionStatus, Machine, Pause, Session, SessionState,
+    Workspace, WorkspaceSettings,
 };
 use nagaya_engine::ports::{Change, SessionQuery, Store};
 use proptest::collection::vec;
@@ -20,13 +21,14 @@ use proptest::prelude::*;
 /// Everything that all stores promise. `fresh` makes an empty one, with whatever keeps it alive.
 pub fn every_promise<Keep>(fresh: impl Fn() -> (Box<dyn Store>, Keep)) {
     let runtime = runtime();
-    for (name, promise) in PROMISES.iter().chain(kept::PROMISES) {
+    for (name, promise) in PROMISES.iter().chain(kept::PROMISES).chain(previews::PROMISES) {
         println!("promise: {name}");
         let (store, _keep) = fresh();
         runtime.block_on(promise(store.as_ref()));
     }
     queries_agree_with_a_naive_model(&runtime, &fresh);
     kept::queries_agree_with_a_naive_model(&runtime, &fresh);
+    previews::queries_agree_with_a_naive_model(&runtime, &fresh);
 }
 
 pub fn runtime() -> tokio::runtime::Runtime {
@@ -80,6 +82,13 @@ pub fn key(number: u8) -> KeyId {
     KeyId::new(1, [number; 10])
 }
 
+pub fn egress() -> Option<Egress> {
+    Some(Egress {
+        allow_domains: vec!["*.example.com".into()],
+        allow_cidrs: vec!["1.2.3.0/24".into(), "4.5.6.7/32".into()],
+    })
+}
+
 pub fn session(created_at: u64, number: u32) -> Session {
     let mut random = [0; 10];
     random[..4].copy_from_slice(&number.to_be_bytes());
@@ -89,7 +98,7 @@ pub fn session(created_at: u64, number: u32) -> Session {
         owner_id: key(1),
         name: "a \"quoted\" name, a ' and a 長屋".into(),
         state: SessionState::Running,
-        machine: Machine { cpu_cores: 2, memory_mb: 4096, disk_gb: 5, outbound: true },
+        machine: Machine { cpu_cores: 2, memory_mb: 4096, disk_gb: 5, outbound: true, egress: egress() },
         inbound: false,
         env: BTreeMap::from([("EMPTY".into(), String::new()), ("LINES".into(), "a\nb".into())]),
         metadata: BTreeMap::from([("purpose".into(), "test".into())]),
@@ -113,6 +122,7 @@ pub fn session(created_at: u64, number: u32) -> Session {
             snapshot_id: SnapshotId::new(3, [3; 10]),
             in_memory: true,
             disk_reason: "host_restarted".into(),
+            idle: true,
         }),
         last_resume_error: "no \"space\" for it".into(),
         attachments: [AttachmentState::Attaching, AttachmentState::Attached, AttachmentState::SyncPending]
@@ -191,7 +201,7 @@ async fn records_come_back_as_they_were_written(store: &dyn Store) {
         attachments: Vec::new(),
         sticky: false,
         inbound: true,
-        machine: Machine { cpu_cores: 16, memory_mb: 65_536, disk_gb: 100, outbound: false },
+        machine: Machine { cpu_cores: 16, memory_mb: 65_536, disk_gb: 100, outbound: false, egress: None },
         ..session(100, 2)
     };
     sessions.push(bare);

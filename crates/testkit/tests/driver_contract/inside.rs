@@ -2,7 +2,7 @@
 
 use nagaya_api::ids::ExecutionId;
 use nagaya_engine::model::Machine;
-use nagaya_engine::ports::{Command, ProcessEvent, ProcessInput};
+use nagaya_engine::ports::{Builtin, Command, ProcessEvent, ProcessInput};
 use nagaya_testkit::{NotRun, Outcome};
 
 use super::place::*;
@@ -64,6 +64,34 @@ pub async fn a_terminal_is_one_and_changes_its_size(place: &mut Place) -> Outcom
     let lines: Vec<&str> = text.lines().map(str::trim).collect();
     assert!(lines.iter().any(|line| line.starts_with("/dev/pts/")), "{text}");
     assert!(lines.contains(&"terminal") && lines.contains(&"22 111"), "{text}");
+    driver.destroy(id).await.unwrap();
+    place.settled().await;
+    Ok(())
+}
+
+/// What `/root` is to the file server of a user: the number of its answer to OPENDIR.
+async fn opens_roots_home(guest: &dyn nagaya_engine::ports::Guest, privileged: bool) -> u8 {
+    let server = Command { builtin: Some(Builtin::Sftp), stdin: true, privileged, ..command(&["/nothing"]) };
+    let mut process = guest.run(server).await.unwrap();
+    let hello: &[u8] = &[0, 0, 0, 5, 1, 0, 0, 0, 3];
+    let open: &[u8] = &[0, 0, 0, 14, 11, 0, 0, 0, 7, 0, 0, 0, 5, b'/', b'r', b'o', b'o', b't'];
+    process.input.send(ProcessInput::Stdin([hello, open].concat().into())).await.unwrap();
+    process.input.send(ProcessInput::StdinClose).await.unwrap();
+    let finished = finish(&mut process.events).await;
+    assert_eq!(finished.exit.code, 0, "{finished:?}");
+    let version = 4 + u32::from_be_bytes(finished.stdout[..4].try_into().unwrap()) as usize;
+    assert_eq!(finished.stdout[4..9], [2, 0, 0, 0, 3], "version 3 is spoken");
+    finished.stdout[version + 4]
+}
+
+pub async fn the_file_server_is_there_and_is_only_its_user(place: &mut Place) -> Outcome {
+    const STATUS: u8 = 101;
+    const HANDLE: u8 = 102;
+    let (driver, id) = (place.driver(), fresh_id());
+    let guest = driver.create(id, &machine(), None).await.unwrap();
+    shell_as(&*guest, "chmod 700 /root", true).await;
+    assert_eq!(opens_roots_home(&*guest, false).await, STATUS);
+    assert_eq!(opens_roots_home(&*guest, true).await, HANDLE);
     driver.destroy(id).await.unwrap();
     place.settled().await;
     Ok(())

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nagaya_api::ids::{ExecutionId, SessionId};
 use nagaya_engine::model::Machine;
 use nagaya_engine::ports::{Command, DriverError, DriverEvent, ProcessInput};
-use nagaya_testkit::{Outcome, SmallDisk};
+use nagaya_testkit::{Outcome, SmallDisk, storage_root};
 
 use super::life::{adopt_stopped, fresh_image};
 use super::place::*;
@@ -193,7 +193,7 @@ pub async fn a_restart_of_the_host_is_told_from_the_end_of_a_sandbox(place: &mut
 }
 
 fn directory_of(place: &Place, id: SessionId) -> PathBuf {
-    place.data().join("sandboxes").join(id.to_string())
+    storage_root(place.data()).join("sandboxes").join(id.to_string())
 }
 
 pub async fn a_disk_is_copied_whole_while_it_is_written_to(place: &mut Place) -> Outcome {
@@ -315,7 +315,7 @@ pub async fn a_host_without_space_keeps_the_sandbox_usable_and_no_image(_place: 
     let refused = driver.copy_disk(id, &[image]).await.unwrap_err();
     assert!(matches!(&refused, DriverError::Exhausted(name) if name.contains("disk")), "{refused:?}");
     assert!(driver.images().await.unwrap().is_empty());
-    let parts = fs::read_dir(place.data().join("disks")).unwrap().map(|entry| entry.unwrap().file_name());
+    let parts = fs::read_dir(storage_root(place.data()).join("disks")).unwrap().map(|entry| entry.unwrap().file_name());
     let parts: Vec<_> = parts.filter(|name| name != "boot-id").collect();
     assert!(parts.is_empty(), "a part of a copy was left: {parts:?}");
     write(&*guest, "more", b"still writable").await.unwrap();

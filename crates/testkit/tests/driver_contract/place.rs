@@ -210,7 +210,7 @@ pub fn fresh_id() -> SessionId {
 }
 
 pub fn machine() -> Machine {
-    Machine { cpu_cores: 1, memory_mb: 256, disk_gb: 5, outbound: false }
+    Machine { cpu_cores: 1, memory_mb: 256, disk_gb: 5, outbound: false, egress: None }
 }
 
 pub fn command(argv: &[&str]) -> Command {

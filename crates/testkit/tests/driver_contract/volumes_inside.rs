@@ -30,7 +30,7 @@ async fn remove(place: &Place, volume: VolumeId) {
 }
 
 fn image_of(place: &Place, volume: VolumeId) -> PathBuf {
-    place.data().join(format!("volumes/{volume}.ext4"))
+    nagaya_testkit::storage_root(place.data()).join(format!("volumes/{volume}.ext4"))
 }
 
 /// Panics unless the file system in an image is in order.

@@ -4,4 +4,8 @@ crate::tenki::service::service! {
     NagayaService, NagayaServiceClient, "nagaya.v1.NagayaService";
     /// Makes sandboxes from the disk of another one: all of them or none.
     unary fork_session "ForkSession" ForkSessionRequest ForkSessionResponse;
+    /// Changes the destinations that a session reaches, while it lives. Connections to what is not allowed any more are cut.
+    unary update_session_egress "UpdateSessionEgress" UpdateSessionEgressRequest UpdateSessionEgressResponse;
+    /// Tells the last connections of a running or paused session to the outside.
+    unary list_session_connections "ListSessionConnections" ListSessionConnectionsRequest ListSessionConnectionsResponse;
 }

@@ -1,0 +1,57 @@
+//! The addresses that the server is reached at, open before there is an engine to answer.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use nagaya_engine::ports::Edge;
+use nagaya_gateway::preview::{Arrival, DomainEdge, LoopbackEdge};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+
+use super::ListenError;
+use crate::config::Config;
+
+/// The listener and the edge. The engine needs the edge to start; who connects meanwhile waits.
+pub struct Front {
+    pub(super) listener: TcpListener,
+    pub(super) local_addr: SocketAddr,
+    /// Connections to the ports that previews have of their own.
+    pub(super) arrivals: Option<mpsc::Receiver<Arrival>>,
+    edge: Arc<dyn Edge>,
+}
+
+impl Front {
+    /// Binds the address. Needs a Tokio runtime.
+    pub async fn open(config: &Config) -> Result<Self, ListenError> {
+        let bind = |source| ListenError::Bind { address: config.listen, source };
+        let listener = TcpListener::bind(config.listen).await.map_err(bind)?;
+        let local_addr = listener.local_addr().map_err(bind)?;
+        let (edge, arrivals): (Arc<dyn Edge>, _) = match &config.preview_domain {
+            Some(domain) => {
+                let (secure, port) = outside(config, local_addr.port());
+                (Arc::new(DomainEdge::new(domain, secure, port)), None)
+            }
+            None => {
+                let (edge, arrivals) = LoopbackEdge::new(config.previews.loopback);
+                (edge, Some(arrivals))
+            }
+        };
+        Ok(Self { listener, local_addr, arrivals, edge })
+    }
+
+    /// Where the engine's previews are reached.
+    pub fn edge(&self) -> Arc<dyn Edge> {
+        Arc::clone(&self.edge)
+    }
+}
+
+/// Whether clients see `https://`, and on which port.
+fn outside(config: &Config, local_port: u16) -> (bool, u16) {
+    match config.public_url.as_ref().and_then(|url| url.parse::<http::Uri>().ok()) {
+        Some(url) => {
+            let secure = url.scheme_str() == Some("https");
+            (secure, url.port_u16().unwrap_or(if secure { 443 } else { 80 }))
+        }
+        None => (config.tls.is_some(), local_port),
+    }
+}

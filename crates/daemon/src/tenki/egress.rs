@@ -1,0 +1,55 @@
+//! Destinations of sessions, and their connections to the outside.
+
+use connectrpc::RequestContext;
+use nagaya_api::error::Error;
+use nagaya_api::nagaya::v1 as own;
+use nagaya_api::tenki::v1 as wire;
+use nagaya_engine::model::{Connection, Egress};
+
+use super::{Tenki, convert};
+
+impl Tenki {
+    pub(super) async fn update_session_egress(
+        &self,
+        context: &RequestContext,
+        request: own::UpdateSessionEgressRequest,
+    ) -> Result<own::UpdateSessionEgressResponse, Error> {
+        let caller = self.caller(context)?;
+        let id = convert::id(&request.session_id, "session_id")?;
+        let egress = request.egress.into_option().map(read);
+        let session = self.engine.set_egress(&caller, id, egress).await?;
+        Ok(own::UpdateSessionEgressResponse { session: convert::session(session).into() })
+    }
+
+    pub(super) async fn list_session_connections(
+        &self,
+        context: &RequestContext,
+        request: own::ListSessionConnectionsRequest,
+    ) -> Result<own::ListSessionConnectionsResponse, Error> {
+        let caller = self.caller(context)?;
+        let id = convert::id(&request.session_id, "session_id")?;
+        let connections = self.engine.connections(&caller, id).await?;
+        Ok(own::ListSessionConnectionsResponse { connections: connections.into_iter().map(connection).collect() })
+    }
+}
+
+pub(super) fn read(policy: wire::SessionEgressPolicy) -> Egress {
+    Egress { allow_domains: policy.allow_domains, allow_cidrs: policy.allow_cidrs }
+}
+
+pub(super) fn policy(egress: Egress) -> wire::SessionEgressPolicy {
+    wire::SessionEgressPolicy { allow_domains: egress.allow_domains, allow_cidrs: egress.allow_cidrs }
+}
+
+fn connection(connection: Connection) -> own::SessionConnection {
+    own::SessionConnection {
+        started_at: convert::timestamp(connection.at).into(),
+        destination: connection.destination,
+        protocol: connection.protocol,
+        name: connection.name,
+        bytes_sent: i64::try_from(connection.bytes_sent).unwrap_or(i64::MAX),
+        bytes_received: i64::try_from(connection.bytes_received).unwrap_or(i64::MAX),
+        allowed: connection.denied.is_empty(),
+        reason: connection.denied,
+    }
+}

@@ -1,0 +1,73 @@
+//! Ports of sandboxes that are exposed to the outside.
+
+use nagaya_api::error::Error;
+use nagaya_api::tenki::v1 as wire;
+use nagaya_engine::{Caller, NewExposure, PreviewUrl};
+
+use super::control::invalid;
+use super::previews::{moment, slug};
+use super::{Tenki, convert};
+
+/// A port that the wire has as signed, and wider than ports are.
+pub(super) fn port(number: i32) -> Result<u16, Error> {
+    let port = u16::try_from(number).ok().filter(|port| *port != 0);
+    port.ok_or_else(|| invalid("port must be 1 to 65535"))
+}
+
+impl Tenki {
+    pub(super) async fn expose_port(
+        &self,
+        caller: &Caller,
+        request: wire::ExposePortRequest,
+    ) -> Result<wire::ExposePortResponse, Error> {
+        let id = convert::id(&request.session_id, "session_id")?;
+        let new = NewExposure {
+            port: port(request.port)?,
+            expires_at: moment(request.expires_at.as_option())?,
+            // JSON clients send an empty one for none.
+            slug: request.slug.filter(|slug| !slug.is_empty()),
+        };
+        let exposed = exposure(self.engine.expose_port(caller, id, new).await?);
+        Ok(wire::ExposePortResponse {
+            // An address of the days before previews; nothing can be reached there.
+            host_address: String::new(),
+            port: exposed.port,
+            preview_url: exposed.preview_url,
+            expires_at: exposed.expires_at,
+            preview_url_id: exposed.preview_url_id,
+            slug: exposed.slug,
+        })
+    }
+
+    pub(super) async fn unexpose_port(
+        &self,
+        caller: &Caller,
+        request: wire::UnexposePortRequest,
+    ) -> Result<wire::UnexposePortResponse, Error> {
+        let id = convert::id(&request.session_id, "session_id")?;
+        self.engine.unexpose_port(caller, id, port(request.port)?).await?;
+        Ok(wire::UnexposePortResponse::default())
+    }
+
+    pub(super) async fn list_exposed_ports(
+        &self,
+        caller: &Caller,
+        session_id: &str,
+    ) -> Result<wire::ListExposedPortsResponse, Error> {
+        let exposed = self.engine.exposed_ports(caller, convert::id(session_id, "session_id")?).await?;
+        Ok(wire::ListExposedPortsResponse { ports: exposed.into_iter().map(exposure).collect() })
+    }
+}
+
+fn exposure(exposed: PreviewUrl) -> wire::PortExposure {
+    let PreviewUrl { preview, url } = exposed;
+    let slug = slug(&preview);
+    wire::PortExposure {
+        port: preview.binding.map(|binding| binding.port.into()).unwrap_or_default(),
+        preview_url: url,
+        expires_at: preview.expires_at.map(convert::timestamp).into(),
+        // Only what has a name is a resource of its own.
+        preview_url_id: slug.is_some().then(|| preview.id.to_string()),
+        slug,
+    }
+}

@@ -1,0 +1,177 @@
+//! Preview URLs: named ones, which outlive sessions, and private ones, which open for holders of a token.
+
+use buffa_types::google::protobuf::Timestamp;
+use nagaya_api::error::Error;
+use nagaya_api::tenki::v1 as wire;
+use nagaya_api::tenki::v1::get_preview_url_request::Lookup;
+use nagaya_engine::model::{Binding, Preview, PreviewKind, UnixMs};
+use nagaya_engine::{Caller, ListPreviews, NewPreview, PreviewUrl};
+use nagaya_gateway::preview::VIEWER_TOKEN_PARAMETER;
+
+use super::control::{invalid, page_size, workspace};
+use super::ports::port;
+use super::{Tenki, convert};
+
+pub(super) fn moment(at: Option<&Timestamp>) -> Result<Option<UnixMs>, Error> {
+    at.map(|at| convert::unix_ms(at, "expires_at")).transpose()
+}
+
+/// The name that the user chose.
+pub(super) fn slug(preview: &Preview) -> Option<String> {
+    (preview.kind == PreviewKind::Named).then(|| preview.label.clone())
+}
+
+impl Tenki {
+    pub(super) async fn create_preview_url(
+        &self,
+        caller: &Caller,
+        request: wire::CreatePreviewUrlRequest,
+    ) -> Result<wire::PreviewUrl, Error> {
+        let session_id = request.session_id.filter(|id| !id.is_empty());
+        let binding = match (session_id, request.port.filter(|port| *port != 0)) {
+            (None, None) => None,
+            (Some(session_id), Some(number)) => Some(binding(&session_id, number)?),
+            _ => return Err(invalid("session_id and port must be given together, or neither of them")),
+        };
+        let new = NewPreview {
+            slug: request.slug,
+            binding,
+            expires_at: moment(request.expires_at.as_option())?,
+            workspace_id: workspace(request.workspace_id.as_deref().unwrap_or_default(), &request.project_id)?,
+        };
+        self.engine.create_preview(caller, new).await.map(preview_url)
+    }
+
+    pub(super) async fn get_preview_url(
+        &self,
+        caller: &Caller,
+        request: wire::GetPreviewUrlRequest,
+    ) -> Result<wire::PreviewUrl, Error> {
+        let found = match request.lookup {
+            Some(Lookup::PreviewUrlId(id)) => self.engine.preview(caller, convert::id(&id, "preview_url_id")?).await?,
+            Some(Lookup::Slug(slug)) => self.engine.preview_by_slug(caller, &slug).await?,
+            None => return Err(invalid("preview_url_id or slug must be given")),
+        };
+        Ok(preview_url(found))
+    }
+
+    pub(super) async fn list_preview_urls(
+        &self,
+        caller: &Caller,
+        request: wire::ListPreviewUrlsRequest,
+    ) -> Result<wire::ListPreviewUrlsResponse, Error> {
+        let list = ListPreviews {
+            workspace_id: workspace(request.workspace_id.as_deref().unwrap_or_default(), &request.project_id)?,
+            session_id: request
+                .session_id
+                .filter(|id| !id.is_empty())
+                .map(|id| convert::id(&id, "session_id"))
+                .transpose()?,
+            page_size: page_size(request.page_size)?,
+            page_token: request.page_token,
+        };
+        let (previews, next_page_token) = self.engine.list_previews(caller, list).await?;
+        let preview_urls = previews.into_iter().map(preview_url).collect();
+        Ok(wire::ListPreviewUrlsResponse { preview_urls, next_page_token })
+    }
+
+    pub(super) async fn bind_preview_url(
+        &self,
+        caller: &Caller,
+        request: wire::BindPreviewUrlRequest,
+    ) -> Result<wire::PreviewUrl, Error> {
+        let id = convert::id(&request.preview_url_id, "preview_url_id")?;
+        let binding = binding(&request.session_id, request.port)?;
+        self.engine.bind_preview(caller, id, binding, moment(request.expires_at.as_option())?).await.map(preview_url)
+    }
+
+    pub(super) async fn unbind_preview_url(
+        &self,
+        caller: &Caller,
+        preview_url_id: &str,
+    ) -> Result<wire::PreviewUrl, Error> {
+        let id = convert::id(preview_url_id, "preview_url_id")?;
+        self.engine.unbind_preview(caller, id).await.map(preview_url)
+    }
+
+    pub(super) async fn delete_preview_url(
+        &self,
+        caller: &Caller,
+        preview_url_id: &str,
+    ) -> Result<wire::DeletePreviewUrlResponse, Error> {
+        self.engine.delete_preview(caller, convert::id(preview_url_id, "preview_url_id")?).await?;
+        Ok(wire::DeletePreviewUrlResponse::default())
+    }
+
+    pub(super) async fn open_preview(
+        &self,
+        caller: &Caller,
+        request: wire::OpenPreviewRequest,
+    ) -> Result<wire::OpenPreviewResponse, Error> {
+        let id = convert::id(&request.session_id, "session_id")?;
+        let (port, expires_at) = (port(request.port)?, moment(request.expires_at.as_option())?);
+        let opened = self.engine.open_preview(caller, id, port, expires_at).await?;
+        Ok(wire::OpenPreviewResponse {
+            port: request.port,
+            // The gateway looks for the token there, and puts a cookie in its place.
+            preview_url: format!("{}/?{VIEWER_TOKEN_PARAMETER}={}", opened.url, opened.viewer_token),
+            expires_at: convert::timestamp(opened.expires_at).into(),
+            viewer_token: opened.viewer_token,
+        })
+    }
+
+    pub(super) async fn touch_preview(
+        &self,
+        caller: &Caller,
+        request: wire::TouchPreviewRequest,
+    ) -> Result<wire::TouchPreviewResponse, Error> {
+        let at = self.engine.touch_preview(caller, token(&request.preview_token)?).await?;
+        Ok(wire::TouchPreviewResponse { last_accessed_at: convert::timestamp(at).into() })
+    }
+
+    pub(super) async fn resolve_preview_token(
+        &self,
+        caller: &Caller,
+        request: wire::ResolvePreviewTokenRequest,
+    ) -> Result<wire::ResolvePreviewTokenResponse, Error> {
+        let target = self.engine.resolve_preview_token(caller, token(&request.token)?).await?;
+        let binding = target.preview.binding;
+        Ok(wire::ResolvePreviewTokenResponse {
+            session_id: binding.map(|binding| binding.session_id.to_string()).unwrap_or_default(),
+            // There is one host, and it has no id.
+            host_id: String::new(),
+            port: binding.map(|binding| binding.port.into()).unwrap_or_default(),
+            mode: if target.preview.kind == PreviewKind::Private { "private" } else { "public" }.to_owned(),
+            expires_at: target.preview.expires_at.map(convert::timestamp).into(),
+            is_offline: target.is_offline,
+        })
+    }
+}
+
+fn binding(session_id: &str, number: i32) -> Result<Binding, Error> {
+    Ok(Binding { session_id: convert::id(session_id, "session_id")?, port: port(number)? })
+}
+
+fn token(token: &str) -> Result<&str, Error> {
+    if token.is_empty() { Err(invalid("the token must not be empty")) } else { Ok(token) }
+}
+
+fn preview_url(found: PreviewUrl) -> wire::PreviewUrl {
+    let PreviewUrl { preview, url } = found;
+    let workspace_id = preview.workspace_id.to_string();
+    wire::PreviewUrl {
+        id: preview.id.to_string(),
+        project_id: workspace_id.clone(),
+        workspace_id,
+        owner_id: preview.owner_id.to_string(),
+        slug: preview.label.clone(),
+        token: preview.label,
+        preview_url: url,
+        session_id: preview.binding.map(|binding| binding.session_id.to_string()),
+        port: preview.binding.map(|binding| binding.port.into()),
+        created_at: convert::timestamp(preview.created_at).into(),
+        updated_at: convert::timestamp(preview.updated_at).into(),
+        last_accessed_at: preview.last_accessed_at.map(convert::timestamp).into(),
+        expires_at: preview.expires_at.map(convert::timestamp).into(),
+    }
+}

@@ -1,0 +1,521 @@
+//! Previews: names under which ports of sandboxes are reached from outside.
+//!
+//! ```text
+//!   recorded as MAKING ─── the edge publishes it ──▶ recorded as LIVE ─── answered
+//!        └── it cannot ──▶ forgotten                  │   ▲
+//!                               bind, unbind, expiry ─┴───┘ (named ones)
+//!                               unexpose, expiry, end of the session, delete ──▶ forgotten ──▶ withdrawn
+//! ```
+//!
+//! Rows are written first and the edge is asked afterwards, so that what is published is what is recorded: what is not
+//! forgotten is published again by the next start, under the port it had. Sessions know nothing of their previews; a visit
+//! looks at the session when it comes. A named preview stays bound to a session that has ended, and says so to visitors,
+//! until it is bound elsewhere.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use nagaya_api::error::{Code, Error};
+use nagaya_api::ids::{PreviewId, SessionId};
+
+use crate::actor::store_error;
+use crate::calls::{ListPreviews, NewExposure, NewPreview, PreviewUrl};
+use crate::deadlines::Sleeper;
+use crate::inner::{Found, Inner};
+use crate::model::{Binding, Preview, PreviewKind, PreviewState, UnixMs};
+use crate::ports::{Change, PreviewQuery};
+use crate::session::Request;
+use crate::{Caller, Engine, query, validate};
+
+/// All previews of the server.
+#[derive(Default)]
+pub(crate) struct Previews {
+    table: Mutex<Table>,
+    /// Held from a look at the table to the edge's answer, by whoever makes, changes or removes a preview.
+    quiet: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct Table {
+    known: BTreeMap<PreviewId, Known>,
+    by_label: BTreeMap<String, PreviewId>,
+}
+
+#[derive(Clone)]
+struct Known {
+    /// As last committed.
+    preview: Preview,
+    /// Empty until the edge has published it.
+    url: String,
+    /// The last visit that somebody saw to being written down.
+    noted_at: UnixMs,
+}
+
+impl Previews {
+    /// What was recorded before the start.
+    pub(crate) fn load(previews: &[Preview]) -> Self {
+        let table = Self::default();
+        previews.iter().for_each(|preview| table.put(preview.clone()));
+        table
+    }
+
+    fn with<T>(&self, action: impl FnOnce(&mut Table) -> T) -> T {
+        action(&mut self.table.lock().expect("no holder of this lock panics"))
+    }
+
+    pub(crate) fn get(&self, id: PreviewId) -> Option<Preview> {
+        self.with(|table| table.known.get(&id).map(|known| known.preview.clone()))
+    }
+
+    pub(crate) fn labelled(&self, label: &str) -> Option<Preview> {
+        self.with(|table| table.by_label.get(label).and_then(|id| table.known.get(id)).map(|of| of.preview.clone()))
+    }
+
+    fn url(&self, id: PreviewId) -> String {
+        self.with(|table| table.known.get(&id).map(|known| known.url.clone()).unwrap_or_default())
+    }
+
+    fn filter(&self, wanted: impl Fn(&Preview) -> bool) -> Vec<Preview> {
+        self.with(|table| table.known.values().map(|of| &of.preview).filter(|of| wanted(of)).cloned().collect())
+    }
+
+    fn bound_to(&self, session_id: SessionId) -> Vec<Preview> {
+        self.filter(|of| of.binding.is_some_and(|binding| binding.session_id == session_id))
+    }
+
+    pub(crate) fn put(&self, preview: Preview) {
+        self.with(|table| {
+            table.by_label.insert(preview.label.clone(), preview.id);
+            let accessed_at = preview.last_accessed_at.unwrap_or_default();
+            let (url, noted_at) = match table.known.get(&preview.id) {
+                Some(known) => (known.url.clone(), known.noted_at.max(accessed_at)),
+                None => (String::new(), accessed_at),
+            };
+            table.known.insert(preview.id, Known { preview, url, noted_at });
+        });
+    }
+
+    /// Whether a visit now is to be written down, because the last one that was is this long ago. Asked once for each.
+    pub(crate) fn note_visit(&self, id: PreviewId, now: UnixMs, every_ms: u64) -> bool {
+        self.with(|table| {
+            let known = table.known.get_mut(&id).filter(|known| now.saturating_sub(known.noted_at) >= every_ms);
+            known.map(|known| known.noted_at = now).is_some()
+        })
+    }
+
+    fn set_url(&self, id: PreviewId, url: String) {
+        self.with(|table| table.known.get_mut(&id).map(|known| known.url = url));
+    }
+
+    fn remove(&self, preview: &Preview) {
+        self.with(|table| {
+            table.known.remove(&preview.id);
+            table.by_label.remove(&preview.label);
+        });
+    }
+}
+
+impl Engine {
+    /// Makes a port reachable from outside, or changes until when it is.
+    pub async fn expose_port(&self, caller: &Caller, id: SessionId, new: NewExposure) -> Result<PreviewUrl, Error> {
+        validate::port(new.port)?;
+        validate::expires_at(new.expires_at, self.0.clock.now())?;
+        new.slug.as_deref().map_or(Ok(()), validate::slug)?;
+        self.0.find_inbound(caller, id).await?;
+        let (inner, caller) = (self.0.clone(), *caller);
+        let binding = Binding { session_id: id, port: new.port };
+        self.0
+            .detached(async move {
+                let _quiet = inner.previews.quiet.lock().await;
+                let preview = match &new.slug {
+                    Some(slug) => inner.named(&caller, slug)?,
+                    None => inner.unnamed(&caller, PreviewKind::Exposed, binding),
+                };
+                inner.put_preview(Preview { binding: Some(binding), expires_at: new.expires_at, ..preview }).await
+            })
+            .await
+    }
+
+    /// Takes a port off the outside. Named previews that led there stay, unbound. Repeating it is no error.
+    pub async fn unexpose_port(&self, caller: &Caller, id: SessionId, port: u16) -> Result<(), Error> {
+        validate::port(port)?;
+        self.0.find(caller, id).await?;
+        let inner = self.0.clone();
+        self.0
+            .detached(async move {
+                let _quiet = inner.previews.quiet.lock().await;
+                let leads_there = |of: &Preview| of.binding == Some(Binding { session_id: id, port });
+                inner.release(inner.previews.filter(|of| leads_there(of) && of.kind != PreviewKind::Private)).await
+            })
+            .await
+    }
+
+    /// What leads to a session that has not ended, private previews aside.
+    pub async fn exposed_ports(&self, caller: &Caller, id: SessionId) -> Result<Vec<PreviewUrl>, Error> {
+        if let Found::Ended(_) = self.0.find(caller, id).await? {
+            return Ok(Vec::new());
+        }
+        let mut exposed = self.0.previews.bound_to(id);
+        exposed.retain(|of| of.kind != PreviewKind::Private && of.state == PreviewState::Live);
+        exposed.sort_by_key(|of| (of.binding.map(|binding| binding.port), of.created_at, of.id));
+        Ok(exposed.into_iter().map(|preview| self.0.with_url(preview)).collect())
+    }
+
+    /// Makes a preview under a name of the caller's choice, which outlives sessions.
+    pub async fn create_preview(&self, caller: &Caller, new: NewPreview) -> Result<PreviewUrl, Error> {
+        self.0.access.workspace(caller, new.workspace_id)?;
+        validate::slug(&new.slug)?;
+        validate::expires_at(new.expires_at, self.0.clock.now())?;
+        if let Some(binding) = new.binding {
+            validate::port(binding.port)?;
+            self.0.find_live(caller, binding.session_id, Request::Change).await?;
+        }
+        let (inner, caller) = (self.0.clone(), *caller);
+        self.0
+            .detached(async move {
+                let _quiet = inner.previews.quiet.lock().await;
+                if inner.previews.labelled(&new.slug).is_some() {
+                    return Err(Code::SlugTaken.into());
+                }
+                let preview = inner.new_preview(&caller, PreviewKind::Named, new.slug);
+                inner.put_preview(Preview { binding: new.binding, expires_at: new.expires_at, ..preview }).await
+            })
+            .await
+    }
+
+    pub async fn preview(&self, caller: &Caller, id: PreviewId) -> Result<PreviewUrl, Error> {
+        self.0.find_named(caller, self.0.previews.get(id)).map(|preview| self.0.with_url(preview))
+    }
+
+    pub async fn preview_by_slug(&self, caller: &Caller, slug: &str) -> Result<PreviewUrl, Error> {
+        self.0.find_named(caller, self.0.previews.labelled(slug)).map(|preview| self.0.with_url(preview))
+    }
+
+    /// One page of named previews, newest first, and the token of the next page; empty at the end.
+    pub async fn list_previews(&self, caller: &Caller, list: ListPreviews) -> Result<(Vec<PreviewUrl>, String), Error> {
+        let workspace = self.0.access.workspace(caller, list.workspace_id)?;
+        let size = query::page_size(list.page_size)?;
+        let query = PreviewQuery {
+            workspace_id: Some(workspace.id),
+            kind: Some(PreviewKind::Named),
+            session_id: list.session_id,
+            before: query::parse_page_token(&list.page_token)?.map(|(at, id)| (at, PreviewId::from_uuid(id))),
+            limit: size + 1,
+        };
+        let mut previews = self.0.store.previews(query).await.map_err(store_error)?;
+        let next = query::page(&mut previews, size, |last| (last.created_at, *last.id.as_uuid()));
+        // One that is being made may still come to nothing.
+        previews.retain(|of| of.state == PreviewState::Live);
+        Ok((previews.into_iter().map(|preview| self.0.with_url(preview)).collect(), next))
+    }
+
+    /// Leads a named preview to a port of a session; from elsewhere, if it led there. Visits under way are not touched.
+    pub async fn bind_preview(
+        &self,
+        caller: &Caller,
+        id: PreviewId,
+        binding: Binding,
+        expires_at: Option<UnixMs>,
+    ) -> Result<PreviewUrl, Error> {
+        validate::port(binding.port)?;
+        validate::expires_at(expires_at, self.0.clock.now())?;
+        self.0.find_named(caller, self.0.previews.get(id))?;
+        self.0.find_live(caller, binding.session_id, Request::Change).await?;
+        self.change_preview(caller, id, move |preview| {
+            preview.binding = Some(binding);
+            preview.expires_at = expires_at;
+        })
+        .await
+    }
+
+    /// Lets a named preview lead nowhere. Repeating it is no error.
+    pub async fn unbind_preview(&self, caller: &Caller, id: PreviewId) -> Result<PreviewUrl, Error> {
+        self.change_preview(caller, id, |preview| (preview.binding, preview.expires_at) = (None, None)).await
+    }
+
+    async fn change_preview(
+        &self,
+        caller: &Caller,
+        id: PreviewId,
+        change: impl FnOnce(&mut Preview) + Send + 'static,
+    ) -> Result<PreviewUrl, Error> {
+        let (inner, caller) = (self.0.clone(), *caller);
+        self.0
+            .detached(async move {
+                let _quiet = inner.previews.quiet.lock().await;
+                let mut preview = inner.find_named(&caller, inner.previews.get(id))?;
+                change(&mut preview);
+                inner.put_preview(preview).await
+            })
+            .await
+    }
+
+    pub async fn delete_preview(&self, caller: &Caller, id: PreviewId) -> Result<(), Error> {
+        let (inner, caller) = (self.0.clone(), *caller);
+        self.0
+            .detached(async move {
+                let _quiet = inner.previews.quiet.lock().await;
+                let preview = inner.find_named(&caller, inner.previews.get(id))?;
+                inner.forget_preview(&preview).await
+            })
+            .await
+    }
+}
+
+impl Inner {
+    /// A session that has not ended, and lets itself be reached from outside.
+    pub(crate) async fn find_inbound(&self, caller: &Caller, id: SessionId) -> Result<(), Error> {
+        let live = self.find_live(caller, id, Request::Change).await?;
+        let inbound = live.published.borrow().inbound;
+        if inbound { Ok(()) } else { Err(Code::InboundDisabled.into()) }
+    }
+
+    fn with_url(&self, preview: Preview) -> PreviewUrl {
+        PreviewUrl { url: self.previews.url(preview.id), preview }
+    }
+
+    /// The one place where a caller's right to a named preview is checked.
+    fn find_named(&self, caller: &Caller, preview: Option<Preview>) -> Result<Preview, Error> {
+        let mine = |of: &Preview| of.workspace_id == caller.workspace_id && of.kind == PreviewKind::Named;
+        preview.filter(|of| mine(of) && of.state == PreviewState::Live).ok_or_else(|| Code::PreviewNotFound.into())
+    }
+
+    fn new_preview(&self, caller: &Caller, kind: PreviewKind, label: String) -> Preview {
+        let now = self.clock.now();
+        Preview {
+            id: PreviewId::new(now, self.random()),
+            workspace_id: caller.workspace_id,
+            owner_id: caller.key_id,
+            kind,
+            state: PreviewState::Making,
+            label,
+            binding: None,
+            expires_at: None,
+            edge_port: 0,
+            created_at: now,
+            updated_at: now,
+            last_accessed_at: None,
+        }
+    }
+
+    /// The preview with this slug, or a new one.
+    fn named(&self, caller: &Caller, slug: &str) -> Result<Preview, Error> {
+        match self.previews.labelled(slug) {
+            // Whose it is, is nobody else's business.
+            Some(preview) => self.find_named(caller, Some(preview)).map_err(|_| Code::SlugTaken.into()),
+            None => Ok(self.new_preview(caller, PreviewKind::Named, slug.to_owned())),
+        }
+    }
+
+    /// The session's preview of this kind and port, or a new one.
+    pub(crate) fn unnamed(&self, caller: &Caller, kind: PreviewKind, binding: Binding) -> Preview {
+        let is_live = |of: &Preview| of.state == PreviewState::Live;
+        let existing = self.previews.filter(|of| of.kind == kind && of.binding == Some(binding) && is_live(of));
+        existing.into_iter().next().unwrap_or_else(|| {
+            // 128 random bits: nobody guesses it, and no slug is the same.
+            let label = format!("p{:032x}", u128::from_be_bytes(self.random()));
+            self.new_preview(caller, kind, label)
+        })
+    }
+
+    /// Waits until nobody else changes a preview.
+    pub(crate) async fn previews_quiet(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.previews.quiet.lock().await
+    }
+
+    /// Records a preview that is new or changed, and sees to it that it can be reached. For holders of the lock.
+    pub(crate) async fn put_preview(self: &Arc<Self>, mut preview: Preview) -> Result<PreviewUrl, Error> {
+        self.check_preview_limits(&preview)?;
+        preview.updated_at = self.clock.now();
+        let is_new = preview.state == PreviewState::Making;
+        self.write(vec![Change::Preview(preview.clone())]).await?;
+        self.previews.put(preview.clone());
+        if self.previews.url(preview.id).is_empty() {
+            match self.publish_preview(preview.clone()).await {
+                Ok(published) => preview = published,
+                Err(error) if is_new => {
+                    self.keep_forgetting(preview);
+                    return Err(error);
+                }
+                // It was there before and is not lost: the attempts to publish it go on.
+                Err(error) => tracing::warn!(preview = %preview.id, %error, "a preview cannot be reached yet"),
+            }
+        }
+        self.deadlines.set(Sleeper::Preview(preview.id), preview.expires_at);
+        // Its session may have ended while this was done. Then either its task has seen the preview, or this sees its end.
+        if let Some(binding) = preview.binding
+            && self.registry.get(binding.session_id).is_none()
+        {
+            self.end_previews_of(binding.session_id);
+            return Err(Code::SessionTerminated.into());
+        }
+        Ok(self.with_url(preview))
+    }
+
+    fn check_preview_limits(&self, preview: &Preview) -> Result<(), Error> {
+        let before = self.previews.get(preview.id);
+        if let Some(binding) = preview.binding.filter(|binding| {
+            before.as_ref().and_then(|of| of.binding).is_none_or(|of| of.session_id != binding.session_id)
+        }) {
+            let max = self.config.exposed_ports_max;
+            if self.previews.bound_to(binding.session_id).len() >= max as usize {
+                return Err(Error::new(Code::PortLimit, format!("the server's exposed_ports_max is {max}")));
+            }
+        }
+        if before.is_some() {
+            return Ok(());
+        }
+        let max = self.config.previews_max;
+        if self.previews.filter(|_| true).len() >= max as usize {
+            return Err(Error::new(Code::CapacityUnavailable, format!("the server's previews_max is {max}")));
+        }
+        let Some(max) = self.access.settings(preview.workspace_id).preview_urls_max else { return Ok(()) };
+        let named = |of: &Preview| of.workspace_id == preview.workspace_id && of.kind == PreviewKind::Named;
+        if named(preview) && self.previews.filter(named).len() >= max as usize {
+            return Err(Error::new(Code::QuotaExceeded, format!("the workspace's preview_urls_max is {max}")));
+        }
+        Ok(())
+    }
+
+    /// Makes a recorded preview reachable, and records the port that it got.
+    async fn publish_preview(&self, mut preview: Preview) -> Result<Preview, Error> {
+        let published = self.edge.publish(&preview.label, preview.edge_port).await;
+        let published = published.map_err(|reason| Error::new(Code::PreviewFailed, reason))?;
+        if preview.state == PreviewState::Making || preview.edge_port != published.port {
+            (preview.state, preview.edge_port) = (PreviewState::Live, published.port);
+            // What is told must be what the next start publishes.
+            self.write(vec![Change::Preview(preview.clone())]).await?;
+            self.previews.put(preview.clone());
+        }
+        self.previews.set_url(preview.id, published.url);
+        Ok(preview)
+    }
+
+    /// Lets previews lead nowhere any more: named ones are unbound, others removed. For holders of the lock.
+    pub(crate) async fn release(&self, previews: Vec<Preview>) -> Result<(), Error> {
+        let now = self.clock.now();
+        let (named, others): (Vec<_>, Vec<_>) = previews.into_iter().partition(|of| of.kind == PreviewKind::Named);
+        let unbound = |of: Preview| Preview { binding: None, expires_at: None, updated_at: now, ..of };
+        let named: Vec<Preview> = named.into_iter().map(unbound).collect();
+        if named.is_empty() && others.is_empty() {
+            return Ok(());
+        }
+        let mut changes: Vec<Change> = named.iter().cloned().map(Change::Preview).collect();
+        changes.extend(others.iter().map(|of| Change::ForgetPreview(of.id)));
+        self.write(changes).await?;
+        for preview in named {
+            self.deadlines.set(Sleeper::Preview(preview.id), None);
+            self.previews.put(preview);
+        }
+        for preview in others {
+            self.withdraw(&preview).await;
+        }
+        Ok(())
+    }
+
+    async fn forget_preview(&self, preview: &Preview) -> Result<(), Error> {
+        self.write(vec![Change::ForgetPreview(preview.id)]).await?;
+        self.withdraw(preview).await;
+        Ok(())
+    }
+
+    /// Takes a preview that is not recorded any more off the outside.
+    async fn withdraw(&self, preview: &Preview) {
+        self.deadlines.set(Sleeper::Preview(preview.id), None);
+        self.previews.remove(preview);
+        self.edge.withdraw(&preview.label).await;
+    }
+
+    /// Forgets a preview that nobody was told of, or that leads nowhere any more. Until then its label is not free.
+    fn keep_forgetting(self: &Arc<Self>, preview: Preview) {
+        let engine = self.clone();
+        self.background(async move {
+            let forget = || async {
+                let _quiet = engine.previews.quiet.lock().await;
+                engine.forget_preview(&preview).await
+            };
+            engine.insist("a preview could not be removed", forget).await;
+        });
+    }
+
+    /// Removes what led to a session that has ended, but for named previews.
+    pub(crate) fn end_previews_of(self: &Arc<Self>, session_id: SessionId) {
+        let goes_too = move |of: &Preview| {
+            of.binding.is_some_and(|binding| binding.session_id == session_id) && of.kind != PreviewKind::Named
+        };
+        if self.previews.filter(goes_too).is_empty() {
+            return;
+        }
+        let engine = self.clone();
+        self.background(async move {
+            let release = || async {
+                let _quiet = engine.previews.quiet.lock().await;
+                engine.release(engine.previews.filter(goes_too)).await
+            };
+            engine.insist("previews of a session that has ended could not be removed", release).await;
+        });
+    }
+
+    /// Ends a preview, or a named one's binding, whose time has come.
+    pub(crate) fn expire_preview(self: &Arc<Self>, id: PreviewId) {
+        let engine = self.clone();
+        self.background(async move {
+            let expire = || async {
+                let _quiet = engine.previews.quiet.lock().await;
+                match engine.previews.get(id) {
+                    Some(preview) if is_over(&preview, engine.clock.now()) => engine.release(vec![preview]).await,
+                    Some(preview) => {
+                        engine.deadlines.set(Sleeper::Preview(id), preview.expires_at);
+                        Ok(())
+                    }
+                    None => Ok(()),
+                }
+            };
+            engine.insist("an expired preview could not be removed", expire).await;
+        });
+    }
+
+    /// Publishes again what the last server had, and removes what it left unfinished.
+    pub(crate) async fn recover_previews(self: &Arc<Self>, previews: Vec<Preview>) {
+        for id in previews.into_iter().map(|preview| preview.id) {
+            let _quiet = self.previews.quiet.lock().await;
+            // Sessions that came to their end just now have taken theirs with them.
+            let Some(preview) = self.previews.get(id) else { continue };
+            let ended = preview.binding.is_some_and(|binding| self.registry.get(binding.session_id).is_none());
+            let named = preview.kind == PreviewKind::Named;
+            if preview.state == PreviewState::Making || (ended && !named) {
+                self.keep_forgetting(preview);
+                continue;
+            }
+            self.deadlines.set(Sleeper::Preview(id), preview.expires_at);
+            if is_over(&preview, self.clock.now()) && !named {
+                continue;
+            }
+            if let Err(error) = self.publish_preview(preview).await {
+                tracing::warn!(preview = %id, %error, "a preview cannot be reached yet; trying again");
+                self.keep_publishing(id);
+            }
+        }
+    }
+
+    fn keep_publishing(self: &Arc<Self>, id: PreviewId) {
+        let engine = self.clone();
+        self.background(async move {
+            let publish = || async {
+                let _quiet = engine.previews.quiet.lock().await;
+                match engine.previews.get(id) {
+                    Some(preview) if engine.previews.url(id).is_empty() => {
+                        engine.publish_preview(preview).await.map(|_| ())
+                    }
+                    _ => Ok(()),
+                }
+            };
+            engine.insist("a preview cannot be reached yet", publish).await;
+        });
+    }
+}
+
+/// Whether its time has come.
+pub(crate) fn is_over(preview: &Preview, now: UnixMs) -> bool {
+    preview.expires_at.is_some_and(|at| at <= now)
+}

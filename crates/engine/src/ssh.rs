@@ -1,0 +1,84 @@
+//! What a server for SSH needs of the engine: secrets that last, and a way into sessions.
+
+use nagaya_api::error::{Code, Error};
+use nagaya_api::ids::SessionId;
+use tokio::sync::watch;
+
+use crate::actor::store_error;
+use crate::calls::OpenSession;
+use crate::inner::lasting_secret;
+use crate::model::{Session, SessionState};
+use crate::session::Request;
+use crate::{Caller, Engine};
+
+/// A running sandbox, open for a connection that may last. While it lives the session is in use.
+pub struct Visit {
+    pub session_id: SessionId,
+    pub open: OpenSession,
+    /// Lines of an `authorized_keys` file, as they were when the visit began.
+    pub ssh_authorized_keys: Vec<String>,
+    published: watch::Receiver<Session>,
+}
+
+impl Visit {
+    /// Completes when what was running is not there any more: the session has ended, or only its disk is kept.
+    /// The text says which, for the visitor. Never completes while the engine stops: the sandbox lives on.
+    pub fn ended(&self) -> impl Future<Output = &'static str> + Send + 'static {
+        let mut published = self.published.clone();
+        async move {
+            let ended = published.wait_for(|session| end_of(session).is_some()).await;
+            match ended.map(|session| end_of(&session)) {
+                Ok(Some(text)) => text,
+                Ok(None) | Err(_) => std::future::pending().await,
+            }
+        }
+    }
+}
+
+fn end_of(session: &Session) -> Option<&'static str> {
+    match (session.state, &session.pause) {
+        (state, _) if state.is_terminal() => Some("the session has ended"),
+        (SessionState::UserShutdown, _) => Some("the sandbox powered itself off"),
+        (_, Some(pause)) if !pause.in_memory => Some("the session was stopped; only its disk is kept"),
+        _ => None,
+    }
+}
+
+impl Engine {
+    /// 32 random bytes that are made when they are first asked for, and are the same ever after.
+    pub async fn lasting_secret(&self, name: &str) -> Result<[u8; 32], Error> {
+        lasting_secret(&*self.0.store, &*self.0.entropy, name).await
+    }
+
+    /// Whether the caller may be let into this session by SSH, now or when it runs again.
+    pub async fn check_visit(&self, caller: &Caller, id: SessionId) -> Result<(), Error> {
+        self.0.tasks.check()?;
+        self.0.find_live(caller, id, Request::Activity).await.map(drop)
+    }
+
+    /// Opens a session for a caller who wants to stay; one that does not run is woken where visits may.
+    pub async fn visit(&self, caller: &Caller, id: SessionId) -> Result<Visit, Error> {
+        self.0.tasks.check()?;
+        self.0.find(caller, id).await?;
+        self.visit_certified(id).await
+    }
+
+    /// The same for somebody whose right to this very session was proved to the server by a certificate of its own.
+    pub async fn visit_certified(&self, id: SessionId) -> Result<Visit, Error> {
+        let inner = &*self.0;
+        inner.tasks.check()?;
+        let Some(live) = inner.registry.get(id) else {
+            let session = inner.store.session(id).await.map_err(store_error)?;
+            let ended = session.is_some();
+            return Err(if ended { Code::SessionTerminated } else { Code::SessionNotFound }.into());
+        };
+        let (in_use, guest) = inner.reach(&live).await?;
+        let session = live.published.borrow().clone();
+        Ok(Visit {
+            session_id: id,
+            open: OpenSession { guest, env: session.env, _activity: Some(in_use) },
+            ssh_authorized_keys: session.ssh_authorized_keys,
+            published: live.published.clone(),
+        })
+    }
+}

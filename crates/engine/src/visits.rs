@@ -1,0 +1,174 @@
+//! Visits to previews, and the tokens that open private ones.
+
+use std::sync::Arc;
+
+use nagaya_api::error::{Code, Error};
+use nagaya_api::ids::SessionId;
+
+use crate::access::Access;
+use crate::calls::{OpenPreview, PreviewTarget, PreviewVisit};
+use crate::deadlines::Sleeper;
+use crate::inner::Inner;
+use crate::model::{Binding, Preview, PreviewKind, PreviewState, SessionState, UnixMs};
+use crate::ports::Change;
+use crate::previews::is_over;
+use crate::{Caller, Engine, validate};
+
+/// Visits are written down when the last one that was is older than this, or than a quarter of what keeps a private
+/// preview open.
+const VISIT_NOTED_MS: u64 = 60_000;
+
+impl Engine {
+    /// Lets a visitor in who knows the preview's label, and has its viewer token if it is private. Waits until the
+    /// session runs, and resumes it where visits may. While the answer lives the session is in use.
+    ///
+    /// - `preview_not_found`: there is no such label, or its time is over;
+    /// - `preview_private`: it is private, and the token is missing, expired or for another one;
+    /// - `preview_unbound`: it leads nowhere now;
+    /// - `session_terminated`: the session that it led to has ended;
+    /// - `inbound_disabled`: the session does not let itself be reached;
+    /// - `session_not_running`: the session is stopped and not to be woken; the detail tells its state;
+    /// - what a resume is refused with: `quota_exceeded`, `capacity_unavailable`, `resume_failed`;
+    /// - `guest_unreachable`, `draining`.
+    pub async fn enter_preview(&self, label: &str, viewer_token: Option<&str>) -> Result<PreviewVisit, Error> {
+        let inner = &self.0;
+        inner.tasks.check()?;
+        let now = inner.clock.now();
+        let preview = inner.previews.labelled(label).filter(|of| of.state == PreviewState::Live);
+        let preview = preview.ok_or(Code::PreviewNotFound)?;
+        if is_over(&preview, now) {
+            let named = preview.kind == PreviewKind::Named;
+            return Err(if named { Code::PreviewUnbound } else { Code::PreviewNotFound }.into());
+        }
+        let open_until = match preview.kind {
+            PreviewKind::Private => Some(inner.check_viewer(&preview, viewer_token, now)?),
+            PreviewKind::Exposed | PreviewKind::Named => None,
+        };
+        let binding = preview.binding.ok_or(Code::PreviewUnbound)?;
+        let live = inner.registry.get(binding.session_id).ok_or(Code::SessionTerminated)?;
+        // Named ones may be bound to it nevertheless.
+        if !live.published.borrow().inbound {
+            return Err(Code::InboundDisabled.into());
+        }
+        let (activity, guest) = inner.reach(&live).await?;
+        inner.note_visit(&preview, open_until, now);
+        let Binding { session_id, port } = binding;
+        Ok(PreviewVisit { preview_id: preview.id, session_id, port, guest, _activity: activity })
+    }
+
+    /// Opens a private preview of a port for whoever gets the token. Without `expires_at` it stays open while it is
+    /// visited or touched, within the token's longest life.
+    pub async fn open_preview(
+        &self,
+        caller: &Caller,
+        id: SessionId,
+        port: u16,
+        expires_at: Option<UnixMs>,
+    ) -> Result<OpenPreview, Error> {
+        validate::port(port)?;
+        validate::expires_at(expires_at, self.0.clock.now())?;
+        self.0.find_inbound(caller, id).await?;
+        let (inner, caller) = (self.0.clone(), *caller);
+        let binding = Binding { session_id: id, port };
+        self.0
+            .detached(async move {
+                let _quiet = inner.previews_quiet().await;
+                let now = inner.clock.now();
+                let longest = now.saturating_add(inner.config.viewer_token_ttl_max_ms);
+                let token_ends_at = expires_at.unwrap_or(longest).min(longest);
+                let ends_at = expires_at.map_or(inner.idle_end(token_ends_at, now), |_| token_ends_at);
+                let mut preview = inner.unnamed(&caller, PreviewKind::Private, binding);
+                // Tokens given before stay good.
+                preview.expires_at = Some(preview.expires_at.map_or(ends_at, |at| at.max(ends_at)));
+                preview.binding = Some(binding);
+                let made = inner.put_preview(preview).await?;
+                let viewer_token = inner.access.viewer_token(made.preview.id, token_ends_at);
+                Ok(OpenPreview { preview: made.preview, url: made.url, viewer_token, expires_at: ends_at })
+            })
+            .await
+    }
+
+    /// Notes that somebody looks at a preview: its session is in use, and a private one stays open. Returns when that was.
+    pub async fn touch_preview(&self, caller: &Caller, token: &str) -> Result<UnixMs, Error> {
+        let (preview, open_until) = self.0.find_by_token(caller, token)?;
+        let now = self.0.clock.now();
+        if let Some(live) = preview.binding.and_then(|binding| self.0.registry.get(binding.session_id)) {
+            live.touch(now);
+        }
+        let inner = self.0.clone();
+        self.0.detached(async move { inner.record_visit(preview, open_until, now).await }).await?;
+        Ok(now)
+    }
+
+    /// Where the token of a preview leads: a viewer token, or the label that stands in its URL.
+    pub async fn resolve_preview_token(&self, caller: &Caller, token: &str) -> Result<PreviewTarget, Error> {
+        let (preview, _) = self.0.find_by_token(caller, token)?;
+        let live = preview.binding.and_then(|binding| self.0.registry.get(binding.session_id));
+        let is_offline = !live.is_some_and(|live| live.state() == SessionState::Running);
+        Ok(PreviewTarget { preview, is_offline })
+    }
+}
+
+impl Inner {
+    /// When a private preview closes that nobody looks at from now on.
+    fn idle_end(&self, token_ends_at: UnixMs, now: UnixMs) -> UnixMs {
+        now.saturating_add(self.config.private_preview_ttl_ms).min(token_ends_at)
+    }
+
+    /// Until when a visitor's token is good.
+    fn check_viewer(&self, preview: &Preview, token: Option<&str>, now: UnixMs) -> Result<UnixMs, Error> {
+        match self.access.viewed(token.unwrap_or_default(), now)? {
+            (id, ends_at) if id == preview.id => Ok(ends_at),
+            _ => Err(Code::PreviewPrivate.into()),
+        }
+    }
+
+    /// A preview of the caller's workspace, and until when the token is good if that is a viewer's.
+    fn find_by_token(&self, caller: &Caller, token: &str) -> Result<(Preview, Option<UnixMs>), Error> {
+        let now = self.clock.now();
+        let (preview, open_until) = match Access::is_viewer_token(token) {
+            true => {
+                let (id, ends_at) = self.access.viewed(token, now).map_err(|_| Error::from(Code::PreviewNotFound))?;
+                (self.previews.get(id), Some(ends_at))
+            }
+            // Who knows no more than the label of a private preview does not keep it open.
+            false => (self.previews.labelled(token), None),
+        };
+        let mine = |of: &Preview| of.workspace_id == caller.workspace_id && of.state == PreviewState::Live;
+        let gone = |of: &Preview| of.kind != PreviewKind::Named && is_over(of, now);
+        let preview = preview.filter(|of| mine(of) && !gone(of)).ok_or(Code::PreviewNotFound)?;
+        Ok((preview, open_until))
+    }
+
+    /// Writes a visit down, now and then, while the visitor goes on.
+    fn note_visit(self: &Arc<Self>, preview: &Preview, open_until: Option<UnixMs>, now: UnixMs) {
+        let every_ms = VISIT_NOTED_MS.min(self.config.private_preview_ttl_ms / 4);
+        if !self.previews.note_visit(preview.id, now, every_ms) {
+            return;
+        }
+        let (engine, preview) = (self.clone(), preview.clone());
+        self.background(async move {
+            // Nobody waits for it; a later visit tries again.
+            if let Err(error) = engine.record_visit(preview, open_until, now).await {
+                tracing::warn!(%error, "a visit to a preview was not recorded");
+            }
+        });
+    }
+
+    /// Records a visit, and keeps a private preview open as far as the visitor's token reaches.
+    async fn record_visit(&self, seen: Preview, open_until: Option<UnixMs>, now: UnixMs) -> Result<(), Error> {
+        let _quiet = self.previews_quiet().await;
+        let Some(mut preview) = self.previews.get(seen.id) else { return Ok(()) };
+        if preview.last_accessed_at.is_some_and(|at| at >= now) {
+            return Ok(());
+        }
+        preview.last_accessed_at = Some(now);
+        if let Some(token_ends_at) = open_until {
+            preview.expires_at = preview.expires_at.max(Some(self.idle_end(token_ends_at, now)));
+        }
+        self.write(vec![Change::Preview(preview.clone())]).await?;
+        self.deadlines.set(Sleeper::Preview(preview.id), preview.expires_at);
+        self.previews.put(preview);
+        Ok(())
+    }
+}

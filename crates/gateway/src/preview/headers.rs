@@ -1,0 +1,189 @@
+//! What passes between viewer and service beside the bodies, and what is said about the viewer.
+
+use http::header::{self, HeaderName};
+use http::request::Parts;
+use http::{HeaderMap, HeaderValue};
+
+use super::Viewer;
+use super::host::Host;
+
+/// Fields that belong to one connection (RFC 9110, section 7.6.1), and what old programs put there. `Trailer` is not
+/// among them: without it no trailer would be sent on.
+const OF_A_CONNECTION: [HeaderName; 7] = [
+    header::CONNECTION,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    header::TE,
+    header::PROXY_AUTHORIZATION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+];
+
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+
+/// Makes a viewer's header one for the service. `upgrade` is the protocol that the viewer wants instead.
+pub(super) fn to_service(parts: &mut Parts, host: &Host, viewer: &Viewer, upgrade: Option<&HeaderValue>) {
+    let headers = &mut parts.headers;
+    let trailers = has_token(headers, header::TE, "trailers");
+    strip(headers);
+    strip_claims(headers);
+    // We answer the expectation ourselves, by asking the service.
+    join_cookies(headers);
+    headers.insert(header::HOST, host.value.clone());
+    if trailers {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    }
+    if let Some(protocol) = upgrade {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(header::UPGRADE, protocol.clone());
+    }
+    let scheme = if viewer.secure { "https" } else { "http" };
+    headers.insert(FORWARDED_PROTO, HeaderValue::from_static(scheme));
+    headers.insert(FORWARDED_HOST, host.value.clone());
+    let peer = viewer.peer.to_canonical();
+    if let Ok(value) = HeaderValue::try_from(peer.to_string()) {
+        headers.insert(FORWARDED_FOR, value);
+    }
+    let quoted = if peer.is_ipv6() { format!("\"[{peer}]\"") } else { peer.to_string() };
+    let host = host.value.to_str().unwrap_or_default();
+    if let Ok(value) = HeaderValue::try_from(format!("for={quoted};host=\"{host}\";proto={scheme}")) {
+        headers.insert(header::FORWARDED, value);
+    }
+}
+
+/// Makes a service's header one for the viewer.
+pub(super) fn to_viewer(headers: &mut HeaderMap, upgrade: Option<HeaderValue>) {
+    strip(headers);
+    if let Some(protocol) = upgrade {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(header::UPGRADE, protocol);
+    }
+}
+
+/// Whether a list in these fields has this token, in any case.
+pub(super) fn has_token(headers: &HeaderMap, name: HeaderName, token: &str) -> bool {
+    tokens(headers, &name).any(|found| found.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(token))
+}
+
+fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
+    let values = headers.get_all(name).into_iter();
+    values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')).map(str::trim)
+}
+
+/// Removes what belongs to the connection, and what `Connection` names.
+fn strip(headers: &mut HeaderMap) {
+    if headers.contains_key(header::CONNECTION) {
+        let named = tokens(headers, &header::CONNECTION).filter_map(|name| name.parse::<HeaderName>().ok());
+        for name in named.collect::<Vec<_>>() {
+            headers.remove(name);
+        }
+    }
+    for name in &OF_A_CONNECTION {
+        headers.remove(name);
+    }
+}
+
+/// Removes what the viewer claims about itself and its way here. Underscores count as hyphens, since services that
+/// see their header as environment variables cannot tell them apart.
+fn strip_claims(headers: &mut HeaderMap) {
+    let claims = |name: &&HeaderName| {
+        let name = name.as_str();
+        let like = |wanted: &str| {
+            name.len() >= wanted.len()
+                && name
+                    .bytes()
+                    .zip(wanted.bytes())
+                    .all(|(byte, wanted)| byte == wanted || (byte == b'_' && wanted == b'-'))
+        };
+        like("x-forwarded-") || name == "forwarded" || (name.len() == 9 && like("x-real-ip"))
+    };
+    for name in headers.keys().filter(claims).cloned().collect::<Vec<_>>() {
+        headers.remove(name);
+    }
+}
+
+/// HTTP/2 viewers may send each cookie in a field of its own; HTTP/1.1 knows one field only (RFC 9113, section 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    if headers.get_all(header::COOKIE).iter().nth(1).is_none() {
+        return;
+    }
+    let values: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if let Ok(joined) = HeaderValue::from_bytes(&values.join(&b"; "[..])) {
+        headers.insert(header::COOKIE, joined);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+
+    use super::*;
+
+    fn forwarded(fields: &[(&str, &str)]) -> HeaderMap {
+        let mut request = Request::get("/");
+        for (name, value) in fields {
+            request = request.header(*name, *value);
+        }
+        let (mut parts, ()) = request.header("host", "web.p.example:81").body(()).unwrap().into_parts();
+        let host = Host::of(&parts).unwrap();
+        let peer = "::ffff:192.0.2.7".parse().unwrap();
+        let viewer = Viewer { label: None, peer, secure: true, connection: std::sync::Arc::new(()) };
+        to_service(&mut parts, &host, &viewer, None);
+        parts.headers
+    }
+
+    fn names(headers: &HeaderMap) -> Vec<&str> {
+        let mut names: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
+        names.sort_unstable();
+        names
+    }
+
+    const OWN: [&str; 5] = ["forwarded", "host", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"];
+
+    #[test]
+    fn the_service_hears_who_asks_and_only_from_us() {
+        let headers = forwarded(&[
+            ("x-forwarded-for", "1.2.3.4"),
+            ("X-Forwarded-Proto", "gopher"),
+            ("x-forwarded-port", "1"),
+            ("x_forwarded_for", "1.2.3.4"),
+            ("x_real-ip", "1.2.3.4"),
+            ("forwarded", "for=1.2.3.4"),
+        ]);
+        assert_eq!(names(&headers), OWN);
+        assert_eq!(headers["x-forwarded-for"], "192.0.2.7");
+        assert_eq!(headers["x-forwarded-host"], "web.p.example:81");
+        assert_eq!(headers["x-forwarded-proto"], "https");
+        assert_eq!(headers["forwarded"], "for=192.0.2.7;host=\"web.p.example:81\";proto=https");
+        assert_eq!(headers["host"], "web.p.example:81");
+    }
+
+    #[test]
+    fn what_belongs_to_the_connection_goes_no_further() {
+        let headers = forwarded(&[
+            ("connection", "close, X-Private , host"),
+            ("x-private", "1"),
+            ("keep-alive", "timeout=5"),
+            ("proxy-connection", "keep-alive"),
+            ("upgrade", "h2c"),
+            ("transfer-encoding", "chunked"),
+            ("proxy-authorization", "Basic eA=="),
+            ("te", "gzip, trailers;q=1"),
+            ("accept", "text/html"),
+        ]);
+        let mut expected = OWN.to_vec();
+        expected.extend(["accept", "te"]);
+        expected.sort_unstable();
+        assert_eq!(names(&headers), expected);
+        assert_eq!(headers["te"], "trailers");
+    }
+
+    #[test]
+    fn cookies_in_several_fields_become_one() {
+        let headers = forwarded(&[("cookie", "a=1"), ("cookie", "b=2; c=3")]);
+        assert_eq!(headers.get_all("cookie").iter().count(), 1);
+        assert_eq!(headers["cookie"], "a=1; b=2; c=3");
+    }
+}

@@ -1,0 +1,115 @@
+//! Where disks, images, volumes and blobs lie: in the data directory itself, or in a pool in it.
+//!
+//! Copies of disks share their blocks where the file system can (XFS, btrfs), and cost nothing then. Where the data
+//! directory's own file system cannot, it gets a pool: an XFS file system in a file. Which of both it is, is decided
+//! when a data directory is used for the first time, and stays.
+
+mod pool;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+use pool::{Keeper, Pool};
+
+pub use pool::PoolError;
+
+/// The pool of a data directory.
+const POOL_FILE: &str = "storage.xfs";
+/// Where its file system is mounted.
+const MOUNT_POINT: &str = "storage";
+/// Every driver makes it, so that one without a pool has been used without.
+pub(super) const SANDBOXES: &str = "sandboxes";
+
+/// Whether a data directory that is used for the first time gets a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PoolChoice {
+    /// Where its file system shares no blocks, and the host can make a pool.
+    Auto,
+    Off,
+}
+
+/// The directory that holds `sandboxes`, `disks`, `volumes` and `blobs` of a data directory.
+pub fn storage_root(data: &Path) -> PathBuf {
+    if has_pool(data) { data.join(MOUNT_POINT) } else { data.to_owned() }
+}
+
+pub(crate) fn has_pool(data: &Path) -> bool {
+    data.join(POOL_FILE).exists()
+}
+
+/// Whether a data directory was used without a pool.
+pub(crate) fn storage_is_plain(data: &Path) -> bool {
+    !has_pool(data) && data.join(SANDBOXES).exists()
+}
+
+/// Whether copies within this directory can share their blocks.
+pub(crate) fn shares_blocks(directory: &Path) -> io::Result<bool> {
+    let temporary = || rustix::fs::open(directory, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR);
+    match (temporary(), temporary()) {
+        (Ok(source), Ok(target)) => Ok(rustix::fs::ioctl_ficlone(target, source).is_ok()),
+        // A file system without such files is none of those that share blocks.
+        (Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT), _) => Ok(false),
+        (Err(errno), _) | (_, Err(errno)) => Err(errno.into()),
+    }
+}
+
+/// The storage of one data directory.
+pub(super) struct Storage {
+    root: PathBuf,
+    pool: Option<Arc<Pool>>,
+    keeper: Mutex<Option<Keeper>>,
+}
+
+impl Storage {
+    /// Finds what the data directory has, or decides what it gets. Blocks.
+    pub fn open(data: &Path, choice: PoolChoice, pool_first_mb: u64, disk_free_mb_min: u64) -> Result<Self, PoolError> {
+        let pool = Pool::of(data, disk_free_mb_min);
+        pool.sweep();
+        if !has_pool(data)
+            && !storage_is_plain(data)
+            && choice == PoolChoice::Auto
+            && !shares_blocks(data).unwrap_or(false)
+            && let Err(error) = pool.create(pool_first_mb)
+        {
+            pool.sweep();
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "disks are plain files, and copies of large ones take long; see nagaya doctor");
+        }
+        if !has_pool(data) {
+            return Ok(Self { root: data.to_owned(), pool: None, keeper: Mutex::new(None) });
+        }
+        pool.mount()?;
+        let pool = Arc::new(pool);
+        Ok(Self { root: storage_root(data), keeper: Mutex::new(Some(Keeper::start(pool.clone()))), pool: Some(pool) })
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Removes a pool with all that is in it; when nothing uses it any more. Blocks.
+    pub fn remove(&self) -> Result<(), PoolError> {
+        drop(self.keeper.lock().expect("the keeper is replaced without panics").take());
+        self.pool.as_ref().map_or(Ok(()), |pool| pool.remove())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_data_directory_that_was_used_without_a_pool_stays_without_one() {
+        let data = tempfile::tempdir().expect("a directory");
+        fs::create_dir(data.path().join(SANDBOXES)).expect("a directory");
+        let storage = Storage::open(data.path(), PoolChoice::Auto, 512, 0).expect("storage");
+        assert_eq!(storage.root(), data.path());
+        assert!(!has_pool(data.path()));
+    }
+}
