@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -123,21 +123,6 @@ fn summary(samples: &[f64]) -> String {
 
 pub fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
-}
-
-/// How long it took, milliseconds.
-pub fn timed(work: impl FnOnce()) -> f64 {
-    let start = Instant::now();
-    work();
-    milliseconds(start.elapsed())
-}
-
-/// Runs something many times, after a few that do not count.
-pub fn repeat(count: usize, mut work: impl FnMut()) -> Vec<f64> {
-    for _ in 0..count.min(3) {
-        work();
-    }
-    (0..count).map(|_| timed(&mut work)).collect()
 }
 
 #[cfg(test)]

@@ -121,7 +121,8 @@ fn nothing_is_lost_and_nothing_is_left_when_the_server_is_killed_at_random_momen
             .map(|_| runtime.spawn(load(clients.clone(), promises.clone(), random.clone(), stop.clone())))
             .collect();
         // The one wait that is meant: the moment of the accident.
-        std::thread::sleep(Duration::from_millis(random.lock().unwrap().below(400)));
+        let accident = Duration::from_millis(random.lock().unwrap().below(400));
+        std::thread::sleep(accident);
         server.kill();
         stop.store(true, Ordering::Relaxed);
         runtime.block_on(async {
