@@ -99,7 +99,7 @@ describe("JSON as the clients expect it", () => {
     for (const [method, body, status, code] of [
       ["GetSession", { sessionId: "x" }, 400, "invalid_argument"],
       ["GetSession", { sessionId: unknown }, 404, "not_found"],
-      ["ListExposedPorts", { sessionId: session.id }, 501, "unimplemented"],
+      ["ListTemplates", {}, 501, "unimplemented"],
     ]) {
       const answer = await post(server, CONTROL, method, body, bearer(server));
       assert.deepEqual([answer.status, answer.body.code], [status, code]);

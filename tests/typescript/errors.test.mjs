@@ -70,17 +70,10 @@ describe("what is not built yet answers unimplemented, and never looks like a mi
     assert.doesNotMatch(error.message, /\b404\b/);
   };
 
-  test("dial and tunnels", async () => {
-    await expectUnimplemented("dial", () => session.dial("/home/tenki/socket"));
-    await expectUnimplemented("tunnel", () => session.hostPortTunnel("127.0.0.1", 9));
-  });
-
-  test("session verbs", async () => {
+  test("templates and git", async () => {
     const verbs = {
-      exposePort: () => session.exposePort(8080),
-      unexposePort: () => session.unexposePort(8080),
-      listExposedPorts: () => session.listExposedPorts(),
-      updateSshAuthorizedKeys: () => session.updateSshAuthorizedKeys(["ssh-ed25519 AAAA me"]),
+      createTemplate: () => tenki.createTemplate({ name: "x" }),
+      listTemplates: () => tenki.listTemplates(),
       gitOperation: () => session.gitOperation("log", {}),
     };
     for (const [name, attempt] of Object.entries(verbs)) await expectUnimplemented(name, attempt);
@@ -88,16 +81,6 @@ describe("what is not built yet answers unimplemented, and never looks like a mi
     await session.refresh();
     assert.equal(session.state, "RUNNING");
     assert.equal(await shell(session, "echo fine"), "fine");
-  });
-
-  test("templates, previews, registry and certificates", async () => {
-    const verbs = {
-      createTemplate: () => tenki.createTemplate({ name: "x" }),
-      listTemplates: () => tenki.listTemplates(),
-      previewUrls: () => tenki.previewUrls.list(),
-      issueSandboxSSHCert: () => tenki.issueSandboxSSHCert(session.id, `ssh-ed25519 ${"A".repeat(68)} me`),
-    };
-    for (const [name, attempt] of Object.entries(verbs)) await expectUnimplemented(name, attempt);
   });
 });
 

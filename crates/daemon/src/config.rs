@@ -162,7 +162,8 @@ pub struct Namespace {
 #[serde(default, deny_unknown_fields)]
 pub struct Disks {
     /// `auto`: where the data directory's file system shares no blocks between copies, they lie in a pool: an XFS file
-    /// system in a file. `off`: they are plain files always. Default auto.
+    /// system in a file. `off`: they are plain files always. Default off: a pool that is filled faster than it grows gives
+    /// its sandboxes errors that the host's own file system would not.
     pub pool: DiskPool,
     /// What a pool begins with, MiB; at most half of what the host has left. It grows by itself. Default 4096.
     pub pool_first_mb: u64,
@@ -336,7 +337,7 @@ impl Default for Previews {
 
 impl Default for Disks {
     fn default() -> Self {
-        Self { pool: DiskPool::Auto, pool_first_mb: 4_096 }
+        Self { pool: DiskPool::Off, pool_first_mb: 4_096 }
     }
 }
 

@@ -119,7 +119,7 @@ fn copies(data: &Path) -> Result<String, String> {
     }
     let offered = |()| if modprobe_knows("xfs") { Ok(()) } else { filesystem("xfs").map(drop) };
     let made = program("mkfs.xfs", "-V").map(drop).and_then(offered);
-    made.map(|()| "a pool will hold the disks".into())
+    made.map(|()| format!("{} shares no blocks; a pool of disks would (disks.pool = \"auto\")", place.display()))
         .map_err(|why| format!("{} shares no blocks, and a pool needs XFS: {why}", place.display()))
 }
 

@@ -40,7 +40,10 @@ export const BUILT = new Set(
    CreateVolume GetVolume ListVolumes ListProjectVolumes UpdateVolume ResizeVolume DeleteVolume AttachVolume DetachVolume
    GetWorkspaceSandboxSettings UpdateWorkspaceSandboxSettings
    GetWorkspaceSnapshotRetentionSettings UpdateWorkspaceSnapshotRetentionSettings
-   Run ReadFile WriteFile ReadFileStream WriteFileStream Stat Mkdir Remove List`.split(/\s+/),
+   Run ReadFile WriteFile ReadFileStream WriteFileStream Stat Mkdir Remove List
+   ExposePort UnexposePort ListExposedPorts CreatePreviewUrl GetPreviewUrl ListPreviewUrls BindPreviewUrl UnbindPreviewUrl
+   DeletePreviewUrl OpenPreview TouchPreview ResolvePreviewToken
+   UpdateSSHAuthorizedKeys IssueSandboxSSHCert ListActiveSSHGateways Dial HostPortTunnel`.split(/\s+/),
 );
 
 export const STREAMS = new Set([

@@ -1,6 +1,7 @@
 //! How a sandbox comes to run: on a fresh disk, on an image's, or on the one it had before.
 
 use std::fs::{self, File};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -121,8 +122,12 @@ impl Inner {
     fn slot(&self, machine: &Machine, home: Home<'_>) -> Result<Slot, DriverError> {
         let shape = Shape { disk_gb: machine.disk_gb, outbound: machine.outbound };
         let pool = self.pools.iter().find(|pool| matches!(home, Home::Pool) && pool.shape() == shape);
-        if let Some(slot) = pool.and_then(|pool| pool.take()) {
-            return Ok(slot);
+        while let Some(slot) = pool.and_then(|pool| pool.take()) {
+            if !live::has_ended(slot.started.pidfd.as_fd()) {
+                return Ok(slot);
+            }
+            tracing::warn!(slot = slot.number, "the first process of a slot that was ready has ended; taking another");
+            self.factory.discard(slot);
         }
         let made = match self.ground(shape) {
             Some(ground) => self.factory.build(ground, shape.disk_gb, home),

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -33,6 +33,12 @@ const BACKLOG: i32 = 16;
 /// A process that cannot be confused with a later one of the same number.
 pub(super) struct PidFd(AsyncFd<OwnedFd>);
 
+/// Whether the process behind a pidfd has ended.
+pub(super) fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
+    let mut ended = [PollFd::new(&pidfd, PollFlags::IN)];
+    !matches!(rustix::event::poll(&mut ended, Some(&Timespec::default())), Ok(0))
+}
+
 impl PidFd {
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         Ok(Self(sys::wait_readable(fd)?))
@@ -47,8 +53,7 @@ impl PidFd {
 
     /// Whether it has ended already.
     pub fn has_ended(&self) -> bool {
-        let mut ended = [PollFd::new(self.0.get_ref(), PollFlags::IN)];
-        !matches!(rustix::event::poll(&mut ended, Some(&Timespec::default())), Ok(0))
+        has_ended(self.0.get_ref().as_fd())
     }
 
     pub fn try_clone(&self) -> io::Result<OwnedFd> {

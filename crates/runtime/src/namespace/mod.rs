@@ -99,7 +99,7 @@ impl Config {
             pool_ready_isolated: 2,
             processes_max: 1_024,
             disk_free_mb_min: 256,
-            pool: PoolChoice::Auto,
+            pool: PoolChoice::Off,
             pool_first_mb: 4_096,
             memory_available_mb_min: 256,
             memory_low_mb: 512,
