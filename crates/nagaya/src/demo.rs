@@ -21,17 +21,19 @@ print('hello from', platform.node(), 'as', os.environ['USER'], 'with', len(os.sc
 print('sum of squares below 1000:', sum(n * n for n in range(1000)))";
 
 const PORT: i32 = 8000;
-const SERVICE: &str = "import http.server\n\
-class Page(http.server.BaseHTTPRequestHandler):\n\
-    def do_GET(self):\n\
-        self.send_response(200)\n\
-        self.end_headers()\n\
-        self.wfile.write(b'served from the sandbox')\n\
-    def log_message(self, *_):\n\
-        pass\n\
-server = http.server.HTTPServer(('127.0.0.1', 8000), Page)\n\
-print('listening', flush=True)\n\
-server.serve_forever()";
+const SERVICE: &str = "
+import http.server
+class Page(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'served from the sandbox')
+    def log_message(self, *_):
+        pass
+server = http.server.HTTPServer(('127.0.0.1', 8000), Page)
+print('listening', flush=True)
+server.serve_forever()
+";
 
 pub fn run() -> anyhow::Result<ExitCode> {
     let directory = tempfile::Builder::new().prefix("nagaya-demo-").tempdir().context("make a temporary directory")?;
@@ -173,11 +175,12 @@ async fn start_service(data: &DataPlane, id: &str) -> anyhow::Result<Run> {
 async fn fetch(url: &str) -> anyhow::Result<String> {
     let authority = url.strip_prefix("http://").context("a preview without TLS")?.trim_end_matches('/');
     let mut stream = tokio::net::TcpStream::connect(authority).await?;
-    let request = format!("GET / HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n");
+    // In HTTP/1.0 the answer ends with the connection, and has no other frames.
+    let request = format!("GET / HTTP/1.0\r\nHost: {authority}\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
     let mut answer = String::new();
     stream.take(1 << 20).read_to_string(&mut answer).await?;
     let (head, body) = answer.split_once("\r\n\r\n").context("an answer of HTTP")?;
-    ensure!(head.starts_with("HTTP/1.1 200 "), "{answer}");
+    ensure!(head.split(' ').nth(1) == Some("200"), "{answer}");
     Ok(body.to_owned())
 }
