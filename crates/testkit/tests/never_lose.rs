@@ -135,7 +135,7 @@ fn what_was_synced_to_a_volume_is_there_after_kills_and_ends_and_in_other_sandbo
         let first = client.attach(&first.id).await.unwrap();
         first.shell("echo three >>/mnt/kept/log && sync /mnt/kept/log", false).await;
         let second = create(&client, None).await.unwrap();
-        let refused = mount(&client, &second.id, &volume, false).await.err().expect("a volume has one writer");
+        let refused = mount(&client, &second.id, &volume, false).await.expect_err("a volume has one writer");
         assert!(refused.message.clone().unwrap_or_default().contains("volume is in use"), "{refused}");
         first.terminate().await.unwrap();
         let third = create(&client, None).await.unwrap();

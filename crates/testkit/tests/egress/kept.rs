@@ -174,12 +174,12 @@ fn rules() -> String {
 }
 
 async fn pause(world: &World, sandbox: &Sandbox) {
-    let request = v1::PauseSessionRequest { session_id: sandbox.id.clone(), ..Default::default() };
+    let request = v1::PauseSessionRequest { session_id: sandbox.id.clone() };
     world.client.control.pause_session(request).await.unwrap();
 }
 
 async fn resume(world: &World, sandbox: &Sandbox) {
-    let request = v1::ResumeSessionRequest { session_id: sandbox.id.clone(), ..Default::default() };
+    let request = v1::ResumeSessionRequest { session_id: sandbox.id.clone() };
     world.client.control.resume_session(request).await.unwrap();
     world.client.wait_running(&sandbox.id).await.unwrap();
 }

@@ -113,14 +113,13 @@ impl World {
         sandbox: &Sandbox,
         egress: Option<SessionEgressPolicy>,
     ) -> Result<v1::SandboxSession, ConnectError> {
-        let request =
-            UpdateSessionEgressRequest { session_id: sandbox.id.clone(), egress: egress.into(), ..Default::default() };
+        let request = UpdateSessionEgressRequest { session_id: sandbox.id.clone(), egress: egress.into() };
         let answer = self.client.own.update_session_egress(request).await?;
         Ok(answer.session.as_option().cloned().unwrap())
     }
 
     pub async fn connections(&self, sandbox: &Sandbox) -> Vec<SessionConnection> {
-        let request = ListSessionConnectionsRequest { session_id: sandbox.id.clone(), ..Default::default() };
+        let request = ListSessionConnectionsRequest { session_id: sandbox.id.clone() };
         self.client.own.list_session_connections(request).await.unwrap().connections.clone()
     }
 
@@ -159,7 +158,7 @@ impl World {
 
 pub fn list(domains: &[&str], cidrs: &[&str]) -> Option<SessionEgressPolicy> {
     let texts = |list: &[&str]| list.iter().map(|text| (*text).to_owned()).collect();
-    Some(SessionEgressPolicy { allow_domains: texts(domains), allow_cidrs: texts(cidrs), ..Default::default() })
+    Some(SessionEgressPolicy { allow_domains: texts(domains), allow_cidrs: texts(cidrs) })
 }
 
 /// What came of connecting to a name or address at port 80.
