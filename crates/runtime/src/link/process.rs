@@ -163,10 +163,8 @@ async fn feed(sender: Sender, mut inputs: mpsc::Receiver<ProcessInput>) {
                     stdin.extend(split(data));
                 }
                 Some(ProcessInput::Stdin(_)) => {}
-                Some(ProcessInput::StdinClose) => {
-                    closing = !closed;
-                    closed = true;
-                }
+                Some(ProcessInput::StdinClose) if !closed => (closing, closed) = (true, true),
+                Some(ProcessInput::StdinClose) => {}
                 Some(ProcessInput::Signal(signal)) => tell(&sender, to_signal(signal)).await,
                 Some(ProcessInput::Resize { columns, rows }) => {
                     let size = Resize { columns: columns.into(), rows: rows.into() };
