@@ -67,6 +67,25 @@ async fn stdin_reaches_the_command_and_its_end_too() {
 }
 
 #[tokio::test]
+async fn stdin_ends_once_however_often_it_is_ended() {
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    // More than may be sent while nobody reads, so that a part waits when the end comes.
+    let mut wanted = shell("sleep 0.3; wc -c");
+    wanted.stdin = true;
+    let process = link.run(wanted).await.unwrap();
+    for _ in 0..6 {
+        process.input.send(ProcessInput::Stdin(Bytes::from(vec![0; 64 * 1024]))).await.unwrap();
+    }
+    process.input.send(ProcessInput::StdinClose).await.unwrap();
+    process.input.send(ProcessInput::StdinClose).await.unwrap();
+    process.input.send(ProcessInput::Stdin(bytes("too late"))).await.unwrap();
+    let (ended, exit) = finish(process).await;
+    assert_eq!((String::from_utf8_lossy(&ended.stdout).trim(), exit.code), ("393216", 0));
+    assert!(!link.is_closed());
+}
+
+#[tokio::test]
 async fn without_stdin_a_command_reads_nothing() {
     let agent = Agent::start();
     let link = agent.connect().await;
