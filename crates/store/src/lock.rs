@@ -16,7 +16,14 @@ const FILE_NAME: &str = "nagaya.db.lock";
 #[derive(Debug)]
 pub struct DirectoryLock {
     // The kernel releases the lock when the last descriptor of this opening is closed.
-    _file: File,
+    file: File,
+}
+
+impl Drop for DirectoryLock {
+    fn drop(&mut self) {
+        // A process that is being started at this moment has a copy of the descriptor until it executes its program.
+        let _ = flock(&self.file, FlockOperation::Unlock);
+    }
 }
 
 impl DirectoryLock {
@@ -40,7 +47,7 @@ impl DirectoryLock {
         // The pid is for people only: it is the kernel's lock that counts, so a stale one is harmless.
         file.set_len(0).map_err(|error| fail(&error))?;
         file.write_all(format!("{}\n", std::process::id()).as_bytes()).map_err(|error| fail(&error))?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
     }
 }
 
@@ -69,6 +76,15 @@ mod tests {
         let first = DirectoryLock::acquire(directory.path()).unwrap();
         let refused = DirectoryLock::acquire(directory.path()).unwrap_err();
         assert!(refused.to_string().contains(&format!("process {}", std::process::id())), "{refused}");
+        drop(first);
+        DirectoryLock::acquire(directory.path()).unwrap();
+    }
+
+    #[test]
+    fn a_lock_ends_with_its_holder_although_a_child_has_its_descriptor_for_a_moment() {
+        let directory = tempfile::tempdir().unwrap();
+        let first = DirectoryLock::acquire(directory.path()).unwrap();
+        let _as_in_a_child = first.file.try_clone().unwrap();
         drop(first);
         DirectoryLock::acquire(directory.path()).unwrap();
     }

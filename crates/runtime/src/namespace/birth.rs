@@ -126,7 +126,8 @@ impl Inner {
             if !live::has_ended(slot.started.pidfd.as_fd()) {
                 return Ok(slot);
             }
-            tracing::warn!(slot = slot.number, "the first process of a slot that was ready has ended; taking another");
+            let said = live::read_error(&slot.started.error);
+            tracing::warn!(slot = slot.number, said, "the first process of a ready slot has ended; taking another");
             self.factory.discard(slot);
         }
         let made = match self.ground(shape) {

@@ -151,10 +151,11 @@ impl Volumes {
             [device] if !is_reader(device) => Some(device),
             _ => return Err(DriverError::Busy),
         };
-        self.check_room()?;
         // Only ever longer: what is mounted may be larger already than its superblock on disk says. An image that is
-        // longer than its file system, after a failure, is harmless.
+        // longer than its file system, after a failure, is harmless. One that has the length already was let grow
+        // before a crash, and is not refused after it: its file system may have been told already.
         if bytes > file.metadata().map_err(on("look at the volume's image"))?.len() {
+            self.check_room()?;
             file.set_len(bytes).map_err(on("size the volume's image"))?;
         }
         match (device, may_resize()) {
