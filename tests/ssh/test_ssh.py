@@ -5,6 +5,7 @@
 
 import hashlib
 import os
+import logging
 import pathlib
 import re
 import shutil
@@ -28,6 +29,8 @@ MIB = 1 << 20
 
 def setUpModule():
     global server, directory, key, public_key, session
+    # One line for each of ten thousand refused channels says nothing more than the test does.
+    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
     server = Server()
     unittest.addModuleCleanup(server.remove)
     directory = tempfile.mkdtemp(prefix="nagaya-ssh-")
