@@ -4,8 +4,8 @@
 """
 
 import hashlib
-import os
 import logging
+import os
 import pathlib
 import re
 import shutil
