@@ -18,4 +18,4 @@ pub use leftovers::{Kind, Leftovers, leftovers};
 pub use nagaya_runtime::namespace::{instance_name, storage_root};
 pub use server::{Server, binary};
 pub use small_disk::SmallDisk;
-pub use suite::{NotRun, Outcome, Suite};
+pub use suite::{NotRun, Outcome, Suite, run_in_own_network};

@@ -6,13 +6,16 @@
 
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 
 /// No case needs this long, even on a busy machine.
 const CASE_TIMEOUT: Duration = Duration::from_secs(180);
+
+/// Set where the suite is in a network of its own already.
+const INSIDE: &str = "NAGAYA_SUITE_NAMESPACE";
 
 /// Why a case says nothing on this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +32,36 @@ pub struct Suite {
     passed: usize,
     failed: Vec<String>,
     not_run: Vec<(String, NotRun)>,
+}
+
+/// Runs a suite in a network namespace of its own, where it may have any address. Without root its cases count as not run.
+pub fn run_in_own_network<'a>(
+    title: &'static str,
+    names: impl Iterator<Item = &'a str>,
+    cases: impl AsyncFnOnce(&mut Suite),
+) -> ExitCode {
+    let mut suite = Suite::start(title);
+    if suite.list_only {
+        names.for_each(|name| println!("{name}: test"));
+        return suite.finish();
+    }
+    if !rustix::process::geteuid().is_root() {
+        names.for_each(|name| suite.skip(name, "only root can start the namespace driver"));
+        return suite.finish();
+    }
+    if std::env::var_os(INSIDE).is_none() {
+        let status = Command::new("unshare")
+            .args(["--net", "--"])
+            .arg(std::env::current_exe().unwrap())
+            .args(std::env::args_os().skip(1))
+            .env(INSIDE, "1")
+            .status()
+            .unwrap();
+        return if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(cases(&mut suite));
+    suite.finish()
 }
 
 impl Suite {

@@ -10,12 +10,10 @@ mod lists;
 mod resolving;
 mod world;
 
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
-use nagaya_testkit::Suite;
+use nagaya_testkit::run_in_own_network;
 use world::World;
-
-const INSIDE: &str = "NAGAYA_EGRESS_NAMESPACE";
 
 /// The cases of one file.
 #[macro_export]
@@ -30,36 +28,12 @@ macro_rules! cases {
 }
 
 fn main() -> ExitCode {
-    let listing = std::env::args().any(|argument| argument == "--list");
-    if !rustix::process::geteuid().is_root() || listing {
-        let mut suite = Suite::start("egress");
-        for name in [lists::NAMES, resolving::NAMES, kept::NAMES].concat() {
-            if listing {
-                println!("{name}: test");
-            } else {
-                suite.skip(name, "only root can start the namespace driver");
-            }
-        }
-        return suite.finish();
-    }
-    if std::env::var_os(INSIDE).is_none() {
-        let status = Command::new("unshare")
-            .args(["--net", "--"])
-            .arg(std::env::current_exe().unwrap())
-            .args(std::env::args_os().skip(1))
-            .env(INSIDE, "1")
-            .status()
-            .unwrap();
-        return if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-    }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
-        let mut suite = Suite::start("egress");
+    let names = [lists::NAMES, resolving::NAMES, kept::NAMES].concat();
+    run_in_own_network("egress", names.into_iter(), async |suite| {
         let mut world = World::make();
-        lists::run(&mut suite, &mut world).await;
-        resolving::run(&mut suite, &mut world).await;
-        kept::run(&mut suite, &mut world).await;
+        lists::run(suite, &mut world).await;
+        resolving::run(suite, &mut world).await;
+        kept::run(suite, &mut world).await;
         world.close();
-        suite.finish()
     })
 }

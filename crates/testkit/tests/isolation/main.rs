@@ -17,43 +17,17 @@ mod host;
 mod scenarios;
 mod world;
 
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
-use nagaya_testkit::Suite;
+use nagaya_testkit::run_in_own_network;
 use world::World;
 
-const INSIDE: &str = "NAGAYA_ISOLATION_NAMESPACE";
-
 fn main() -> ExitCode {
-    let listing = std::env::args().any(|argument| argument == "--list");
-    if !rustix::process::geteuid().is_root() || listing {
-        let mut suite = Suite::start("isolation");
-        for name in attempts::names().chain(scenarios::NAMES.iter().copied()) {
-            if listing {
-                println!("{name}: test");
-            } else {
-                suite.skip(name, "only root can start the namespace driver");
-            }
-        }
-        return suite.finish();
-    }
-    if std::env::var_os(INSIDE).is_none() {
-        let status = Command::new("unshare")
-            .args(["--net", "--"])
-            .arg(std::env::current_exe().unwrap())
-            .args(std::env::args_os().skip(1))
-            .env(INSIDE, "1")
-            .status()
-            .unwrap();
-        return if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-    }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
-        let mut suite = Suite::start("isolation");
+    let names = attempts::names().chain(scenarios::NAMES.iter().copied());
+    run_in_own_network("isolation", names, async |suite| {
         let world = World::make().await;
-        attempts::run(&mut suite, &world).await;
-        scenarios::run(&mut suite, &world).await;
+        attempts::run(suite, &world).await;
+        scenarios::run(suite, &world).await;
         world.close().await;
-        suite.finish()
     })
 }
