@@ -36,10 +36,7 @@ impl Place {
 
 pub async fn run(report: &mut Report, effort: Effort) {
     if !Path::new(SSHD).exists() || Command::new("ssh").arg("-V").output().is_err() {
-        return report.not_run(
-            PEER,
-            "OpenSSH's client and server are not both here; this installs no server, which would listen at once",
-        );
+        return report.not_run(PEER, "OpenSSH's client and server are not both installed");
     }
     let place = TempDir::new().expect("a temporary directory can be made");
     let key = place.path().join("key");

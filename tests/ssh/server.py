@@ -78,6 +78,12 @@ class Server:
         except urllib.error.HTTPError as error:
             raise Refused(json.load(error)) from None
 
+    def metrics(self):
+        """Every number of /metrics by its name and labels."""
+        with urllib.request.urlopen(f"{self.endpoint}/metrics", timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
+
     def session(self, **wishes):
         made = self.call("CreateSession", ownerType="SERVICE", ownerId="self", waitReady=True, memoryMb=512, **wishes)
         return made["session"]["id"]

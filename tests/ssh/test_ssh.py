@@ -109,6 +109,17 @@ class Commands(unittest.TestCase):
         self.assertRegex(result.stdout, r"^1 client 2 127\.0\.0\.1 \d+ ")
         server.call("TerminateSession", sessionId=other)
 
+    def test_what_passes_is_counted(self):
+        before = server.metrics()
+        for by in ("bridge", "listener"):
+            ssh("head -c 1000000 /dev/zero", by=by, text=False)
+        after = server.metrics()
+        grown = {name: after[name] - before[name] for name in after if name.startswith("nagaya_ssh_")}
+        self.assertEqual(grown["nagaya_ssh_connections_total"], 2)
+        self.assertGreater(grown['nagaya_ssh_bytes_total{direction="from_sandbox"}'], 2_000_000)
+        self.assertIn(grown['nagaya_ssh_bytes_total{direction="to_sandbox"}'], range(2_000, 200_000))
+        wait_until(lambda: server.metrics()["nagaya_ssh_connections_open"] == before["nagaya_ssh_connections_open"])
+
     def test_a_signal_is_told_as_such(self):
         client = connect()
         channel = client.get_transport().open_session()

@@ -1,19 +1,16 @@
 // SSH through the official SDK: its transport under a real OpenSSH client, and its certificates.
 
 import assert from "node:assert/strict";
-import { execFile, execFileSync } from "node:child_process";
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { createServer } from "node:net";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
-import { promisify } from "node:util";
 import { InvalidStateError, SessionNotFoundError, UnauthorizedError } from "@tenkicloud/sandbox";
 import { call } from "./lib/connect.mjs";
 import { SMALL, client, rejection } from "./lib/helpers.mjs";
 import { sharedServer } from "./lib/server.mjs";
+import { makeKey, relay, ssh } from "./lib/ssh.mjs";
 
-const run = promisify(execFile);
 const UNKNOWN = "0190a8f0-0000-7000-8000-000000000000";
 
 let server;
@@ -28,8 +25,7 @@ before(async () => {
   session = await tenki.create(SMALL);
   directory = mkdtempSync(join(tmpdir(), "nagaya-ssh-"));
   key = join(directory, "id");
-  execFileSync("ssh-keygen", ["-t", "ed25519", "-N", "", "-q", "-f", key]);
-  publicKey = readFileSync(`${key}.pub`, "utf8");
+  publicKey = makeKey(key);
 });
 after(async () => {
   await session.close();
@@ -37,33 +33,6 @@ after(async () => {
   rmSync(directory, { recursive: true });
   await server.remove();
 });
-
-/** A port of this machine behind which every connection is one of the SDK's. */
-async function relay(open) {
-  const listener = createServer(async (socket) => {
-    socket.on("error", () => {});
-    const ssh = await open();
-    socket.on("data", (chunk) => ssh.write(chunk).catch(() => socket.destroy()));
-    socket.on("close", () => ssh.close());
-    for (;;) {
-      const chunk = await ssh.read();
-      if (chunk === null) break;
-      socket.write(chunk);
-    }
-    socket.end();
-  });
-  await new Promise((resolve) => listener.listen(0, "127.0.0.1", resolve));
-  return listener;
-}
-
-async function ssh(listener, knownHosts, ...command) {
-  const options = ["BatchMode=yes", "StrictHostKeyChecking=yes", `UserKnownHostsFile=${knownHosts}`, "IdentitiesOnly=yes"];
-  const { stdout } = await run("ssh", [
-    "-F", "none", ...options.flatMap((option) => ["-o", option]), "-i", key, "-p", String(listener.address().port),
-    "tenki@127.0.0.1", ...command,
-  ], { maxBuffer: 16 << 20 });
-  return stdout;
-}
 
 describe("certificates", () => {
   test("one opens its session over the SDK's transport, and pins the host", async () => {
@@ -81,8 +50,8 @@ describe("certificates", () => {
     for (const open of [() => session.ssh(), () => tenki.ssh(session.id)]) {
       const listener = await relay(open);
       try {
-        assert.equal(await ssh(listener, knownHosts, "id -un"), "tenki\n");
-        assert.equal((await ssh(listener, knownHosts, "head -c 1000000 /dev/zero | base64 -w0")).length, 1_333_336);
+        assert.equal(await ssh(listener, key, knownHosts, "id -un"), "tenki\n");
+        assert.equal((await ssh(listener, key, knownHosts, "head -c 1000000 /dev/zero | base64 -w0")).length, 1_333_336);
       } finally {
         listener.close();
       }

@@ -33,23 +33,15 @@ after(async () => {
 
 test("the ready line names https", { skip: missing }, () => assert.match(server.endpoint, /^https:\/\/127\.0\.0\.1:\d+$/));
 
-test("the SDK works on both planes when it trusts the authority", { skip: missing }, async () => {
-  // The SDK's data plane takes its authorities from the environment of the process only.
-  const program = `
-    import { TenkiSandbox, stdoutText } from "@tenkicloud/sandbox";
-    const tenki = new TenkiSandbox({ rootCertificates: process.env.AUTHORITY });
-    const session = await tenki.create({ cpuCores: 1, memoryMb: 128 });
-    await session.writeFile("over-tls", "content");
-    console.log(stdoutText(await session.exec("cat", { args: ["over-tls"] })));
-    await session.close();
-    process.exit(0);
-  `;
+/** Runs a program beside this file. The SDK's data plane takes its authorities from the environment of a process only. */
+async function run(program) {
   const child = spawn(process.execPath, ["--input-type=module", "--eval", program], {
     cwd: import.meta.dirname,
     stdio: ["ignore", "pipe", "inherit"],
     env: {
       ...process.env,
       AUTHORITY: readFileSync(authority, "utf8"),
+      DIRECTORY: directory,
       NODE_EXTRA_CA_CERTS: authority,
       TENKI_API_ENDPOINT: server.endpoint,
       TENKI_API_KEY: server.apiKey,
@@ -58,7 +50,40 @@ test("the SDK works on both planes when it trusts the authority", { skip: missin
   let output = "";
   child.stdout.setEncoding("utf8").on("data", (text) => (output += text));
   const [code] = await once(child, "exit");
-  assert.deepEqual([code, output], [0, "content\n"]);
+  return [code, output];
+}
+
+test("the SDK works on both planes when it trusts the authority", { skip: missing }, async () => {
+  const ended = await run(`
+    import { TenkiSandbox, stdoutText } from "@tenkicloud/sandbox";
+    const tenki = new TenkiSandbox({ rootCertificates: process.env.AUTHORITY });
+    const session = await tenki.create({ cpuCores: 1, memoryMb: 128 });
+    await session.writeFile("over-tls", "content");
+    console.log(stdoutText(await session.exec("cat", { args: ["over-tls"] })));
+    await session.close();
+    process.exit(0);
+  `);
+  assert.deepEqual(ended, [0, "content\n"]);
+});
+
+test("SSH goes through the bridge in TLS", { skip: missing }, async () => {
+  const ended = await run(`
+    import { writeFileSync } from "node:fs";
+    import { TenkiSandbox } from "@tenkicloud/sandbox";
+    import { makeKey, relay, ssh } from "./lib/ssh.mjs";
+    const tenki = new TenkiSandbox({ rootCertificates: process.env.AUTHORITY });
+    const session = await tenki.create({ cpuCores: 1, memoryMb: 128 });
+    const [key, knownHosts] = [process.env.DIRECTORY + "/id", process.env.DIRECTORY + "/known_hosts"];
+    const certificate = await tenki.issueSandboxSSHCert(session.id, makeKey(key), { ttlMs: 600_000 });
+    writeFileSync(key + "-cert.pub", certificate.sshCert + "\\n");
+    writeFileSync(knownHosts, "@cert-authority * " + certificate.caPub + "\\n");
+    const listener = await relay(() => session.ssh());
+    console.log((await ssh(listener, key, knownHosts, "id -un")).trim());
+    console.log((await ssh(listener, key, knownHosts, "head -c 1000000 /dev/zero | base64 -w0")).length);
+    await session.close();
+    process.exit(0);
+  `);
+  assert.deepEqual(ended, [0, "tenki\n1333336\n"]);
 });
 
 test("HTTP/2 is agreed upon by ALPN, HTTP/1.1 too, and clear text gets no answer of the API", { skip: missing }, async () => {

@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+/// By these words clients know a failure of git.
+const GIT_WORDS: &str = "failed (exit_code=";
+
 /// The status codes that gRPC and Connect share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Status {
@@ -57,7 +60,7 @@ impl Status {
                 "build in progress",
                 "build already in progress",
                 "terminated",
-                "failed (exit_code=",
+                GIT_WORDS,
                 "sync_pending",
                 "sync pending",
                 "volume is attached",
@@ -142,6 +145,19 @@ impl Code {
         }
     }
 
+    /// Words in a text that may lead clients away from this code.
+    fn misleading_words(self) -> &'static [&'static str] {
+        let searched = self.status().searched_words();
+        match self {
+            // What is searched after git's own words is found too late, so that what git says of SSH can be told.
+            Self::GitFailed => {
+                let own = searched.iter().position(|word| *word == GIT_WORDS);
+                &searched[..own.unwrap_or(searched.len())]
+            }
+            _ => searched,
+        }
+    }
+
     /// The code at the end of a text made by [`Error::wire_text`].
     pub fn in_wire_text(text: &str) -> Option<Code> {
         let (_, name) = text.strip_suffix(']')?.rsplit_once(" [")?;
@@ -196,6 +212,7 @@ codes! {
     SlugTaken => "slug_taken", AlreadyExists, "slug already in use", "Choose another slug; slugs are unique on a server.";
     FileExists => "file_exists", AlreadyExists, "file exists", "Choose another path, or remove what is there.";
     FileSystem => "file_system", FailedPrecondition, "the file system refused", "The message names the operating system's reason.";
+    GitFailed => "git_failed", FailedPrecondition, "git operation failed (exit_code=unknown)", "The message has what git said; check the repository, the reference and the access token.";
     PermissionDenied => "permission_denied", PermissionDenied, "permission denied", "The sandbox's kernel refused; read-only places cannot be written.";
     DiskFull => "disk_full", ResourceExhausted, "no space left on the sandbox's disk", "Remove files, or create a session with a larger disk.";
     QuotaExceeded => "quota_exceeded", ResourceExhausted, "workspace quota reached", "Terminate sessions that are no longer needed, or ask the operator for a higher limit.";
@@ -246,7 +263,7 @@ impl Error {
         // Judged together with the text, because a word may begin in one and end in the other.
         let with_detail = self.to_string();
         let misleads = |word: &&str| !contains(text, word) && contains(&with_detail, word);
-        let told = match self.code.status().searched_words().iter().any(misleads) {
+        let told = match self.code.misleading_words().iter().any(misleads) {
             true => text,
             false => &with_detail,
         };
@@ -266,6 +283,10 @@ impl From<Code> for Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Clients read the exit status and what git said out of a text of one shape, which the detail has already.
+        if self.code == Code::GitFailed && self.detail.starts_with("git ") && self.detail.contains(GIT_WORDS) {
+            return f.write_str(&self.detail);
+        }
         f.write_str(self.code.text())?;
         if !self.detail.is_empty() {
             write!(f, ": {}", self.detail)?;

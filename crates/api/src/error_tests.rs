@@ -107,6 +107,7 @@ fn intended(code: Code) -> Option<&'static str> {
         | Code::DirectoryNotEmpty
         | Code::BindFailed
         | Code::FileSystem => "InvalidState",
+        Code::GitFailed => "GitOperationFailed",
         Code::InboundDisabled => "InboundDisabled",
         Code::SshUnavailable | Code::SshGatewayUnavailable => "SSHUnavailable",
         Code::SnapshotNotDurable => "SnapshotNotDurable",
@@ -178,8 +179,7 @@ fn every_code_is_reported_as_intended_by_both_clients() {
 fn every_error_that_clients_match_by_text_can_be_caused() {
     let reachable: BTreeSet<_> = Code::ALL.iter().filter_map(|code| intended(*code)).collect();
     for (_, class) in [GO_NOT_FOUND, TYPESCRIPT_NOT_FOUND, RESOURCE_EXHAUSTED, FAILED_PRECONDITION].concat() {
-        // A failed git command needs its exit status and output in the text; nothing runs git yet.
-        assert!(reachable.contains(class) || class == "GitOperationFailed", "{class}");
+        assert!(reachable.contains(class), "{class}");
     }
 }
 
@@ -236,6 +236,19 @@ fn harmless_details_reach_the_client() {
     // A word may be repeated where the text has it already, and where it is not searched for.
     let limit = Error::new(Code::CapacityUnavailable, "sessions_max, the capacity, is 4");
     assert!(limit.wire_text().contains("sessions_max, the capacity, is 4"));
+}
+
+#[test]
+fn what_git_said_is_told_in_the_shape_that_clients_read() {
+    let shape = "git clone failed (exit_code=128); check the repository, ref and access token:";
+    let told = |stderr: &str| Error::new(Code::GitFailed, format!("{shape} {stderr}")).wire_text();
+    let refused = "ssh: connect to host: the volume is in use";
+    assert_eq!(told(refused), format!("{shape} {refused} [git_failed]"));
+    // Clients would take it for the end of the session.
+    assert_eq!(told("Terminated"), "git operation failed (exit_code=unknown) [git_failed]");
+    for stderr in [refused, "Terminated", "build in progress", "fatal: repository not found"] {
+        assert_reported_as_intended(&Error::new(Code::GitFailed, format!("{shape} {stderr}")));
+    }
 }
 
 #[test]

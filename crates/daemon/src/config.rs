@@ -85,9 +85,10 @@ pub struct Limits {
     /// How long the body of a refused request is read and thrown away, so that its sender gets
     /// to see the answer. Default 10,000.
     pub refused_body_drain_ms: u64,
-    /// A silent HTTP/2 connection is pinged this often, and the client of a host-port tunnel. Default 30,000.
+    /// A silent HTTP/2 connection is pinged this often, and the client of a host-port tunnel; after this long the kernel
+    /// asks for the peer of any silent connection (TCP keepalive, in whole seconds). Default 30,000.
     pub keep_alive_interval_ms: u64,
-    /// How long a peer may take to answer that ping before it counts as gone. Default 20,000.
+    /// How long a peer may take to answer that before it counts as gone. Default 20,000.
     pub keep_alive_timeout_ms: u64,
     /// What an HTTP/2 peer may send ahead on one stream, bytes. Default 4 MiB.
     pub stream_window_bytes: u32,

@@ -58,12 +58,6 @@ impl Daemon {
             };
             counted.session_counts().into_iter().map(level).collect()
         });
-        let stopping = engine.clone();
-        let metrics = Arc::new(Metrics::new(Sources {
-            sessions: Some(sessions),
-            pools: hooks.pools,
-            source_stops_us: Some(Box::new(move || stopping.take_source_stops())),
-        }));
         let lifecycle = Lifecycle::new();
         let downloads = Arc::new(Downloads::new(engine.clone(), Arc::clone(&lifecycle), &config.limits));
         let ssh = SshServer::start(engine.clone(), ssh_limits(&config.ssh)).await.map_err(ListenError::Ssh)?;
@@ -74,6 +68,16 @@ impl Daemon {
         if let Some(address) = ssh_address {
             tracing::info!(%address, host_key = ssh.host_key_fingerprint(), "speaking SSH");
         }
+        let previews =
+            Proxy::start(Arc::new(engine.clone()), config.preview_domain.as_deref(), proxy_settings(&config.previews));
+        let stopping = engine.clone();
+        let metrics = Arc::new(Metrics::new(Sources {
+            sessions: Some(sessions),
+            pools: hooks.pools,
+            source_stops_us: Some(Box::new(move || stopping.take_source_stops())),
+            previews: Some(Arc::clone(&previews)),
+            ssh: Some(Arc::clone(ssh.traffic())),
+        }));
         let tenki = tenki::Facade::new(tenki::Parts {
             engine: engine.clone(),
             engine_config: config.engine.clone(),
@@ -85,8 +89,6 @@ impl Daemon {
             ssh: ssh.clone(),
             ssh_address,
         });
-        let previews =
-            Proxy::start(Arc::new(engine.clone()), config.preview_domain.as_deref(), proxy_settings(&config.previews));
         let routes = Routes {
             tenki,
             downloads,

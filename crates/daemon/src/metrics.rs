@@ -4,9 +4,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nagaya_gateway::Traffic;
+use nagaya_gateway::preview::Proxy;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
-use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::Histogram;
@@ -30,6 +32,8 @@ pub(crate) struct Sources {
     pub(crate) pools: Option<Levels>,
     /// How long snapshots stopped their sources since it was asked last, microseconds.
     pub(crate) source_stops_us: Option<Box<dyn Fn() -> Vec<u64> + Send + Sync>>,
+    pub(crate) previews: Option<Arc<Proxy>>,
+    pub(crate) ssh: Option<Arc<Traffic>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -109,6 +113,14 @@ impl Metrics {
                 registry.register_collector(Box::new(LevelCollector { name, label, help, levels }));
             }
         }
+        if let Some(previews) = sources.previews {
+            let traffic = Arc::clone(previews.traffic());
+            registry.register_collector(Box::new(TrafficCollector { of: "preview", whom: "services", traffic }));
+            registry.register_collector(Box::new(AnswersCollector(previews)));
+        }
+        if let Some(traffic) = sources.ssh {
+            registry.register_collector(Box::new(TrafficCollector { of: "ssh", whom: "clients of SSH", traffic }));
+        }
         Self { registry, ..metrics }
     }
 
@@ -165,6 +177,55 @@ impl Collector for LevelCollector {
         for Level { name, value } in (self.levels)() {
             let labels = [(self.label, name)];
             ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// What passes to and from sandboxes in one way.
+#[derive(Debug)]
+struct TrafficCollector {
+    of: &'static str,
+    whom: &'static str,
+    traffic: Arc<Traffic>,
+}
+
+impl Collector for TrafficCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let Self { of, whom, traffic } = self;
+        let open = ConstGauge::new(i64::try_from(traffic.connections_open()).unwrap_or(i64::MAX));
+        let help = format!("Connections with {whom} open now");
+        open.encode(encoder.encode_descriptor(&format!("{of}_connections_open"), &help, None, open.metric_type())?)?;
+        let help = format!("Connections with {whom} that were opened");
+        let opened = ConstCounter::new(traffic.connections());
+        opened.encode(encoder.encode_descriptor(&format!("{of}_connections"), &help, None, opened.metric_type())?)?;
+        let (name, help) = (format!("{of}_bytes"), format!("Bytes on connections with {whom}, by where they go"));
+        let mut family = encoder.encode_descriptor(&name, &help, None, opened.metric_type())?;
+        for (direction, bytes) in
+            [("to_sandbox", traffic.bytes_to_sandboxes()), ("from_sandbox", traffic.bytes_from_sandboxes())]
+        {
+            ConstCounter::new(bytes).encode(family.encode_family(&[("direction", direction)])?)?;
+        }
+        Ok(())
+    }
+}
+
+struct AnswersCollector(Arc<Proxy>);
+
+impl fmt::Debug for AnswersCollector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("AnswersCollector").field(self.0.answers()).finish()
+    }
+}
+
+impl Collector for AnswersCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let answers = self.0.answers();
+        let counter = ConstCounter::new(0u64);
+        let help = "Requests to previews that were answered, by whom";
+        let mut family = encoder.encode_descriptor("preview_requests", help, None, counter.metric_type())?;
+        for (by, count) in [("service", answers.of_services()), ("server", answers.of_its_own())] {
+            ConstCounter::new(count).encode(family.encode_family(&[("answered_by", by)])?)?;
         }
         Ok(())
     }

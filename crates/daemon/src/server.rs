@@ -17,6 +17,7 @@ use std::time::Duration;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use nagaya_gateway::preview::{Arrival, Viewer};
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -37,6 +38,10 @@ const FLUSH_TIME: Duration = Duration::from_secs(1);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Bytes of answers one stream may hold back for a slow reader.
 const SEND_BUFFER_BYTES: usize = 1024 * 1024;
+/// How often a peer's machine is asked whether it is there, within `keep_alive_timeout_ms`.
+const KEEP_ALIVE_PROBES: u32 = 4;
+/// The kernel takes no longer times. Seconds.
+const KEEP_ALIVE_S_MAX: u64 = 32_767;
 /// Largest HTTP/2 frame accepted; a large one costs a peer and us less per byte.
 const FRAME_BYTES_MAX: u32 = 256 * 1024;
 
@@ -168,6 +173,9 @@ async fn serve(stream: TcpStream, peer: Peer, open: Open, shared: Arc<Shared>) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "failed to set TCP_NODELAY");
     }
+    if let Err(error) = keep_alive(&stream, &shared.limits) {
+        tracing::debug!(%error, "failed to have the kernel watch a connection");
+    }
     let viewer = |secure| Viewer {
         secure: (secure || shared.secure_outside) && peer.label.is_none(),
         label: peer.label.clone(),
@@ -185,6 +193,16 @@ async fn serve(stream: TcpStream, peer: Peer, open: Open, shared: Arc<Shared>) {
         }
         _ => serve_http(stream, Origin::HTTP, viewer(false), &shared).await,
     }
+}
+
+/// Has the kernel end a connection whose other end is gone without a word. On HTTP/1.1, and on what is spoken after it,
+/// nobody else would notice, and what is open keeps its session in use.
+fn keep_alive(stream: &TcpStream, limits: &Limits) -> io::Result<()> {
+    let seconds = |milliseconds: u64| Duration::from_secs(milliseconds.div_ceil(1000).clamp(1, KEEP_ALIVE_S_MAX));
+    sockopt::set_tcp_keepidle(stream, seconds(limits.keep_alive_interval_ms))?;
+    sockopt::set_tcp_keepintvl(stream, seconds(limits.keep_alive_timeout_ms / u64::from(KEEP_ALIVE_PROBES)))?;
+    sockopt::set_tcp_keepcnt(stream, KEEP_ALIVE_PROBES)?;
+    Ok(sockopt::set_socket_keepalive(stream, true)?)
 }
 
 async fn serve_http<T>(stream: T, origin: Origin, viewer: Viewer, shared: &Arc<Shared>)

@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::calls::{NewExecution, NewMount, SessionUpdate};
 use crate::deadlines::Sleeper;
+use crate::events::{Fact, MAX_DURATION_REACHED, Origin, PAUSE_RETENTION_EXPIRED};
 use crate::executions::{Executions, Started};
 use crate::inner::Inner;
 use crate::live::{Activity, Exit, Live, Slot};
@@ -123,6 +124,8 @@ pub(crate) struct Actor {
     unrecorded: Vec<Change>,
     /// When activity and what is unrecorded is written down, if there is any.
     flush_at: Option<UnixMs>,
+    /// When a refused request was last recorded.
+    refused_at: Option<UnixMs>,
     /// Callers who want to hear that the session has ended.
     waiting: Vec<Reply<Session>>,
     attempted: Option<oneshot::Sender<()>>,
@@ -181,6 +184,7 @@ impl Inner {
             exit: Default::default(),
             memory_low: Default::default(),
             activity: Activity::new(session.last_activity_at),
+            recorded: Default::default(),
         });
         self.registry.insert(live.clone());
         let actor = Actor {
@@ -203,6 +207,7 @@ impl Inner {
             retry_at: None,
             unrecorded: Vec::new(),
             flush_at: None,
+            refused_at: None,
             waiting: Vec::new(),
             attempted: None,
             adoption: self.backoff(),
@@ -229,7 +234,11 @@ impl Actor {
     async fn begin_life(&mut self, birth: Birth) -> Option<Flow> {
         match birth {
             Birth::New { source, reply } => {
-                if let Err(error) = self.commit(self.session.clone(), Vec::new()).await {
+                let origin = match self.session.source_snapshot_id {
+                    Some(snapshot_id) => Origin::Snapshot { snapshot_id },
+                    None => Origin::Fresh,
+                };
+                if let Err(error) = self.commit_with(self.session.clone(), vec![Fact::Created(origin)]).await {
                     self.forget();
                     let _ = reply.send(Err(error));
                     return None;
@@ -343,11 +352,11 @@ impl Actor {
         let is_due = |at: Option<UnixMs>| at.is_some_and(|at| at <= now);
         let state = self.state();
         if is_due(self.session.timeout_at) && accept(state, Request::Expire) == Verdict::Do {
-            return Flow::End("maximum duration reached".to_owned());
+            return Flow::End(MAX_DURATION_REACHED.to_owned());
         }
         let expires_at = self.session.pause.as_ref().and_then(|pause| pause.expires_at);
         if is_due(expires_at) && accept(state, Request::Retire) == Verdict::Do {
-            return Flow::End("pause retention expired".to_owned());
+            return Flow::End(PAUSE_RETENTION_EXPIRED.to_owned());
         }
         if self.work.is_none() && self.retry_at.is_none_or(|at| at <= now) {
             self.retry_at = None;
@@ -431,6 +440,16 @@ impl Actor {
         }
     }
 
+    /// Commits the record with what happened, then publishes it.
+    async fn commit_with(&mut self, session: Session, facts: Vec<Fact>) -> Result<(), Error> {
+        let events = facts.into_iter().map(|fact| self.event(fact)).collect();
+        self.commit(session, events).await
+    }
+
+    fn event(&self, fact: Fact) -> Change {
+        self.engine.event(self.session.id, fact)
+    }
+
     /// Commits the record and what belongs to it, then publishes it.
     async fn commit(&mut self, mut session: Session, mut others: Vec<Change>) -> Result<(), Error> {
         // Cleared first: activity from here on is newer than what is written.
@@ -439,6 +458,7 @@ impl Actor {
         session.last_activity_at = session.last_activity_at.max(last);
         others.push(Change::Session(session.clone()));
         others.extend(self.unrecorded.iter().cloned());
+        let tells = others.iter().any(|change| matches!(change, Change::Event { .. }));
         if let Err(error) = self.engine.write(others).await {
             if unsaved {
                 self.live.activity.unsaved.store(true, Ordering::Release);
@@ -448,6 +468,9 @@ impl Actor {
         self.unrecorded.clear();
         self.session = session;
         self.publish();
+        if tells {
+            self.live.tell_recorded();
+        }
         Ok(())
     }
 

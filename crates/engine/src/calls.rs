@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use nagaya_api::ids::{PreviewId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 
+use crate::events::CommandLog;
 use crate::live::Live;
 use crate::model::{Binding, Egress, Preview, SessionState, UnixMs};
 use crate::ports::{Clock, Guest};
@@ -274,6 +275,8 @@ pub struct OpenSession {
     pub guest: Arc<dyn Guest>,
     /// The session's environment, to be laid under the command's own.
     pub env: BTreeMap<String, String>,
+    /// Where commands that are started here get their ids, and their abnormal ends are recorded.
+    pub commands: CommandLog,
     pub(crate) _activity: Option<InUse>,
 }
 

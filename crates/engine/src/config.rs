@@ -50,6 +50,8 @@ pub struct EngineConfig {
     pub volumes_per_session_max: u32,
     /// Executions remembered per live session; a new one pushes out the oldest finished one.
     pub executions_per_session_max: u32,
+    /// Events kept per session; a new one pushes out the oldest.
+    pub events_per_session_max: u32,
     /// How long activity may stay in memory before it is written to the store.
     pub activity_flush_ms: u64,
     /// Pause before a failed step is tried again; doubles up to `retry_max_ms`.
@@ -83,6 +85,7 @@ impl Default for EngineConfig {
             forks_max: 100,
             volumes_per_session_max: 16,
             executions_per_session_max: 100,
+            events_per_session_max: 1_000,
             activity_flush_ms: 30_000,
             retry_first_ms: 100,
             retry_max_ms: 30_000,

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 
 use crate::actor::{Birth, Job, Source};
 use crate::calls::{Fork, NewSession};
+use crate::events::{Fact, Origin};
 use crate::inner::Inner;
 use crate::live::Live;
 use crate::model::{Session, SessionState, Snapshot, SnapshotKind, SnapshotState};
@@ -179,10 +180,16 @@ impl Inner {
             self.discard_images(images);
             return Err(Code::Draining.into());
         }
-        if let Err(error) = self.write(forks.iter().cloned().map(Change::Session).collect()).await {
+        let mut changes = vec![self.event(live.id, Fact::Forked { sessions: fork.count })];
+        for session in &forks {
+            changes.push(Change::Session(session.clone()));
+            changes.push(self.event(session.id, Fact::Created(Origin::Fork { session_id: live.id })));
+        }
+        if let Err(error) = self.write(changes).await {
             self.discard_images(images);
             return Err(error);
         }
+        live.tell_recorded();
         for sender in recorded {
             // A task that is gone was stopped with the engine; its record is there.
             let _ = sender.send(());

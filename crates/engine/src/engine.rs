@@ -15,6 +15,7 @@ use crate::actor::{Job, Message, store_error};
 use crate::calls::{Certificate, InUse, ListSessions, NewExecution, OpenSession, SessionUpdate, Usage};
 use crate::config::EngineConfig;
 use crate::deadlines::Deadlines;
+use crate::events::CommandLog;
 use crate::executions::guest_error;
 use crate::inner::{Found, Inner, certificate_key};
 use crate::model::{ApiKey, Execution, ExecutionStatus, Session, SessionState, UnixMs, Workspace, WorkspaceSettings};
@@ -312,13 +313,14 @@ impl Engine {
             let ended = session.is_some();
             return Err(if ended { Code::SessionTerminated } else { Code::SessionNotFound }.into());
         };
-        let env = {
+        let (env, memory_mb) = {
             let session = live.published.borrow();
             check(session.state, Request::Use)?;
-            session.env.clone()
+            (session.env.clone(), session.machine.memory_mb)
         };
         let guest = live.guest().ok_or(Code::GuestUnreachable)?;
-        Ok(OpenSession { guest, env, _activity: None })
+        let commands = CommandLog { engine: self.0.clone(), session_id: id, memory_mb };
+        Ok(OpenSession { guest, env, commands, _activity: None })
     }
 
     /// Starts a command that belongs to the session. With `wait` it returns when the command has

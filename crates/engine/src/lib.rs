@@ -15,7 +15,9 @@ mod creation;
 mod deadlines;
 mod egress;
 mod engine;
+pub mod events;
 mod executions;
+mod explain;
 #[cfg(feature = "fake")]
 pub mod fake;
 mod inner;
@@ -43,4 +45,5 @@ pub use calls::{
 };
 pub use config::{EngineConfig, WakeOnVisit};
 pub use engine::Engine;
+pub use explain::{Finding, FindingCode};
 pub use ssh::Visit;

@@ -29,6 +29,8 @@ pub(crate) struct Live {
     /// It is paused, and its memory is wanted back.
     pub(crate) memory_low: AtomicBool,
     pub(crate) activity: Activity,
+    /// Changes whenever events of the session were committed.
+    pub(crate) recorded: watch::Sender<u64>,
 }
 
 /// How a sandbox ended by itself.
@@ -90,6 +92,10 @@ impl Live {
 
     pub(crate) fn take_exit(&self) -> Option<Exit> {
         self.exit.lock().expect("no holder of this lock panics").take()
+    }
+
+    pub(crate) fn tell_recorded(&self) {
+        self.recorded.send_modify(|times| *times = times.wrapping_add(1));
     }
 
     pub(crate) fn touch(&self, now: UnixMs) {

@@ -16,6 +16,7 @@ use nagaya_api::ids::{ExecutionId, ImageId, PreviewId, SessionId, SnapshotId, Vo
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::events::Event;
 use crate::model::{
     ApiKey, Connection, Egress, Execution, Guarantees, Machine, Preview, PreviewKind, Session, SessionState, Snapshot,
     UnixMs, Volume, Workspace,
@@ -51,6 +52,11 @@ pub enum Change {
     ForgetVolume(VolumeId),
     Preview(Preview),
     ForgetPreview(PreviewId),
+    /// Appended to its session's events, of which the last `events_max` are kept.
+    Event {
+        event: Event,
+        events_max: u32,
+    },
     /// A named secret or setting of the server.
     Setting {
         name: String,
@@ -138,6 +144,8 @@ pub trait Store: Send + Sync + 'static {
     async fn previews(&self, query: PreviewQuery) -> Result<Vec<Preview>, StoreError>;
     /// Every preview of every workspace.
     async fn all_previews(&self) -> Result<Vec<Preview>, StoreError>;
+    /// Up to `limit` events of a session with greater sequences than `after`, in their order.
+    async fn events(&self, session_id: SessionId, after: u64, limit: u32) -> Result<Vec<Event>, StoreError>;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -198,6 +206,31 @@ pub struct Mount {
     /// Absolute and normal, as the sandbox sees it. Made (for `tenki`) when it is missing.
     pub path: String,
     pub readonly: bool,
+}
+
+/// What a running sandbox uses, of what it may.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Without what the kernel takes back when it needs it, such as cached files.
+    pub memory_bytes: u64,
+    pub memory_limit_bytes: u64,
+    /// Processes killed because the limit was reached, since it was started.
+    pub memory_kills: u64,
+    /// Processor time that all threads together had, and for which they had to wait, during a short window, and that
+    /// window; microseconds.
+    pub cpu_used_us: u64,
+    pub cpu_waited_us: u64,
+    pub cpu_window_us: u64,
+    /// Spans of time in which it used processors, those of them in which it was halted for having used up its share,
+    /// and for how long, microseconds; all since it was started.
+    pub cpu_spans: u64,
+    pub cpu_spans_throttled: u64,
+    pub cpu_throttled_us: u64,
+    /// Processes and threads.
+    pub processes: u64,
+    pub processes_max: u64,
+    pub disk_used_bytes: u64,
+    pub disk_size_bytes: u64,
 }
 
 /// A technology that runs sandboxes. Every call may be repeated after a crash between any two of
@@ -268,6 +301,9 @@ pub trait Driver: Send + Sync + 'static {
     async fn set_egress(&self, id: SessionId, egress: Option<&Egress>) -> Result<(), DriverError>;
     /// The last connections of a running or frozen sandbox to the outside, oldest first.
     async fn connections(&self, id: SessionId) -> Result<Vec<Connection>, DriverError>;
+
+    /// What a running sandbox uses now; takes some tenths of a second. `Gone` when it has no processes.
+    async fn load(&self, id: SessionId) -> Result<Load, DriverError>;
 
     /// Events of sandboxes that this process created or adopted. May be called once.
     fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent>;
@@ -411,6 +447,8 @@ pub struct ExitStatus {
     /// `out_of_memory`, or `session_terminated:<cause>` when the sandbox ended first.
     pub reason: String,
     pub errno: i32,
+    /// Of a command that failed: processes of the sandbox that were killed for want of memory while it ran.
+    pub memory_kills: u64,
 }
 
 /// A running command that belongs to its holder: dropping `events` sends TERM to its process

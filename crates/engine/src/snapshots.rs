@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use crate::actor::{Job, Reply, store_error};
 use crate::calls::{ListSnapshots, NewSnapshot, SnapshotUpdate};
 use crate::deadlines::Sleeper;
+use crate::events::Fact;
 use crate::inner::{Inner, spawn_running};
 use crate::live::Live;
 use crate::model::{Durability, Session, Snapshot, SnapshotKind, SnapshotState};
@@ -145,6 +146,18 @@ fn in_use(detail: &str) -> Error {
     Error::new(Code::SnapshotInUse, detail)
 }
 
+/// What its session is to remember of a change of a snapshot.
+fn outcome(before: SnapshotState, snapshot: &Snapshot) -> Option<Fact> {
+    let snapshot_id = snapshot.id;
+    match (before, snapshot.state) {
+        (SnapshotState::Creating, SnapshotState::Ready) => Some(Fact::SnapshotCreated { snapshot_id }),
+        (SnapshotState::Creating, SnapshotState::Failed) => {
+            Some(Fact::SnapshotFailed { snapshot_id, cause: snapshot.failure_reason.clone() })
+        }
+        _ => None,
+    }
+}
+
 pub(crate) fn not_ready(snapshot: &Snapshot) -> Error {
     let detail = match (snapshot.kind, snapshot.state) {
         (SnapshotKind::Pause, _) => "the disk of a paused session is not kept as blobs".to_owned(),
@@ -209,8 +222,11 @@ impl Inner {
         let mut snapshot = snapshot
             .filter(|of| of.state != SnapshotState::Deleting)
             .ok_or_else(|| Error::from(Code::SnapshotNotFound))?;
+        let before = snapshot.state;
         change(&mut snapshot)?;
-        self.write(vec![Change::Snapshot(snapshot.clone())]).await?;
+        let told = outcome(before, &snapshot).map(|fact| self.event(snapshot.session_id, fact));
+        self.write([Change::Snapshot(snapshot.clone())].into_iter().chain(told).collect()).await?;
+        self.tell_recorded(snapshot.session_id);
         Ok(snapshot)
     }
 

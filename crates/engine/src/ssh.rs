@@ -6,6 +6,7 @@ use tokio::sync::watch;
 
 use crate::actor::store_error;
 use crate::calls::OpenSession;
+use crate::events::CommandLog;
 use crate::inner::lasting_secret;
 use crate::model::{Session, SessionState};
 use crate::session::Request;
@@ -74,9 +75,10 @@ impl Engine {
         };
         let (in_use, guest) = inner.reach(&live).await?;
         let session = live.published.borrow().clone();
+        let commands = CommandLog { engine: self.0.clone(), session_id: id, memory_mb: session.machine.memory_mb };
         Ok(Visit {
             session_id: id,
-            open: OpenSession { guest, env: session.env, _activity: Some(in_use) },
+            open: OpenSession { guest, env: session.env, commands, _activity: Some(in_use) },
             ssh_authorized_keys: session.ssh_authorized_keys,
             published: live.published.clone(),
         })

@@ -2,3 +2,6 @@
 
 pub mod preview;
 pub mod ssh;
+mod traffic;
+
+pub use traffic::Traffic;

@@ -23,6 +23,7 @@ use std::future::Future;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -44,6 +45,8 @@ use pool::{Lease, Services};
 pub use token::PARAMETER as VIEWER_TOKEN_PARAMETER;
 use token::Shown;
 use upgrade::Upgrade;
+
+use crate::traffic::Traffic;
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
@@ -109,7 +112,27 @@ pub struct Proxy {
     domain: Option<String>,
     settings: Settings,
     services: Arc<Services>,
+    answers: Answers,
     stopping: watch::Sender<bool>,
+}
+
+/// How many requests were answered, by whom.
+#[derive(Debug, Default)]
+pub struct Answers {
+    service: AtomicU64,
+    own: AtomicU64,
+}
+
+impl Answers {
+    /// By services in sandboxes.
+    pub fn of_services(&self) -> u64 {
+        self.service.load(Ordering::Relaxed)
+    }
+
+    /// By the proxy itself: refusals, and what a browser is told to do about its token.
+    pub fn of_its_own(&self) -> u64 {
+        self.own.load(Ordering::Relaxed)
+    }
 }
 
 impl Proxy {
@@ -120,8 +143,18 @@ impl Proxy {
             domain: domain.map(str::to_ascii_lowercase),
             services: Services::start(settings.idle_timeout),
             settings,
+            answers: Answers::default(),
             stopping: watch::Sender::new(false),
         })
+    }
+
+    /// What passes between the proxy and services.
+    pub fn traffic(&self) -> &Arc<Traffic> {
+        self.services.traffic()
+    }
+
+    pub fn answers(&self) -> &Answers {
+        &self.answers
     }
 
     /// Ends what has no end of its own: tunnels and streams of events.
@@ -152,6 +185,7 @@ impl Proxy {
         match self.relay(&mut parts, &mut body, asker, viewer).await {
             Ok(response) => response,
             Err(error) => {
+                self.answers.own.fetch_add(1, Ordering::Relaxed);
                 tracing::debug!(%error, "a request to a preview was refused");
                 // Who asks first whether to send a body does not send it now.
                 if let (Some(body), false) = (body, expects_continue) {
@@ -180,6 +214,7 @@ impl Proxy {
             && asker.is_browser()
             && parts.method == Method::GET
         {
+            self.answers.own.fetch_add(1, Ordering::Relaxed);
             return Ok(to_same_place(&parts.uri, cookie));
         }
         let upgrade = Upgrade::of(parts)?;
@@ -197,6 +232,7 @@ impl Proxy {
         if let Some(cookie) = learned {
             response.headers_mut().append(header::SET_COOKIE, cookie);
         }
+        self.answers.service.fetch_add(1, Ordering::Relaxed);
         Ok(response)
     }
 

@@ -35,6 +35,8 @@ use connection::{Connection, Ended, Entrance};
 use cuttable::Cuttable;
 pub use websocket::{WebSocket, accept_key};
 
+use crate::traffic::{Counted, Side, Traffic};
+
 const CA_SECRET: &str = "ssh_ca_key";
 const HOST_SECRET: &str = "ssh_host_key";
 /// How long a connection may take to close after its client was told to go.
@@ -71,6 +73,7 @@ struct Shared {
     limits: SshLimits,
     places: Arc<Semaphore>,
     logins: Semaphore,
+    traffic: Arc<Traffic>,
     closing: watch::Sender<bool>,
 }
 
@@ -94,10 +97,16 @@ impl SshServer {
             authority,
             places: Arc::new(Semaphore::new(limits.connections_max)),
             logins: Semaphore::new(limits.logins_max),
+            traffic: Arc::default(),
             closing: watch::Sender::new(false),
             limits,
         });
         Ok(Self { shared })
+    }
+
+    /// What passes between the server and its clients, encrypted as it is.
+    pub fn traffic(&self) -> &Arc<Traffic> {
+        &self.shared.traffic
     }
 
     /// The key that signs certificates, in the form of an `authorized_keys` line.
@@ -203,7 +212,7 @@ impl SshServer {
             return;
         };
         let mut closing = self.shared.closing.subscribe();
-        let (stream, scissors) = Cuttable::new(stream);
+        let (stream, scissors) = Cuttable::new(Counted::new(stream, Side::Client, &self.shared.traffic));
         let (entered, entering) = oneshot::channel();
         let handler = Connection::new(Arc::clone(&self.shared), entrance, peer, entered);
         let deadline = tokio::time::Instant::now() + self.shared.limits.login_timeout;

@@ -11,7 +11,9 @@ mod listing;
 mod requests;
 mod wire;
 
-use rustix::io::Errno;
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::BorrowedFd;
 
 use handles::Handles;
 use wire::{Reply, Request};
@@ -29,8 +31,15 @@ struct Server {
     handles: Handles,
 }
 
-/// Serves until standard input ends. The error is for the log of whoever started it.
+/// Serves standard input and output. The error is for the log of whoever started it.
 pub fn main() -> Result<(), String> {
+    // Not the standard library's, which has a buffer of its own.
+    let file = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from).map_err(|error| format!("start: {error}"));
+    serve(file(rustix::stdio::stdin())?, file(rustix::stdio::stdout())?)
+}
+
+/// Serves one client until it ends. What its requests do to files is done with the rights of this process.
+pub fn serve(mut requests: impl Read, mut client: impl Write) -> Result<(), String> {
     let mut server = Server::default();
     let mut input = Input { bytes: vec![0; PACKET_BYTES_MAX + 4], start: 0, end: 0 };
     let mut answers = Vec::with_capacity(ANSWERS_BYTES_MAX + PACKET_BYTES_MAX);
@@ -38,11 +47,11 @@ pub fn main() -> Result<(), String> {
         while let Some(packet) = input.packet()? {
             server.answer(packet, &mut answers);
             if answers.len() >= ANSWERS_BYTES_MAX {
-                flush(&mut answers)?;
+                flush(&mut client, &mut answers)?;
             }
         }
-        flush(&mut answers)?;
-        if !input.fill()? {
+        flush(&mut client, &mut answers)?;
+        if !input.fill(&mut requests)? {
             return Ok(());
         }
     }
@@ -72,33 +81,26 @@ impl Input {
     }
 
     /// Reads more; false at the end.
-    fn fill(&mut self) -> Result<bool, String> {
+    fn fill(&mut self, requests: &mut impl Read) -> Result<bool, String> {
         self.bytes.copy_within(self.start..self.end, 0);
         self.end -= self.start;
         self.start = 0;
         loop {
-            match rustix::io::read(rustix::stdio::stdin(), &mut self.bytes[self.end..]) {
+            match requests.read(&mut self.bytes[self.end..]) {
                 Ok(0) => return Ok(false),
                 Ok(read) => {
                     self.end += read;
                     return Ok(true);
                 }
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(format!("read: {errno}")),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(format!("read: {error}")),
             }
         }
     }
 }
 
-fn flush(answers: &mut Vec<u8>) -> Result<(), String> {
-    let mut rest = answers.as_slice();
-    while !rest.is_empty() {
-        match rustix::io::write(rustix::stdio::stdout(), rest) {
-            Ok(written) => rest = &rest[written..],
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(format!("write: {errno}")),
-        }
-    }
+fn flush(client: &mut impl Write, answers: &mut Vec<u8>) -> Result<(), String> {
+    client.write_all(answers).map_err(|error| format!("write: {error}"))?;
     answers.clear();
     Ok(())
 }

@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use nagaya_daemon::config::{Config, Overrides};
 use tracing_subscriber::EnvFilter;
 
@@ -24,6 +24,14 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Verb {
+    #[command(flatten)]
+    Client(nagaya_cli::Verb),
+    #[command(flatten)]
+    Server(ServerVerb),
+}
+
+#[derive(Subcommand)]
+enum ServerVerb {
     /// Run the server. Sandboxes live on when it stops; the next start takes them over.
     Serve(Settings),
     /// Show that it works: one sandbox, a program in it, a file written and read, all removed.
@@ -67,17 +75,28 @@ impl Settings {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let quiet = matches!(arguments.verb, Verb::Demo | Verb::Doctor(_));
+    match Arguments::try_parse() {
+        Ok(Arguments { verb: Verb::Client(verb) }) => nagaya_cli::run(verb, Arguments::command),
+        Ok(Arguments { verb: Verb::Server(verb) }) => serve_or_report(verb),
+        Err(error) => {
+            // Nobody is left to tell when this cannot be printed.
+            let _ = error.print();
+            if error.use_stderr() { nagaya_cli::USAGE_EXIT.into() } else { ExitCode::SUCCESS }
+        }
+    }
+}
+
+fn serve_or_report(verb: ServerVerb) -> ExitCode {
+    let quiet = matches!(verb, ServerVerb::Demo | ServerVerb::Doctor(_));
     let filter =
         EnvFilter::try_from_env("NAGAYA_LOG").unwrap_or_else(|_| EnvFilter::new(if quiet { "error" } else { "info" }));
     let colour = std::io::IsTerminal::is_terminal(&std::io::stderr());
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr).init();
-    let done = match arguments.verb {
-        Verb::Serve(settings) => settings.load().and_then(serve::run),
-        Verb::Demo => demo::run(),
-        Verb::Doctor(settings) => settings.load().and_then(|config| doctor::run(&config)),
-        Verb::Purge(settings) => settings.load().and_then(purge::run),
+    let done = match verb {
+        ServerVerb::Serve(settings) => settings.load().and_then(serve::run),
+        ServerVerb::Demo => demo::run(),
+        ServerVerb::Doctor(settings) => settings.load().and_then(|config| doctor::run(&config)),
+        ServerVerb::Purge(settings) => settings.load().and_then(purge::run),
     };
     match done {
         Ok(code) => code,

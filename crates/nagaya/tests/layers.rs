@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 /// What each crate may see of the others in what it ships.
-const ALLOWED: [(&str, &[&str]); 11] = [
+const ALLOWED: [(&str, &[&str]); 13] = [
     ("nagaya-api", &[]),
     ("nagaya-engine", &["nagaya-api"]),
     ("nagaya-store", &["nagaya-api", "nagaya-engine"]),
@@ -14,6 +14,8 @@ const ALLOWED: [(&str, &[&str]); 11] = [
     ("nagaya-runtime", &["nagaya-api", "nagaya-engine", "nagaya-guest"]),
     ("nagaya-gateway", &["nagaya-api", "nagaya-engine"]),
     ("nagaya-daemon", &["nagaya-api", "nagaya-engine", "nagaya-gateway"]),
+    ("nagaya-client", &["nagaya-api"]),
+    ("nagaya-cli", &["nagaya-api", "nagaya-client"]),
     (
         "nagaya",
         &[
@@ -24,6 +26,7 @@ const ALLOWED: [(&str, &[&str]); 11] = [
             "nagaya-runtime",
             "nagaya-gateway",
             "nagaya-daemon",
+            "nagaya-cli",
         ],
     ),
     ("nagaya-codegen", &[]),

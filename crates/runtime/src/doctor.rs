@@ -1,11 +1,15 @@
 //! What this host can do, what is missing, and what mends it.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::cgroup::Cgroups;
 use crate::namespace::{has_pool, shares_blocks, storage_is_plain, storage_root};
+
+/// Where programs are looked for, whatever the caller's PATH.
+const PROGRAMS: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// How much a missing capability costs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +46,16 @@ pub fn examine(data: &Path) -> Vec<Finding> {
         required("loop devices", device("/dev/loop-control"), "modprobe loop"),
         required("mkfs.ext4", program("mkfs.ext4", "-V"), "apt-get install e2fsprogs"),
         required("nft", program("nft", "--version"), "apt-get install nftables"),
+        required(
+            "nft_socket",
+            rule("udp dport 53 socket mark 1 accept"),
+            "modprobe nft_socket, or use a kernel with CONFIG_NFT_SOCKET",
+        ),
+        required(
+            "nfnetlink_log",
+            rule("log prefix \"nagaya\" group 65535 snaplen 64"),
+            "modprobe nfnetlink_log nft_log, or use a kernel with CONFIG_NETFILTER_NETLINK_LOG and CONFIG_NFT_LOG",
+        ),
         optional(
             "copies of disks",
             copies(data),
@@ -94,12 +108,37 @@ fn device(path: &str) -> Result<String, String> {
 fn program(name: &str, version: &str) -> Result<String, String> {
     let output = Command::new(name)
         .arg(version)
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("PATH", PROGRAMS)
         .stdin(Stdio::null())
         .output()
         .map_err(|_| "not installed".to_owned())?;
     let text = [output.stdout, output.stderr].concat();
     Ok(String::from_utf8_lossy(&text).lines().next().unwrap_or("installed").trim().to_owned())
+}
+
+/// Whether the kernel takes a rule of this kind, which is checked and not set. The kernel loads what it needs for that.
+fn rule(expression: &str) -> Result<String, String> {
+    let not_run = |error: std::io::Error| format!("nft cannot be run: {error}");
+    let mut child = Command::new("nft")
+        .args(["--check", "--file", "-"])
+        .env("PATH", PROGRAMS)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(not_run)?;
+    let table = "table inet nagaya_doctor { chain input { type filter hook input priority 0;";
+    if let Some(mut stdin) = child.stdin.take() {
+        // If nft does not read it, what it says tells more than the broken pipe.
+        let _ = writeln!(stdin, "{table} {expression}; }}; }}");
+    }
+    let output = child.wait_with_output().map_err(not_run)?;
+    if output.status.success() {
+        return Ok("offered by the kernel".into());
+    }
+    let text = String::from_utf8_lossy(&output.stderr);
+    let reason = text.lines().find_map(|line| line.split_once("Error: ")).map_or(text.trim(), |(_, reason)| reason);
+    Err(format!("not offered by the kernel: {reason}"))
 }
 
 /// How disks are copied: in no time where copies share their blocks.
@@ -125,8 +164,8 @@ fn copies(data: &Path) -> Result<String, String> {
 
 /// A module that is not loaded yet counts as well.
 fn modprobe_knows(module: &str) -> bool {
-    let path = "/usr/sbin:/usr/bin:/sbin:/bin";
-    let status = Command::new("modprobe").args(["-n", "-q", module]).env("PATH", path).stdin(Stdio::null()).status();
+    let status =
+        Command::new("modprobe").args(["-n", "-q", module]).env("PATH", PROGRAMS).stdin(Stdio::null()).status();
     status.is_ok_and(|status| status.success())
 }
 
@@ -144,5 +183,19 @@ fn swap_limit() -> Result<String, String> {
         Ok("swap is counted".into())
     } else {
         Err("the host swaps and does not count it: sandboxes can use more than their memory".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rule_is_tried_and_not_set() {
+        assert_eq!(rule("accept"), Ok("offered by the kernel".into()), "as root, with nft");
+        let refused = rule("nonsense").unwrap_err();
+        assert!(refused.starts_with("not offered by the kernel: "), "{refused}");
+        let tables = Command::new("nft").args(["list", "tables"]).env("PATH", PROGRAMS).output().unwrap();
+        assert!(!String::from_utf8_lossy(&tables.stdout).contains("nagaya_doctor"));
     }
 }

@@ -11,6 +11,7 @@ const SCRIPTS: &[&str] = &[
     include_str!("../migrations/0002_life.sql"),
     include_str!("../migrations/0003_previews.sql"),
     include_str!("../migrations/0004_egress.sql"),
+    include_str!("../migrations/0005_events.sql"),
 ];
 
 const TABLE: &str = "CREATE TABLE IF NOT EXISTS schema_migrations (

@@ -1,6 +1,7 @@
 //! Records to rows and back.
 
 mod accounts;
+mod events;
 mod previews;
 mod sessions;
 mod snapshots;
@@ -14,6 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub(crate) use accounts::{API_KEY_COLUMNS, WORKSPACE_COLUMNS, read_api_key, read_workspace};
+pub(crate) use events::{EVENT_COLUMNS, read_event};
 pub(crate) use previews::{PREVIEW_COLUMNS, read_preview};
 pub(crate) use sessions::{EXECUTION_COLUMNS, SESSION_COLUMNS, read_execution, read_session};
 pub(crate) use snapshots::{SNAPSHOT_COLUMNS, read_snapshot};
@@ -33,6 +35,7 @@ pub(crate) fn apply(database: &Connection, change: &Change) -> Result<()> {
         Change::ForgetVolume(id) => forget(database, "DELETE FROM volumes WHERE id = ?1", id),
         Change::Preview(preview) => previews::write_preview(database, preview),
         Change::ForgetPreview(id) => forget(database, "DELETE FROM previews WHERE id = ?1", id),
+        Change::Event { event, events_max } => events::write_event(database, event, *events_max),
         Change::Setting { name, value } => accounts::write_setting(database, name, value),
     }
 }

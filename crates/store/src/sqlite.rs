@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use nagaya_api::ids::{ExecutionId, SessionId, SnapshotId, VolumeId};
+use nagaya_engine::events::Event;
 use nagaya_engine::model::{ApiKey, Execution, Preview, Session, Snapshot, Volume, Workspace};
 use nagaya_engine::ports::{Change, PreviewQuery, SessionQuery, SnapshotQuery, Store, StoreError, VolumeQuery};
 use rusqlite::types::Value;
@@ -215,6 +216,17 @@ impl Store for SqliteStore {
     async fn all_previews(&self) -> Result<Vec<Preview>, StoreError> {
         let sql = format!("SELECT {} FROM previews ORDER BY created_at, id", rows::PREVIEW_COLUMNS);
         self.read(move |database| all(database, &sql, Vec::new(), rows::read_preview)).await
+    }
+
+    async fn events(&self, session_id: SessionId, after: u64, limit: u32) -> Result<Vec<Event>, StoreError> {
+        let sql = format!(
+            "SELECT {} FROM events WHERE session_id = ?1 AND sequence > ?2 ORDER BY sequence LIMIT ?3",
+            rows::EVENT_COLUMNS
+        );
+        // None has a sequence that does not fit.
+        let after = i64::try_from(after).unwrap_or(i64::MAX);
+        let values = vec![Value::Text(session_id.to_string()), Value::Integer(after), Value::Integer(limit.into())];
+        self.read(move |database| all(database, &sql, values, rows::read_event)).await
     }
 }
 

@@ -34,7 +34,7 @@ for (const service of Object.keys(RPCS)) RPCS[service] = RPCS[service].trim().sp
 export const BUILT = new Set(
   `CreateSession CreateSessionCredential GetSession WaitSession ListSessions ListWorkspaceSandboxes
    ListProjectSandboxes UpdateSession ExtendSession TerminateSession TerminateSessions ReportSessionActivity
-   GetWorkspaceSandboxUsage ExecuteCommand StreamCommandOutput WhoAmI
+   GetWorkspaceSandboxUsage ExecuteCommand StreamCommandOutput GitOperation WhoAmI
    PauseSession ResumeSession CreateSnapshot GetSnapshot GetSnapshotDownloadURL UpdateSnapshot DeleteSnapshot
    ListSnapshots ListSessionSnapshots ListDanglingSnapshots ListWorkspaceSnapshots ListProjectSnapshots
    CreateVolume GetVolume ListVolumes ListProjectVolumes UpdateVolume ResizeVolume DeleteVolume AttachVolume DetachVolume

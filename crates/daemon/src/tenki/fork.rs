@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use connectrpc::{RequestContext, Response, ServiceResult};
+use connectrpc::{RequestContext, Response, ServiceResult, ServiceStream};
 use nagaya_api::error::Error;
 use nagaya_api::nagaya::v1 as own;
 use nagaya_engine::Fork;
 
 use super::control::invalid;
-use super::{Tenki, convert};
+use super::{Tenki, convert, facts};
 
 pub(super) struct Own(pub(super) Arc<Tenki>);
 
@@ -35,6 +35,30 @@ impl own::NagayaService for Own {
         request: own::ListSessionConnectionsRequest,
     ) -> ServiceResult<own::ListSessionConnectionsResponse> {
         Ok(Response::new(self.0.list_session_connections(&context, request).await?))
+    }
+
+    async fn list_session_events(
+        &self,
+        context: RequestContext,
+        request: own::ListSessionEventsRequest,
+    ) -> ServiceResult<own::ListSessionEventsResponse> {
+        Ok(Response::new(self.0.list_session_events(&context, request).await?))
+    }
+
+    async fn watch_session_events(
+        &self,
+        context: RequestContext,
+        request: own::WatchSessionEventsRequest,
+    ) -> ServiceResult<ServiceStream<own::WatchSessionEventsResponse>> {
+        facts::watch_session_events(&self.0, &context, request).await
+    }
+
+    async fn explain_session(
+        &self,
+        context: RequestContext,
+        request: own::ExplainSessionRequest,
+    ) -> ServiceResult<own::ExplainSessionResponse> {
+        Ok(Response::new(self.0.explain_session(&context, request).await?))
     }
 }
 

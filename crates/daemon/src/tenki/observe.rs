@@ -17,7 +17,7 @@ use crate::server::lifecycle::{Lifecycle, Phase};
 
 /// Streams without an end of their own. Everything else is finished before the server stops.
 pub(super) fn is_long(method: &str) -> bool {
-    matches!(method, "Run" | "WaitSession" | "StreamCommandOutput" | "Dial" | "HostPortTunnel")
+    matches!(method, "Run" | "WaitSession" | "WatchSessionEvents" | "StreamCommandOutput" | "Dial" | "HostPortTunnel")
 }
 
 /// Streams that say themselves why they end when the server drains.

@@ -8,18 +8,24 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use connectrpc::{ConnectError, RequestContext, Response, ServiceResult, ServiceStream};
+use futures::future::BoxFuture;
 use futures::{Stream, StreamExt};
 use nagaya_api::error::{Code, Error};
+use nagaya_api::ids::ExecutionId;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_api::tenki::v1::{run_request, run_response};
 use nagaya_engine::OpenSession;
-use nagaya_engine::ports::{Command, ProcessEvent, ProcessInput};
+use nagaya_engine::events::CommandLog;
+use nagaya_engine::ports::{Command, ExitStatus, ProcessEvent, ProcessInput};
 use nagaya_engine::validate;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::data::required;
 use super::{Tenki, convert};
+
+/// Leading metadata of a Run: the id under which the session's events name the command.
+const EXECUTION_HEADER: &str = "x-nagaya-execution-id";
 
 type Request = wire::SandboxSessionDataPlaneServiceRunRequest;
 type Answer = wire::SandboxSessionDataPlaneServiceRunResponse;
@@ -48,8 +54,16 @@ pub(super) async fn run(
     let open = tenki.open(context, &start.session_id).await?;
     let takes_input = start.stream_stdin;
     let command = command(tenki, &open, *start)?;
+    let noted = Noted { log: open.commands.clone(), id: open.commands.new_execution(), program: program(&command) };
     // A command that cannot be started is a status, never an exit: clients wait for `started`.
-    let process = open.guest.run(command).await.map_err(convert::guest_error)?;
+    let process = match open.guest.run(command).await {
+        Ok(process) => process,
+        Err(error) => {
+            noted.log.not_started(noted.id, &noted.program, &error).await;
+            return Err(convert::guest_error(error));
+        }
+    };
+    let execution_id = noted.id.to_string();
     tenki.metrics.run_started(started_at.elapsed());
 
     let started = wire::RunStarted {
@@ -68,10 +82,23 @@ pub(super) async fn run(
         frames: VecDeque::from([frame(run_response::Payload::from(started))]),
         events: Some(process.events),
         failure: Some(failure),
+        noted,
+        ending: None,
         _pump: AbortOnDrop(pump),
         _open: open,
     };
-    Response::stream_ok(running)
+    Ok(Response::stream(running).try_with_header(EXECUTION_HEADER, execution_id).expect("ids are fit for headers"))
+}
+
+/// What of a command is recorded when it ends abnormally.
+struct Noted {
+    log: CommandLog,
+    id: ExecutionId,
+    program: String,
+}
+
+fn program(command: &Command) -> String {
+    command.argv.first().cloned().unwrap_or_default()
 }
 
 fn command(tenki: &Tenki, open: &OpenSession, start: wire::RunStart) -> Result<Command, Error> {
@@ -139,6 +166,9 @@ struct Running {
     events: Option<mpsc::Receiver<ProcessEvent>>,
     /// Why the client's frames could not be followed any further.
     failure: Option<oneshot::Receiver<ConnectError>>,
+    noted: Noted,
+    /// The exit, while it is being recorded.
+    ending: Option<BoxFuture<'static, Answer>>,
     _pump: AbortOnDrop,
     /// Keeps the session in use.
     _open: OpenSession,
@@ -169,6 +199,11 @@ impl Stream for Running {
                 return Poll::Ready(Some(Err(error)));
             }
         }
+        if let Some(ending) = &mut self.ending {
+            let exit = ready!(ending.as_mut().poll(context));
+            self.ending = None;
+            return Poll::Ready(Some(Ok(exit)));
+        }
         let Some(events) = &mut self.events else {
             return Poll::Ready(None);
         };
@@ -178,7 +213,12 @@ impl Stream for Running {
             Some(ProcessEvent::Exit(status)) => {
                 self.events = None;
                 self.failure = None;
-                self.frames.push_back(frame(run_response::Payload::from(convert::exit(status))));
+                if self.noted.log.is_abnormal(&status) {
+                    // Whoever hears of the end finds it explained.
+                    self.ending = Some(self.noted.record(status));
+                    return self.poll_next(context);
+                }
+                self.frames.push_back(exit_frame(status));
             }
             None => {
                 self.events = None;
@@ -198,6 +238,20 @@ impl Running {
         }
         self.frames.push_back(frame(payload(bytes)));
     }
+}
+
+impl Noted {
+    fn record(&self, status: ExitStatus) -> BoxFuture<'static, Answer> {
+        let (log, id, program) = (self.log.clone(), self.id, self.program.clone());
+        Box::pin(async move {
+            log.ended(id, &program, &status).await;
+            exit_frame(status)
+        })
+    }
+}
+
+fn exit_frame(status: ExitStatus) -> Answer {
+    frame(run_response::Payload::from(convert::exit(status)))
 }
 
 fn frame(payload: run_response::Payload) -> Answer {

@@ -535,6 +535,14 @@ impl wire::SandboxService for ControlPlane {
         answer(self.0.usage(&self.0.caller(&context)?, request).await)
     }
 
+    async fn git_operation(
+        &self,
+        context: RequestContext,
+        request: wire::GitOperationRequest,
+    ) -> ServiceResult<wire::GitOperationResponse> {
+        answer(self.0.git_operation(&self.0.caller(&context)?, request).await)
+    }
+
     async fn execute_command(
         &self,
         context: RequestContext,

@@ -52,7 +52,7 @@ async fn the_caller_learns_its_workspace_and_that_it_has_one_project() {
 }
 
 /// Rpcs of the contract that are built.
-const BUILT: usize = 67;
+const BUILT: usize = 68;
 
 /// All rpcs of the contract, from the proto file.
 fn rpcs() -> Vec<(String, String)> {

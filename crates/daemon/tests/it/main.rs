@@ -6,6 +6,7 @@ mod control;
 mod data;
 mod dial;
 mod download;
+mod facts;
 mod life;
 mod listener;
 mod preview_hosts;

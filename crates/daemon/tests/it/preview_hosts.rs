@@ -11,6 +11,7 @@ use nagaya_daemon::config::TlsConfig;
 use rustls::pki_types::{CertificateDer, ServerName};
 use tokio::net::TcpStream;
 
+use crate::life::metrics;
 use crate::support::*;
 
 /// Port 7 of a fake sandbox sends everything back, which is no answer in HTTP.
@@ -49,6 +50,16 @@ async fn names_below_the_domain_are_previews_and_all_others_the_servers() {
     let path = "http://shop.p.example/tenki.sandbox.v1.SandboxService/WhoAmI";
     let request = Request::post(path).header("authorization", format!("Bearer {}", world.secret));
     assert_eq!(world.http2(request.body(Full::default()).unwrap()).await.status(), 502);
+
+    let told = metrics(&world).await;
+    for line in [
+        "nagaya_preview_requests_total{answered_by=\"server\"} 8",
+        "nagaya_preview_requests_total{answered_by=\"service\"} 0",
+        "nagaya_preview_connections_total 4",
+        "nagaya_ssh_connections_open 0",
+    ] {
+        assert!(told.contains(line), "{line} is missing in\n{told}");
+    }
 
     world.control().terminate_session(wire::TerminateSessionRequest { session_id: id }).await.unwrap();
     assert_eq!(status(&world, "shop.p.example").await, 410);

@@ -292,6 +292,7 @@ impl Driver for WatchedDriver {
         remove_volume(id: VolumeId) -> ();
         volumes() -> Vec<VolumeId>;
         settle_volume(id: VolumeId) -> ();
+        load(id: SessionId) -> Load;
     }
 }
 

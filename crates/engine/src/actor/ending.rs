@@ -8,6 +8,7 @@ use nagaya_api::error::{Code, Error};
 
 use super::{Actor, Backoff, Flow, Job, Message, store_error};
 use crate::deadlines::Sleeper;
+use crate::events::{EndReason, Fact};
 use crate::executions::failed;
 use crate::model::{AttachmentState, Execution, ExecutionStatus, Session, SessionState};
 use crate::ports::{Change, DriverError};
@@ -106,6 +107,7 @@ impl Actor {
             self.executions.publish(execution);
         }
         self.published.send_replace(self.session.clone());
+        self.live.tell_recorded();
         for reply in self.waiting.drain(..) {
             let _ = reply.send(Ok(self.session.clone()));
         }
@@ -137,7 +139,9 @@ impl Actor {
             *interrupted = running.map(|execution| failed(execution, now)).collect();
         }
         let pause = self.session.pause.as_ref().map(|pause| Change::ForgetSnapshot(pause.snapshot_id));
-        let mut changes = vec![Change::Session(session)];
+        let cause = session.terminal_error.clone();
+        let ended = self.event(Fact::Terminated { reason: EndReason::of(&cause), cause });
+        let mut changes = vec![Change::Session(session), ended];
         changes.extend(pause);
         changes.extend(self.unrecorded.iter().cloned());
         changes.extend(interrupted.iter().cloned().map(Change::Execution));

@@ -6,6 +6,7 @@ use nagaya_api::ids::{AttachmentId, ImageId, SnapshotId, VolumeId};
 use super::work::{Done, Work, work};
 use super::{Actor, Reply};
 use crate::calls::NewMount;
+use crate::events::Fact;
 use crate::model::{Attachment, AttachmentState};
 use crate::ports::DriverError;
 use crate::session::{Request, check};
@@ -37,7 +38,10 @@ impl Actor {
     pub(super) async fn attach(&mut self, mount: NewMount, reply: Reply<Attachment>) {
         match self.record_attaching(mount).await {
             Ok(id) => drop(self.asked.insert(id, Asked::Attach(reply))),
-            Err(error) => drop(reply.send(Err(error))),
+            Err(error) => {
+                self.note_refusal("attaching a volume", &error).await;
+                drop(reply.send(Err(error)));
+            }
         }
         self.retry_at = None;
     }
@@ -110,12 +114,16 @@ impl Actor {
         let mut session = self.session.clone();
         let mut failures = Vec::new();
         let mut gone = Vec::new();
+        let mut facts = Vec::new();
         let mut stuck = false;
         for (id, result) in results {
             let Some(at) = session.attachments.iter().position(|of| of.id == id) else { continue };
             let attachment = &mut session.attachments[at];
             match (attachment.state, result) {
-                (AttachmentState::SyncPending, Ok(())) => gone.push(session.attachments.remove(at)),
+                (AttachmentState::SyncPending, Ok(())) => {
+                    facts.push(detached(attachment));
+                    gone.push(session.attachments.remove(at));
+                }
                 (AttachmentState::SyncPending, Err(DriverError::Busy)) => {
                     attachment.state = AttachmentState::Attached;
                     failures.push((id, mount_error(DriverError::Busy)));
@@ -124,7 +132,10 @@ impl Actor {
                     stuck = true;
                     failures.push((id, mount_error(error)));
                 }
-                (_, Ok(())) => attachment.state = AttachmentState::Attached,
+                (_, Ok(())) => {
+                    attachment.state = AttachmentState::Attached;
+                    facts.push(attached(attachment));
+                }
                 (_, Err(DriverError::Refused(reason))) => {
                     gone.push(session.attachments.remove(at));
                     failures.push((id, mount_error(DriverError::Refused(reason))));
@@ -137,7 +148,7 @@ impl Actor {
                 }
             }
         }
-        if session != self.session && self.commit(session, Vec::new()).await.is_err() {
+        if session != self.session && self.commit_with(session, facts).await.is_err() {
             // All of it can be repeated, and who asked goes on waiting.
             return self.try_later();
         }
@@ -190,7 +201,7 @@ impl Actor {
         if gone.is_empty() {
             return;
         }
-        if self.commit(session, Vec::new()).await.is_err() {
+        if self.commit_with(session, gone.iter().map(detached).collect()).await.is_err() {
             self.stop_owed = true;
             return self.try_later();
         }
@@ -215,6 +226,14 @@ impl Actor {
             Done::Copied { result, reply }
         }));
     }
+}
+
+pub(super) fn attached(of: &Attachment) -> Fact {
+    Fact::VolumeAttached { volume_id: of.volume_id, path: of.mount_path.clone() }
+}
+
+fn detached(of: &Attachment) -> Fact {
+    Fact::VolumeDetached { volume_id: of.volume_id, path: of.mount_path.clone() }
 }
 
 /// Why a volume could not be mounted or unmounted, in the words of the table.

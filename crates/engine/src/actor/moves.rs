@@ -6,8 +6,10 @@ use std::sync::atomic::Ordering;
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{ImageId, SnapshotId};
 
+use super::mounts::attached;
 use super::work::{AdoptError, Done, later, work};
 use super::{Actor, Flow, Reply, store_error};
+use crate::events::{Fact, PauseReason, RestoreMode};
 use crate::executions::failed;
 use crate::live::Exit;
 use crate::model::{
@@ -33,15 +35,18 @@ impl Actor {
                 return Flow::End(cause);
             }
         };
+        let now = self.engine.clock.now();
         let mut session = self.session.clone();
         session.state = SessionState::Running;
-        session.ready_at = Some(self.engine.clock.now());
+        session.ready_at = Some(now);
         session.driver = self.engine.driver.name().to_owned();
         session.source_image_id = None;
         mark_attached(&mut session);
         // Set before the state is published, so that whoever reads RUNNING can use it.
         self.live.set_guest(Some(guest));
-        match self.commit(session, Vec::new()).await {
+        let mut facts = vec![Fact::Ready { after_ms: now.saturating_sub(session.created_at) }];
+        facts.extend(session.attachments.iter().map(attached));
+        match self.commit_with(session, facts).await {
             Ok(()) => Flow::Continue,
             Err(_) => Flow::End("the server could not record the sandbox".to_owned()),
         }
@@ -104,8 +109,10 @@ impl Actor {
         let mut session = self.session.clone();
         let snapshot = self.stop_record(&mut session, SessionState::Paused, "");
         session.pause.iter_mut().for_each(|pause| pause.idle = idle);
+        let reason = if idle { PauseReason::Idle } else { PauseReason::Requested };
+        let paused = self.event(Fact::Paused { reason, cause: String::new() });
         self.moving = None;
-        if let Err(error) = self.commit(session, vec![Change::Snapshot(snapshot)]).await {
+        if let Err(error) = self.commit(session, vec![Change::Snapshot(snapshot), paused]).await {
             self.moving = Some(SessionState::Pausing);
             return Err(error);
         }
@@ -157,12 +164,15 @@ impl Actor {
         }
         let slot = match self.engine.reserve(self.session.workspace_id, &self.session.machine) {
             Ok(slot) => slot,
-            Err(error) => return answer(Some(reply), Err(error)),
+            Err(error) => {
+                self.note_refusal("resuming the session", &error).await;
+                return answer(Some(reply), Err(error));
+            }
         };
         self.slot = Some(slot);
         self.show(Some(SessionState::Resuming));
         if !self.session.pause.as_ref().is_some_and(|pause| pause.in_memory) {
-            return self.start_boot(self.session.clone(), Vec::new(), reply).await;
+            return self.start_boot(self.session.clone(), Vec::new(), Vec::new(), reply).await;
         }
         let (driver, id) = (self.engine.driver.clone(), self.session.id);
         self.work = Some(work(async move { Done::Thawed { result: driver.thaw(id).await, reply } }));
@@ -180,7 +190,11 @@ impl Actor {
                 give_up_memory(&mut session, SANDBOX_ENDED);
                 self.stop_owed = true;
                 match self.interrupted().await {
-                    Ok(interrupted) => return self.start_boot(session, interrupted, reply).await,
+                    Ok(interrupted) => {
+                        let mut changes = vec![self.event(released(SANDBOX_ENDED))];
+                        changes.extend(interrupted.iter().cloned().map(Change::Execution));
+                        return self.start_boot(session, changes, interrupted, reply).await;
+                    }
                     Err(error) => error,
                 }
             }
@@ -188,7 +202,8 @@ impl Actor {
                 let mut session = self.session.clone();
                 session.last_resume_error = format!("the sandbox could not be thawed: {error}");
                 let failure = Error::new(Code::ResumeFailed, session.last_resume_error.clone());
-                if let Err(error) = self.commit(session, Vec::new()).await {
+                let fact = Fact::ResumeFailed { cause: session.last_resume_error.clone() };
+                if let Err(error) = self.commit_with(session, vec![fact]).await {
                     tracing::warn!(session = %self.session.id, %error, "a failed resume was not recorded");
                 }
                 failure
@@ -199,10 +214,15 @@ impl Actor {
     }
 
     /// Records that a cold boot begins, and lets it begin.
-    async fn start_boot(&mut self, mut session: Session, interrupted: Vec<Execution>, reply: Reply<Session>) {
+    async fn start_boot(
+        &mut self,
+        mut session: Session,
+        changes: Vec<Change>,
+        interrupted: Vec<Execution>,
+        reply: Reply<Session>,
+    ) {
         session.state = SessionState::Resuming;
         mark_unattached(&mut session);
-        let changes = interrupted.iter().cloned().map(Change::Execution).collect();
         match self.commit(session, changes).await {
             Ok(()) => {
                 self.show(None);
@@ -233,7 +253,7 @@ impl Actor {
                 mark_unattached(&mut session);
                 // Whatever came up is to go down again.
                 self.stop_owed = true;
-                self.commit(session, Vec::new()).await
+                self.commit_with(session, vec![Fact::ResumeFailed { cause: cause.clone() }]).await
             }
         };
         if let Err(error) = recorded {
@@ -262,6 +282,8 @@ impl Actor {
             let stood_still = now.saturating_sub(pause.paused_at);
             session.timeout_at = session.timeout_at.map(|at| at.saturating_add(stood_still));
             tell_restore(&mut session, &pause);
+            let mode = if pause.in_memory { RestoreMode::Memory } else { RestoreMode::ColdBoot };
+            changes.push(self.event(Fact::Resumed { mode, reason: pause.disk_reason }));
         }
         mark_attached(&mut session);
         // Being resumed is being used: it shall not be idle at once.
@@ -315,11 +337,14 @@ impl Actor {
                 (false, false) => (SessionState::Paused, SANDBOX_ENDED),
             };
             changes.push(Change::Snapshot(self.stop_record(&mut session, state, reason)));
+            changes.push(self.event(stopped_by_itself(&exit)));
             if !exit.powered_off {
                 session.last_resume_error = exit.cause;
             }
         } else {
-            give_up_memory(&mut session, if exit.host_restarted { HOST_RESTARTED } else { SANDBOX_ENDED });
+            let reason = if exit.host_restarted { HOST_RESTARTED } else { SANDBOX_ENDED };
+            give_up_memory(&mut session, reason);
+            changes.push(self.event(released(reason)));
         }
         if self.keep_only_disk(session, changes).await {
             self.ended = None;
@@ -345,7 +370,8 @@ impl Actor {
         let Some((_, reason)) = self.park_at(now) else { return };
         let mut session = self.session.clone();
         give_up_memory(&mut session, reason);
-        self.keep_only_disk(session, Vec::new()).await;
+        let released = self.event(released(reason));
+        self.keep_only_disk(session, vec![released]).await;
     }
 
     /// Commits a record that says that only the disk is kept; the driver is told afterwards. False: try again later.
@@ -473,6 +499,18 @@ impl Actor {
             // What an interrupted stop has left is finished.
             _ => self.stop_owed = true,
         }
+    }
+}
+
+fn released(reason: &str) -> Fact {
+    Fact::MemoryReleased { reason: reason.to_owned() }
+}
+
+fn stopped_by_itself(exit: &Exit) -> Fact {
+    let reason = if exit.host_restarted { PauseReason::HostRestarted } else { PauseReason::SandboxEnded };
+    match exit.powered_off {
+        true => Fact::PoweredOff,
+        false => Fact::Paused { reason, cause: exit.cause.clone() },
     }
 }
 

@@ -5,11 +5,15 @@ use nagaya_api::ids::ExecutionId;
 
 use super::{Actor, Flow, Message, Reply};
 use crate::calls::{NewExecution, SessionUpdate};
+use crate::events::Fact;
 use crate::executions::{Ended, Outcome, Started};
 use crate::model::{Execution, ExecutionStatus, Session};
 use crate::ports::{Change, Command};
 use crate::session::{Request, check};
 use crate::validate;
+
+/// Refusals are recorded at most this often: whoever runs into a limit tends to ask again and again.
+const REFUSAL_PAUSE_MS: u64 = 60_000;
 
 impl Actor {
     pub(super) async fn handle(&mut self, message: Message) -> Flow {
@@ -19,7 +23,7 @@ impl Actor {
                 Flow::End(String::new())
             }
             Message::Update { update, reply } => {
-                let changed = self.updated(update);
+                let changed = self.updated(update).map(|session| (session, Vec::new()));
                 self.change(changed, reply).await
             }
             Message::Extend { additional_ms, reply } => {
@@ -28,6 +32,7 @@ impl Actor {
             }
             Message::Execute { new, reply } => {
                 if let Err((error, reply)) = self.execute(new, reply).await {
+                    self.note_refusal("starting a command", &error).await;
                     let _ = reply.send(Err(error));
                 }
                 Flow::Continue
@@ -36,9 +41,9 @@ impl Actor {
     }
 
     /// Commits a changed record and answers its caller; a deadline may be due because of it.
-    async fn change(&mut self, changed: Result<Session, Error>, reply: Reply<Session>) -> Flow {
+    async fn change(&mut self, changed: Result<(Session, Vec<Fact>), Error>, reply: Reply<Session>) -> Flow {
         let result = match changed {
-            Ok(session) => self.commit(session, Vec::new()).await,
+            Ok((session, facts)) => self.commit_with(session, facts).await,
             Err(error) => Err(error),
         };
         let _ = reply.send(result.map(|()| self.session.clone()));
@@ -72,7 +77,22 @@ impl Actor {
         Ok(session)
     }
 
-    fn extended(&self, additional_ms: u64) -> Result<Session, Error> {
+    /// Records that a request was refused because of a limit, so that it can be explained.
+    pub(super) async fn note_refusal(&mut self, request: &str, error: &Error) {
+        let now = self.engine.clock.now();
+        let at_limit = matches!(error.code, Code::QuotaExceeded | Code::CapacityUnavailable | Code::VolumeLimit);
+        if !at_limit || self.refused_at.is_some_and(|at| now < at.saturating_add(REFUSAL_PAUSE_MS)) {
+            return;
+        }
+        self.refused_at = Some(now);
+        let event = self.event(Fact::Refused { request: request.to_owned(), limit: error.to_string() });
+        match self.engine.write(vec![event]).await {
+            Ok(()) => self.live.tell_recorded(),
+            Err(error) => tracing::warn!(session = %self.session.id, %error, "a refusal was not recorded"),
+        }
+    }
+
+    fn extended(&self, additional_ms: u64) -> Result<(Session, Vec<Fact>), Error> {
         check(self.session.state, Request::Change)?;
         let invalid = |detail: &str| Err(Error::new(Code::InvalidArgument, detail));
         if additional_ms == 0 {
@@ -84,7 +104,8 @@ impl Actor {
         let latest = self.session.created_at.saturating_add(self.engine.config.max_duration_max_ms);
         match from.checked_add(additional_ms) {
             Some(timeout_at) if timeout_at <= latest => {
-                Ok(Session { timeout_at: Some(timeout_at), ..self.session.clone() })
+                let extended = Fact::Extended { by_ms: additional_ms, timeout_at_ms: timeout_at };
+                Ok((Session { timeout_at: Some(timeout_at), ..self.session.clone() }, vec![extended]))
             }
             _ => invalid("the session would live longer than max_duration_max_ms"),
         }
@@ -134,27 +155,34 @@ impl Actor {
     /// Records how a command ended, then tells those who wait for it.
     pub(super) async fn execution_ended(&mut self, ended: Ended) {
         let now = self.engine.clock.now();
-        let (change, execution) = match ended.outcome {
+        let (mut changes, execution) = match &ended.outcome {
             Outcome::Forgotten => return,
             Outcome::NotStarted => {
                 self.executions.remove(ended.id);
-                (Change::ForgetExecution(ended.id), None)
+                (vec![Change::ForgetExecution(ended.id)], None)
             }
             Outcome::Exited(status) => {
-                let Some(execution) = self.executions.ended(ended.id, &status, now) else { return };
-                (Change::Execution(execution.clone()), Some(execution))
+                let Some(execution) = self.executions.ended(ended.id, status, now) else { return };
+                (vec![Change::Execution(execution.clone())], Some(execution))
             }
             Outcome::Lost => {
                 let Some(execution) = self.executions.lost(ended.id, now) else { return };
-                (Change::Execution(execution.clone()), Some(execution))
+                (vec![Change::Execution(execution.clone())], Some(execution))
             }
         };
-        if let Err(error) = self.engine.write(vec![change.clone()]).await {
-            // It is a fact all the same: it goes with the next thing that is written.
-            tracing::warn!(execution = %ended.id, %error, "the end of a command was not recorded; trying again");
-            self.unrecorded.push(change);
-            self.flush_at = Some(now + self.engine.config.retry_max_ms);
-            self.schedule();
+        if let (Outcome::Exited(status), Some(execution)) = (&ended.outcome, &execution) {
+            let (id, memory_mb) = (self.session.id, self.session.machine.memory_mb);
+            changes.extend(self.engine.exit_event(id, ended.id, &execution.command, status, memory_mb));
+        }
+        match self.engine.write(changes.clone()).await {
+            Ok(()) => self.live.tell_recorded(),
+            Err(error) => {
+                // It is a fact all the same: it goes with the next thing that is written.
+                tracing::warn!(execution = %ended.id, %error, "the end of a command was not recorded; trying again");
+                self.unrecorded.extend(changes);
+                self.flush_at = Some(now + self.engine.config.retry_max_ms);
+                self.schedule();
+            }
         }
         if let Some(execution) = execution {
             self.executions.publish(execution);

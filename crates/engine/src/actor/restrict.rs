@@ -5,6 +5,7 @@ use nagaya_api::error::Error;
 use super::work::{Done, work};
 use super::{Actor, Reply};
 use crate::egress::egress_error;
+use crate::events::Fact;
 use crate::model::{Egress, Machine, Session, SessionState};
 use crate::ports::DriverError;
 use crate::session::{Request, check};
@@ -15,7 +16,7 @@ impl Actor {
         let before = self.session.machine.egress.clone();
         let recorded = async {
             check(self.session.state, Request::Change)?;
-            self.commit(with_egress(&self.session, egress), Vec::new()).await
+            self.record_egress(egress).await
         };
         if let Err(error) = recorded.await {
             let _ = reply.send(Err(error));
@@ -48,9 +49,14 @@ impl Actor {
         let _ = reply.send(answer);
     }
 
+    async fn record_egress(&mut self, egress: Option<Egress>) -> Result<(), Error> {
+        let fact = Fact::egress(egress.as_ref());
+        self.commit_with(with_egress(&self.session, egress), vec![fact]).await
+    }
+
     /// Lets the record say again what holds.
     async fn take_back(&mut self, before: Option<Egress>, failure: Error) -> Error {
-        if let Err(error) = self.commit(with_egress(&self.session, before), Vec::new()).await {
+        if let Err(error) = self.record_egress(before).await {
             tracing::warn!(session = %self.session.id, %error, "destinations that could not be set stay recorded");
         }
         failure

@@ -11,7 +11,7 @@ use super::disks::Volume;
 use super::files::Files;
 use super::{FakeGuest, Faults};
 use crate::model::{Connection, Egress, Guarantees, Machine};
-use crate::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Mount};
+use crate::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Load, Mount};
 
 /// A driver whose sandboxes are records. They outlive the engine, whole or half made. Clones share them.
 #[derive(Clone)]
@@ -49,6 +49,8 @@ pub(super) struct Sandbox {
     powered_off: bool,
     host_restarted: bool,
     egress: Option<Egress>,
+    load: Load,
+    connections: Vec<Connection>,
     /// Whether this engine created or adopted it, and so hears of its end.
     attached: bool,
     /// Dead, and being taken apart by a task of this process.
@@ -126,6 +128,16 @@ impl FakeDriver {
 
     pub(super) fn with<T>(&self, action: impl FnOnce(&mut World) -> T) -> T {
         action(&mut self.world.lock().expect("no holder of this lock panics"))
+    }
+
+    /// What a sandbox seems to use from now on.
+    pub fn set_load(&self, id: SessionId, load: Load) {
+        self.with(|world| world.sandboxes.entry(id).or_default().load = load);
+    }
+
+    /// Connections that a sandbox seems to have made.
+    pub fn set_connections(&self, id: SessionId, connections: Vec<Connection>) {
+        self.with(|world| world.sandboxes.entry(id).or_default().connections = connections);
     }
 
     /// The next creation or boot fails with this.
@@ -543,7 +555,17 @@ impl Driver for FakeDriver {
     }
 
     async fn connections(&self, id: SessionId) -> Result<Vec<Connection>, DriverError> {
-        self.with(|world| world.processes(id).map(|_| Vec::new()))
+        self.with(|world| {
+            world.processes(id)?;
+            Ok(world.sandbox(id)?.connections.clone())
+        })
+    }
+
+    async fn load(&self, id: SessionId) -> Result<Load, DriverError> {
+        self.with(|world| {
+            world.processes(id)?;
+            Ok(world.sandbox(id)?.load.clone())
+        })
     }
 
     fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent> {

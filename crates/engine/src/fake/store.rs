@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use nagaya_api::ids::{ExecutionId, KeyId, PreviewId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 
 use super::Faults;
+use crate::events::Event;
 use crate::model::{ApiKey, Execution, Preview, Session, SessionState, Snapshot, Volume, Workspace};
 use crate::ports::{Change, PreviewQuery, SessionQuery, SnapshotQuery, Store, StoreError, VolumeQuery};
 
@@ -26,6 +27,7 @@ struct Tables {
     snapshots: BTreeMap<SnapshotId, Snapshot>,
     volumes: BTreeMap<VolumeId, Volume>,
     previews: BTreeMap<PreviewId, Preview>,
+    events: BTreeMap<SessionId, Vec<Event>>,
     settings: BTreeMap<String, Vec<u8>>,
 }
 
@@ -80,9 +82,19 @@ impl FakeStore {
         self.with(|tables| tables.previews.values().cloned().collect())
     }
 
+    /// Every event of a session, without faults.
+    pub fn events_now(&self, id: SessionId) -> Vec<Event> {
+        self.with(|tables| tables.events.get(&id).cloned().unwrap_or_default())
+    }
+
     /// Loses the newest session record, as a store that does not sync would: for tests of tests.
     pub fn lose_newest_session(&self) {
         self.with(|tables| tables.sessions.pop_last());
+    }
+
+    /// Loses the newest session's newest event: for tests of tests.
+    pub fn lose_newest_event(&self) {
+        self.with(|tables| tables.events.last_entry().and_then(|mut events| events.get_mut().pop()));
     }
 }
 
@@ -121,6 +133,12 @@ impl Tables {
             }
             Change::ForgetPreview(id) => {
                 self.previews.remove(&id);
+            }
+            Change::Event { event, events_max } => {
+                let events = self.events.entry(event.session_id).or_default();
+                let sequence = events.last().map_or(1, |last| last.sequence + 1);
+                events.push(Event { sequence, ..event });
+                events.retain(|kept| kept.sequence + u64::from(events_max) > sequence);
             }
             Change::Setting { name, value } => {
                 self.settings.insert(name, value);
@@ -261,5 +279,11 @@ impl Store for FakeStore {
 
     async fn all_previews(&self) -> Result<Vec<Preview>, StoreError> {
         self.read(|tables| tables.previews.values().cloned().collect()).await
+    }
+
+    async fn events(&self, session_id: SessionId, after: u64, limit: u32) -> Result<Vec<Event>, StoreError> {
+        let newer = |event: &&Event| event.sequence > after;
+        let of = |events: &Vec<Event>| events.iter().filter(newer).take(limit as usize).cloned().collect();
+        self.read(|tables| tables.events.get(&session_id).map(of).unwrap_or_default()).await
     }
 }

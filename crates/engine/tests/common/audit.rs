@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use nagaya_api::ids::{SessionId, VolumeId};
+use nagaya_engine::events::{Fact, PauseReason};
 use nagaya_engine::fake::Fakes;
 use nagaya_engine::model::{
     AttachmentState, ExecutionStatus, PreviewKind, PreviewState, Session, SessionState, SnapshotKind, SnapshotState,
@@ -46,7 +47,44 @@ pub fn check_quiet(fakes: &Fakes) -> Result<(), String> {
     Ok(())
 }
 
+/// What is remembered of a session leads to where its record says it is: both are in the store, or neither is.
+pub fn check_events(fakes: &Fakes, session: &Session) -> Result<(), String> {
+    let (id, state) = (session.id, session.state);
+    let mut told = (None, false);
+    let events = fakes.store.events_now(id);
+    for (number, event) in (1..).zip(&events) {
+        ensure!(event.sequence == number, "event {number} of {id} has the number {}", event.sequence);
+        told = match &event.fact {
+            Fact::Created(_) => (Some(SessionState::Creating), false),
+            Fact::Ready { .. } | Fact::Resumed { .. } => (Some(SessionState::Running), false),
+            Fact::Paused { reason: PauseReason::Requested | PauseReason::Idle, .. } => {
+                (Some(SessionState::Paused), true)
+            }
+            Fact::Paused { .. } => (Some(SessionState::Paused), false),
+            Fact::PoweredOff => (Some(SessionState::UserShutdown), false),
+            Fact::MemoryReleased { .. } => (told.0, false),
+            Fact::ResumeFailed { .. } => (Some(SessionState::Paused), told.1),
+            Fact::Terminated { cause, .. } => {
+                ensure!(*cause == session.terminal_error, "{id} is told to have ended with {cause:?}");
+                (Some(SessionState::Terminated), false)
+            }
+            _ => told,
+        };
+    }
+    let in_memory = session.pause.as_ref().is_some_and(|pause| pause.in_memory);
+    let fits = match (state, told) {
+        (SessionState::Terminating, (told, _)) => told.is_some_and(|told| told != SessionState::Terminated),
+        (SessionState::Resuming, (told, memory)) => {
+            matches!(told, Some(SessionState::Paused | SessionState::UserShutdown)) && memory == in_memory
+        }
+        _ => told == (Some(state), in_memory),
+    };
+    ensure!(fits, "{id} is {} (in memory: {in_memory}), but its events say {told:?}: {events:?}", state.name());
+    Ok(())
+}
+
 fn check_session(fakes: &Fakes, session: &Session) -> Result<(), String> {
+    check_events(fakes, session)?;
     let (id, state) = (session.id, session.state);
     let alive = fakes.driver.sandboxes().get(&id) == Some(&true);
     let frozen = fakes.driver.is_frozen(id);
@@ -117,6 +155,12 @@ fn check_snapshots(fakes: &Fakes, sessions: &BTreeMap<SessionId, Session>) -> Re
             SnapshotState::Failed => ensure!(snapshot.manifest.is_empty(), "{snapshot:?} failed, yet has blobs"),
             state => return Err(format!("snapshot {id} is stuck in {state:?}")),
         }
+        let outcome = fakes.store.events_now(snapshot.session_id).into_iter().find_map(|event| match event.fact {
+            Fact::SnapshotCreated { snapshot_id } if snapshot_id == id => Some(SnapshotState::Ready),
+            Fact::SnapshotFailed { snapshot_id, .. } if snapshot_id == id => Some(SnapshotState::Failed),
+            _ => None,
+        });
+        ensure!(outcome == Some(snapshot.state), "{snapshot:?} is remembered as {outcome:?}");
     }
     ensure!(pauses.is_empty(), "pauses without their snapshot: {pauses:?}");
     ensure!(stored == needed, "stored are {stored:?}, needed {needed:?}");

@@ -7,6 +7,7 @@
 #[path = "../common/audit.rs"]
 mod audit;
 mod egress;
+mod events;
 mod forks;
 mod pause;
 mod preview_workflows;

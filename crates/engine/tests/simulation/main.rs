@@ -81,6 +81,11 @@ fn the_simulator_notices_a_store_that_loses_what_it_acknowledged() {
 }
 
 #[test]
+fn the_simulator_notices_events_that_are_lost_without_their_transition() {
+    assert!(noticed(Bug::LostEvent) > 0);
+}
+
+#[test]
 fn the_simulator_notices_a_clock_that_does_not_wake_sleepers() {
     assert!(noticed(Bug::DeafClock) > 0);
 }

@@ -120,6 +120,7 @@ impl Model {
             if ended {
                 self.check_reason(row)?;
             }
+            audit::check_events(fakes, row)?;
             if let Some(names) = self.names.get(id) {
                 ensure!(names.contains(&row.name), "{id} is named {:?}, not one of {names:?}", row.name);
             }

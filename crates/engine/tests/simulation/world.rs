@@ -25,6 +25,8 @@ pub enum Bug {
     NoSweep,
     /// The store loses its newest record in a crash.
     LostRecord,
+    /// The store loses an event in a crash, though not the transition that it belongs to.
+    LostEvent,
     /// Timers never fire.
     DeafClock,
 }
@@ -253,6 +255,9 @@ fn lives(world: &Rc<World>, rng: &mut Rng, bug: Option<Bug>, crashes: &mut u64) 
             world.trace.borrow_mut().push("crash".into());
             if bug == Some(Bug::LostRecord) {
                 world.fakes.store.lose_newest_session();
+            }
+            if bug == Some(Bug::LostEvent) {
+                world.fakes.store.lose_newest_event();
             }
         }
         world.fakes.faults.recover();

@@ -12,6 +12,7 @@ use nagaya_engine::ports::{Address, Guest, GuestError};
 
 use super::body::{Progress, Upload};
 use super::{Settings, Visit};
+use crate::traffic::{Counted, Side, Traffic};
 
 /// What hyper may hold of a message's header, and of a body at a time.
 const BUFFER_BYTES_MAX: usize = 64 * 1024;
@@ -22,6 +23,7 @@ pub(super) type Sender = http1::SendRequest<Upload>;
 /// All services that were reached lately, by the labels of their previews.
 pub(super) struct Services {
     by_label: Mutex<HashMap<String, Arc<Service>>>,
+    traffic: Arc<Traffic>,
 }
 
 /// One port of one running sandbox. A sandbox that was started again, or another one under the same label, is
@@ -43,7 +45,7 @@ struct Idle {
 impl Services {
     /// Begins to close what stays idle. Needs a Tokio runtime.
     pub(super) fn start(idle_timeout: Duration) -> Arc<Self> {
-        let services = Arc::new(Self { by_label: Mutex::default() });
+        let services = Arc::new(Self { by_label: Mutex::default(), traffic: Arc::default() });
         let weak = Arc::downgrade(&services);
         tokio::spawn(async move {
             loop {
@@ -53,6 +55,11 @@ impl Services {
             }
         });
         services
+    }
+
+    /// Of all connections to services.
+    pub(super) fn traffic(&self) -> &Arc<Traffic> {
+        &self.traffic
     }
 
     /// Room for one more exchange with the service that a visit leads to.
@@ -76,7 +83,7 @@ impl Services {
             let detail = format!("previews.exchanges_max of one preview is {}", settings.exchanges_max);
             return Err(Error::new(Code::CapacityUnavailable, detail));
         }
-        Ok(Entered { service, visit })
+        Ok(Entered { service, visit, traffic: Arc::clone(&self.traffic) })
     }
 
     fn sweep(&self, idle_timeout: Duration) {
@@ -92,6 +99,7 @@ impl Services {
 pub(super) struct Entered {
     service: Arc<Service>,
     visit: Visit,
+    traffic: Arc<Traffic>,
 }
 
 impl Drop for Entered {
@@ -120,7 +128,7 @@ impl Entered {
         };
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(BUFFER_BYTES_MAX)
-            .handshake(TokioIo::new(stream))
+            .handshake(TokioIo::new(Counted::new(stream, Side::Sandbox, &self.traffic)))
             .await
             .map_err(|error| Error::new(Code::ServiceBroken, error.to_string()))?;
         tokio::spawn(async move {

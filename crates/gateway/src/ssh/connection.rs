@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nagaya_api::ids::SessionId;
 use nagaya_engine::Visit;
+use nagaya_engine::events::CommandLog;
 use nagaya_engine::ports::Guest;
 use russh::keys::Certificate;
 use russh::server::{Auth, Handle, Session, VerifiedPublicKey};
@@ -61,6 +62,11 @@ enum Half {
 impl Visitor {
     pub fn guest(&self) -> &Arc<dyn Guest> {
         &self.visit.open.guest
+    }
+
+    /// Where commands get their ids, and their abnormal ends are recorded.
+    pub fn commands(&self) -> &CommandLog {
+        &self.visit.open.commands
     }
 
     pub fn session_id(&self) -> SessionId {

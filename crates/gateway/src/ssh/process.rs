@@ -58,9 +58,12 @@ pub async fn run(
     let id = write.id();
     let terminal = preparation.terminal.clone();
     let command = command(&visitor, &program, preparation).await;
+    let name = command.argv.first().cloned().unwrap_or_default();
+    let execution = visitor.commands().new_execution();
     let process = match visitor.guest().run(command).await {
         Ok(process) => process,
         Err(error) => {
+            visitor.commands().not_started(execution, &name, &error).await;
             tracing::debug!(session = %visitor.session_id(), %error, "a program was not started for an SSH client");
             if matches!(program, Program::FileServer) {
                 let _ = visitor.handle.channel_failure(id).await;
@@ -87,7 +90,12 @@ pub async fn run(
         // Going away drops the events, and so ends the program.
         () = expired => {}
         () = feed(&mut intake, &input, hangs_up) => {}
-        status = deliver(&mut events, &write) => tell_end(&visitor, status, &write).await,
+        status = deliver(&mut events, &write) => {
+            if let Some(status) = &status {
+                visitor.commands().ended(execution, &name, status).await;
+            }
+            tell_end(&visitor, status, &write).await;
+        }
     }
 }
 

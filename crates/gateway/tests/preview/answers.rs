@@ -30,6 +30,11 @@ async fn requests_pass_on_one_kept_connection() {
         assert!(request.contains("x-forwarded-for: 127.0.0.1\r\n"), "{request}");
     }
     assert_eq!(service.connections(), 1);
+    let traffic = world.proxy.traffic();
+    assert_eq!((traffic.connections(), traffic.connections_open()), (1, 1));
+    assert_eq!(traffic.bytes_from_sandboxes(), 10 * OK.len() as u64);
+    assert!(traffic.bytes_to_sandboxes() > 10 * "GET /a/b?c=0 HTTP/1.1\r\nhost: web.p.example\r\n".len() as u64);
+    assert_eq!((world.proxy.answers().of_services(), world.proxy.answers().of_its_own()), (10, 0));
     soon(async {
         while world.door.visits.load(std::sync::atomic::Ordering::SeqCst) > 0 {
             tokio::task::yield_now().await;

@@ -4,6 +4,7 @@
 //! `commands`, with the sandbox's limits, for everything else. So a sandbox that uses up its memory
 //! or its processes never takes its agent with it.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -346,6 +347,52 @@ impl Group {
             .unwrap_or(0)
     }
 
+    /// What everything but the agent uses, of what it may. Figures that the kernel does not give are 0.
+    pub fn load(&self) -> GroupLoad {
+        let mut load = GroupLoad { out_of_memory_kills: self.out_of_memory_kills(), ..GroupLoad::default() };
+        let (cpu, pids) = match &self.cgroups.layout {
+            Layout::Unified(parent) => (parent, parent),
+            Layout::Split { cpu, pids, .. } => (cpu, pids),
+        };
+        let memory = self.memory_parent();
+        let (used, limit, cached) = match self.cgroups.layout {
+            Layout::Unified(_) => ("memory.current", "memory.max", ["inactive_file ", "active_file "]),
+            Layout::Split { .. } => {
+                ("memory.usage_in_bytes", "memory.limit_in_bytes", ["total_inactive_file ", "total_active_file "])
+            }
+        };
+        let statistics = self.read(memory, "memory.stat");
+        let cached: u64 = cached.iter().map(|name| figure(&statistics, name)).sum();
+        load.memory_bytes = figure(&self.read(memory, used), "").saturating_sub(cached);
+        load.memory_limit_bytes = figure(&self.read(memory, limit), "");
+        let statistics = self.read(cpu, "cpu.stat");
+        load.cpu_periods = figure(&statistics, "nr_periods ");
+        load.cpu_periods_throttled = figure(&statistics, "nr_throttled ");
+        load.cpu_throttled_us = match self.cgroups.layout {
+            Layout::Unified(_) => figure(&statistics, "throttled_usec "),
+            Layout::Split { .. } => figure(&statistics, "throttled_time ") / 1_000,
+        };
+        load.processes = figure(&self.read(pids, "pids.current"), "");
+        load.processes_max = figure(&self.read(pids, "pids.max"), "");
+        load
+    }
+
+    /// Time that each thread but the agent's has had on processors, and waited for one, microseconds; by the host's
+    /// number of the thread. Of threads that have ended nothing is known.
+    pub fn processor_times(&self) -> BTreeMap<u32, (u64, u64)> {
+        let list = match self.cgroups.layout {
+            Layout::Unified(_) => "cgroup.threads",
+            Layout::Split { .. } => "tasks",
+        };
+        let threads = self.read(self.memory_parent(), list);
+        threads.lines().filter_map(processor_times).collect()
+    }
+
+    /// The content of a file of the commands' group; empty where there is none.
+    fn read(&self, parent: &Path, file: &str) -> String {
+        fs::read_to_string(self.path(parent, "commands").join(file)).unwrap_or_default()
+    }
+
     /// Host pids of the processes in a part.
     pub fn processes(&self, part: Part) -> Vec<i32> {
         // Every hierarchy holds the same ones; the memory controller's is always there.
@@ -414,6 +461,34 @@ impl Group {
         }
         Ok(())
     }
+}
+
+/// What the processes of a group use; see [`Group::load`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct GroupLoad {
+    /// Without cached files, which the kernel takes back when it needs to.
+    pub memory_bytes: u64,
+    pub memory_limit_bytes: u64,
+    pub out_of_memory_kills: u64,
+    /// Periods in which processors were used, and those in which the share was used up.
+    pub cpu_periods: u64,
+    pub cpu_periods_throttled: u64,
+    pub cpu_throttled_us: u64,
+    pub processes: u64,
+    pub processes_max: u64,
+}
+
+/// The number behind a name at the beginning of a line; 0 where there is none, as behind `max`.
+fn figure(text: &str, name: &str) -> u64 {
+    text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok()).unwrap_or(0)
+}
+
+/// Of one thread of the host.
+fn processor_times(thread: &str) -> Option<(u32, (u64, u64))> {
+    let id: u32 = thread.trim().parse().ok()?;
+    let times = fs::read_to_string(format!("/proc/{id}/task/{id}/schedstat")).ok()?;
+    let mut figures = times.split_whitespace().map_while(|figure| figure.parse::<u64>().ok());
+    Some((id, (figures.next()? / 1_000, figures.next()? / 1_000)))
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -165,3 +165,58 @@ fn options_of_the_hierarchy_are_told_from_those_of_a_mount() {
     assert_eq!(unified_options(mounts), ["nsdelegate", "memory_recursiveprot"]);
     assert!(unified_options("24 1 0:22 / /proc rw - proc proc rw\n").is_empty());
 }
+
+#[test]
+fn what_a_group_uses_is_read_from_both_versions() {
+    let expected = GroupLoad {
+        memory_bytes: 700,
+        memory_limit_bytes: 1_000,
+        out_of_memory_kills: 2,
+        cpu_periods: 40,
+        cpu_periods_throttled: 4,
+        cpu_throttled_us: 1_500,
+        processes: 7,
+        processes_max: 100,
+    };
+    let v2 = [
+        ("memory.current", "1000\n"),
+        ("memory.max", "1000\n"),
+        ("memory.stat", "anon 5\ninactive_anon 9\nactive_file 100\ninactive_file 200\n"),
+        ("memory.events", "oom 3\noom_kill 2\noom_group_kill 1\n"),
+        ("cpu.stat", "usage_usec 9\nnr_periods 40\nnr_throttled 4\nthrottled_usec 1500\n"),
+        ("pids.current", "7\n"),
+        ("pids.max", "100\n"),
+    ];
+    let v1 = [
+        ("memory/X/memory.usage_in_bytes", "1000\n"),
+        ("memory/X/memory.limit_in_bytes", "1000\n"),
+        ("memory/X/memory.stat", "active_file 1\ntotal_active_file 100\ntotal_inactive_file 200\n"),
+        ("memory/X/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"),
+        ("cpu,cpuacct/X/cpu.stat", "nr_periods 40\nnr_throttled 4\nthrottled_time 1500000\n"),
+        ("pids/X/pids.current", "7\n"),
+        ("pids/X/pids.max", "100\n"),
+    ];
+    let v2 = v2.map(|(file, text)| (format!("X/{file}"), text));
+    let v1 = v1.map(|(file, text)| (file.to_owned(), text));
+    for (tree, files) in [(unified(), v2), (split(), v1)] {
+        let (root, mounts) = tree;
+        let group = Cgroups::open_in(&mounts, "x").expect("open").make_group("slot-0").expect("a group");
+        assert_eq!(group.load(), GroupLoad::default(), "nothing is known yet");
+        for (file, text) in files {
+            fs::write(root.path().join(file.replace('X', "nagaya/x/slot-0/commands")), text).expect("write");
+        }
+        assert_eq!(group.load(), expected);
+    }
+}
+
+#[test]
+fn processor_times_are_those_of_the_threads_in_the_group() {
+    let (root, mounts) = unified();
+    let group = Cgroups::open_in(&mounts, "x").expect("open").make_group("slot-0").expect("a group");
+    assert!(group.processor_times().is_empty());
+    let list = root.path().join("nagaya/x/slot-0/commands/cgroup.threads");
+    fs::write(&list, format!("{}\n0\n../1\n", std::process::id())).expect("write");
+    let times = group.processor_times();
+    let (thread, (ran, _)) = times.first_key_value().expect("the first thread of this process");
+    assert!(times.len() == 1 && *thread == std::process::id() && *ran > 0, "{times:?}");
+}

@@ -62,12 +62,13 @@ impl OutOfMemory {
         Self { count, before }
     }
 
-    /// Corrects the reason of a command that the kernel killed.
+    /// Says of a command that failed how many processes were killed for want of memory meanwhile, and corrects the
+    /// reason of one that the kernel killed. What ends well is not looked at: that is to cost nothing.
     fn explain(&self, mut status: ExitStatus) -> ExitStatus {
-        if status.reason == "signaled"
-            && status.signal == "SIGKILL"
-            && self.count.as_ref().is_some_and(|count| count() > self.before)
-        {
+        if status.code != 0 {
+            status.memory_kills = self.count.as_ref().map_or(0, |count| count()).saturating_sub(self.before);
+        }
+        if status.reason == "signaled" && status.signal == "SIGKILL" && status.memory_kills > 0 {
             status.reason = "out_of_memory".into();
         }
         status
@@ -139,6 +140,7 @@ fn to_status(exit: Exit) -> ExitStatus {
         duration_ms: exit.duration_ms,
         reason: short(exit.reason),
         errno: exit.errno,
+        memory_kills: 0,
     }
 }
 

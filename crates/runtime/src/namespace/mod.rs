@@ -20,6 +20,7 @@ mod events;
 mod host_image;
 mod images;
 mod live;
+mod load;
 mod network;
 mod pause;
 mod record;
@@ -38,7 +39,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use async_trait::async_trait;
 use nagaya_api::ids::{ImageId, SessionId, VolumeId};
 use nagaya_engine::model::{Connection, Egress, Guarantees, Machine};
-use nagaya_engine::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Mount};
+use nagaya_engine::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Load, Mount};
 use tokio::sync::{Notify, mpsc};
 
 pub use network::{Cidr, Network, NetworkError, Settings};
@@ -478,6 +479,10 @@ impl Driver for NamespaceDriver {
     async fn connections(&self, id: SessionId) -> Result<Vec<Connection>, DriverError> {
         let inner = self.inner.clone();
         blocking(move || inner.connections(id)).await
+    }
+
+    async fn load(&self, id: SessionId) -> Result<Load, DriverError> {
+        self.inner.load(id).await
     }
 
     fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent> {

@@ -50,7 +50,7 @@ impl Inner {
         live.filter(|live| !live.is_ending() && !live.pidfd.has_ended()).ok_or(DriverError::Gone)
     }
 
-    fn group(&self, live: &Live) -> Group {
+    pub(super) fn group(&self, live: &Live) -> Group {
         self.factory.cgroups.group(&group_name(live.slot))
     }
 }

@@ -3,6 +3,7 @@
 // Each test program uses its own part of this.
 #![allow(clippy::unwrap_used, dead_code)]
 
+pub mod events;
 pub mod kept;
 pub mod previews;
 
@@ -21,7 +22,7 @@ use proptest::prelude::*;
 /// Everything that all stores promise. `fresh` makes an empty one, with whatever keeps it alive.
 pub fn every_promise<Keep>(fresh: impl Fn() -> (Box<dyn Store>, Keep)) {
     let runtime = runtime();
-    for (name, promise) in PROMISES.iter().chain(kept::PROMISES).chain(previews::PROMISES) {
+    for (name, promise) in PROMISES.iter().chain(kept::PROMISES).chain(previews::PROMISES).chain(events::PROMISES) {
         println!("promise: {name}");
         let (store, _keep) = fresh();
         runtime.block_on(promise(store.as_ref()));

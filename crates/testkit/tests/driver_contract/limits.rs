@@ -174,3 +174,31 @@ pub async fn the_tools_inside_show_the_sandboxs_own_limits(place: &mut Place) ->
     place.settled().await;
     Ok(())
 }
+
+pub async fn what_is_used_is_told_in_figures(place: &mut Place) -> Outcome {
+    const MIB: u64 = 1 << 20;
+    let (driver, id) = (place.driver(), fresh_id());
+    let guest = driver.create(id, &Machine { memory_mb: 256, ..machine() }, None).await.unwrap();
+    // What is only cached of files is not used up.
+    shell(&*guest, "head -c 100M /dev/zero > cached && cat cached > /dev/null").await;
+    let hold = "x = b'x' * (64 << 20); print('holding', flush=True); input()";
+    let mut holding = guest.run(Command { stdin: true, ..command(&["python3", "-c", hold]) }).await.unwrap();
+    wait_for_line(&mut holding, "holding").await;
+    let load = driver.load(id).await.unwrap();
+    assert!((60 * MIB..120 * MIB).contains(&load.memory_bytes), "{load:?}");
+    assert_eq!((load.memory_limit_bytes, load.memory_kills), (256 * MIB, 0));
+    assert!((1..10).contains(&load.processes) && load.processes_max == PROCESSES_MAX, "{load:?}");
+    assert!(load.disk_used_bytes >= 100 * MIB && load.disk_size_bytes > 4_096 * MIB, "{load:?}");
+    assert!(load.disk_used_bytes < 1_024 * MIB && load.cpu_window_us > 0, "{load:?}");
+    drop(holding);
+    let endless = guest.run(command(&["/bin/sh", "-c", "while :; do :; done"])).await.unwrap();
+    let busy = driver.load(id).await.unwrap();
+    // On a busy host it waits for what it does not get.
+    assert!(busy.cpu_used_us + busy.cpu_waited_us >= busy.cpu_window_us / 2, "{busy:?}");
+    drop(endless);
+    assert_eq!(run(&*guest, command(&["tail", "/dev/zero"])).await.exit.memory_kills, 1);
+    assert_eq!(driver.load(id).await.unwrap().memory_kills, 1);
+    driver.destroy(id).await.unwrap();
+    place.settled().await;
+    Ok(())
+}

@@ -48,6 +48,7 @@ macro_rules! common_behaviours {
             signals_and_timeouts_end_commands_and_say_so,
             files_are_whole_or_absent_and_listed_in_order,
             a_detached_command_starts_once_and_keeps_its_output,
+            only_what_runs_tells_what_it_uses,
         );
         behaviours!($suite, $driver, $place, life:
             a_frozen_command_goes_on_where_it_was,
@@ -100,6 +101,7 @@ fn main() -> ExitCode {
             a_full_disk_is_told_to_commands_and_to_the_file_calls_and_the_sandbox_stays_usable,
             processor_time_is_limited_to_the_cores_asked_for,
             the_tools_inside_show_the_sandboxs_own_limits,
+            what_is_used_is_told_in_figures,
         );
         behaviours!(suite, "namespace", namespace, inside:
             commands_run_as_tenki_and_privileged_ones_as_root,

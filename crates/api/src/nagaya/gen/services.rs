@@ -8,4 +8,10 @@ crate::tenki::service::service! {
     unary update_session_egress "UpdateSessionEgress" UpdateSessionEgressRequest UpdateSessionEgressResponse;
     /// Tells the last connections of a running or paused session to the outside.
     unary list_session_connections "ListSessionConnections" ListSessionConnectionsRequest ListSessionConnectionsResponse;
+    /// Tells what happened to a session, oldest first, also of one that has ended.
+    unary list_session_events "ListSessionEvents" ListSessionEventsRequest ListSessionEventsResponse;
+    /// Tells the same, then every further event when it is recorded. Ends after `terminated`.
+    server_stream watch_session_events "WatchSessionEvents" WatchSessionEventsRequest WatchSessionEventsResponse;
+    /// Says why a session is as it is, from recorded facts and from what its sandbox uses now.
+    unary explain_session "ExplainSession" ExplainSessionRequest ExplainSessionResponse;
 }

@@ -1,0 +1,204 @@
+//! The command line: `nagaya sandbox …`, and the same under the name `tenki`.
+//!
+//! Words become calls of the SDK here, and answers become tables, JSON or YAML. Absent on purpose: any knowledge of
+//! the wire protocol, of the server's parts and of its data directory but for two files, `address` and `api-key`.
+
+mod account;
+mod connect;
+mod copy;
+mod errors;
+mod exec;
+mod explain;
+mod files;
+mod output;
+mod parse;
+mod ports;
+mod resolve;
+mod session;
+mod shell;
+mod snapshots;
+mod ssh;
+mod ssh_config;
+mod terminal;
+mod unpack;
+mod volumes;
+
+use std::process::ExitCode;
+
+use clap::{Args, Command, Subcommand};
+
+use errors::{Failure, Local};
+use output::OutputOptions;
+
+/// With what the program ends when the command line itself is wrong.
+pub const USAGE_EXIT: u8 = Local::Usage.exit_code();
+
+/// The verbs beside those of the server.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Create and use sandboxes.
+    #[command(alias = "sbx")]
+    Sandbox(Sandbox),
+    /// Keep the address of a server and a key for it.
+    Login(With<account::Login>),
+    /// Forget what `login` kept.
+    Logout(With<Nothing>),
+    /// Tell who you are, and which server says so.
+    #[command(alias = "status")]
+    Whoami(With<Nothing>),
+    /// Print what lets a shell complete words of this program.
+    Completions(shell::Completions),
+    /// Write manual pages.
+    Man(shell::Man),
+}
+
+/// Options of a verb, and how to show what comes out.
+#[derive(Debug, Args)]
+pub struct With<T: Args> {
+    #[command(flatten)]
+    output: OutputOptions,
+    #[command(flatten)]
+    verb: T,
+}
+
+#[derive(Debug, Args)]
+pub struct Nothing {}
+
+#[derive(Debug, Args)]
+#[command(arg_required_else_help = true)]
+pub struct Sandbox {
+    #[command(flatten)]
+    output: OutputOptions,
+    #[command(subcommand)]
+    verb: SandboxVerb,
+}
+
+#[derive(Debug, Subcommand)]
+enum SandboxVerb {
+    /// Create a sandbox and wait until it runs.
+    #[command(alias = "new")]
+    Create(Box<session::Create>),
+    /// Show sandboxes.
+    #[command(alias = "ls")]
+    List(session::List),
+    /// Show one sandbox.
+    Get(session::Get),
+    /// Run a command; its output, input and exit code are as if it ran here.
+    Exec(exec::Exec),
+    /// Write a file.
+    Write(files::Write),
+    /// Read a file.
+    Read(files::Read),
+    /// Copy files and directories in or out.
+    Cp(copy::Copy),
+    /// Open a port under a URL.
+    Expose(ports::Expose),
+    /// Show the open ports.
+    Ports(ports::Ports),
+    /// Close a port.
+    Unexpose(ports::Unexpose),
+    /// Preview URLs that outlive sandboxes.
+    #[command(subcommand, alias = "preview-url")]
+    Preview(ports::Preview),
+    /// Stop it and keep memory or disk.
+    Pause(session::Pause),
+    /// Let it go on.
+    Resume(session::Resume),
+    /// Move its end.
+    Extend(session::Extend),
+    /// Change name, tags and times.
+    Update(session::Update),
+    /// End it; its disk goes too.
+    #[command(aliases = ["rm", "kill"])]
+    Terminate(session::Terminate),
+    /// Make sandboxes from its disk.
+    Fork(session::Fork),
+    /// Show what happened to it.
+    Logs(explain::Logs),
+    /// Tell why it is as it is, and what to do.
+    Explain(explain::Explain),
+    /// Log in, forward ports, run commands, with the OpenSSH of this machine.
+    Ssh(ssh::Ssh),
+    /// Keys that may log in.
+    #[command(subcommand)]
+    SshKeys(ssh::SshKeys),
+    #[command(hide = true)]
+    SshPrepare(ssh::SshPrepare),
+    #[command(hide = true)]
+    SshProxy(ssh::SshProxy),
+    /// Disks kept, to begin with later.
+    #[command(subcommand)]
+    Snapshot(snapshots::SnapshotVerb),
+    /// Disks that outlive sandboxes.
+    #[command(subcommand)]
+    Volume(volumes::VolumeVerb),
+    /// Show what is used of the quota.
+    Usage(account::Usage),
+    /// Tell who you are, and which server says so.
+    Whoami,
+}
+
+/// Runs a verb and says with what the program ends. `whole` is the whole program's command line.
+pub fn run(verb: Verb, whole: impl FnOnce() -> Command) -> ExitCode {
+    let done = match verb {
+        Verb::Completions(completions) => completions.run(whole()).map(|()| 0),
+        Verb::Man(man) => man.run(whole()).map(|()| 0),
+        Verb::Logout(with) => account::logout(with.output.screen()).map(|()| 0),
+        Verb::Login(with) => block_on(async { with.verb.run(with.output.screen()).await.map(|()| 0) }),
+        Verb::Whoami(with) => block_on(async { account::whoami(with.output.screen()).await.map(|()| 0) }),
+        Verb::Sandbox(sandbox) => block_on(sandbox.run()),
+    };
+    match done {
+        Ok(code) => code.into(),
+        Err(failure) => {
+            failure.tell(output::stderr_colour());
+            failure.exit_code().into()
+        }
+    }
+}
+
+/// One thread is enough for one command, and is there at once.
+fn block_on(verb: impl Future<Output = Result<u8, Failure>>) -> Result<u8, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Failure::new(Local::Broken, format!("cannot start: {error}"), ""))?;
+    let done = runtime.block_on(verb);
+    // A read of stdin that nobody waits for any more must not hold the end.
+    runtime.shutdown_background();
+    done
+}
+
+impl Sandbox {
+    async fn run(self) -> Result<u8, Failure> {
+        let screen = self.output.screen();
+        match self.verb {
+            SandboxVerb::Exec(verb) => return verb.run(screen).await,
+            SandboxVerb::Ssh(verb) => return verb.run(screen).await,
+            SandboxVerb::Create(verb) => verb.run(screen).await,
+            SandboxVerb::List(verb) => verb.run(screen).await,
+            SandboxVerb::Get(verb) => verb.run(screen).await,
+            SandboxVerb::Write(verb) => verb.run(screen).await,
+            SandboxVerb::Read(verb) => verb.run(screen).await,
+            SandboxVerb::Cp(verb) => verb.run().await,
+            SandboxVerb::Expose(verb) => verb.run(screen).await,
+            SandboxVerb::Ports(verb) => verb.run(screen).await,
+            SandboxVerb::Unexpose(verb) => verb.run(screen).await,
+            SandboxVerb::Preview(verb) => verb.run(screen).await,
+            SandboxVerb::Pause(verb) => verb.run(screen).await,
+            SandboxVerb::Resume(verb) => verb.run(screen).await,
+            SandboxVerb::Extend(verb) => verb.run(screen).await,
+            SandboxVerb::Update(verb) => verb.run(screen).await,
+            SandboxVerb::Terminate(verb) => verb.run(screen).await,
+            SandboxVerb::Fork(verb) => verb.run(screen).await,
+            SandboxVerb::Logs(verb) => verb.run(screen).await,
+            SandboxVerb::Explain(verb) => verb.run(screen).await,
+            SandboxVerb::SshKeys(verb) => verb.run(screen).await,
+            SandboxVerb::SshPrepare(verb) => verb.run().await,
+            SandboxVerb::SshProxy(verb) => verb.run().await,
+            SandboxVerb::Snapshot(verb) => verb.run(screen).await,
+            SandboxVerb::Volume(verb) => verb.run(screen).await,
+            SandboxVerb::Usage(verb) => verb.run(screen).await,
+            SandboxVerb::Whoami => account::whoami(screen).await,
+        }
+        .map(|()| 0)
+    }
+}

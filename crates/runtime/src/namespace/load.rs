@@ -1,0 +1,92 @@
+//! What a sandbox uses, for those who want to know why it is slow or full.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nagaya_api::ids::SessionId;
+use nagaya_engine::ports::{DriverError, Load};
+use tokio::time::Instant;
+
+use super::{Inner, blocking, failed};
+use crate::cgroup::{Group, Part};
+
+/// How long processor times are compared: some of the scheduler's periods.
+const WINDOW: Duration = Duration::from_millis(250);
+
+impl Inner {
+    pub(super) async fn load(self: &Arc<Self>, id: SessionId) -> Result<Load, DriverError> {
+        let live = self.running(id)?;
+        let group = self.group(&live);
+        let before = processor_times(&group).await;
+        let begun = Instant::now();
+        tokio::time::sleep(WINDOW).await;
+        let after = processor_times(&group).await;
+        let window = begun.elapsed();
+        let mut load = blocking(move || read(&group)).await.map_err(|error| failed("look at the disk", &error))?;
+        (load.cpu_used_us, load.cpu_waited_us) = between(&before, &after);
+        load.cpu_window_us = window.as_micros() as u64;
+        Ok(load)
+    }
+}
+
+type Times = BTreeMap<u32, (u64, u64)>;
+
+async fn processor_times(group: &Group) -> Times {
+    let group = group.clone();
+    blocking(move || group.processor_times()).await
+}
+
+/// What the threads that are there in the end had since the beginning; one that is new began with nothing.
+fn between(before: &Times, after: &Times) -> (u64, u64) {
+    let since = |(thread, (ran, waited)): (&u32, &(u64, u64))| {
+        let (ran_before, waited_before) = before.get(thread).copied().unwrap_or_default();
+        (ran.saturating_sub(ran_before), waited.saturating_sub(waited_before))
+    };
+    after.iter().map(since).fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1))
+}
+
+fn read(group: &Group) -> std::io::Result<Load> {
+    let used = group.load();
+    let (disk_used_bytes, disk_size_bytes) = disk(group)?;
+    Ok(Load {
+        memory_bytes: used.memory_bytes,
+        memory_limit_bytes: used.memory_limit_bytes,
+        memory_kills: used.out_of_memory_kills,
+        cpu_spans: used.cpu_periods,
+        cpu_spans_throttled: used.cpu_periods_throttled,
+        cpu_throttled_us: used.cpu_throttled_us,
+        processes: used.processes,
+        processes_max: used.processes_max,
+        disk_used_bytes,
+        disk_size_bytes,
+        ..Load::default()
+    })
+}
+
+/// Bytes used and in all on the disk, as the sandbox's first process sees it: it is mounted nowhere else. Zeros when
+/// that process is gone.
+fn disk(group: &Group) -> std::io::Result<(u64, u64)> {
+    let Some(pid) = group.processes(Part::Agent).into_iter().next() else { return Ok((0, 0)) };
+    match rustix::fs::statvfs(format!("/proc/{pid}/root/")) {
+        Ok(disk) => {
+            let size = disk.f_blocks.saturating_mul(disk.f_frsize);
+            Ok((size.saturating_sub(disk.f_bavail.saturating_mul(disk.f_frsize)), size))
+        }
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::SRCH) => Ok((0, 0)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_that_end_meanwhile_take_nothing_from_the_others() {
+        let before = Times::from([(1, (1_000_000, 50)), (2, (100, 10))]);
+        let after = Times::from([(2, (350, 15)), (3, (40, 2))]);
+        assert_eq!(between(&before, &after), (290, 7));
+        assert_eq!(between(&Times::new(), &Times::new()), (0, 0));
+    }
+}
