@@ -2,8 +2,9 @@
 //!
 //! Options: `--quick` (few rounds, for a look and for CI), `--name NAME` (directory below
 //! `bench/results/`), `--only PART` (create, bursts, exec, files,
-//! memory, sustained, pauses, snapshots, forks, volumes, previews, ssh, peers).
+//! memory, sustained, pauses, snapshots, forks, volumes, previews, ssh, cli, peers).
 
+mod cli;
 mod life;
 mod own;
 mod peers;
@@ -81,6 +82,9 @@ fn main() -> ExitCode {
         }
         if wants("ssh") {
             ssh::run(&mut report, effort).await;
+        }
+        if wants("cli") {
+            cli::run(&mut report, effort).await;
         }
     });
     if wants("peers") {
