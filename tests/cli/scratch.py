@@ -15,8 +15,9 @@ PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Scratch:
-    def __init__(self):
-        self.server = Server()
+    def __init__(self, configuration="", **variables):
+        self.server = Server(configuration)
+        self.variables = variables
         # Short, because the sockets of tmux and of OpenSSH's masters have short names.
         self.home = tempfile.mkdtemp(prefix="nagaya-home-")
         binary = pathlib.Path(self.server.binary).resolve()
@@ -27,7 +28,7 @@ class Scratch:
     @property
     def environment(self):
         return {"HOME": self.home, "PATH": f"{self.home}/bin:{PATH}", "NAGAYA_DATA_DIR": self.server.data_dir,
-                "TERM": "screen", "LANG": "C.UTF-8"}
+                "TERM": "screen", "LANG": "C.UTF-8", **self.variables}
 
     def run(self, *command, check=True, **how):
         how = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 120} | how

@@ -47,7 +47,8 @@ class Installed(unittest.TestCase):
                 "print('up', flush=True); s.handle_request()\""
         local = free_port()
         with subprocess.Popen(["ssh", "-F", config, "-L", f"{local}:127.0.0.1:8000", host, f"cd /etc; {serve}"],
-                              env=scratch.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+                              env=scratch.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, text=True) as process:
             self.assertEqual(process.stdout.readline(), "up\n")
             with urllib.request.urlopen(f"http://127.0.0.1:{local}/hostname", timeout=30) as page:
                 self.assertEqual(page.status, 200)

@@ -3,7 +3,7 @@
 `python3 -m unittest discover tests/cli`; tmux is the terminal, the server is NAGAYA_BIN, else the debug build.
 """
 
-import subprocess
+import os
 import time
 import unittest
 
@@ -137,6 +137,18 @@ class Keys(unittest.TestCase):
         self.assertNotIn(scratch.server.api_key[:12], screen)
         terminal.type("tenki logout")
         terminal.expect("is gone")
+
+    def test_progress_shows_while_something_is_copied(self):
+        terminal = Terminal()
+        self.addCleanup(terminal.close)
+        os.mkfifo(f"{scratch.home}/pipe")
+        terminal.type("tenki sandbox cp pipe box:/tmp/x")
+        # Its end is ours to decide, which leaves time to look.
+        with open(f"{scratch.home}/pipe", "wb", 0) as pipe:
+            pipe.write(bytes(70_000))
+            terminal.expect("68.36 KiB")
+        screen = terminal.expect("/tmp/x: 68.4 KiB copied")
+        self.assertNotIn("68.36 KiB", screen, "the bar goes when it is done")
 
     def test_a_table_fits_the_terminal(self):
         terminal = Terminal()

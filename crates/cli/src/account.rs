@@ -64,7 +64,7 @@ pub struct Login {
     /// The server's address [default: TENKI_API_ENDPOINT, or http://127.0.0.1:7070].
     #[arg(long, value_name = "URL")]
     endpoint: Option<String>,
-    /// The key. Other users of this machine can see it here: better leave it out, and it is asked for or read from stdin.
+    /// The key. Other users of this machine can see it here: without it, it is asked for or read from stdin.
     #[arg(long, value_name = "KEY")]
     api_key: Option<String>,
 }

@@ -153,7 +153,8 @@ fn read(path: &Path) -> Result<Option<String>, Failure> {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             let what = format!("cannot read {}: permission denied", path.display());
-            let remedy = "The server's own files are its user's: use that user (often `sudo`), or set TENKI_API_ENDPOINT and TENKI_API_KEY.";
+            let remedy = "The server's files are its user's: be that user (often `sudo`) or set TENKI_API_ENDPOINT and \
+                 TENKI_API_KEY.";
             Err(Failure::new(Local::NoCredential, what, remedy))
         }
         Err(error) => Err(Failure::reading(path, &error)),

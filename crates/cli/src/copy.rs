@@ -136,7 +136,9 @@ impl Way<'_> {
 
     async fn file_in(&self, from: &Path, metadata: &fs::Metadata, to: &str) -> Result<u64, Failure> {
         let mut file = tokio::fs::File::open(from).await.map_err(|error| Failure::reading(from, &error))?;
-        known_length(self.bar, metadata.len());
+        if metadata.is_file() {
+            known_length(self.bar, metadata.len());
+        }
         let options = WriteOptions { mode: metadata.permissions().mode() & 0o777, ..WriteOptions::default() };
         let mut writer = self.session.files().writer(to, options).await?;
         let mut buffer = vec![0; 256 * 1024];

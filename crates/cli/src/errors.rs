@@ -8,6 +8,8 @@ use std::path::Path;
 use nagaya_api::error::Code;
 use nagaya_client::Error as ClientError;
 
+use crate::output::printable;
+
 /// Codes for what never reaches a server. Never renamed, never reused; those of servers are [`Code`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Local {
@@ -90,6 +92,9 @@ const BROKEN_PIPE_EXIT: u8 = 141;
 const NO_SERVER_REMEDY: &str =
     "Start a server on this machine with `nagaya serve`, or set TENKI_API_ENDPOINT to the address of another.";
 
+const UNTRUSTED_REMEDY: &str =
+    "If that is your server, set NAGAYA_ROOT_CERTIFICATES to a file (PEM) with the authority of its certificate.";
+
 const UNAUTHENTICATED_REMEDY: &str = "Set TENKI_API_KEY to a key of this server, or run `nagaya login`; `nagaya serve` \
      prints a key at its first start and keeps it in its data directory, in `api-key`.";
 
@@ -138,7 +143,7 @@ impl Failure {
     pub fn tell(&self, colour: bool) {
         let Self::Told { what, remedy, code, .. } = self else { return };
         let (red, plain) = if colour { ("\x1b[1;31m", "\x1b[0m") } else { ("", "") };
-        let mut text = format!("{red}error:{plain} {what} [{code}]\n");
+        let mut text = format!("{red}error:{plain} {} [{code}]\n", printable(what));
         if !remedy.is_empty() {
             text.push_str(&format!("  {remedy}\n"));
         }
@@ -162,6 +167,7 @@ impl From<ClientError> for Failure {
         if let ClientError::Unreachable { message, unsent } = &error {
             let what = without_number(message);
             return match unsent {
+                true if message.contains("certificate") => Self::new(Local::NoServer, what, UNTRUSTED_REMEDY),
                 true => Self::new(Local::NoServer, what, NO_SERVER_REMEDY),
                 false => Self::new(Local::Broken, what, "See whether the server still runs, and try again."),
             };

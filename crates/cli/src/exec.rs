@@ -223,19 +223,25 @@ async fn pass_signals(to: Signaller) {
     else {
         return pending().await;
     };
+    // A signal may wait behind input that the command does not read; what comes next does not wait for it.
+    let send = |signal| {
+        let to = to.clone();
+        drop(tokio::spawn(async move { to.signal(signal).await }));
+    };
     let mut count = 0;
     loop {
         tokio::select! {
             _ = interrupts.recv() => {
                 count += 1;
                 match count {
-                    1 => to.signal(Signal::Int).await,
-                    2 => to.kill().await,
+                    1 => send(Signal::Int),
+                    2 => send(Signal::Kill),
+                    // The command ends with its connection.
                     _ => std::process::exit(130),
                 }
             }
-            _ = ends.recv() => to.signal(Signal::Term).await,
-            _ = hangs.recv() => to.signal(Signal::Hup).await,
+            _ = ends.recv() => send(Signal::Term),
+            _ = hangs.recv() => send(Signal::Hup),
         }
     }
 }
@@ -301,7 +307,7 @@ impl End {
         };
         let mut line = format!("{how}{reason}, exit code {}, {}", self.exit_code(), span(self.duration));
         if let Some(id) = &self.execution_id {
-            line.push_str(&format!(", execution {id}"));
+            line.push_str(&format!(", execution {}", crate::output::printable(id)));
         }
         line
     }

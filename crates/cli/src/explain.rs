@@ -68,9 +68,9 @@ impl Logs {
 }
 
 fn line(event: &SessionEvent) -> String {
-    let mut text = format!("{}  {:<18}  {}", moment(event.at), printable(&event.kind), printable(&event.summary));
+    let mut text = format!("{}  {:<18}  {}", moment(event.at), event.kind, event.summary);
     if let Some(id) = &event.execution_id {
-        text.push_str(&format!("  (execution {})", printable(id)));
+        text.push_str(&format!("  (execution {id})"));
     }
     text
 }

@@ -74,7 +74,7 @@ impl Screen {
     /// What was done: a sentence, or the object that it was done to.
     pub fn done<T: Serialize>(self, item: &T, sentence: impl FnOnce(&T) -> String) -> Result<(), Failure> {
         match self.format {
-            Format::Table => print(&format!("{}\n", sentence(item))),
+            Format::Table => print(&format!("{}\n", printable(&sentence(item)))),
             _ => self.value(item),
         }
     }
@@ -91,7 +91,7 @@ impl Screen {
     /// One line of a stream of things, at once.
     pub fn line<T: Serialize>(self, item: &T, text: impl FnOnce(&T) -> String) -> Result<(), Failure> {
         match self.format {
-            Format::Table => print(&format!("{}\n", text(item))),
+            Format::Table => print(&format!("{}\n", printable(&text(item)))),
             Format::Json => {
                 let json = serde_json::to_string(item).expect("strings, numbers, and maps with string keys");
                 print(&format!("{json}\n"))

@@ -31,10 +31,18 @@ pub struct Create {
     #[arg(long, value_name = "GB", alias = "disk-size-gb")]
     disk_gb: Option<u32>,
     /// Let ports of it be exposed.
-    #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", hide_default_value = true, hide_possible_values = true, value_name = "BOOL")]
+    #[arg(
+        long, action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_value_t = false,
+        default_missing_value = "true", hide_default_value = true, hide_possible_values = true,
+        value_name = "BOOL",
+    )]
     allow_inbound: bool,
     /// Let it reach the outside [default: true].
-    #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true", hide_default_value = true, hide_possible_values = true, value_name = "BOOL")]
+    #[arg(
+        long, action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_value_t = true,
+        default_missing_value = "true", hide_default_value = true, hide_possible_values = true,
+        value_name = "BOOL",
+    )]
     allow_outbound: bool,
     /// End it after this time, such as 2h.
     #[arg(long, value_name = "TIME", value_parser = parse::duration)]
@@ -294,7 +302,10 @@ pub struct Update {
     #[arg(long, conflicts_with = "tags")]
     clear_tags: bool,
     /// Whether neither idleness nor time pauses or ends it.
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", hide_possible_values = true, value_name = "BOOL")]
+    #[arg(
+        long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        hide_possible_values = true, value_name = "BOOL",
+    )]
     sticky: Option<bool>,
     /// End it after this time, such as 2h.
     #[arg(long, value_name = "TIME", value_parser = parse::duration)]

@@ -52,7 +52,10 @@ pub struct Ssh {
     #[arg(long, value_name = "TIME", value_parser = seconds)]
     connect_timeout: Option<Duration>,
     /// Whether to trust a gateway that its authority does not vouch for: yes, accept-new, no or ask.
-    #[arg(long, value_name = "HOW", default_value = "accept-new", value_parser = ["yes", "accept-new", "no", "ask", "true", "false"])]
+    #[arg(
+        long, value_name = "HOW", default_value = "accept-new", value_parser = ["yes", "accept-new", "no",
+        "ask", "true", "false"],
+    )]
     strict_host_key_checking: String,
     /// [SESSION] and arguments of ssh, such as -L 8080:127.0.0.1:8080 or a command.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]

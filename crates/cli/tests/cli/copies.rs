@@ -19,7 +19,9 @@ fn files_keep_content_and_mode_both_ways() {
     let file = person.home().join("data.bin");
     fs::write(&file, &content).unwrap();
     fs::set_permissions(&file, fs::Permissions::from_mode(0o750)).unwrap();
-    person.get(&format!("tenki sandbox cp data.bin {id}:there.bin"));
+    let copied = person.run(&format!("tenki sandbox cp data.bin {id}:there.bin"));
+    // Progress is for terminals only.
+    assert_eq!((copied.stdout.as_str(), copied.stderr.as_str()), ("there.bin: 2.9 MiB copied\n", ""));
     assert_eq!(person.get(&format!("tenki sandbox exec -q {id} stat -c '%a %s %U' there.bin")), "750 3000000 tenki\n");
     person.get("tenki sandbox cp box:there.bin back.bin && cmp data.bin back.bin");
     assert_eq!(fs::metadata(person.home().join("back.bin")).unwrap().permissions().mode() & 0o777, 0o750);
@@ -74,6 +76,12 @@ fn stdin_feeds_commands_and_files() {
     let written = person.run_with(&format!("tenki sandbox write {id} /tmp/in"), &input);
     assert_eq!(written.code, 0, "{}", written.stderr);
     assert_eq!(person.get(&format!("tenki sandbox exec -q {id} stat -c %s /tmp/in")), "5000000\n");
+    // One that is always meant need not be named.
+    let default = person.run(&format!(
+        "export NAGAYA_SESSION={id}; tenki sandbox exec -q echo word; tenki sandbox get | grep -c {id}; \
+         tenki sandbox read /tmp/in | wc -c; tenki sandbox get nobody"
+    ));
+    assert_eq!((default.stdout.as_str(), default.code), ("word\n1\n5000000\n", 66), "{}", default.stderr);
     // A loop's list stays the loop's.
     let looped = person.run(&format!(
         "printf 'a\\nb\\nc\\n' | while read word; do tenki sandbox exec -q --no-stdin {id} echo $word; done"
