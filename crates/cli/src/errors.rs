@@ -221,7 +221,7 @@ pub fn exit_codes() -> String {
         let ours = Local::ALL.into_iter().filter(|code| code.exit_code() == number).map(Local::name);
         lines.push(format!("{number}  {}", of_servers.chain(ours).collect::<Vec<_>>().join(", ")));
     }
-    lines.push("130  interrupted twice while the server did not answer".to_owned());
+    lines.push("130  interrupted three times before the command ended".to_owned());
     lines.push("141  whoever read the output went away".to_owned());
     lines.join("\n")
 }

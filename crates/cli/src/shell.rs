@@ -36,7 +36,9 @@ impl Man {
     pub fn run(self, whole: Command) -> Result<(), Failure> {
         let problem = |error: io::Error| Failure::writing(&self.directory, &error);
         std::fs::create_dir_all(&self.directory).map_err(problem)?;
-        let whole = whole.after_long_help(format!("EXIT CODES\n{}", exit_codes()));
+        // Manual pages fill their lines; a paragraph each keeps these apart.
+        let codes = exit_codes().replace('\n', "\n\n");
+        let whole = whole.after_long_help(format!("EXIT CODES\n\n{codes}"));
         clap_mangen::generate_to(whole, Path::new(&self.directory)).map_err(problem)
     }
 }
