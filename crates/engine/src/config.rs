@@ -52,6 +52,8 @@ pub struct EngineConfig {
     pub executions_per_session_max: u32,
     /// Events kept per session; a new one pushes out the oldest.
     pub events_per_session_max: u32,
+    /// How long a session that has ended is remembered, with its events. Ends of others push it out then.
+    pub ended_sessions_kept_ms: u64,
     /// How long activity may stay in memory before it is written to the store.
     pub activity_flush_ms: u64,
     /// Pause before a failed step is tried again; doubles up to `retry_max_ms`.
@@ -86,6 +88,7 @@ impl Default for EngineConfig {
             volumes_per_session_max: 16,
             executions_per_session_max: 100,
             events_per_session_max: 1_000,
+            ended_sessions_kept_ms: 30 * 24 * 3_600_000,
             activity_flush_ms: 30_000,
             retry_first_ms: 100,
             retry_max_ms: 30_000,

@@ -57,6 +57,11 @@ pub enum Change {
         event: Event,
         events_max: u32,
     },
+    /// Forgets sessions that ended before that time, with their executions and events: the first ones, at most so many.
+    ForgetEnded {
+        ended_before: UnixMs,
+        sessions_max: u32,
+    },
     /// A named secret or setting of the server.
     Setting {
         name: String,

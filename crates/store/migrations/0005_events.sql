@@ -10,3 +10,6 @@ CREATE TABLE events (
     execution_id TEXT,
     PRIMARY KEY (session_id, sequence)
 ) STRICT, WITHOUT ROWID;
+
+-- Whom to forget first. The number is TERMINATED's.
+CREATE INDEX sessions_ended_by_end ON sessions (terminated_at, id) WHERE state = 6;

@@ -36,6 +36,9 @@ pub(crate) fn apply(database: &Connection, change: &Change) -> Result<()> {
         Change::Preview(preview) => previews::write_preview(database, preview),
         Change::ForgetPreview(id) => forget(database, "DELETE FROM previews WHERE id = ?1", id),
         Change::Event { event, events_max } => events::write_event(database, event, *events_max),
+        Change::ForgetEnded { ended_before, sessions_max } => {
+            sessions::forget_ended(database, *ended_before, *sessions_max)
+        }
         Change::Setting { name, value } => accounts::write_setting(database, name, value),
     }
 }

@@ -13,6 +13,9 @@ use crate::executions::failed;
 use crate::model::{AttachmentState, Execution, ExecutionStatus, Session, SessionState};
 use crate::ports::{Change, DriverError};
 
+/// Sessions that one end makes the store forget.
+const FORGOTTEN_AT_ONCE: u32 = 4;
+
 impl Actor {
     /// Ends the session, whatever that takes: returns when it has ended, or when the engine stops.
     pub(super) async fn end(&mut self, cause: String) -> Flow {
@@ -141,7 +144,11 @@ impl Actor {
         let pause = self.session.pause.as_ref().map(|pause| Change::ForgetSnapshot(pause.snapshot_id));
         let cause = session.terminal_error.clone();
         let ended = self.event(Fact::Terminated { reason: EndReason::of(&cause), cause });
-        let mut changes = vec![Change::Session(session), ended];
+        let now = session.terminated_at.unwrap_or_default();
+        let ended_before = now.saturating_sub(self.engine.config.ended_sessions_kept_ms);
+        // More than one, so that their number shrinks when the time was made shorter.
+        let forget = Change::ForgetEnded { ended_before, sessions_max: FORGOTTEN_AT_ONCE };
+        let mut changes = vec![Change::Session(session), ended, forget];
         changes.extend(pause);
         changes.extend(self.unrecorded.iter().cloned());
         changes.extend(interrupted.iter().cloned().map(Change::Execution));

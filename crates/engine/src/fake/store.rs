@@ -7,7 +7,7 @@ use nagaya_api::ids::{ExecutionId, KeyId, PreviewId, SessionId, SnapshotId, Volu
 
 use super::Faults;
 use crate::events::Event;
-use crate::model::{ApiKey, Execution, Preview, Session, SessionState, Snapshot, Volume, Workspace};
+use crate::model::{ApiKey, Execution, Preview, Session, SessionState, Snapshot, UnixMs, Volume, Workspace};
 use crate::ports::{Change, PreviewQuery, SessionQuery, SnapshotQuery, Store, StoreError, VolumeQuery};
 
 /// A store in memory. It outlives the engine that writes to it.
@@ -140,9 +140,26 @@ impl Tables {
                 events.push(Event { sequence, ..event });
                 events.retain(|kept| kept.sequence + u64::from(events_max) > sequence);
             }
+            Change::ForgetEnded { ended_before, sessions_max } => {
+                self.forget_ended(ended_before, sessions_max as usize)
+            }
             Change::Setting { name, value } => {
                 self.settings.insert(name, value);
             }
+        }
+    }
+
+    fn forget_ended(&mut self, before: UnixMs, sessions_max: usize) {
+        let ended = self.sessions.values().filter(|session| session.state == SessionState::Terminated);
+        let mut over: Vec<(UnixMs, SessionId)> = ended
+            .filter_map(|session| Some((session.terminated_at?, session.id)))
+            .filter(|(at, _)| *at < before)
+            .collect();
+        over.sort_unstable();
+        for (_, id) in over.into_iter().take(sessions_max) {
+            self.sessions.remove(&id);
+            self.events.remove(&id);
+            self.executions.retain(|_, execution| execution.session_id != id);
         }
     }
 

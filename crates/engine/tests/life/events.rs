@@ -269,6 +269,26 @@ async fn only_the_last_events_are_kept_and_pages_go_through_all_of_them() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn sessions_that_ended_long_ago_are_forgotten_when_others_end() {
+    let world = World::with(EngineConfig { ended_sessions_kept_ms: 60_000, ..EngineConfig::default() }).await;
+    let end = async |seconds| {
+        let id = world.running().await;
+        world.engine.terminate_session(&world.caller, id).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_secs(seconds)).await;
+        id
+    };
+    let first = end(30).await;
+    let second = end(40).await;
+    assert_eq!(world.codes(first).await, ["ended_by_request"], "nothing has ended since its time was over");
+    let third = end(0).await;
+    assert_eq!(code(world.engine.session(&world.caller, first).await), Code::SessionNotFound);
+    assert_eq!(code(world.engine.events(&world.caller, first, 0, 10).await), Code::SessionNotFound);
+    for kept in [second, third] {
+        assert_eq!(world.codes(kept).await, ["ended_by_request"]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn refusals_at_limits_are_remembered_once_a_minute() {
     let world = World::with(EngineConfig { sessions_max: 1, ..EngineConfig::default() }).await;
     let id = world.running().await;

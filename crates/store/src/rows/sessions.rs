@@ -1,7 +1,7 @@
 //! Sessions and their executions.
 
 use nagaya_api::ids::{ExecutionId, ImageId, KeyId, SessionId, SnapshotId, WorkspaceId};
-use nagaya_engine::model::{Execution, ExecutionStatus, Machine, Session, SessionState};
+use nagaya_engine::model::{Execution, ExecutionStatus, Machine, Session, SessionState, UnixMs};
 use rusqlite::{Connection, Result, Row, params};
 
 use super::{from_json, id, integer, json, optional_from_json, optional_id, optional_unsigned, unsigned, variant};
@@ -92,6 +92,17 @@ pub(super) fn write_execution(database: &Connection, execution: &Execution) -> R
             integer(execution.started_at)?,
             execution.ended_at.map(integer).transpose()?,
         ])?;
+    Ok(())
+}
+
+/// Removes the sessions that ended first, before that time; executions go with them.
+pub(super) fn forget_ended(database: &Connection, before: UnixMs, sessions_max: u32) -> Result<()> {
+    // The literal lets SQLite use the index of those that have ended.
+    const ENDED: &str =
+        "SELECT id FROM sessions WHERE state = 6 AND terminated_at < ?1 ORDER BY terminated_at, id LIMIT ?2";
+    let which = (integer(before)?, sessions_max);
+    database.prepare_cached(&format!("DELETE FROM events WHERE session_id IN ({ENDED})"))?.execute(which)?;
+    database.prepare_cached(&format!("DELETE FROM sessions WHERE id IN ({ENDED})"))?.execute(which)?;
     Ok(())
 }
 

@@ -2,9 +2,10 @@
 
 use nagaya_api::ids::{ExecutionId, SnapshotId, VolumeId};
 use nagaya_engine::events::{EndReason, Event, Fact, Origin, PauseReason, RestoreMode};
+use nagaya_engine::model::{Session, SessionState};
 use nagaya_engine::ports::{Change, Store};
 
-use super::{Promise, session, workspace};
+use super::{Promise, execution, session, workspace};
 
 macro_rules! promises {
     ($($name:ident),* $(,)?) => {
@@ -18,6 +19,7 @@ promises![
     events_are_counted_for_each_session_and_read_in_pages,
     the_oldest_events_go_and_their_numbers_are_not_used_again,
     events_are_written_with_what_they_belong_to,
+    sessions_that_ended_first_are_forgotten_first_with_all_of_theirs,
 ];
 
 fn event(session_number: u32, at: u64, fact: Fact) -> Event {
@@ -117,4 +119,39 @@ async fn events_are_written_with_what_they_belong_to(store: &dyn Store) {
     store.commit(vec![told, Change::Workspace(workspace(1)), Change::Session(session(1, 1))]).await.unwrap();
     assert!(store.session(session(1, 1).id).await.unwrap().is_some());
     assert_eq!(store.events(session(1, 1).id, 0, 10).await.unwrap().len(), 1);
+}
+
+async fn sessions_that_ended_first_are_forgotten_first_with_all_of_theirs(store: &dyn Store) {
+    let ended = |number, at| Session { state: SessionState::Terminated, terminated_at: Some(at), ..session(1, number) };
+    // The fourth has not ended: that it says when is nobody's business.
+    let going = Session { state: SessionState::Terminating, terminated_at: Some(1), ..session(1, 4) };
+    let mut changes = vec![Change::Workspace(workspace(1))];
+    for (number, each) in (1..).zip([ended(1, 30), ended(2, 10), ended(3, 20), going]) {
+        changes.push(Change::Execution(execution(each.id, number)));
+        changes.push(Change::Event { event: Event { session_id: each.id, ..event(1, 1, ready(1)) }, events_max: 10 });
+        changes.push(Change::Session(each));
+    }
+    store.commit(changes).await.unwrap();
+    let left = async || {
+        let mut left = Vec::new();
+        for number in 1..=4 {
+            let id = session(1, number).id;
+            let known = store.session(id).await.unwrap().is_some();
+            assert_eq!(known, !store.events(id, 0, 10).await.unwrap().is_empty(), "{number}");
+            assert_eq!(known, !store.executions(id).await.unwrap().is_empty(), "{number}");
+            left.extend(known.then_some(number));
+        }
+        left
+    };
+    let forget = async |ended_before, sessions_max| {
+        store.commit(vec![Change::ForgetEnded { ended_before, sessions_max }]).await.unwrap();
+    };
+    forget(10, 9).await;
+    assert_eq!(left().await, [1, 2, 3, 4], "those of that very moment are kept");
+    forget(25, 1).await;
+    assert_eq!(left().await, [1, 3, 4]);
+    forget(25, 9).await;
+    assert_eq!(left().await, [1, 4]);
+    forget(u64::try_from(i64::MAX).unwrap(), 9).await;
+    assert_eq!(left().await, [4]);
 }
