@@ -210,7 +210,7 @@ impl Command {
                 Ok((stream, first.and_then(|message| message.frame.payload.clone())))
             }
         });
-        let (stream, first) = opened.await.map_err(not_offered)?;
+        let (stream, first) = opened.await.map_err(Error::or_capability)?;
         match first {
             Some(Answer::Started(started)) => Ok((stream, started.pid)),
             Some(Answer::Exit(exit)) => {
@@ -225,13 +225,6 @@ impl Command {
 
 fn request(payload: Input) -> Request {
     Request { frame: v1::RunRequest { payload: Some(payload) }.into() }
-}
-
-fn not_offered(error: Error) -> Error {
-    match error {
-        Error::Refused(Refusal { status: Status::Unimplemented, message }) => Error::CapabilityUnavailable(message),
-        other => other,
-    }
 }
 
 /// Carries input and signals to a command. Signals do not wait for input.
@@ -355,10 +348,8 @@ impl Running {
 /// What else than the command's own end a server reports as its end.
 fn ended_otherwise(exit: &v1::RunExit) -> Option<Error> {
     let reason = &exit.reason;
-    if reason.starts_with("capability_unavailable") {
-        Some(Error::CapabilityUnavailable(reason.clone()))
-    } else if reason.starts_with("first_frame_timeout") {
-        Some(Error::PrimitiveTimeout(reason.clone()))
+    if reason.starts_with("capability_unavailable") || reason.starts_with("first_frame_timeout") {
+        Some(Error::capability(reason.clone()))
     } else if let Some(cause) = reason.strip_prefix("session_terminated:") {
         let message = format!("session is terminated: {cause} [session_terminated]");
         Some(Error::SessionTerminated(Refusal { status: Status::FailedPrecondition, message }))

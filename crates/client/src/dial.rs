@@ -23,7 +23,7 @@ use tokio_util::io::StreamReader;
 
 use crate::pipe::{AbortOnDrop, FRAME_BYTES_MAX, Pipe, pipe};
 use crate::wire::wire_enum;
-use crate::{Error, Refusal, Result, Session, Status};
+use crate::{Error, Result, Session};
 
 type Answers = BidiRecvHalf<Incoming, Whole<v1::SandboxSessionDataPlaneServiceDialResponse>>;
 
@@ -75,10 +75,7 @@ impl Session {
                 Ok((stream, first.and_then(|message| message.frame.payload.clone())))
             }
         });
-        let (stream, first) = opened.await.map_err(|error| match error {
-            Error::Refused(Refusal { status: Status::Unimplemented, message }) => Error::CapabilityUnavailable(message),
-            other => other,
-        })?;
+        let (stream, first) = opened.await.map_err(Error::or_capability)?;
         match first {
             Some(Answer::Opened(_)) => {}
             Some(Answer::Closed(closed)) => return Err(refused(*closed)),
@@ -105,10 +102,7 @@ fn request(payload: Asked) -> Request {
 fn refused(closed: v1::DialClosed) -> Error {
     let reason = DialReason::from(closed.reason);
     if reason == DialReason::CapabilityUnavailable {
-        return match closed.detail.starts_with("first_frame_timeout") {
-            true => Error::PrimitiveTimeout(closed.detail),
-            false => Error::CapabilityUnavailable(closed.detail),
-        };
+        return Error::capability(closed.detail);
     }
     Error::DialClosed { reason, detail: closed.detail, errno: closed.errno }
 }

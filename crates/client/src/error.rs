@@ -278,6 +278,22 @@ impl Error {
         Self::BadAnswer(problem.into())
     }
 
+    /// A stream that the server does not know is a capability that it lacks.
+    pub(crate) fn or_capability(self) -> Self {
+        match self {
+            Self::Refused(Refusal { status: Status::Unimplemented, message }) => Self::CapabilityUnavailable(message),
+            other => other,
+        }
+    }
+
+    /// What a stream means that ended for want of a capability, with this detail.
+    pub(crate) fn capability(detail: String) -> Self {
+        match detail.starts_with("first_frame_timeout") {
+            true => Self::PrimitiveTimeout(detail),
+            false => Self::CapabilityUnavailable(detail),
+        }
+    }
+
     /// What an answer with this status and text means, decided from top to bottom.
     fn from_refusal(refusal: Refusal) -> Self {
         let text = refusal.message.to_lowercase();

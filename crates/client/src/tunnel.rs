@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use self::connections::Connections;
 pub use self::resilient::{Backoff, ResilientTunnel, TunnelState};
 use crate::pipe::AbortOnDrop;
-use crate::{Error, Refusal, Result, Session, Status};
+use crate::{Error, Result, Session};
 
 /// Frames that wait to be sent to the server.
 const FRAMES_MAX: usize = 16;
@@ -104,10 +104,7 @@ impl Session {
                 Ok((stream, first.and_then(|message| message.frame.payload.clone())))
             }
         });
-        let (stream, first) = opened.await.map_err(|error| match error {
-            Error::Refused(Refusal { status: Status::Unimplemented, message }) => Error::CapabilityUnavailable(message),
-            other => other,
-        })?;
+        let (stream, first) = opened.await.map_err(Error::or_capability)?;
         let opened = match first {
             Some(Answer::Opened(opened)) => opened,
             Some(Answer::Terminated(terminated)) => return Err(not_opened(*terminated)),
@@ -166,10 +163,7 @@ fn request(payload: Asked) -> Request {
 
 fn not_opened(terminated: v1::HostPortTunnelTerminated) -> Error {
     if terminated.reason.as_known() == Some(Reason::CapabilityUnavailable) {
-        return match terminated.detail.starts_with("first_frame_timeout") {
-            true => Error::PrimitiveTimeout(terminated.detail),
-            false => Error::CapabilityUnavailable(terminated.detail),
-        };
+        return Error::capability(terminated.detail);
     }
     Error::TunnelEnded(end_of(terminated))
 }
