@@ -40,7 +40,7 @@ pub struct Hooks {
 /// A running server.
 pub struct Daemon {
     server: Server,
-    previews: Arc<Proxy>,
+    previews: Arc<Proxy<Engine>>,
     ssh: SshServer,
     engine: Engine,
     drain_timeout: Duration,

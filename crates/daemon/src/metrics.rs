@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nagaya_engine::Engine;
 use nagaya_gateway::Traffic;
 use nagaya_gateway::preview::Proxy;
 use prometheus_client::collector::Collector;
@@ -32,7 +33,7 @@ pub(crate) struct Sources {
     pub(crate) pools: Option<Levels>,
     /// How long snapshots stopped their sources since it was asked last, microseconds.
     pub(crate) source_stops_us: Option<Box<dyn Fn() -> Vec<u64> + Send + Sync>>,
-    pub(crate) previews: Option<Arc<Proxy>>,
+    pub(crate) previews: Option<Arc<Proxy<Engine>>>,
     pub(crate) ssh: Option<Arc<Traffic>>,
 }
 
@@ -210,7 +211,7 @@ impl Collector for TrafficCollector {
     }
 }
 
-struct AnswersCollector(Arc<Proxy>);
+struct AnswersCollector(Arc<Proxy<Engine>>);
 
 impl fmt::Debug for AnswersCollector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -176,11 +176,9 @@ async fn serve(stream: TcpStream, peer: Peer, open: Open, shared: Arc<Shared>) {
     if let Err(error) = keep_alive(&stream, &shared.limits) {
         tracing::debug!(%error, "failed to have the kernel watch a connection");
     }
-    let viewer = |secure| Viewer {
-        secure: (secure || shared.secure_outside) && peer.label.is_none(),
-        label: peer.label.clone(),
-        peer: peer.ip,
-        connection: Arc::new(open),
+    let viewer = |secure| {
+        let secure = (secure || shared.secure_outside) && peer.label.is_none();
+        Viewer::new(peer.label.clone(), peer.ip, secure, Arc::new(open))
     };
     match &shared.tls {
         Some(acceptor) if peer.label.is_none() => {
@@ -219,12 +217,15 @@ where
         () = shared.lifecycle.reached(Phase::Draining) => return,
     };
 
+    let from = Arc::new((viewer, Arc::clone(shared)));
     let service = service_fn(|request| {
-        let (shared, viewer) = (Arc::clone(shared), viewer.clone());
-        async move { shared.routes.answer(request, origin, &viewer).await }
+        let from = Arc::clone(&from);
+        async move {
+            let (viewer, shared) = &*from;
+            shared.routes.answer(request, origin, viewer).await
+        }
     });
-    let mut draining = pin!(shared.lifecycle.reached(Phase::Draining));
-    let mut stopped = pin!(shared.lifecycle.reached(Phase::Stopped));
+    let mut end = pin!(shared.lifecycle.reached(Phase::Draining));
     let mut told = false;
     // Both versions have the same methods but no trait in common.
     macro_rules! drive {
@@ -233,9 +234,12 @@ where
             loop {
                 tokio::select! {
                     biased;
-                    () = &mut stopped => break,
-                    () = &mut draining, if !told => {
+                    () = &mut end => {
+                        if told {
+                            break;
+                        }
                         told = true;
+                        end.set(shared.lifecycle.reached(Phase::Stopped));
                         connection.as_mut().graceful_shutdown();
                     }
                     ended = connection.as_mut() => {

@@ -99,8 +99,12 @@ impl Live {
     }
 
     pub(crate) fn touch(&self, now: UnixMs) {
-        self.activity.last.fetch_max(now, Ordering::Relaxed);
-        if !self.activity.unsaved.swap(true, Ordering::AcqRel) {
+        let Activity { last, unsaved, .. } = &self.activity;
+        // Looked at first: it mostly stands there already, and many requests at a time would fight for it.
+        if last.load(Ordering::Relaxed) < now {
+            last.fetch_max(now, Ordering::AcqRel);
+        }
+        if !unsaved.load(Ordering::Acquire) && !unsaved.swap(true, Ordering::AcqRel) {
             self.alarm.notify_one();
         }
     }

@@ -1,5 +1,7 @@
 //! Counting the engine's tasks and asking them to stop.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use nagaya_api::error::{Code, Error};
 use tokio::sync::watch;
 
@@ -7,6 +9,8 @@ use tokio::sync::watch;
 pub(crate) struct Tasks {
     running: watch::Sender<usize>,
     stopping: watch::Sender<bool>,
+    /// The same, for those who only look.
+    is_stopping: AtomicBool,
 }
 
 /// Held by a task while it runs.
@@ -20,7 +24,11 @@ impl Drop for Running {
 
 impl Tasks {
     pub(crate) fn new() -> Self {
-        Self { running: watch::Sender::new(0), stopping: watch::Sender::new(false) }
+        Self {
+            running: watch::Sender::new(0),
+            stopping: watch::Sender::new(false),
+            is_stopping: AtomicBool::new(false),
+        }
     }
 
     /// Announces a task; refused with `draining` once the engine stops.
@@ -38,7 +46,7 @@ impl Tasks {
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
-        *self.stopping.borrow()
+        self.is_stopping.load(Ordering::SeqCst)
     }
 
     /// Completes when the engine stops.
@@ -49,6 +57,7 @@ impl Tasks {
 
     /// Asks all tasks to end, and waits until they have.
     pub(crate) async fn stop(&self) {
+        self.is_stopping.store(true, Ordering::SeqCst);
         self.stopping.send_replace(true);
         let _ = self.running.subscribe().wait_for(|running| *running == 0).await;
     }

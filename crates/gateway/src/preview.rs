@@ -10,6 +10,7 @@
 //! look at what, or listens on an address: the daemon hands requests in.
 
 mod body;
+mod connection;
 mod edge;
 mod exchange;
 mod headers;
@@ -19,14 +20,13 @@ mod pool;
 mod token;
 mod upgrade;
 
-use std::future::Future;
+use std::borrow::Cow;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use async_trait::async_trait;
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
@@ -69,10 +69,9 @@ pub struct Settings {
 }
 
 /// Who decides where a preview leads.
-#[async_trait]
 pub trait Entrance: Send + Sync + 'static {
     /// The service behind a label, awake. `token` is the viewer's, if one was shown.
-    async fn enter(&self, label: &str, token: Option<&str>) -> Result<Visit, Error>;
+    fn enter(&self, label: &str, token: Option<&str>) -> impl Future<Output = Result<Visit, Error>> + Send;
 }
 
 /// A way to a service that is open for one request.
@@ -85,7 +84,6 @@ pub struct Visit {
     pub hold: Box<dyn Send + Sync>,
 }
 
-#[async_trait]
 impl Entrance for Engine {
     async fn enter(&self, label: &str, token: Option<&str>) -> Result<Visit, Error> {
         let visit = self.enter_preview(label, token).await?;
@@ -93,8 +91,7 @@ impl Entrance for Engine {
     }
 }
 
-/// How a request came in.
-#[derive(Clone)]
+/// Who sends requests on a connection.
 pub struct Viewer {
     /// The preview whose own loopback port it came to; `None` when the request's host tells.
     pub label: Option<Arc<str>>,
@@ -103,11 +100,19 @@ pub struct Viewer {
     pub secure: bool,
     /// Kept while the connection lasts, also by what is spoken on it after HTTP.
     pub connection: Arc<dyn Send + Sync>,
+    /// What services hear of it.
+    claims: headers::Claims,
+}
+
+impl Viewer {
+    pub fn new(label: Option<Arc<str>>, peer: IpAddr, secure: bool, connection: Arc<dyn Send + Sync>) -> Self {
+        Self { label, peer, secure, connection, claims: headers::Claims::of(peer, secure) }
+    }
 }
 
 /// The proxy. One for the whole server.
-pub struct Proxy {
-    entrance: Arc<dyn Entrance>,
+pub struct Proxy<E> {
+    entrance: Arc<E>,
     /// Below which previews have their names, lower case.
     domain: Option<String>,
     settings: Settings,
@@ -135,9 +140,9 @@ impl Answers {
     }
 }
 
-impl Proxy {
+impl<E: Entrance> Proxy<E> {
     /// Needs a Tokio runtime.
-    pub fn start(entrance: Arc<dyn Entrance>, domain: Option<&str>, settings: Settings) -> Arc<Self> {
+    pub fn start(entrance: Arc<E>, domain: Option<&str>, settings: Settings) -> Arc<Self> {
         Arc::new(Self {
             entrance,
             domain: domain.map(str::to_ascii_lowercase),
@@ -178,11 +183,11 @@ impl Proxy {
 
     /// Answers a request to a preview. Never fails: what goes wrong is told to the viewer.
     pub async fn answer(&self, request: Request<Incoming>, viewer: &Viewer) -> Response<ResponseBody> {
-        let (mut parts, body) = request.into_parts();
+        let (parts, body) = request.into_parts();
         let asker = Asker::of(&parts);
         let expects_continue = exchange::expects_continue(&parts.headers);
         let mut body = Some(body);
-        match self.relay(&mut parts, &mut body, asker, viewer).await {
+        match self.relay(parts, &mut body, asker, viewer).await {
             Ok(response) => response,
             Err(error) => {
                 self.answers.own.fetch_add(1, Ordering::Relaxed);
@@ -198,13 +203,13 @@ impl Proxy {
 
     async fn relay(
         &self,
-        parts: &mut Parts,
+        mut parts: Parts,
         body: &mut Option<Incoming>,
         asker: Asker,
         viewer: &Viewer,
     ) -> Result<Response<ResponseBody>, Error> {
-        let (host, label) = self.target(parts, viewer)?;
-        let shown = token::take(parts, &label);
+        let (host, label) = self.target(&parts, viewer)?;
+        let shown = token::take(&mut parts, &label);
         let visit = self.entrance.enter(&label, shown.as_ref().map(|shown| shown.token.as_str())).await?;
         let learned = match shown {
             Some(Shown { token, in_url: true }) => token::cookie(&label, &token, viewer.secure),
@@ -217,16 +222,15 @@ impl Proxy {
             self.answers.own.fetch_add(1, Ordering::Relaxed);
             return Ok(to_same_place(&parts.uri, cookie));
         }
-        let upgrade = Upgrade::of(parts)?;
-        headers::to_service(parts, &host, viewer, upgrade.as_ref().map(|upgrade| &upgrade.protocol));
-        parts.uri = origin_form(&parts.uri);
+        let upgrade = Upgrade::of(&mut parts)?;
+        headers::to_service(&mut parts, &host, &viewer.claims, upgrade.as_ref().map(|upgrade| &upgrade.protocol));
+        parts.uri = origin_form(parts.uri);
         parts.version = Version::HTTP_11;
         parts.extensions = http::Extensions::new();
 
         let entered = self.services.enter(&label, visit, &self.settings)?;
         let body = body.take().expect("the body is taken here only");
-        let sent = std::mem::replace(parts, Request::new(()).into_parts().0);
-        let (response, lease) = exchange::exchange(entered, sent, body, &self.settings).await?;
+        let (response, lease) = exchange::exchange(entered, parts, body, &self.settings).await?;
         let mut response = self.hand_back(response, lease, upgrade, viewer)?;
         token::strip_set_cookies(response.headers_mut());
         if let Some(cookie) = learned {
@@ -237,18 +241,18 @@ impl Proxy {
     }
 
     /// Which preview a request is for. Anything could be meant by a request without a proper host, so it is refused.
-    fn target(&self, parts: &Parts, viewer: &Viewer) -> Result<(Host, String), Error> {
+    fn target<'v>(&self, parts: &Parts, viewer: &'v Viewer) -> Result<(Host, Cow<'v, str>), Error> {
         let host = Host::of(parts)
             .ok_or_else(|| Error::new(Code::InvalidArgument, "a request must name exactly one valid host"))?;
         if let Some(label) = &viewer.label {
             return match host.is_loopback() {
-                true => Ok((host, label.to_string())),
+                true => Ok((host, Cow::Borrowed(&**label))),
                 false => Err(Error::new(Code::HostRefused, "this port is for localhost, 127.0.0.1 and [::1]")),
             };
         }
         let domain = self.domain.as_ref().ok_or(Code::HostRefused)?;
-        match host::below(domain, &host.name) {
-            Some(Below::Label(label)) => Ok((host, label)),
+        match host::below(domain, &host.name()) {
+            Some(Below::Label(label)) => Ok((host, Cow::Owned(label))),
             Some(Below::Nothing) => Err(Code::PreviewNotFound.into()),
             None => Err(Code::HostRefused.into()),
         }
@@ -314,8 +318,8 @@ fn to_same_place(uri: &Uri, cookie: &HeaderValue) -> Response<ResponseBody> {
 }
 
 /// A target as servers expect it: path and query, or the asterisk of OPTIONS.
-fn origin_form(uri: &Uri) -> Uri {
-    uri.path_and_query().cloned().map_or_else(|| Uri::from_static("/"), Uri::from)
+fn origin_form(uri: Uri) -> Uri {
+    uri.into_parts().path_and_query.map_or_else(|| Uri::from_static("/"), Uri::from)
 }
 
 fn is_event_stream(headers: &HeaderMap) -> bool {

@@ -7,10 +7,12 @@
 //! Draining: nothing new is accepted, long streams end with `draining`, other calls are finished.
 //! Stopped: connections that are still open are cut.
 
+use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Phase {
@@ -24,12 +26,15 @@ pub(crate) enum Phase {
 #[derive(Debug)]
 pub(crate) struct Lifecycle {
     phase: watch::Sender<Phase>,
-    busy: watch::Sender<usize>,
+    busy: AtomicUsize,
+    /// Notified when the last call has ended.
+    all_ended: Notify,
 }
 
 impl Lifecycle {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { phase: watch::Sender::new(Phase::Starting), busy: watch::Sender::new(0) })
+        let phase = watch::Sender::new(Phase::Starting);
+        Arc::new(Self { phase, busy: AtomicUsize::new(0), all_ended: Notify::new() })
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -58,14 +63,24 @@ impl Lifecycle {
 
     /// Marks a call that is to be finished, until the guard is dropped.
     pub(crate) fn enter(self: &Arc<Self>) -> Busy {
-        self.busy.send_modify(|busy| *busy += 1);
+        self.busy.fetch_add(1, Ordering::SeqCst);
         Busy(Arc::clone(self))
     }
 
     /// Waits until no such call is left, at most for the given time. Says whether that was so.
     pub(crate) async fn quiet(&self, at_most: Duration) -> bool {
-        let mut busy = self.busy.subscribe();
-        tokio::time::timeout(at_most, busy.wait_for(|busy| *busy == 0)).await.is_ok()
+        let all_ended = async {
+            loop {
+                // Begun before the look, so that no end falls in between.
+                let mut ended = pin!(self.all_ended.notified());
+                ended.as_mut().enable();
+                if self.busy.load(Ordering::SeqCst) == 0 {
+                    return;
+                }
+                ended.await;
+            }
+        };
+        tokio::time::timeout(at_most, all_ended).await.is_ok()
     }
 }
 
@@ -75,7 +90,9 @@ pub(crate) struct Busy(Arc<Lifecycle>);
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        self.0.busy.send_modify(|busy| *busy -= 1);
+        if self.0.busy.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.0.all_ended.notify_waiters();
+        }
     }
 }
 
@@ -89,7 +106,13 @@ mod tests {
         let (first, second) = (lifecycle.enter(), lifecycle.enter());
         drop(first);
         assert!(!lifecycle.quiet(Duration::from_secs(1)).await);
+        let waiting = tokio::spawn({
+            let lifecycle = Arc::clone(&lifecycle);
+            async move { lifecycle.quiet(Duration::from_secs(1)).await }
+        });
+        tokio::task::yield_now().await;
         drop(second);
+        assert!(waiting.await.unwrap());
         assert!(lifecycle.quiet(Duration::ZERO).await);
     }
 

@@ -9,6 +9,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use hyper::body::Incoming;
 
 use nagaya_api::error::{Code, Error};
+use nagaya_engine::Engine;
 use nagaya_gateway::preview::{Proxy, Viewer};
 
 use super::body::ResponseBody;
@@ -35,7 +36,7 @@ impl Origin {
 pub(crate) struct Routes {
     pub(crate) tenki: Facade,
     pub(crate) downloads: Arc<Downloads>,
-    pub(crate) previews: Arc<Proxy>,
+    pub(crate) previews: Arc<Proxy<Engine>>,
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) metrics: Arc<Metrics>,
 }

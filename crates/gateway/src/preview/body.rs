@@ -8,12 +8,12 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures::task::AtomicWaker;
 use http_body_util::Full;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::sync::oneshot;
 
 use super::BoxFuture;
+use super::connection::Frames;
 use super::pool::Lease;
 
 type AnyError = Box<dyn StdError + Send + Sync>;
@@ -59,19 +59,11 @@ pub(super) struct Progress {
     /// When a part of it was sent last, milliseconds from its beginning.
     last_ms: AtomicU64,
     complete: AtomicBool,
-    abandoned: AtomicBool,
-    uploading: AtomicWaker,
 }
 
 impl Progress {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self {
-            begun: Instant::now(),
-            last_ms: AtomicU64::new(0),
-            complete: AtomicBool::new(false),
-            abandoned: AtomicBool::new(false),
-            uploading: AtomicWaker::new(),
-        })
+        Arc::new(Self { begun: Instant::now(), last_ms: AtomicU64::new(0), complete: AtomicBool::new(false) })
     }
 
     pub(super) fn last(&self) -> Instant {
@@ -80,12 +72,6 @@ impl Progress {
 
     pub(super) fn is_complete(&self) -> bool {
         self.complete.load(Ordering::Acquire)
-    }
-
-    /// The answer is over: what was not sent by now is not wanted any more.
-    pub(super) fn abandon(&self) {
-        self.abandoned.store(true, Ordering::Release);
-        self.uploading.wake();
     }
 
     fn advance(&self) {
@@ -100,10 +86,6 @@ impl Body for Upload {
 
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, AnyError>>> {
         let Self::Body { incoming, progress, gate } = self.get_mut() else { return Poll::Ready(None) };
-        progress.uploading.register(context.waker());
-        if progress.abandoned.load(Ordering::Acquire) {
-            return Poll::Ready(Some(Err("the service has answered already".into())));
-        }
         if let Some(closed) = gate {
             std::task::ready!(closed.poll_open(context));
             *gate = None;
@@ -152,6 +134,10 @@ struct Download {
     stopping: Option<BoxFuture<()>>,
     /// Read to its end.
     ended: bool,
+    /// Its viewer has been given what came so far.
+    caught_up: bool,
+    /// How it broke off, until then.
+    broken: Option<hyper::Error>,
 }
 
 impl ResponseBody {
@@ -160,7 +146,14 @@ impl ResponseBody {
     }
 
     pub(super) fn service(incoming: Incoming, lease: Lease, stopping: Option<BoxFuture<()>>) -> Self {
-        Self(Content::Service(Download { incoming, lease: Some(lease), stopping, ended: false }))
+        Self(Content::Service(Download {
+            incoming,
+            lease: Some(lease),
+            stopping,
+            ended: false,
+            caught_up: false,
+            broken: None,
+        }))
     }
 }
 
@@ -191,15 +184,29 @@ impl Body for ResponseBody {
 }
 
 impl Download {
-    fn poll_frame(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let polled = Pin::new(&mut self.incoming).poll_frame(context);
-        if let (Poll::Pending, Some(stopping)) = (&polled, &mut self.stopping)
-            && stopping.as_mut().poll(context).is_ready()
-        {
-            return Poll::Ready(None);
+    fn poll_frame(&mut self, context: &mut Context<'_>) -> Poll<Frames> {
+        if let Some(error) = self.broken.take() {
+            return Poll::Ready(Some(Err(error)));
         }
-        self.ended |= matches!(polled, Poll::Ready(None));
-        polled
+        let Some(lease) = &mut self.lease else { return Poll::Ready(None) };
+        let polled = lease.poll_frame(&mut self.incoming, context);
+        let caught_up = std::mem::replace(&mut self.caught_up, polled.is_pending());
+        match polled {
+            Poll::Pending => match &mut self.stopping {
+                Some(stopping) => stopping.as_mut().poll(context).map(|()| None),
+                None => Poll::Pending,
+            },
+            // What came before it is sent first: after an error hyper sends nothing.
+            Poll::Ready(Some(Err(error))) if !caught_up => {
+                self.broken = Some(error);
+                context.waker().wake_by_ref();
+                Poll::Pending
+            }
+            Poll::Ready(frame) => {
+                self.ended |= frame.is_none();
+                Poll::Ready(frame)
+            }
+        }
     }
 }
 

@@ -1,22 +1,19 @@
 //! One request to a service, and its answer.
 
-use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use http::request::Parts;
 use http::{HeaderMap, Method, Request, Response, StatusCode, header};
 use hyper::body::{Body, Incoming};
-use hyper::client::conn::TrySendError;
 use nagaya_api::error::{Code, Error};
 use tokio::sync::oneshot;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use super::Settings;
 use super::body::{Gate, Progress, Upload};
-use super::pool::{Entered, Lease, Sender};
-
-type Answer = Result<Response<Incoming>, TrySendError<Request<Upload>>>;
+use super::connection::{Answer, Connection, TooLate};
+use super::pool::{Entered, Lease};
 
 /// Sends the request, on a kept connection if there is one, and waits for the answer's header.
 pub(super) async fn exchange(
@@ -30,7 +27,7 @@ pub(super) async fn exchange(
     let (mut request, upload) = request(parts, body);
     let wants_upgrade = request.headers().contains_key(header::UPGRADE);
 
-    if !wants_upgrade && let Some(mut kept) = entered.kept().await {
+    if !wants_upgrade && let Some(mut kept) = entered.kept() {
         match answer(&mut kept, request, settings, upload.as_deref()).await? {
             Ok(response) => return Ok((response, Lease::new(kept, entered, upload))),
             // The service may close a kept connection at any time, also just now.
@@ -85,23 +82,16 @@ pub(super) fn expects_continue(headers: &HeaderMap) -> bool {
 
 /// Waits while something happens: an upload may take as long as it takes.
 async fn answer(
-    sender: &mut Sender,
+    connection: &mut Connection,
     request: Request<Upload>,
     settings: &Settings,
     upload: Option<&Progress>,
 ) -> Result<Answer, Error> {
-    let mut answer = pin!(sender.try_send_request(request));
-    let mut deadline = Instant::now() + settings.answer_timeout;
-    loop {
-        if let Ok(answer) = timeout_at(deadline, &mut answer).await {
-            return Ok(answer);
-        }
-        let later = upload.map(|upload| Instant::from_std(upload.last()) + settings.answer_timeout);
-        match later {
-            Some(later) if later > deadline => deadline = later,
-            _ => return Err(too_slow(settings.answer_timeout)),
-        }
-    }
+    let patience = settings.answer_timeout;
+    let begun = Instant::now();
+    let last = || upload.map_or(begun, |upload| Instant::from_std(upload.last()));
+    let answered = connection.send(request, begun + patience, || last() + patience).await;
+    answered.map_err(|TooLate| too_slow(patience))
 }
 
 fn too_slow(timeout: Duration) -> Error {

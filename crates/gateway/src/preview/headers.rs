@@ -1,10 +1,12 @@
 //! What passes between viewer and service beside the bodies, and what is said about the viewer.
 
-use http::header::{self, HeaderName};
+use std::net::IpAddr;
+
+use bytes::Bytes;
+use http::header::{self, HeaderName, InvalidHeaderValue};
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue};
 
-use super::Viewer;
 use super::host::Host;
 
 /// Fields that belong to one connection (RFC 9110, section 7.6.1), and what old programs put there. `Trailer` is not
@@ -22,15 +24,40 @@ const OF_A_CONNECTION: [HeaderName; 7] = [
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+/// Fields that tell of the viewer.
+const FORWARDED_COUNT: usize = 4;
+
+/// What is said about a viewer, on every request.
+pub(super) struct Claims {
+    address: HeaderValue,
+    scheme: &'static str,
+    /// `Forwarded` up to the host (RFC 7239).
+    forwarded: String,
+}
+
+impl Claims {
+    pub(super) fn of(peer: IpAddr, secure: bool) -> Self {
+        let peer = peer.to_canonical();
+        let node = if peer.is_ipv6() { format!("\"[{peer}]\"") } else { peer.to_string() };
+        let address = HeaderValue::try_from(peer.to_string()).expect("an address can stand in a header");
+        Self { address, scheme: if secure { "https" } else { "http" }, forwarded: format!("for={node};host=\"") }
+    }
+
+    fn forwarded(&self, host: &HeaderValue) -> Result<HeaderValue, InvalidHeaderValue> {
+        let pieces = [self.forwarded.as_bytes(), host.as_bytes(), b"\";proto=", self.scheme.as_bytes()];
+        HeaderValue::from_maybe_shared(Bytes::from(pieces.concat()))
+    }
+}
 
 /// Makes a viewer's header one for the service. `upgrade` is the protocol that the viewer wants instead.
-pub(super) fn to_service(parts: &mut Parts, host: &Host, viewer: &Viewer, upgrade: Option<&HeaderValue>) {
+pub(super) fn to_service(parts: &mut Parts, host: &Host, claims: &Claims, upgrade: Option<&HeaderValue>) {
     let headers = &mut parts.headers;
     let trailers = has_token(headers, header::TE, "trailers");
     strip(headers);
     strip_claims(headers);
     // We answer the expectation ourselves, by asking the service.
     join_cookies(headers);
+    headers.reserve(FORWARDED_COUNT);
     headers.insert(header::HOST, host.value.clone());
     if trailers {
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
@@ -39,16 +66,10 @@ pub(super) fn to_service(parts: &mut Parts, host: &Host, viewer: &Viewer, upgrad
         headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
         headers.insert(header::UPGRADE, protocol.clone());
     }
-    let scheme = if viewer.secure { "https" } else { "http" };
-    headers.insert(FORWARDED_PROTO, HeaderValue::from_static(scheme));
+    headers.insert(FORWARDED_FOR, claims.address.clone());
     headers.insert(FORWARDED_HOST, host.value.clone());
-    let peer = viewer.peer.to_canonical();
-    if let Ok(value) = HeaderValue::try_from(peer.to_string()) {
-        headers.insert(FORWARDED_FOR, value);
-    }
-    let quoted = if peer.is_ipv6() { format!("\"[{peer}]\"") } else { peer.to_string() };
-    let host = host.value.to_str().unwrap_or_default();
-    if let Ok(value) = HeaderValue::try_from(format!("for={quoted};host=\"{host}\";proto={scheme}")) {
+    headers.insert(FORWARDED_PROTO, HeaderValue::from_static(claims.scheme));
+    if let Ok(value) = claims.forwarded(&host.value) {
         headers.insert(header::FORWARDED, value);
     }
 }
@@ -74,21 +95,20 @@ fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item =
 
 /// Removes what belongs to the connection, and what `Connection` names.
 fn strip(headers: &mut HeaderMap) {
-    if headers.contains_key(header::CONNECTION) {
-        let named = tokens(headers, &header::CONNECTION).filter_map(|name| name.parse::<HeaderName>().ok());
-        for name in named.collect::<Vec<_>>() {
-            headers.remove(name);
-        }
-    }
-    for name in &OF_A_CONNECTION {
+    let usual = |name: &str| {
+        name.eq_ignore_ascii_case("close") || OF_A_CONNECTION.iter().any(|of| name.eq_ignore_ascii_case(of.as_str()))
+    };
+    let named = tokens(headers, &header::CONNECTION).filter(|name| !usual(name)).filter_map(|name| name.parse().ok());
+    for name in named.collect::<Vec<HeaderName>>() {
         headers.remove(name);
     }
+    remove_all(headers, |name| OF_A_CONNECTION.contains(name));
 }
 
 /// Removes what the viewer claims about itself and its way here. Underscores count as hyphens, since services that
 /// see their header as environment variables cannot tell them apart.
 fn strip_claims(headers: &mut HeaderMap) {
-    let claims = |name: &&HeaderName| {
+    remove_all(headers, |name| {
         let name = name.as_str();
         let like = |wanted: &str| {
             name.len() >= wanted.len()
@@ -98,8 +118,12 @@ fn strip_claims(headers: &mut HeaderMap) {
                     .all(|(byte, wanted)| byte == wanted || (byte == b'_' && wanted == b'-'))
         };
         like("x-forwarded-") || name == "forwarded" || (name.len() == 9 && like("x-real-ip"))
-    };
-    for name in headers.keys().filter(claims).cloned().collect::<Vec<_>>() {
+    });
+}
+
+/// Looking is cheap, and mostly there is nothing to remove.
+fn remove_all(headers: &mut HeaderMap, unwanted: impl Fn(&HeaderName) -> bool) {
+    while let Some(name) = headers.keys().find(|name| unwanted(name)).cloned() {
         headers.remove(name);
     }
 }
@@ -129,8 +153,7 @@ mod tests {
         let (mut parts, ()) = request.header("host", "web.p.example:81").body(()).unwrap().into_parts();
         let host = Host::of(&parts).unwrap();
         let peer = "::ffff:192.0.2.7".parse().unwrap();
-        let viewer = Viewer { label: None, peer, secure: true, connection: std::sync::Arc::new(()) };
-        to_service(&mut parts, &host, &viewer, None);
+        to_service(&mut parts, &host, &Claims::of(peer, true), None);
         parts.headers
     }
 

@@ -1,5 +1,7 @@
 //! Host names of requests, as viewers send them.
 
+use std::borrow::Cow;
+
 use http::request::Parts;
 use http::{HeaderValue, header};
 
@@ -11,8 +13,8 @@ const NAME_BYTES_MAX: usize = 253;
 pub(super) struct Host {
     /// As the viewer sent it.
     pub(super) value: HeaderValue,
-    /// Lower case, without port and without the dot of the root. An IPv6 address keeps its brackets.
-    pub(super) name: String,
+    /// How much of it is the name, without port and without the dot of the root. An IPv6 address keeps its brackets.
+    name_bytes: usize,
 }
 
 impl Host {
@@ -30,19 +32,28 @@ impl Host {
                 value
             }
         };
-        let name = name(value.to_str().ok()?)?;
-        Some(Self { value, name })
+        let name_bytes = name(value.to_str().ok()?)?.len();
+        Some(Self { value, name_bytes })
+    }
+
+    /// In lower case.
+    pub(super) fn name(&self) -> Cow<'_, str> {
+        let name = self.value.to_str().unwrap_or_default().get(..self.name_bytes).unwrap_or_default();
+        match name.bytes().any(|byte| byte.is_ascii_uppercase()) {
+            true => Cow::Owned(name.to_ascii_lowercase()),
+            false => Cow::Borrowed(name),
+        }
     }
 
     /// Whether it is the machine itself. Anything else on a loopback listener is a page of another site that had its
     /// own name lead here (DNS rebinding).
     pub(super) fn is_loopback(&self) -> bool {
-        matches!(self.name.as_str(), "localhost" | "127.0.0.1" | "[::1]")
+        matches!(&*self.name(), "localhost" | "127.0.0.1" | "[::1]")
     }
 }
 
-/// The name in `name`, `name:port`, `[address]` or `[address]:port`, in its normal form.
-fn name(host: &str) -> Option<String> {
+/// The name in `name`, `name:port`, `[address]` or `[address]:port`, as it is written: what the text begins with.
+fn name(host: &str) -> Option<&str> {
     let (name, port) = match host.strip_prefix('[') {
         Some(rest) => {
             let (address, port) = rest.split_once(']')?;
@@ -64,7 +75,7 @@ fn name(host: &str) -> Option<String> {
         None if port.is_empty() => {}
         _ => return None,
     }
-    Some(name.to_ascii_lowercase())
+    Some(name)
 }
 
 /// What a name below the previews' domain stands for.
@@ -97,7 +108,7 @@ mod tests {
         for value in values {
             request = request.header("host", *value);
         }
-        Host::of(&request.body(()).unwrap().into_parts().0).map(|host| host.name)
+        Host::of(&request.body(()).unwrap().into_parts().0).map(|host| host.name().into_owned())
     }
 
     #[test]
@@ -131,7 +142,7 @@ mod tests {
     fn an_absolute_uri_wins() {
         let request = Request::get("http://a.example:1/x").header("host", "b.example").body(()).unwrap();
         let host = Host::of(&request.into_parts().0).unwrap();
-        assert_eq!((host.name.as_str(), host.value.to_str().unwrap()), ("a.example", "a.example:1"));
+        assert_eq!((&*host.name(), host.value.to_str().unwrap()), ("a.example", "a.example:1"));
         let request = Request::get("http://user@a.example/").body(()).unwrap();
         assert_eq!(Host::of(&request.into_parts().0), None, "credentials in it");
     }

@@ -3,27 +3,30 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
+use hyper::body::Incoming;
 use nagaya_api::error::{Code, Error};
 use nagaya_engine::ports::{Address, Guest, GuestError};
 
-use super::body::{Progress, Upload};
+use tokio::sync::Notify;
+
+use super::body::Progress;
+use super::connection::{Connection, Frames};
 use super::{Settings, Visit};
-use crate::traffic::{Counted, Side, Traffic};
+use crate::traffic::Traffic;
 
-/// What hyper may hold of a message's header, and of a body at a time.
-const BUFFER_BYTES_MAX: usize = 64 * 1024;
+/// Services that close many kept connections have them all looked after at once, and not more often.
+const SWEEP_PAUSE: Duration = Duration::from_millis(100);
 const ECONNREFUSED: i32 = 111;
-
-pub(super) type Sender = http1::SendRequest<Upload>;
 
 /// All services that were reached lately, by the labels of their previews.
 pub(super) struct Services {
     by_label: Mutex<HashMap<String, Arc<Service>>>,
     traffic: Arc<Traffic>,
+    /// Notified when something happens on a kept connection.
+    sweeper: Arc<Notify>,
 }
 
 /// One port of one running sandbox. A sandbox that was started again, or another one under the same label, is
@@ -35,21 +38,35 @@ pub(super) struct Service {
     idle_max: usize,
     /// Exchanges and tunnels under way.
     busy: AtomicUsize,
+    traffic: Arc<Traffic>,
+    sweeper: Arc<Notify>,
+}
+
+impl Service {
+    fn is_of(&self, visit: &Visit) -> bool {
+        // What a weak reference names is not used again for another while the reference is there.
+        self.port == visit.port && std::ptr::addr_eq(self.guest.as_ptr(), Arc::as_ptr(&visit.guest))
+    }
 }
 
 struct Idle {
-    sender: Sender,
+    connection: Connection,
     since: Instant,
 }
 
 impl Services {
-    /// Begins to close what stays idle. Needs a Tokio runtime.
+    /// Begins to close what stays idle, or was closed by its service. Needs a Tokio runtime.
     pub(super) fn start(idle_timeout: Duration) -> Arc<Self> {
-        let services = Arc::new(Self { by_label: Mutex::default(), traffic: Arc::default() });
+        let sweeper = Arc::new(Notify::new());
+        let services =
+            Arc::new(Self { by_label: Mutex::default(), traffic: Arc::default(), sweeper: Arc::clone(&sweeper) });
         let weak = Arc::downgrade(&services);
         tokio::spawn(async move {
             loop {
-                tokio::time::sleep(idle_timeout / 2).await;
+                tokio::select! {
+                    () = tokio::time::sleep(idle_timeout / 2) => {}
+                    () = sweeper.notified() => tokio::time::sleep(SWEEP_PAUSE).await,
+                }
                 let Some(services) = weak.upgrade() else { return };
                 services.sweep(idle_timeout);
             }
@@ -64,15 +81,20 @@ impl Services {
 
     /// Room for one more exchange with the service that a visit leads to.
     pub(super) fn enter(&self, label: &str, visit: Visit, settings: &Settings) -> Result<Entered, Error> {
-        let guest = Arc::downgrade(&visit.guest);
         let service = {
             let mut by_label = lock(&self.by_label);
             match by_label.get(label) {
-                Some(known) if known.port == visit.port && Weak::ptr_eq(&known.guest, &guest) => Arc::clone(known),
+                Some(known) if known.is_of(&visit) => Arc::clone(known),
                 _ => {
-                    let (idle, busy) = (Mutex::default(), AtomicUsize::new(0));
-                    let idle_max = settings.idle_connections_max;
-                    let service = Arc::new(Service { guest, port: visit.port, idle, idle_max, busy });
+                    let service = Arc::new(Service {
+                        guest: Arc::downgrade(&visit.guest),
+                        port: visit.port,
+                        idle: Mutex::default(),
+                        idle_max: settings.idle_connections_max,
+                        busy: AtomicUsize::new(0),
+                        traffic: Arc::clone(&self.traffic),
+                        sweeper: Arc::clone(&self.sweeper),
+                    });
                     by_label.insert(label.to_owned(), Arc::clone(&service));
                     service
                 }
@@ -83,13 +105,13 @@ impl Services {
             let detail = format!("previews.exchanges_max of one preview is {}", settings.exchanges_max);
             return Err(Error::new(Code::CapacityUnavailable, detail));
         }
-        Ok(Entered { service, visit, traffic: Arc::clone(&self.traffic) })
+        Ok(Entered { service, visit })
     }
 
     fn sweep(&self, idle_timeout: Duration) {
         lock(&self.by_label).retain(|_, service| {
             let mut idle = lock(&service.idle);
-            idle.retain(|idle| !idle.sender.is_closed() && idle.since.elapsed() < idle_timeout);
+            idle.retain_mut(|idle| idle.connection.is_open() && idle.since.elapsed() < idle_timeout);
             !idle.is_empty() || service.busy.load(Ordering::Relaxed) > 0
         });
     }
@@ -99,7 +121,6 @@ impl Services {
 pub(super) struct Entered {
     service: Arc<Service>,
     visit: Visit,
-    traffic: Arc<Traffic>,
 }
 
 impl Drop for Entered {
@@ -110,33 +131,19 @@ impl Drop for Entered {
 
 impl Entered {
     /// A connection that was used before and is still open, as far as one can know.
-    pub(super) async fn kept(&self) -> Option<Sender> {
-        loop {
-            let mut idle = lock(&self.service.idle).pop()?;
-            // It may have a last step to do after the answer that was read from it.
-            if !idle.sender.is_closed() && idle.sender.ready().await.is_ok() {
-                return Some(idle.sender);
-            }
-        }
+    pub(super) fn kept(&self) -> Option<Connection> {
+        let mut idle = lock(&self.service.idle);
+        std::iter::from_fn(|| idle.pop()).map(|idle| idle.connection).find(Connection::is_ready)
     }
 
-    pub(super) async fn connect(&self, at_most: Duration) -> Result<Sender, Error> {
+    pub(super) async fn connect(&self, at_most: Duration) -> Result<Connection, Error> {
         let address = Address::Tcp { port: self.visit.port };
         let stream = match tokio::time::timeout(at_most, self.visit.guest.connect(&address)).await {
             Ok(connected) => connected.map_err(|error| self.refused(error))?,
             Err(_) => return Err(Error::new(Code::ServiceTimedOut, "it did not accept the connection")),
         };
-        let (sender, connection) = http1::Builder::new()
-            .max_buf_size(BUFFER_BYTES_MAX)
-            .handshake(TokioIo::new(Counted::new(stream, Side::Sandbox, &self.traffic)))
-            .await
-            .map_err(|error| Error::new(Code::ServiceBroken, error.to_string()))?;
-        tokio::spawn(async move {
-            if let Err(error) = connection.with_upgrades().await {
-                tracing::debug!(%error, "a connection to a service in a sandbox ended early");
-            }
-        });
-        Ok(sender)
+        let opened = Connection::open(stream, &self.service.traffic, &self.service.sweeper).await;
+        opened.map_err(|error| Error::new(Code::ServiceBroken, error.to_string()))
     }
 
     fn refused(&self, error: GuestError) -> Error {
@@ -149,33 +156,41 @@ impl Entered {
 
 /// A connection in use.
 pub(super) struct Lease {
-    sender: Sender,
+    connection: Connection,
     entered: Entered,
     upload: Option<Arc<Progress>>,
 }
 
 impl Lease {
-    pub(super) fn new(sender: Sender, entered: Entered, upload: Option<Arc<Progress>>) -> Self {
-        Self { sender, entered, upload }
+    pub(super) fn new(mut connection: Connection, entered: Entered, upload: Option<Arc<Progress>>) -> Self {
+        // What is still to be sent does not wait for a viewer who is slow to take the answer.
+        if upload.as_ref().is_some_and(|upload| !upload.is_complete()) {
+            connection.drive_elsewhere();
+        }
+        Self { connection, entered, upload }
     }
 
     /// The answer was another protocol: what is left is the visit.
     pub(super) fn into_entered(self) -> Entered {
+        self.connection.leave();
         self.entered
+    }
+
+    /// The next part of the answer.
+    pub(super) fn poll_frame(&mut self, incoming: &mut Incoming, context: &mut Context<'_>) -> Poll<Frames> {
+        self.connection.poll_frame(incoming, context)
     }
 
     /// The answer is over. If it was read to its end the connection may be used again, unless a part of its request
     /// was not sent: then neither side may believe that it was.
-    pub(super) fn finish(self, read_to_end: bool) {
-        if let Some(upload) = self.upload.filter(|upload| !upload.is_complete()) {
-            return upload.abandon();
-        }
-        if !read_to_end || self.sender.is_closed() {
+    pub(super) fn finish(mut self, read_to_end: bool) {
+        let sent = self.upload.as_ref().is_none_or(|upload| upload.is_complete());
+        if !(sent && read_to_end && self.connection.rest()) {
             return;
         }
         let mut idle = lock(&self.entered.service.idle);
         if idle.len() < self.entered.service.idle_max {
-            idle.push(Idle { sender: self.sender, since: Instant::now() });
+            idle.push(Idle { connection: self.connection, since: Instant::now() });
         }
     }
 }

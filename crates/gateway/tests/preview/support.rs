@@ -179,7 +179,6 @@ impl Door {
     }
 }
 
-#[async_trait]
 impl Entrance for Door {
     async fn enter(&self, label: &str, token: Option<&str>) -> Result<Visit, Error> {
         if let Some(error) = self.error.lock().unwrap().clone() {
@@ -201,7 +200,7 @@ impl Entrance for Door {
 pub struct World {
     pub address: SocketAddr,
     pub door: Arc<Door>,
-    pub proxy: Arc<Proxy>,
+    pub proxy: Arc<Proxy<Door>>,
 }
 
 pub fn settings() -> Settings {
@@ -269,11 +268,11 @@ impl World {
     }
 }
 
-async fn serve(stream: TcpStream, peer: IpAddr, label: Option<Arc<str>>, proxy: Arc<Proxy>) {
+async fn serve(stream: TcpStream, peer: IpAddr, label: Option<Arc<str>>, proxy: Arc<Proxy<Door>>) {
     let mut start = [0; 3];
-    let viewer = Viewer { label, peer, secure: false, connection: Arc::new(()) };
+    let viewer = Arc::new(Viewer::new(label, peer, false, Arc::new(())));
     let service = service_fn(move |request| {
-        let (proxy, viewer) = (Arc::clone(&proxy), viewer.clone());
+        let (proxy, viewer) = (Arc::clone(&proxy), Arc::clone(&viewer));
         async move { Ok::<_, std::convert::Infallible>(proxy.answer(request, &viewer).await) }
     });
     let read = stream.peek(&mut start).await.unwrap_or(0);

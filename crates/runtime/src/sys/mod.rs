@@ -14,10 +14,17 @@ use std::process::Command;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Hands descriptors to a child under the given numbers. The numbers must not be in use by the
-/// descriptors themselves.
+const FIRST_BEYOND_STANDARD: libc::c_uint = 3;
+const CLOSE_RANGE_CLOEXEC: libc::c_int = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
+
+/// Hands descriptors to a child under the given numbers, and no others but the three standard ones: whoever started the
+/// server may have left some open that are nobody's business. The numbers must not be in use by the descriptors themselves.
 pub fn pass_descriptors(command: &mut Command, descriptors: Vec<(OwnedFd, i32)>) {
     let place = move || {
+        // SAFETY: takes no pointers.
+        if unsafe { libc::close_range(FIRST_BEYOND_STANDARD, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
         for (fd, number) in &descriptors {
             // SAFETY: dup2 is async-signal-safe and takes no pointers.
             if unsafe { libc::dup2(fd.as_raw_fd(), *number) } == -1 {

@@ -40,6 +40,7 @@ scenarios!(
     killing_everybody_kills_only_its_own,
     changes_of_the_hosts_files_are_not_seen,
     events_of_the_hosts_devices_are_not_heard,
+    what_the_server_was_started_with_stays_with_it,
 );
 
 /// Ways to say a path that a careless server would resolve outside the sandbox.
@@ -336,4 +337,23 @@ async fn events_of_the_hosts_devices_are_not_heard(world: &World) -> Outcome {
         Verdict::Reached(_) => Ok(()),
         other => Err(NotRun(format!("the host does not hear its own devices here ({other:?})"))),
     }
+}
+
+async fn what_the_server_was_started_with_stays_with_it(world: &World) -> Outcome {
+    let _running = world.attacker.start(&["/bin/sleep", "60"], false).await.unwrap();
+    let file = world.left_open.path();
+    let mut holders = Vec::new();
+    for process in fs::read_dir("/proc").unwrap().flatten() {
+        // Processes come and go.
+        let descriptors = fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
+        let holds = descriptors.filter_map(|of| fs::read_link(of.path()).ok()).any(|link| link == file);
+        if let (true, Some(pid)) = (holds, process.file_name().to_str().and_then(|name| name.parse::<u32>().ok())) {
+            holders.push(pid);
+        }
+    }
+    holders.sort_unstable();
+    let mut expected = vec![std::process::id(), world.server.pid()];
+    expected.sort_unstable();
+    assert_eq!(holders, expected, "this test and the server hold it, and nobody else");
+    Ok(())
 }

@@ -5,6 +5,7 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::process::Command;
 
 use nagaya_testkit::{Client, Running, Sandbox, Server, Wanted};
+use tempfile::NamedTempFile;
 
 use super::host::{Helper, Markers, Outside, PORT};
 
@@ -36,6 +37,8 @@ pub struct World {
     _victim_programs: Vec<Running>,
     _helpers: Vec<Helper>,
     _abstract_listener: UnixListener,
+    /// A file of the host that whoever started the server had left open.
+    pub left_open: NamedTempFile,
 }
 
 /// How a payload ended.
@@ -69,7 +72,11 @@ impl World {
     pub async fn make() -> Self {
         let nonce = format!("{}-{:x}", std::process::id(), clock());
         let outside = Outside::make(LISTENER);
+        let left_open = NamedTempFile::with_prefix("nagaya-left-open-").unwrap();
+        // Not closed on exec, as it is with a shell's.
+        let inherited = rustix::io::dup(&left_open).unwrap();
         let server = Server::start();
+        drop(inherited);
         let client = Client::of(&server);
         let wanted = |name: &str, outbound| Wanted { name: name.into(), outbound, ..Wanted::default() };
         let attacker = client.create(&wanted("attacker", true)).await.unwrap();
@@ -119,6 +126,7 @@ impl World {
             victim_process: Some(victim_process),
             _victim_programs: vec![listening, giving],
             _helpers: vec![host_listener, segment],
+            left_open,
             _abstract_listener: abstract_listener,
         }
     }
