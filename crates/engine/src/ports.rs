@@ -279,7 +279,13 @@ pub trait Driver: Send + Sync + 'static {
     async fn copy_disk(&self, id: SessionId, images: &[ImageId]) -> Result<u64, DriverError>;
     /// Where an image is, or can be made.
     fn image_path(&self, id: ImageId) -> PathBuf;
-    /// Removing an unknown one is no error.
+    /// Makes the empty file in which an image is about to be written, so that what the image needs can be ready when it is
+    /// whole; `create` takes it then, and until then it is no image. A driver with nothing to make ready lets the image
+    /// be made where it will be.
+    async fn prepare_image(&self, id: ImageId) -> Result<PathBuf, DriverError> {
+        Ok(self.image_path(id))
+    }
+    /// Removes an image, or what was prepared for one. Removing an unknown one is no error.
     async fn remove_image(&self, id: ImageId) -> Result<(), DriverError>;
     async fn images(&self) -> Result<Vec<ImageId>, DriverError>;
 
@@ -350,7 +356,8 @@ pub trait Blobs: Send + Sync + 'static {
     async fn store(&self, image: &Path) -> Result<StoredImage, BlobError>;
     /// Brings a stored image to the durable place. Returns at once where that is this machine.
     async fn upload(&self, manifest: &str) -> Result<(), BlobError>;
-    /// Verifies all parts of an image, then makes it at this path, not yet fsync'ed. On error nothing is there.
+    /// Verifies all parts of an image, and makes it at this path, not yet fsync'ed. An empty file that is there is filled,
+    /// what else is there is replaced. On error nothing is there, or a file as empty as it was.
     async fn restore(&self, manifest: &str, image: &Path) -> Result<(), BlobError>;
     /// Opens an image for reading it whole, holes included.
     async fn open(&self, manifest: &str) -> Result<ImageReader, BlobError>;

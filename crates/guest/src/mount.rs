@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_flag,
-    fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create, fsconfig_reconfigure,
+    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
 };
 
 /// Makes a file system instance and returns it as a detached mount. Options without a value are flags.
@@ -15,6 +15,26 @@ pub fn new_filesystem(
     options: &[(&str, Option<&str>)],
     attributes: MountAttrFlags,
 ) -> Result<OwnedFd, Errno> {
+    let context = create(kind, options, None)?;
+    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+}
+
+/// As [`new_filesystem`], with one more option while the file system is set up, and another one in its place from then on.
+pub fn new_filesystem_set_up_with(
+    kind: &str,
+    options: &[(&str, Option<&str>)],
+    during: &str,
+    after: &str,
+    attributes: MountAttrFlags,
+) -> Result<OwnedFd, Errno> {
+    let context = create(kind, options, Some(during))?;
+    let mount = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    fsconfig_set_flag(context.as_fd(), after)?;
+    fsconfig_reconfigure(context.as_fd())?;
+    Ok(mount)
+}
+
+fn create(kind: &str, options: &[(&str, Option<&str>)], flag: Option<&str>) -> Result<OwnedFd, Errno> {
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
     for (name, value) in options {
         match value {
@@ -22,8 +42,11 @@ pub fn new_filesystem(
             None => fsconfig_set_flag(context.as_fd(), *name)?,
         }
     }
+    if let Some(flag) = flag {
+        fsconfig_set_flag(context.as_fd(), flag)?;
+    }
     fsconfig_create(context.as_fd())?;
-    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+    Ok(context)
 }
 
 /// A detached copy of the mount (or directory, or file) at `path` below `directory`. What is copied must be

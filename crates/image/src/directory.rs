@@ -16,6 +16,9 @@ use crate::digest::Digest;
 use crate::manifest::MANIFEST_BYTES_MAX;
 use crate::{CHUNK_BYTES, Manifest};
 
+/// Bytes that [`Directory::read_chunk`] reads at once.
+pub(crate) const PIECE_BYTES: usize = 128 << 10;
+
 /// What a blob is; the names are those of directories, in a bucket too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -180,6 +183,42 @@ impl Directory {
             Ok(length) if length as u64 > kind.bytes_max() => Err(BlobError::Corrupt(name())),
             Ok(_) if Digest::of(bytes) != digest => Err(BlobError::Corrupt(name())),
             Ok(_) => Ok(file),
+        }
+    }
+
+    /// Reads a chunk's blob of this length and verifies it; `take` gets its bytes in order, in pieces that stay in the processor's
+    /// cache until they are used. They are to be believed only when all of them were the blob's.
+    pub fn read_chunk(
+        &self,
+        digest: Digest,
+        length: u64,
+        piece: &mut [u8],
+        mut take: impl FnMut(&File, &[u8]) -> Result<(), BlobError>,
+    ) -> Result<(), BlobError> {
+        let corrupt = || BlobError::Corrupt(digest.to_string());
+        let mut file = File::open(self.path(Kind::Chunk, digest)).map_err(|error| match error.kind() {
+            ErrorKind::NotFound => BlobError::Missing(digest.to_string()),
+            _ => failed("read a blob", &error),
+        })?;
+        let metadata = file.metadata().map_err(|error| failed("read a blob", &error))?;
+        if metadata.len() != length {
+            return Err(corrupt());
+        }
+        let mut hasher = blake3::Hasher::new();
+        let mut left = length;
+        while left > 0 {
+            let part = &mut piece[..left.min(PIECE_BYTES as u64) as usize];
+            file.read_exact(part).map_err(|error| match error.raw_os_error() {
+                Some(number) if number != Errno::IO.raw_os_error() => failed("read a blob", &error),
+                _ => corrupt(),
+            })?;
+            hasher.update(part);
+            take(&file, part)?;
+            left -= part.len() as u64;
+        }
+        match Digest::from_bytes(*hasher.finalize().as_bytes()) == digest {
+            true => Ok(()),
+            false => Err(corrupt()),
         }
     }
 

@@ -10,57 +10,102 @@ use nagaya_engine::ports::BlobError;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, copy_file_range, linkat, open};
 use rustix::io::Errno;
 
-use crate::directory::{Directory, Kind, failed};
+use crate::directory::{Directory, PIECE_BYTES, failed};
 use crate::workers::on_each;
 use crate::{BLOCK_BYTES, Chunk, Manifest};
 
 /// Shorter runs of blocks are copied, and stay in memory.
 const SHARED_BLOCKS_MIN: usize = 16;
 
-/// Makes an image. It gets its name when every part of it has been verified and written; it is not flushed. `fetch` may bring a chunk that is
-/// missing or corrupt from elsewhere; it is verified again.
+/// Makes an image: in the empty file that is there, or in one that gets its name when every part of it has been verified and written. It is
+/// not flushed. `fetch` may bring a chunk that is missing or corrupt from elsewhere; it is verified again.
 pub(crate) fn restore(
     directory: &Directory,
     manifest: &Manifest,
     image: &Path,
     fetch: &(impl Fn(&Chunk) -> Result<(), BlobError> + Sync),
 ) -> Result<(), BlobError> {
-    let broken = |error: &io::Error| failed("write the image", error);
+    if let Some(file) = open_empty(image).map_err(|error| broken(&error))? {
+        return fill(directory, manifest, &file, fetch).inspect_err(|_| {
+            // Nobody takes what the error leaves for an image; emptied, it takes no space until it is removed.
+            let _ = file.set_len(0);
+        });
+    }
     let unnamed = Unnamed::beside(image).map_err(|error| broken(&error))?;
-    unnamed.file.set_len(manifest.image_size).map_err(|error| broken(&error))?;
-    on_each(manifest.chunks.len(), Vec::new, |bytes, number| {
-        let chunk = &manifest.chunks[number];
-        let blob = match directory.read(Kind::Chunk, chunk.digest, bytes) {
-            Err(BlobError::Missing(_) | BlobError::Corrupt(_)) => {
-                fetch(chunk)?;
-                directory.read(Kind::Chunk, chunk.digest, bytes)?
-            }
-            outcome => outcome?,
-        };
-        if bytes.len() as u64 != chunk.stored_bytes() {
-            return Err(BlobError::Corrupt(chunk.digest.to_string()));
-        }
-        let shared = directory.shares_blocks.then_some(&blob);
-        spread(bytes, shared, &unnamed.file, chunk, manifest.image_size).map_err(|error| broken(&error))
-    })?;
+    fill(directory, manifest, &unnamed.file, fetch)?;
     unnamed.name(image).map_err(|error| broken(&error))
 }
 
-/// Puts the blocks of a blob to their places: long runs as the blob's own blocks, where it can share them, and others by writing
-/// them. Those are mostly the file system's own, which whoever mounts it wants at once, from memory and not from the disk.
-fn spread(bytes: &[u8], blob: Option<&File>, image: &File, chunk: &Chunk, image_size: u64) -> io::Result<()> {
-    let mut position = 0;
-    for run in chunk.blocks.runs() {
-        let blocks = &bytes[position..position + run.len() * BLOCK_BYTES as usize];
-        let offset = chunk.offset() + run.start as u64 * BLOCK_BYTES;
-        let in_image = ((image_size - offset) as usize).min(blocks.len());
-        let blob = blob.filter(|_| run.len() >= SHARED_BLOCKS_MIN);
-        if !blob.is_some_and(|blob| share(blob, position as u64, image, offset, in_image)) {
-            image.write_all_at(&blocks[..in_image], offset)?;
-        }
-        position += blocks.len();
+/// The file at this path, if there is one and nothing is in it.
+fn open_empty(path: &Path) -> io::Result<Option<File>> {
+    match OpenOptions::new().read(true).write(true).open(path) {
+        Ok(file) => Ok((file.metadata()?.len() == 0).then_some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
     }
-    Ok(())
+}
+
+fn fill(
+    directory: &Directory,
+    manifest: &Manifest,
+    image: &File,
+    fetch: &(impl Fn(&Chunk) -> Result<(), BlobError> + Sync),
+) -> Result<(), BlobError> {
+    image.set_len(manifest.image_size).map_err(|error| broken(&error))?;
+    let piece = || vec![0; PIECE_BYTES];
+    on_each(manifest.chunks.len(), piece, |piece, number| {
+        let chunk = &manifest.chunks[number];
+        match place(directory, chunk, piece, image, manifest.image_size) {
+            Err(BlobError::Missing(_) | BlobError::Corrupt(_)) => {
+                fetch(chunk)?;
+                place(directory, chunk, piece, image, manifest.image_size)
+            }
+            outcome => outcome,
+        }
+    })
+    .map(drop)
+}
+
+fn broken(error: &io::Error) -> BlobError {
+    failed("write the image", error)
+}
+
+/// Puts the blocks of a chunk to their places: long runs as the blob's own blocks, where it can share them, and others by writing
+/// them. Those are mostly the file system's own, which whoever mounts it wants at once, from memory and not from the disk.
+/// What was put there is to be thrown away, or put there again, after an error.
+fn place(
+    directory: &Directory,
+    chunk: &Chunk,
+    piece: &mut [u8],
+    image: &File,
+    image_size: u64,
+) -> Result<(), BlobError> {
+    let mut runs = chunk.blocks.runs();
+    // Of the run that bytes are put to: where the next one goes, how many there are still, and whether they are there already.
+    let (mut offset, mut left, mut shared) = (0, 0, false);
+    let mut position = 0;
+    directory.read_chunk(chunk.digest, chunk.stored_bytes(), piece, |blob, mut bytes| {
+        while !bytes.is_empty() {
+            if left == 0 {
+                let run = runs.next().expect("a blob has a block for each in its chunk's map");
+                offset = chunk.offset() + run.start as u64 * BLOCK_BYTES;
+                left = run.len() * BLOCK_BYTES as usize;
+                let in_image = ((image_size - offset) as usize).min(left);
+                let long = directory.shares_blocks && run.len() >= SHARED_BLOCKS_MIN;
+                shared = long && share(blob, position, image, offset, in_image);
+            }
+            let (now, later) = bytes.split_at(left.min(bytes.len()));
+            if !shared {
+                let in_image = ((image_size - offset) as usize).min(now.len());
+                image.write_all_at(&now[..in_image], offset).map_err(|error| broken(&error))?;
+            }
+            offset += now.len() as u64;
+            left -= now.len();
+            position += now.len() as u64;
+            bytes = later;
+        }
+        Ok(())
+    })
 }
 
 /// Lets the image have the blob's own blocks. False leaves them for copying.

@@ -66,6 +66,32 @@ fn images_come_back_byte_for_byte_with_their_holes() {
 }
 
 #[test]
+fn an_empty_file_that_is_there_is_filled_and_as_empty_as_before_after_an_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    example(&path("image"));
+    runtime().block_on(async {
+        let store = BlobStore::open(&path("blobs")).unwrap();
+        let manifest = store.store(&path("image")).await.unwrap().manifest;
+        let prepared = File::options().read(true).write(true).create_new(true).open(path("prepared")).unwrap();
+        for blob in blobs(&path("blobs"), "chunks") {
+            let whole = fs::read(&blob).unwrap();
+            let mut bytes = whole.clone();
+            *bytes.last_mut().unwrap() ^= 1;
+            fs::write(&blob, bytes).unwrap();
+            let error = store.restore(&manifest, &path("prepared")).await.unwrap_err();
+            assert!(matches!(&error, BlobError::Corrupt(digest) if *digest == name(&blob)), "{error}");
+            assert_eq!(prepared.metadata().unwrap().len(), 0);
+            fs::write(&blob, whole).unwrap();
+        }
+        store.restore(&manifest, &path("prepared")).await.unwrap();
+        let mut content = Vec::new();
+        (&prepared).read_to_end(&mut content).unwrap();
+        assert!(content == fs::read(path("image")).unwrap(), "whoever had the file open sees the image in it");
+    });
+}
+
+#[test]
 fn images_share_what_they_have_in_common() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);

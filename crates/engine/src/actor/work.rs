@@ -184,7 +184,7 @@ async fn create(engine: &Arc<Inner>, session: &Session, source: Source) -> Resul
         Source::Fresh => None,
         Source::Image(image) => Some(image),
         Source::Snapshot { manifest, image } => {
-            let path = engine.driver.image_path(image);
+            let path = engine.driver.prepare_image(image).await.map_err(creation_failure)?;
             engine.blobs.restore(&manifest, &path).await.map_err(restore_failure)?;
             Some(image)
         }
@@ -195,13 +195,17 @@ async fn create(engine: &Arc<Inner>, session: &Session, source: Source) -> Resul
             Some(image)
         }
     };
-    let guest = engine.driver.create(session.id, &session.machine, image).await.map_err(|error| match error {
+    let guest = engine.driver.create(session.id, &session.machine, image).await.map_err(creation_failure)?;
+    attach_all(engine, session).await?;
+    Ok(guest)
+}
+
+fn creation_failure(error: DriverError) -> String {
+    match error {
         DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit).to_string(),
         DriverError::Gone => "the sandbox ended while it was being created".to_owned(),
         error => format!("the sandbox could not be created: {error}"),
-    })?;
-    attach_all(engine, session).await?;
-    Ok(guest)
+    }
 }
 
 fn restore_failure(error: BlobError) -> String {

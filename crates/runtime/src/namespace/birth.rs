@@ -87,7 +87,11 @@ impl Inner {
                 std::io::ErrorKind::NotFound => DriverError::Gone,
                 _ => room::refusal("take the image over", &error),
             })
-            .and_then(|()| self.start_kept(id, machine, &directory, &self.factory.image.base));
+            .and_then(|device| {
+                self.check_request(machine)?;
+                let slot = self.slot(machine, Home::New { directory: &directory, device: &device })?;
+                self.take(id, machine, slot, &self.factory.image.base)
+            });
         if started.is_err() {
             let _ = fs::remove_dir_all(&directory);
         }

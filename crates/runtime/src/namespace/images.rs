@@ -7,11 +7,13 @@
 //! Images are on their way from one place to another, and are not synced: they outlive servers, but
 //! not the host's run. What is made of them is synced by whoever makes it.
 
+use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use nagaya_api::ids::ImageId;
@@ -56,6 +58,8 @@ pub(super) struct Images {
     disk_free_mb_min: u64,
     /// Copies share their blocks with what they are copies of.
     shares_blocks: bool,
+    /// Images that are being written, or are whole and wait to be taken.
+    prepared: Mutex<HashMap<ImageId, LoopDevice>>,
 }
 
 impl Images {
@@ -71,11 +75,25 @@ impl Images {
         }
         fs::write(directory.join(RUN), boot_id)?;
         let shares_blocks = shares_blocks(&directory)?;
-        Ok(Self { directory, disk_free_mb_min, shares_blocks })
+        Ok(Self { directory, disk_free_mb_min, shares_blocks, prepared: Mutex::default() })
     }
 
     pub fn path(&self, id: ImageId) -> PathBuf {
         self.directory.join(format!("{id}.{SUFFIX}"))
+    }
+
+    fn prepared(&self) -> MutexGuard<'_, HashMap<ImageId, LoopDevice>> {
+        self.prepared.lock().expect("the list is changed without panics")
+    }
+
+    /// Makes the empty file of an image and its device. Attaching a device to a file that has been written makes the kernel
+    /// wait until all of that is on the host's disk. The file has the name of what is unfinished until it is taken, and goes with the server.
+    pub fn prepare(&self, id: ImageId) -> io::Result<PathBuf> {
+        let path = self.path(id).with_extension(FRESH);
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        let device = LoopDevice::attach(file.as_fd()).inspect_err(|_| drop(fs::remove_file(&path)))?;
+        self.prepared().insert(id, device);
+        Ok(path)
     }
 
     pub fn list(&self) -> io::Result<Vec<ImageId>> {
@@ -84,15 +102,30 @@ impl Images {
     }
 
     pub fn remove(&self, id: ImageId) -> io::Result<()> {
-        match fs::remove_file(self.path(id)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+        self.prepared().remove(&id);
+        for path in [self.path(id).with_extension(FRESH), self.path(id)] {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
+        Ok(())
     }
 
-    /// Makes an image the disk of a sandbox's directory.
-    pub fn take(&self, id: ImageId, directory: &Path) -> io::Result<()> {
-        fs::rename(self.path(id), disk::path(directory))
+    /// Makes an image the disk of a sandbox's directory. `NotFound` when there is no such image.
+    pub fn take(&self, id: ImageId, directory: &Path) -> io::Result<LoopDevice> {
+        let disk = disk::path(directory);
+        if let Some(device) = self.prepared().remove(&id) {
+            fs::rename(self.path(id).with_extension(FRESH), disk)?;
+            return Ok(device);
+        }
+        fs::rename(self.path(id), &disk)?;
+        let file = OpenOptions::new().read(true).write(true).open(disk)?;
+        LoopDevice::attach(file.as_fd()).map_err(|error| match error.kind() {
+            // A host without loop devices is not an image that is gone.
+            io::ErrorKind::NotFound => io::Error::other(error),
+            _ => error,
+        })
     }
 
     /// Copies the disk in a sandbox's directory, in use or not, and tells how long its writes stood still.
@@ -187,6 +220,23 @@ impl Drop for Still {
             Err(error) => tracing::error!(%error, mark = %self.mark.display(), "could not thaw a disk"),
         }
     }
+}
+
+/// Mounts a disk in a sandbox's directory of which nothing was ever flushed. The host's grace periods are expedited meanwhile, which the
+/// same mark tells of as when it is frozen. Where they cannot be, flushing takes less time than not to.
+pub(super) fn mount_unflushed(device: &LoopDevice, directory: &Path) -> Result<OwnedFd, CopyError> {
+    let mark = directory.join(FROZEN);
+    let content = if grace::can_be_expedited() { EXPEDITED } else { "" };
+    fs::write(&mark, content).map_err(on("mark the disk"))?;
+    let expedited = Expedited::begin();
+    let path = disk::path(directory);
+    let mounted = match grace::are_expedited() {
+        true => disk::mount_unflushed(device, &path),
+        false => disk::mount(device, &path),
+    };
+    drop(expedited);
+    fs::remove_file(mark).map_err(on("unmark the disk"))?;
+    Ok(mounted?)
 }
 
 /// Writes back what is on the disk in a sandbox's directory. One that is not mounted is written back already.

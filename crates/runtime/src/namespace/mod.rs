@@ -423,6 +423,11 @@ impl Driver for NamespaceDriver {
         self.inner.images.path(id)
     }
 
+    async fn prepare_image(&self, id: ImageId) -> Result<PathBuf, DriverError> {
+        let inner = self.inner.clone();
+        blocking(move || inner.images.prepare(id)).await.map_err(|error| room::refusal("prepare the image", &error))
+    }
+
     async fn remove_image(&self, id: ImageId) -> Result<(), DriverError> {
         let inner = self.inner.clone();
         blocking(move || inner.images.remove(id)).await.map_err(|error| failed("remove the image", &error))

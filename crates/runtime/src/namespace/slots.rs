@@ -22,11 +22,13 @@ use rustix::pipe::PipeFlags;
 
 use super::disk::{self, DiskError, Disks};
 use super::host_image::Image;
+use super::images::{self, CopyError};
 use super::live;
 use super::network::{Network, NetworkError};
 use crate::cgroup::{CgroupError, Cgroups, Group, Part};
 use crate::spawner::{SpawnError, Spawner};
 use crate::sys;
+use crate::sys::loop_device::LoopDevice;
 
 /// The first host id of slot 0. systemd leaves the range from 0x7000_0000 on to nobody; see its
 /// page on users, groups and ids.
@@ -44,6 +46,8 @@ pub enum SlotError {
     Network(#[from] NetworkError),
     #[error("make a disk")]
     Disk(#[from] DiskError),
+    #[error("mount a new disk")]
+    NewDisk(#[from] CopyError),
     #[error("make a control group")]
     Cgroup(#[from] CgroupError),
     #[error("{step}")]
@@ -64,6 +68,8 @@ pub(super) enum Home<'a> {
     Pool,
     /// A directory with a disk that is kept whatever becomes of the slot, and the base layer under that disk.
     Kept { directory: &'a Path, base: &'a Path },
+    /// A directory with a disk that was made just now, and its device. Nothing of it was flushed.
+    New { directory: &'a Path, device: &'a LoopDevice },
 }
 
 /// What a sandbox stands on, whatever its disk is.
@@ -200,21 +206,27 @@ impl Factory {
 
     fn build_on(&self, ground: Ground, disk_gb: u32, home: Home<'_>) -> Result<Slot, SlotError> {
         let Ground { number, group, network, user } = ground;
-        let (directory, base) = match home {
+        let (directory, base, disk) = match home {
             Home::Pool => {
                 let directory = self.directory(number);
                 fs::create_dir(&directory).map_err(on("make the slot's directory"))?;
                 self.disks.make(&disk::path(&directory), disk_gb)?;
-                (directory, self.image.base.as_path())
+                let disk = disk::attach(&disk::path(&directory))?;
+                (directory, self.image.base.as_path(), disk)
             }
             Home::Kept { directory, base } => {
                 // Of an attempt that failed a moment ago.
                 disk::wait_until_unmounted(&disk::path(directory))?;
                 disk::grow(&disk::path(directory), disk_gb)?;
-                (directory.to_owned(), base)
+                (directory.to_owned(), base, disk::attach(&disk::path(directory))?)
+            }
+            Home::New { directory, device } => {
+                let path = disk::path(directory);
+                disk::grow(&path, disk_gb)?;
+                device.take_size().map_err(on("size the disk's device"))?;
+                (directory.to_owned(), self.image.base.as_path(), images::mount_unflushed(device, directory)?)
             }
         };
-        let disk = disk::attach(&disk::path(&directory))?;
         mount::set_attributes(disk.as_fd(), NO_DEVICES, Some(user.as_fd()))
             .map_err(|errno| on("map the disk")(errno.into()))?;
         let base = layer(base, user.as_fd())?;

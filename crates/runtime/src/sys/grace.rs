@@ -40,6 +40,11 @@ impl Drop for Expedited {
     }
 }
 
+/// Whether they are short now, whoever switched that on.
+pub fn are_expedited() -> bool {
+    fs::read_to_string(SETTING).is_ok_and(|value| value.trim() != "0")
+}
+
 /// What the host's operator, or another server, has switched on already stays so.
 pub fn can_be_expedited() -> bool {
     fs::read_to_string(SETTING).is_ok_and(|value| value.trim() == "0")

@@ -45,6 +45,7 @@ struct LoopConfig {
 }
 
 /// A block device over a file. The kernel detaches it when neither this nor a mount uses it.
+#[derive(Debug)]
 pub struct LoopDevice {
     device: File,
     pub path: String,

@@ -265,6 +265,51 @@ pub async fn a_disk_grows_to_the_size_asked_for(place: &mut Place) -> Outcome {
     Ok(())
 }
 
+pub async fn a_prepared_image_is_filled_by_others_and_leaves_nothing_when_it_is_not(place: &mut Place) -> Outcome {
+    let (driver, source, copy) = (place.driver(), fresh_id(), fresh_id());
+    let guest = driver.create(source, &machine(), None).await.unwrap();
+    write(&*guest, "note", b"kept").await.unwrap();
+    let (whole, filled, removed, forgotten) = (fresh_image(), fresh_image(), fresh_image(), fresh_image());
+    driver.copy_disk(source, &[whole]).await.unwrap();
+    let path = driver.prepare_image(filled).await.unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().len(), 0);
+    let copied =
+        std::process::Command::new("cp").arg("--sparse=always").arg(driver.image_path(whole)).arg(&path).status();
+    assert!(copied.unwrap().success());
+    assert_eq!(driver.images().await.unwrap(), [whole], "what is being made is no image");
+    let guest = driver.create(copy, &machine(), Some(filled)).await.unwrap();
+    assert_eq!(read(&*guest, "note").await.unwrap(), b"kept");
+    let directory = directory_of(place, copy);
+    assert!(!path.exists() && !directory.join("frozen").exists());
+    assert_barriers(&directory.join("disk.ext4"));
+
+    // As a restoration that failed, and as one during which the server was killed.
+    let not_taken = [driver.prepare_image(removed).await.unwrap(), driver.prepare_image(forgotten).await.unwrap()];
+    driver.remove_image(removed).await.unwrap();
+    assert!(!not_taken[0].exists());
+    assert!(matches!(driver.create(fresh_id(), &machine(), Some(removed)).await, Err(DriverError::Gone)));
+    drop((driver, guest));
+    place.restart().await;
+    let driver = place.driver();
+    assert!(!not_taken[1].exists());
+    assert_eq!(driver.images().await.unwrap(), [whole]);
+    for id in [source, copy] {
+        driver.destroy(id).await.unwrap();
+    }
+    driver.remove_image(whole).await.unwrap();
+    place.settled().await;
+    Ok(())
+}
+
+/// What is synced on a disk without them is not on the host's disk.
+fn assert_barriers(disk: &Path) {
+    let output = std::process::Command::new("losetup").args(["-n", "-O", "NAME", "-j"]).arg(disk).output().unwrap();
+    let device = String::from_utf8(output.stdout).unwrap();
+    let name = Path::new(device.trim()).file_name().unwrap().to_owned();
+    let options = fs::read_to_string(Path::new("/proc/fs/ext4").join(name).join("options")).unwrap();
+    assert!(options.lines().any(|option| option == "barrier"), "{options}");
+}
+
 pub async fn a_freeze_that_a_killed_server_left_is_undone(place: &mut Place) -> Outcome {
     let id = fresh_id();
     let guest = place.driver().create(id, &machine(), None).await.unwrap();

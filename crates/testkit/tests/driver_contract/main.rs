@@ -148,6 +148,7 @@ fn main() -> ExitCode {
             a_restart_of_the_host_is_told_from_the_end_of_a_sandbox,
             a_disk_is_copied_whole_while_it_is_written_to,
             a_disk_grows_to_the_size_asked_for,
+            a_prepared_image_is_filled_by_others_and_leaves_nothing_when_it_is_not,
             a_freeze_that_a_killed_server_left_is_undone,
             a_host_without_space_keeps_the_sandbox_usable_and_no_image,
             low_memory_of_the_host_is_told_and_not_all_the_time,
