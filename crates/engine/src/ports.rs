@@ -291,8 +291,11 @@ pub trait Driver: Send + Sync + 'static {
 
     /// Makes an empty volume. One that exists already is left as it is.
     async fn create_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), DriverError>;
-    /// Makes it larger, mounted read-write or not at all; `Busy` where it is mounted read-only. On error it is as before.
+    /// Makes it larger, mounted read-write or not at all; `Busy` where it is mounted read-only. On error it is as before,
+    /// or grown nevertheless.
     async fn grow_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), DriverError>;
+    /// How large it is; up to one block more than what was asked for.
+    async fn volume_size(&self, id: VolumeId) -> Result<u64, DriverError>;
     /// Removing an unknown one is no error.
     async fn remove_volume(&self, id: VolumeId) -> Result<(), DriverError>;
     async fn volumes(&self) -> Result<Vec<VolumeId>, DriverError>;

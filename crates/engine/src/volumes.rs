@@ -323,14 +323,19 @@ impl Inner {
         self.finish_growing(volume).await
     }
 
-    /// Grows a volume as its record says. Where that fails it is as before, and so is its record.
+    /// Grows a volume as its record says. Where that fails its record tells the size that it has.
     async fn finish_growing(&self, mut volume: Volume) -> Result<Volume, Error> {
         let Some(size_bytes) = volume.growing_to_bytes.take() else { return Ok(volume) };
         let grown = match size_bytes > volume.size_bytes {
             true => self.driver.grow_volume(volume.id, size_bytes).await,
             false => Ok(()),
         };
-        if grown.is_ok() {
+        let is_grown = match &grown {
+            Ok(()) => true,
+            // What failed may have come after it, as may a crash of which this is the recovery.
+            Err(_) => self.driver.volume_size(volume.id).await.is_ok_and(|size| size >= size_bytes),
+        };
+        if is_grown {
             volume.size_bytes = size_bytes;
         }
         let recorded = || async { self.record_volume(&mut volume.clone()).await };

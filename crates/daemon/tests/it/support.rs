@@ -289,6 +289,7 @@ impl Driver for WatchedDriver {
         images() -> Vec<ImageId>;
         create_volume(id: VolumeId, size_bytes: u64) -> ();
         grow_volume(id: VolumeId, size_bytes: u64) -> ();
+        volume_size(id: VolumeId) -> u64;
         remove_volume(id: VolumeId) -> ();
         volumes() -> Vec<VolumeId>;
         settle_volume(id: VolumeId) -> ();

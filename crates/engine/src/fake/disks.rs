@@ -123,6 +123,10 @@ impl FakeDriver {
         })
     }
 
+    pub(super) fn measure_volume(&self, id: VolumeId) -> Result<u64, DriverError> {
+        self.with(|world| world.volumes.get(&id).map(|volume| volume.size_bytes).ok_or(DriverError::Gone))
+    }
+
     pub(super) async fn drop_volume(&self, id: VolumeId) -> Result<(), DriverError> {
         self.step().await?;
         self.with(|world| {

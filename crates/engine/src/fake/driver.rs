@@ -520,6 +520,10 @@ impl Driver for FakeDriver {
         self.repeatable(|| self.enlarge_volume(id, size_bytes)).await
     }
 
+    async fn volume_size(&self, id: VolumeId) -> Result<u64, DriverError> {
+        self.measure_volume(id)
+    }
+
     async fn remove_volume(&self, id: VolumeId) -> Result<(), DriverError> {
         self.repeatable(|| self.drop_volume(id)).await
     }

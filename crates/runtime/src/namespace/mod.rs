@@ -447,6 +447,11 @@ impl Driver for NamespaceDriver {
         blocking(move || inner.volumes.grow(id, size_bytes)).await
     }
 
+    async fn volume_size(&self, id: VolumeId) -> Result<u64, DriverError> {
+        let inner = self.inner.clone();
+        blocking(move || inner.volumes.size(id)).await
+    }
+
     async fn remove_volume(&self, id: VolumeId) -> Result<(), DriverError> {
         let inner = self.inner.clone();
         blocking(move || inner.volumes.remove(id)).await

@@ -173,6 +173,13 @@ impl Volumes {
         sync(&path)
     }
 
+    pub fn size(&self, id: VolumeId) -> Result<u64, DriverError> {
+        let _turn = self.turns.take([id.to_string()]);
+        let file = File::open(self.existing(id)?).map_err(on("open the volume's image"))?;
+        let found = Superblock::read(&file).map_err(on("look at a volume"))?;
+        Ok(found.bytes.saturating_sub(found.journal_bytes))
+    }
+
     pub fn attach(&self, spawner: &Spawner, sandbox: &Sandbox, wanted: &Mount) -> Result<(), DriverError> {
         let _turn = self.turns.take([wanted.volume_id.to_string(), sandbox.id.to_string()]);
         let path = self.existing(wanted.volume_id)?;

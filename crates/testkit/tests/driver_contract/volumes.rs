@@ -80,6 +80,7 @@ pub async fn what_is_not_there_can_be_neither_attached_nor_grown(place: &mut Pla
     let unknown = fresh_volume();
     assert!(matches!(driver.attach_volume(id, &at(unknown, "/data")).await, Err(DriverError::Gone)));
     assert!(matches!(driver.grow_volume(unknown, 2 * MIB).await, Err(DriverError::Gone)));
+    assert!(matches!(driver.volume_size(unknown).await, Err(DriverError::Gone)));
     driver.create_volume(volume, MIB).await.unwrap();
     assert!(matches!(driver.attach_volume(fresh_id(), &at(volume, "/data")).await, Err(DriverError::Gone)));
     destroy(place, &[id]).await;
@@ -185,6 +186,7 @@ pub async fn a_volume_grows_and_keeps_its_files(place: &mut Place) -> Outcome {
         for _ in 0..2 {
             driver.grow_volume(volume, megabytes * MIB).await.unwrap();
         }
+        assert_eq!(driver.volume_size(volume).await.unwrap(), megabytes * MIB);
     }
     driver.attach_volume(id, &at(volume, "/data")).await.unwrap();
     for megabytes in [2, 32, 2_048] {
