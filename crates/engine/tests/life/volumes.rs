@@ -147,6 +147,27 @@ async fn volumes_grow_and_never_shrink() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_growth_that_failed_after_it_was_done_is_recorded_as_done() {
+    let world = World::new().await;
+    let mut grown_and_failed = 0;
+    for effects in 0..10 {
+        let volume = world.volume().await.id;
+        // Done twice, as after a crash; the second time may fail.
+        world.fakes.faults.repeat(true);
+        world.fakes.faults.fail_after(effects);
+        let answer = world.engine.resize_volume(&world.caller, volume, 4 * MIB).await;
+        world.fakes.faults.repeat(false);
+        world.fakes.faults.recover();
+        let made = world.fakes.driver.volumes_now()[&volume].size_bytes;
+        let (recorded, _) = world.engine.volume(&world.caller, volume).await.unwrap();
+        assert_eq!((recorded.size_bytes, recorded.growing_to_bytes), (made, None), "after {effects} effects");
+        grown_and_failed += usize::from(answer.is_err() && made == 4 * MIB);
+        world.engine.delete_volume(&world.caller, volume).await.unwrap();
+    }
+    assert!(grown_and_failed > 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn workspaces_have_limits_of_volumes_and_bytes() {
     let world = World::new().await;
     let update = WorkspaceSettingsUpdate {
