@@ -14,9 +14,6 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use nagaya_daemon::config::{Config, Overrides};
 use tracing_subscriber::EnvFilter;
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// A sandbox cloud that anyone can run: isolated Linux machines in milliseconds.
 #[derive(Parser)]
 #[command(name = "nagaya", version, arg_required_else_help = true)]
