@@ -1,7 +1,5 @@
 //! Counting the engine's tasks and asking them to stop.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use nagaya_api::error::{Code, Error};
 use tokio::sync::watch;
 
@@ -9,8 +7,6 @@ use tokio::sync::watch;
 pub(crate) struct Tasks {
     running: watch::Sender<usize>,
     stopping: watch::Sender<bool>,
-    /// The same, for those who only look.
-    is_stopping: AtomicBool,
 }
 
 /// Held by a task while it runs.
@@ -24,11 +20,7 @@ impl Drop for Running {
 
 impl Tasks {
     pub(crate) fn new() -> Self {
-        Self {
-            running: watch::Sender::new(0),
-            stopping: watch::Sender::new(false),
-            is_stopping: AtomicBool::new(false),
-        }
+        Self { running: watch::Sender::new(0), stopping: watch::Sender::new(false) }
     }
 
     /// Announces a task; refused with `draining` once the engine stops.
@@ -46,7 +38,7 @@ impl Tasks {
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
-        self.is_stopping.load(Ordering::SeqCst)
+        *self.stopping.borrow()
     }
 
     /// Completes when the engine stops.
@@ -57,7 +49,6 @@ impl Tasks {
 
     /// Asks all tasks to end, and waits until they have.
     pub(crate) async fn stop(&self) {
-        self.is_stopping.store(true, Ordering::SeqCst);
         self.stopping.send_replace(true);
         let _ = self.running.subscribe().wait_for(|running| *running == 0).await;
     }

@@ -403,43 +403,6 @@ fn memory_does_not_grow_with_the_image() {
     assert!(peak_kib < 48 << 10, "{peak_kib} KiB");
 }
 
-#[test]
-#[ignore = "prints figures; nothing to assert on a shared machine"]
-fn figures_of_storing_and_restoring() {
-    let directory = tempfile::tempdir_in(std::env::var("NAGAYA_IMAGE_TEST").unwrap_or("/tmp".into())).unwrap();
-    let path = |name: &str| directory.path().join(name);
-    runtime().block_on(async {
-        for mib in [10, 1024] {
-            // As dirty as a sandbox's disk is: not at one place.
-            let pieces: Vec<_> = (0..4).map(|part| (part * 100 * CHUNK, mib << 18)).collect();
-            image(&path("image"), 5 << 30, &pieces);
-            File::open(path("image")).unwrap().sync_all().unwrap();
-            for round in 0..if mib == 10 { 15 } else { 4 } {
-                let _ = fs::remove_dir_all(path("blobs"));
-                let store = BlobStore::open(&path("blobs")).unwrap();
-                let start = std::time::Instant::now();
-                let stored = store.store(&path("image")).await.unwrap();
-                let first = start.elapsed();
-                let start = std::time::Instant::now();
-                store.store(&path("image")).await.unwrap();
-                let again = start.elapsed();
-                let start = std::time::Instant::now();
-                store.restore(&stored.manifest, &path("restored")).await.unwrap();
-                let restored = start.elapsed();
-                let rate = |time: Duration| mib as f64 / time.as_secs_f64();
-                println!(
-                    "{mib} MiB, round {round}: store {first:.1?} ({:.0} MiB/s), again {again:.1?} ({:.0} MiB/s), \
-                     restore {restored:.1?} ({:.0} MiB/s)",
-                    rate(first),
-                    rate(again),
-                    rate(restored)
-                );
-                fs::remove_file(path("restored")).unwrap();
-            }
-        }
-    });
-}
-
 /// A file system of its own; `None` where this may not be mounted.
 struct OwnDisk(tempfile::TempDir);
 

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use hyper::body::Incoming;
 use nagaya_api::error::{Code, Error};
 use nagaya_engine::ports::{Address, Guest, GuestError};
-
 use tokio::sync::Notify;
 
 use super::body::Progress;

@@ -1,5 +1,6 @@
 //! Ordinary requests, kept connections, and answers of our own.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,6 +11,7 @@ use nagaya_engine::ports::Edge;
 use nagaya_gateway::preview::{DomainEdge, LoopbackEdge};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
 
 use crate::support::*;
 
@@ -76,6 +78,33 @@ async fn what_changes_nothing_is_sent_again_when_a_kept_connection_was_closed() 
     assert_eq!(world.get("/").await.status(), 200);
     assert_eq!(world.get("/").await.status(), 200);
     assert_eq!(service.connections(), 2);
+}
+
+#[tokio::test]
+async fn a_kept_connection_is_let_go_when_its_service_closes_it() {
+    let close = Arc::new(Notify::new());
+    let closed = Arc::clone(&close);
+    let service = Service::start(move |_, mut stream| {
+        let closed = Arc::clone(&closed);
+        async move {
+            read_request(&mut stream).await;
+            stream.write_all(OK.as_bytes()).await.unwrap();
+            closed.notified().await;
+        }
+    })
+    .await;
+    // Long after this test nobody looks after them by the clock.
+    let settings = nagaya_gateway::preview::Settings { idle_timeout: Duration::from_secs(3600), ..settings() };
+    let world = World::with(service.address, settings, None).await;
+    assert_eq!(world.get("/").await.status(), 200);
+    assert_eq!(world.proxy.traffic().connections_open(), 1);
+    close.notify_one();
+    soon(async {
+        while world.proxy.traffic().connections_open() > 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -40,6 +40,32 @@ async fn large_bodies_pass_both_ways() {
     assert!(answer.body().len() == LARGE && answer.body().iter().all(|byte| *byte == 7));
 }
 
+#[tokio::test]
+async fn an_upload_goes_on_while_its_viewer_takes_no_answer() {
+    let (whole, received) = tokio::sync::oneshot::channel();
+    let whole = std::sync::Mutex::new(Some(whole));
+    let service = Service::start(move |_, mut stream| {
+        let whole = whole.lock().unwrap().take().unwrap();
+        async move {
+            read_head(&mut stream).await.unwrap();
+            let (mut reading, mut writing) = stream.into_split();
+            tokio::spawn(async move {
+                let _ = writing.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await;
+                while writing.write_all(&[0; 1 << 16]).await.is_ok() {}
+            });
+            let mut left = vec![0; LARGE];
+            reading.read_exact(&mut left).await.unwrap();
+            whole.send(()).unwrap();
+        }
+    })
+    .await;
+    let mut viewer = World::new(&service).await.connect().await;
+    let head = format!("POST / HTTP/1.1\r\nhost: web.p.example\r\ncontent-length: {LARGE}\r\n\r\n");
+    viewer.write_all(head.as_bytes()).await.unwrap();
+    soon(viewer.write_all(&vec![0; LARGE])).await.unwrap();
+    soon(received).await.unwrap();
+}
+
 /// What gets through while the other side does not read: socket buffers and a little of ours.
 #[tokio::test]
 async fn the_slower_side_holds_the_faster_one_back() {
