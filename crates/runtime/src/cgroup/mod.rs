@@ -19,7 +19,7 @@ mod tests;
 const CPU_PERIOD_US: u64 = 100_000;
 /// How long processes may take to stand still: one that waits for a disk does not before it has got what it
 /// waits for.
-const FREEZE_MAX: Duration = Duration::from_secs(5);
+const FREEZE_MAX: Duration = Duration::from_secs(20);
 const FREEZE_POLL: Duration = Duration::from_micros(50);
 
 #[derive(Debug, thiserror::Error)]
@@ -405,19 +405,23 @@ impl Group {
 
     /// Halts everything but the agent where it is, and waits until it stands still. Blocks.
     pub fn freeze(&self) -> Result<(), CgroupError> {
-        match &self.cgroups.layout {
-            Layout::Unified(parent) => self.write(parent, "cgroup.freeze", "1")?,
-            Layout::Split { freezer, .. } => self.write(freezer, "freezer.state", "FROZEN")?,
-        }
         let deadline = Instant::now() + FREEZE_MAX;
-        while !self.is_frozen()? {
+        loop {
+            // Asked again each time: version 1 tells every process once, and one that is about to wait for its
+            // child of `vfork` then sleeps on, while the child it waits for already stands still.
+            match &self.cgroups.layout {
+                Layout::Unified(parent) => self.write(parent, "cgroup.freeze", "1")?,
+                Layout::Split { freezer, .. } => self.write(freezer, "freezer.state", "FROZEN")?,
+            }
+            if self.is_frozen()? {
+                return Ok(());
+            }
             if Instant::now() >= deadline {
                 let _ = self.thaw();
                 return Err(CgroupError::Restless);
             }
             std::thread::sleep(FREEZE_POLL);
         }
-        Ok(())
     }
 
     /// Undoes [`Group::freeze`]. Thawing a group that is not frozen changes nothing.

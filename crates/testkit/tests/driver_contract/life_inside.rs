@@ -54,6 +54,24 @@ pub async fn frozen_processes_keep_their_memory_and_do_nothing(place: &mut Place
     Ok(())
 }
 
+/// A process that waits for its child of `vfork` is no reason to give up: the shell starts each program that way.
+pub async fn processes_that_start_others_all_the_time_stand_still(place: &mut Place) -> Outcome {
+    let (driver, id) = (place.driver(), fresh_id());
+    let guest = driver.create(id, &machine(), None).await.unwrap();
+    for n in 0..8 {
+        let restless = ExecutionId::new(20 + n, [1; 10]);
+        guest.run_detached(restless, command(&["/bin/sh", "-c", "while :; do sleep 0.01; done"])).await.unwrap();
+    }
+    for _ in 0..200 {
+        driver.freeze(id).await.unwrap();
+        driver.thaw(id).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(3)).await;
+    }
+    driver.destroy(id).await.unwrap();
+    place.settled().await;
+    Ok(())
+}
+
 pub async fn timeouts_stand_still_while_frozen(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
     let guest = driver.create(id, &machine(), None).await.unwrap();

@@ -140,6 +140,7 @@ fn main() -> ExitCode {
         );
         behaviours!(suite, "namespace", namespace, life_inside:
             frozen_processes_keep_their_memory_and_do_nothing,
+            processes_that_start_others_all_the_time_stand_still,
             timeouts_stand_still_while_frozen,
             a_frozen_sandbox_is_stopped_without_running_again,
             only_root_powers_off_and_every_way_works,
