@@ -67,6 +67,11 @@ pub fn attach(mount: BorrowedFd<'_>, path: &str) -> Result<(), Errno> {
     move_mount(mount, "", rustix::fs::CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
 }
 
+/// Moves what is attached at one path to another one.
+pub fn move_attached(from: &str, to: &str) -> Result<(), Errno> {
+    move_mount(rustix::fs::CWD, from, rustix::fs::CWD, to, MoveMountFlags::empty())
+}
+
 pub const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY;
 pub const NO_SUID: u64 = libc::MOUNT_ATTR_NOSUID;
 pub const NO_DEVICES: u64 = libc::MOUNT_ATTR_NODEV;

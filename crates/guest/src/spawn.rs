@@ -30,8 +30,8 @@ pub enum Request {
     /// Make a user namespace that maps 0..65,536 to `first_id..`, and a network namespace that it
     /// does not own. Answered with the two descriptors: network, user.
     Namespaces { first_id: u32 },
-    /// Start a sandbox. Answered with its pidfd as soon as its first process exists; what happens
-    /// to that process is read from the error pipe.
+    /// Start a sandbox. Answered with its pidfd as soon as its first process exists, which then waits for a [`Disk`];
+    /// what happens to that process is read from the error pipe.
     Sandbox(Box<Sandbox>),
     /// Attach a file system in a running sandbox.
     Mount(Mount),
@@ -76,10 +76,9 @@ pub enum MountOutcome {
     },
 }
 
-/// Descriptors, in this order: error pipe (write end), leash pipe (read end), listening socket, user
-/// namespace, network namespace, disk (a detached mount), base layer (a detached mount), one detached
-/// mount for each of `layers`, `agent_cgroups` files, `command_cgroups` files, and the files of memory
-/// usage and memory limit.
+/// Descriptors, in this order: error pipe (write end), leash pipe (read end), the socket for the [`Disk`], user
+/// namespace, network namespace, one detached mount for each of `layers`, `agent_cgroups` files,
+/// `command_cgroups` files, and the files of memory usage and memory limit.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Sandbox {
     /// Directories below the root that have a layer and an overlay of their own, such as `usr`.
@@ -92,6 +91,11 @@ pub struct Sandbox {
     pub first_id: u32,
     pub hostname: String,
 }
+
+/// What a sandbox lives on, sent to its first process. Descriptors: the disk (a detached mount), the base layer
+/// (a detached mount), and the socket that its agent listens on. Without it the process ends with the server.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Disk;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Answer {

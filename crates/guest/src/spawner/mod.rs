@@ -56,7 +56,8 @@ pub fn serve() {
             (Err(error), _) => Err(StepError { step: error.step, errno: error.errno }),
             (Ok(()), Request::Namespaces { first_id }) => namespaces(first_id).map(|fds| (Answer::Namespaces, fds)),
             (Ok(()), Request::Sandbox(order)) => {
-                sandbox::start(&order, &descriptors, agent.as_fd()).map(|(pid, fd)| (Answer::Sandbox { pid }, vec![fd]))
+                let started = sandbox::start(&order, &descriptors, agent.as_fd(), socket.as_fd());
+                started.map(|(pid, fd)| (Answer::Sandbox { pid }, vec![fd]))
             }
             (Ok(()), Request::Mount(order)) => mounts::mount(order, descriptors).map(|()| (Answer::Begun, Vec::new())),
             (Ok(()), Request::Unmount(order)) => {

@@ -1,6 +1,6 @@
 //! Process calls that the standard library does not offer.
 
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
 
@@ -32,6 +32,12 @@ pub(super) fn clone(flags: i32) -> Result<Clone, Errno> {
 pub(super) fn unshare(flags: i32) -> Result<(), Errno> {
     // SAFETY: takes no pointers; only namespaces of this one-threaded process change.
     if unsafe { libc::unshare(flags) } == 0 { Ok(()) } else { Err(last_errno()) }
+}
+
+/// Closes a child's copy of what its parent goes on to use.
+pub(super) fn close(copy: BorrowedFd<'_>) {
+    // SAFETY: only called in a child that never uses or drops what owns the descriptor.
+    unsafe { libc::close(copy.as_raw_fd()) };
 }
 
 pub(super) enum Exit {

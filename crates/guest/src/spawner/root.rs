@@ -18,11 +18,14 @@ pub(super) const DISK: &str = "/disk";
 pub(super) const BASE: &str = "/base";
 pub(super) const LAYERS: &str = "/layers";
 pub(super) const NEW_ROOT: &str = "/root";
+/// Where the parts of a root wait that need no disk, by their names in it.
+pub(super) const READY: &str = "/ready";
 pub(super) const DEVICES: &str = "/dev";
 pub(super) const SYSTEM: &str = "/sys";
 /// Where a sandbox's small files are made that cover others.
 pub(super) const COVERS: &str = "/covers";
 pub(super) const LAYERS_MAX: usize = 16;
+pub(super) const PARTS: [&str; 3] = ["dev", "proc", "sys"];
 
 /// Character devices of every sandbox: name, major, minor.
 const NODES: [(&str, u32, u32); 6] =
@@ -39,11 +42,14 @@ pub(super) fn prepare() -> Result<(), StepError> {
     // Any directory will do: the mount moves to the top at once.
     mount::attach(root.as_fd(), "/proc").step("attach the spawner's root")?;
     std::env::set_current_dir("/proc").step("enter the spawner's root")?;
-    for directory in ["proc", "disk", "base", "layers", "root", "dev", "sys", "covers"] {
+    for directory in ["proc", "disk", "base", "layers", "root", "ready", "dev", "sys", "covers"] {
         fs::create_dir(directory).step("fill the spawner's root")?;
     }
     for index in 0..LAYERS_MAX {
         fs::create_dir(format!("layers/{index}")).step("fill the spawner's root")?;
+    }
+    for part in PARTS {
+        fs::create_dir(format!("ready/{part}")).step("fill the spawner's root")?;
     }
     mount::attach(proc.as_fd(), "proc").step("attach /proc")?;
     rustix::process::pivot_root(".", ".").step("change the root")?;

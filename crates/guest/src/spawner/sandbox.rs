@@ -1,5 +1,8 @@
 //! The birth of a sandbox: from a clone of the spawner to the agent as its first process.
 //!
+//! It happens in two stages. All that does not depend on the disk is done first, and the process waits for the disk;
+//! so this part can be made ahead for disks that nobody knows yet.
+//!
 //! All namespaces but the user namespace are made while the process is still the host's root, and
 //! so belong to the host: capabilities in the sandbox, which hold in its user namespace only, give
 //! no power over mounts, network, host name or process ids.
@@ -13,11 +16,11 @@ use rustix::mount::{MountAttrFlags, UnmountFlags};
 use rustix::thread::{CapabilitySet, LinkNameSpaceType};
 
 use super::process::{self, Clone, Exit};
-use super::root::{BASE, COVERS, DEVICES, DISK, LAYERS, LAYERS_MAX, NEW_ROOT, SYSTEM};
+use super::root::{BASE, COVERS, DEVICES, DISK, LAYERS, LAYERS_MAX, NEW_ROOT, PARTS, READY, SYSTEM};
 use super::{Step, StepError};
 use crate::mount::{self, NO_DEVICES, NO_EXEC, NO_SUID, READ_ONLY};
 use crate::seccomp;
-use crate::spawn::Sandbox;
+use crate::spawn::{self, ChannelError, Sandbox};
 
 const NAMESPACES: i32 = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
 
@@ -62,11 +65,9 @@ const READ_ONLY_DIRECTORIES: [&str; 5] = ["1", "bus", "fs", "irq", "sys"];
 struct Parts<'a> {
     error: BorrowedFd<'a>,
     leash: BorrowedFd<'a>,
-    listen: BorrowedFd<'a>,
+    disk: BorrowedFd<'a>,
     user: BorrowedFd<'a>,
     network: BorrowedFd<'a>,
-    disk: BorrowedFd<'a>,
-    base: BorrowedFd<'a>,
     layers: Vec<BorrowedFd<'a>>,
     agent_cgroups: Vec<BorrowedFd<'a>>,
     command_cgroups: Vec<BorrowedFd<'a>>,
@@ -80,11 +81,9 @@ impl<'a> Parts<'a> {
         let parts = Self {
             error: rest.next()?,
             leash: rest.next()?,
-            listen: rest.next()?,
+            disk: rest.next()?,
             user: rest.next()?,
             network: rest.next()?,
-            disk: rest.next()?,
-            base: rest.next()?,
             layers: rest.by_ref().take(order.layers.len()).collect(),
             agent_cgroups: rest.by_ref().take(order.agent_cgroups).collect(),
             command_cgroups: rest.by_ref().take(order.command_cgroups).collect(),
@@ -100,12 +99,15 @@ pub(super) fn start(
     order: &Sandbox,
     descriptors: &[OwnedFd],
     agent: BorrowedFd<'_>,
+    server: BorrowedFd<'_>,
 ) -> Result<(i32, OwnedFd), StepError> {
     let parts = Parts::of(order, descriptors).ok_or(StepError { step: "read the request", errno: Errno::INVAL })?;
     match process::clone(NAMESPACES).step("clone the first process")? {
         Clone::Parent { pid, pidfd } => Ok((pid, pidfd)),
         Clone::Child => {
             process::notice_children();
+            // While this process held it too, the server would not notice the spawner's end.
+            process::close(server);
             let Err(error) = become_sandbox(order, &parts, agent);
             let text = format!("{}: {}", error.step, std::io::Error::from(error.errno));
             let _ = rustix::io::write(parts.error, text.as_bytes());
@@ -123,8 +125,9 @@ fn become_sandbox(
         rustix::io::write(cgroup, b"0").step("join the cgroup")?;
     }
     process::unshare(libc::CLONE_NEWCGROUP).step("unshare the cgroup namespace")?;
-    let shown = build_root(order, parts)?;
-    rustix::system::sethostname(order.hostname.as_bytes()).step("set the host name")?;
+    let shown = make_ready(order, parts)?;
+    let [disk, base, listen] = await_disk(parts.disk)?;
+    build_root(order, disk.as_fd(), base.as_fd())?;
 
     // From here on the process gives away what it can do.
     rustix::thread::move_into_link_name_space(parts.network, Some(LinkNameSpaceType::Network))
@@ -138,7 +141,19 @@ fn become_sandbox(
     // The spawner's standard error is the server's; standard input is /dev/null already.
     rustix::stdio::dup2_stderr(rustix::stdio::stdin()).step("close standard error")?;
     install_filter().step("install the system call filter")?;
-    run_agent(parts, &shown, agent)
+    run_agent(parts, listen.as_fd(), &shown, agent)
+}
+
+/// Waits for the disk, the base layer under it, and the socket to listen on. A server that ended sends none, and
+/// nobody is left who would read of an error.
+fn await_disk(socket: BorrowedFd<'_>) -> Result<[OwnedFd; 3], StepError> {
+    let malformed = StepError { step: "read what the disk is", errno: Errno::INVAL };
+    match spawn::receive::<spawn::Disk>(socket) {
+        Ok((spawn::Disk, descriptors)) => descriptors.try_into().map_err(|_| malformed),
+        Err(ChannelError::Closed) => process::exit(Exit::Done),
+        Err(ChannelError::System(errno)) => Err(StepError { step: "wait for the disk", errno }),
+        Err(ChannelError::Malformed) => Err(malformed),
+    }
 }
 
 /// Files that the agent writes and the sandbox sees: its share of what the kernel tells of the host.
@@ -149,13 +164,28 @@ struct Shown {
     processors: OwnedFd,
 }
 
-/// Assembles the file system and makes it the root.
-fn build_root(order: &Sandbox, parts: &Parts<'_>) -> Result<Shown, StepError> {
-    mount::attach(parts.disk, DISK).step("attach the disk")?;
-    mount::attach(parts.base, BASE).step("attach the base layer")?;
+/// Makes everything of the file system that needs no disk.
+fn make_ready(order: &Sandbox, parts: &Parts<'_>) -> Result<Shown, StepError> {
+    rustix::system::sethostname(order.hostname.as_bytes()).step("set the host name")?;
     for (index, layer) in parts.layers.iter().enumerate() {
         mount::attach(*layer, &format!("{LAYERS}/{index}")).step("attach a layer")?;
     }
+    build_devices(order)?;
+    let tree = mount::clone_tree(rustix::fs::CWD, SYSTEM, false).step("copy /sys")?;
+    mount::set_attributes(tree.as_fd(), READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC, None).step("protect /sys")?;
+    mount::attach(tree.as_fd(), &ready("sys")).step("attach /sys")?;
+    build_proc()
+}
+
+/// Where a part of the root is made.
+fn ready(path: &str) -> String {
+    format!("{READY}/{path}")
+}
+
+/// Assembles the file system and makes it the root.
+fn build_root(order: &Sandbox, disk: BorrowedFd<'_>, base: BorrowedFd<'_>) -> Result<(), StepError> {
+    mount::attach(disk, DISK).step("attach the disk")?;
+    mount::attach(base, BASE).step("attach the base layer")?;
     // An overlay works on its disk as whoever mounted it. The disk knows the sandbox's ids only, so
     // that has to be the sandbox's root.
     act_as(order.first_id).step("act as the sandbox's root")?;
@@ -165,17 +195,13 @@ fn build_root(order: &Sandbox, parts: &Parts<'_>) -> Result<Shown, StepError> {
         overlay(&format!("{BASE}/{name}:{LAYERS}/{index}"), name, &format!("{NEW_ROOT}/{name}"))?;
     }
     act_as(0).step("act as the host's root")?;
-    build_devices(order)?;
-    let tree = mount::clone_tree(rustix::fs::CWD, SYSTEM, false).step("copy /sys")?;
-    mount::set_attributes(tree.as_fd(), READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC, None).step("protect /sys")?;
-    mount::attach(tree.as_fd(), "/root/sys").step("attach /sys")?;
-    let shown = build_proc()?;
-
+    for part in PARTS {
+        mount::move_attached(&ready(part), &format!("{NEW_ROOT}/{part}")).step("move a part of the root")?;
+    }
     std::env::set_current_dir(NEW_ROOT).step("enter the new root")?;
     rustix::process::pivot_root(".", ".").step("change the root")?;
     rustix::mount::unmount(".", UnmountFlags::DETACH).step("leave the old root")?;
-    std::env::set_current_dir("/").step("enter the new root")?;
-    Ok(shown)
+    std::env::set_current_dir("/").step("enter the new root")
 }
 
 /// Uses another id for files, and keeps all capabilities.
@@ -217,7 +243,7 @@ fn overlay(lower: &str, name: &str, target: &str) -> Result<(), StepError> {
 fn build_devices(order: &Sandbox) -> Result<(), StepError> {
     let devices = mount::clone_tree(rustix::fs::CWD, DEVICES, false).step("copy /dev")?;
     mount::set_attributes(devices.as_fd(), READ_ONLY | NO_SUID | NO_EXEC, None).step("protect /dev")?;
-    mount::attach(devices.as_fd(), "/root/dev").step("attach /dev")?;
+    mount::attach(devices.as_fd(), &ready("dev")).step("attach /dev")?;
     let quiet = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     // Group 5 is `tty` in the sandbox; the option takes the host's number for it.
     let group = (order.first_id + 5).to_string();
@@ -227,7 +253,7 @@ fn build_devices(order: &Sandbox) -> Result<(), StepError> {
         quiet,
     )
     .step("make /dev/pts")?;
-    mount::attach(terminals.as_fd(), "/root/dev/pts").step("attach /dev/pts")?;
+    mount::attach(terminals.as_fd(), &ready("dev/pts")).step("attach /dev/pts")?;
     let owner = order.first_id.to_string();
     let shared = mount::new_filesystem(
         "tmpfs",
@@ -235,14 +261,14 @@ fn build_devices(order: &Sandbox) -> Result<(), StepError> {
         quiet | MountAttrFlags::MOUNT_ATTR_NODEV,
     )
     .step("make /dev/shm")?;
-    mount::attach(shared.as_fd(), "/root/dev/shm").step("attach /dev/shm")
+    mount::attach(shared.as_fd(), &ready("dev/shm")).step("attach /dev/shm")
 }
 
 fn build_proc() -> Result<Shown, StepError> {
     let quiet =
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC | MountAttrFlags::MOUNT_ATTR_NODEV;
     let proc = mount::new_filesystem("proc", &[], quiet).step("make /proc")?;
-    mount::attach(proc.as_fd(), "/root/proc").step("attach /proc")?;
+    mount::attach(proc.as_fd(), &ready("proc")).step("attach /proc")?;
 
     let read_only = |path: &str, target: &str| -> Result<(), StepError> {
         let copy = mount::clone_tree(rustix::fs::CWD, path, false).step("copy a part of /proc")?;
@@ -251,7 +277,7 @@ fn build_proc() -> Result<Shown, StepError> {
         mount::attach(copy.as_fd(), target).step("attach a part of /proc")
     };
     for name in READ_ONLY_DIRECTORIES {
-        let path = format!("/root/proc/{name}");
+        let path = ready(&format!("proc/{name}"));
         if fs::exists(&path).step("look into /proc")? {
             read_only(&path, &path)?;
         }
@@ -278,12 +304,12 @@ fn build_proc() -> Result<Shown, StepError> {
         mount::attach(file.as_fd(), target).step("cover a part of /proc")
     };
     for name in MASKED_FILES.iter().chain(&MASKED_DIRECTORIES) {
-        let path = format!("/root/proc/{name}");
+        let path = ready(&format!("proc/{name}"));
         let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
         show(if metadata.is_dir() { "directory" } else { "nothing" }, &path)?;
     }
-    show("meminfo", "/root/proc/meminfo")?;
-    show("online", "/root/sys/devices/system/cpu/online")?;
+    show("meminfo", &ready("proc/meminfo"))?;
+    show("online", &ready("sys/devices/system/cpu/online"))?;
     Ok(shown)
 }
 
@@ -335,10 +361,15 @@ fn install_filter() -> Result<(), Errno> {
     if result == 0 { Ok(()) } else { Err(mount::last_errno()) }
 }
 
-fn run_agent(parts: &Parts<'_>, shown: &Shown, agent: BorrowedFd<'_>) -> Result<std::convert::Infallible, StepError> {
+fn run_agent(
+    parts: &Parts<'_>,
+    listen: BorrowedFd<'_>,
+    shown: &Shown,
+    agent: BorrowedFd<'_>,
+) -> Result<std::convert::Infallible, StepError> {
     let named = [
         ("leash", parts.leash),
-        ("listen", parts.listen),
+        ("listen", listen),
         ("memory-usage", parts.memory_usage),
         ("memory-limit", parts.memory_limit),
         ("meminfo", shown.memory.as_fd()),

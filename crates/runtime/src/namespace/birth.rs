@@ -1,7 +1,6 @@
 //! How a sandbox comes to run: on a fresh disk, on an image's, or on the one it had before.
 
 use std::fs::{self, File};
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -126,13 +125,8 @@ impl Inner {
     fn slot(&self, machine: &Machine, home: Home<'_>) -> Result<Slot, DriverError> {
         let shape = Shape { disk_gb: machine.disk_gb, outbound: machine.outbound };
         let pool = self.pools.iter().find(|pool| matches!(home, Home::Pool) && pool.shape() == shape);
-        while let Some(slot) = pool.and_then(|pool| pool.take()) {
-            if !live::has_ended(slot.started.pidfd.as_fd()) {
-                return Ok(slot);
-            }
-            let said = live::read_error(&slot.started.error);
-            tracing::warn!(slot = slot.number, said, "the first process of a ready slot has ended; taking another");
-            self.factory.discard(slot);
+        if let Some(slot) = pool.and_then(|pool| pool.take()) {
+            return Ok(slot);
         }
         let made = match self.ground(shape) {
             Some(ground) => self.factory.build(ground, shape.disk_gb, home),

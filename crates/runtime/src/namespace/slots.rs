@@ -6,7 +6,7 @@
 //! gone. A slot that nobody took ends with the server: its agent is on a leash.
 //!
 //! A sandbox on a disk that exists needs a slot around that. What does not depend on the disk, its ground, is made
-//! ahead as well.
+//! ahead as well: its first process is there and waits for the disk.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use nagaya_guest::mount::{self, NO_DEVICES, READ_ONLY};
 use nagaya_guest::spawn::{self, IDS_PER_SANDBOX};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 
 use super::disk::{self, DiskError, Disks};
@@ -50,6 +51,8 @@ pub enum SlotError {
     NewDisk(#[from] CopyError),
     #[error("make a control group")]
     Cgroup(#[from] CgroupError),
+    #[error("the first process failed: {0}")]
+    FirstProcess(String),
     #[error("{step}")]
     System { step: &'static str, source: io::Error },
 }
@@ -76,8 +79,10 @@ pub(super) enum Home<'a> {
 pub(super) struct Ground {
     number: u32,
     group: Group,
-    network: OwnedFd,
     user: OwnedFd,
+    /// Where the first process waits for the disk. It ends when this is closed before.
+    disk: OwnedFd,
+    started: Started,
 }
 
 /// A sandbox that nobody has yet.
@@ -179,14 +184,22 @@ impl Factory {
 
     /// Makes a slot on a ground.
     pub fn build(&self, ground: Ground, disk_gb: u32, home: Home<'_>) -> Result<Slot, SlotError> {
-        let number = ground.number;
-        self.build_on(ground, disk_gb, home).inspect_err(|_| self.clear(number))
+        match self.place_on(&ground, disk_gb, home) {
+            Ok(directory) => {
+                let Ground { number, group, started, .. } = ground;
+                Ok(Slot { number, group, directory, started })
+            }
+            Err(error) => {
+                self.abandon(ground);
+                Err(error)
+            }
+        }
     }
 
     /// Takes a ground apart that has no slot.
     pub fn abandon(&self, ground: Ground) {
-        let Ground { number, network, user, .. } = ground;
-        drop((network, user));
+        let Ground { number, started, .. } = ground;
+        live::kill_and_wait(&started.pidfd);
         self.clear(number);
     }
 
@@ -201,14 +214,43 @@ impl Factory {
             Some(rules) => rules.set_up(network.as_fd(), outbound.then_some(number))?,
             None => Network::set_up_isolated(network.as_fd())?,
         }
-        Ok(Ground { number, group, network, user })
+        self.start_first(number, group, network, user)
     }
 
-    fn build_on(&self, ground: Ground, disk_gb: u32, home: Home<'_>) -> Result<Slot, SlotError> {
-        let Ground { number, group, network, user } = ground;
+    /// Starts the first process, which makes what it can and waits for its disk.
+    fn start_first(&self, number: u32, group: Group, network: OwnedFd, user: OwnedFd) -> Result<Ground, SlotError> {
+        let layers = self.image.layers.iter().map(|(_, path)| layer(path, user.as_fd()));
+        let layers: Vec<OwnedFd> = layers.collect::<Result<_, _>>()?;
+        let agent_files = group.join_files(Part::Agent)?;
+        let command_files = group.join_files(Part::Commands)?;
+        let (memory_usage, memory_limit) = (group.memory_usage_file()?, group.memory_limit_file()?);
+        let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| on("make a pipe")(errno.into()));
+        let (error, error_write) = pipe()?;
+        let (leash_read, leash) = pipe()?;
+        let (disk, disk_read) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .map_err(|errno| on("make a socket")(errno.into()))?;
+        let order = spawn::Sandbox {
+            layers: self.image.layer_names(),
+            agent_cgroups: agent_files.len(),
+            command_cgroups: command_files.len(),
+            first_id: first_id(number),
+            hostname: "sandbox".into(),
+        };
+        let mut fds: Vec<BorrowedFd<'_>> =
+            vec![error_write.as_fd(), leash_read.as_fd(), disk_read.as_fd(), user.as_fd(), network.as_fd()];
+        fds.extend(layers.iter().map(AsFd::as_fd));
+        fds.extend(agent_files.iter().chain(&command_files).map(File::as_fd));
+        fds.extend([memory_usage.as_fd(), memory_limit.as_fd()]);
+        let (pid, pidfd) = self.spawner.sandbox(order, &fds)?;
+        Ok(Ground { number, group, user, disk, started: Started { pid, pidfd, error, leash } })
+    }
+
+    /// Gives a ground its disk: the slot's directory.
+    fn place_on(&self, ground: &Ground, disk_gb: u32, home: Home<'_>) -> Result<PathBuf, SlotError> {
         let (directory, base, disk) = match home {
             Home::Pool => {
-                let directory = self.directory(number);
+                let directory = self.directory(ground.number);
                 fs::create_dir(&directory).map_err(on("make the slot's directory"))?;
                 self.disks.make(&disk::path(&directory), disk_gb)?;
                 let disk = disk::attach(&disk::path(&directory))?;
@@ -227,40 +269,17 @@ impl Factory {
                 (directory.to_owned(), self.image.base.as_path(), images::mount_unflushed(device, directory)?)
             }
         };
-        mount::set_attributes(disk.as_fd(), NO_DEVICES, Some(user.as_fd()))
+        mount::set_attributes(disk.as_fd(), NO_DEVICES, Some(ground.user.as_fd()))
             .map_err(|errno| on("map the disk")(errno.into()))?;
-        let base = layer(base, user.as_fd())?;
-        let layers: Vec<OwnedFd> =
-            self.image.layers.iter().map(|(_, path)| layer(path, user.as_fd())).collect::<Result<_, _>>()?;
-
+        let base = layer(base, ground.user.as_fd())?;
         let listen = live::listen(&directory).map_err(on("make the agent's socket"))?;
-        let agent_files = group.join_files(Part::Agent)?;
-        let command_files = group.join_files(Part::Commands)?;
-        let (memory_usage, memory_limit) = (group.memory_usage_file()?, group.memory_limit_file()?);
-        let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| on("make a pipe")(errno.into()));
-        let (error, error_write) = pipe()?;
-        let (leash_read, leash) = pipe()?;
-        let order = spawn::Sandbox {
-            layers: self.image.layer_names(),
-            agent_cgroups: agent_files.len(),
-            command_cgroups: command_files.len(),
-            first_id: first_id(number),
-            hostname: "sandbox".into(),
-        };
-        let mut fds: Vec<BorrowedFd<'_>> = vec![
-            error_write.as_fd(),
-            leash_read.as_fd(),
-            listen.as_fd(),
-            user.as_fd(),
-            network.as_fd(),
-            disk.as_fd(),
-            base.as_fd(),
-        ];
-        fds.extend(layers.iter().map(AsFd::as_fd));
-        fds.extend(agent_files.iter().chain(&command_files).map(File::as_fd));
-        fds.extend([memory_usage.as_fd(), memory_limit.as_fd()]);
-        let (pid, pidfd) = self.spawner.sandbox(order, &fds)?;
-        Ok(Slot { number, group, directory, started: Started { pid, pidfd, error, leash } })
+        spawn::send(ground.disk.as_fd(), &spawn::Disk, &[disk.as_fd(), base.as_fd(), listen.as_fd()]).map_err(
+            |error| match live::read_error(&ground.started.error) {
+                said if said.is_empty() => SlotError::FirstProcess(error.to_string()),
+                said => SlotError::FirstProcess(said),
+            },
+        )?;
+        Ok(directory)
     }
 
     /// Takes a slot apart that no session used, but for a disk that is kept.
@@ -280,8 +299,8 @@ impl Factory {
 
     /// As [`Factory::reshape`], from a ground.
     pub fn rebuild(&self, ground: Ground, shape: Shape, home: Home<'_>) -> Result<Slot, SlotError> {
-        let Ground { number, network, user, .. } = ground;
-        drop((network, user));
+        let Ground { number, started, .. } = ground;
+        live::kill_and_wait(&started.pidfd);
         self.make_again(number, shape, home)
     }
 
@@ -326,12 +345,17 @@ pub(super) fn group_name(number: u32) -> String {
 /// What is made ahead.
 pub(super) trait Product: Send + Sized + 'static {
     fn make(factory: &Factory, shape: Shape) -> Result<Self, SlotError>;
+    fn started(&self) -> &Started;
     fn discard(self, factory: &Factory);
 }
 
 impl Product for Slot {
     fn make(factory: &Factory, shape: Shape) -> Result<Self, SlotError> {
         factory.make(shape, Home::Pool)
+    }
+
+    fn started(&self) -> &Started {
+        &self.started
     }
 
     fn discard(self, factory: &Factory) {
@@ -342,6 +366,10 @@ impl Product for Slot {
 impl Product for Ground {
     fn make(factory: &Factory, shape: Shape) -> Result<Self, SlotError> {
         factory.prepare(shape.outbound)
+    }
+
+    fn started(&self) -> &Started {
+        &self.started
     }
 
     fn discard(self, factory: &Factory) {
@@ -444,13 +472,22 @@ impl<P: Product> Pool<P> {
         self.state().ready.len()
     }
 
+    /// One that lives. Blocks.
     pub fn take(&self) -> Option<P> {
-        let mut state = self.state();
-        state.taken = Instant::now();
-        let slot = state.ready.pop();
-        drop(state);
-        self.changed.notify_one();
-        slot
+        loop {
+            let mut state = self.state();
+            state.taken = Instant::now();
+            let slot = state.ready.pop();
+            drop(state);
+            self.changed.notify_one();
+            let slot = slot?;
+            if !live::has_ended(slot.started().pidfd.as_fd()) {
+                return Some(slot);
+            }
+            let said = live::read_error(&slot.started().error);
+            tracing::warn!(pid = slot.started().pid, said, "a first process made ahead has ended; taking another");
+            slot.discard(&self.factory);
+        }
     }
 
     /// Takes apart what is ready and what is still being made; on return nothing is left of either.
