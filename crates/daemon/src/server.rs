@@ -6,6 +6,7 @@ mod front;
 pub(crate) mod lifecycle;
 pub(crate) mod preface;
 pub(crate) mod routes;
+mod timer;
 pub(crate) mod tls;
 
 use std::io;
@@ -30,6 +31,7 @@ pub use front::Front;
 use lifecycle::{Lifecycle, Phase};
 use preface::Version;
 use routes::{Origin, Routes};
+use timer::KeptTimer;
 use tls::TlsError;
 
 /// How long connections may take to hand over their last bytes after the last call has ended.
@@ -173,6 +175,12 @@ async fn serve(stream: TcpStream, peer: Peer, open: Open, shared: Arc<Shared>) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "failed to set TCP_NODELAY");
     }
+    if peer.ip.is_loopback()
+        // There is no path to probe, which the host's choice may do at a price for each packet.
+        && let Err(error) = sockopt::set_tcp_congestion(&stream, "reno")
+    {
+        tracing::debug!(%error, "failed to choose the congestion control of a connection");
+    }
     if let Err(error) = keep_alive(&stream, &shared.limits) {
         tracing::debug!(%error, "failed to have the kernel watch a connection");
     }
@@ -255,7 +263,7 @@ where
     match version {
         Version::Http1 => drive!(
             hyper::server::conn::http1::Builder::new()
-                .timer(TokioTimer::new())
+                .timer(KeptTimer::default())
                 .header_read_timeout(header_timeout)
                 .serve_connection(TokioIo::new(stream), service)
                 .with_upgrades()

@@ -106,7 +106,12 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(context, slices))?;
+        let stream = Pin::new(&mut self.stream);
+        let written = ready!(match slices {
+            // The kernel does less for it. Most requests have no body.
+            [only] => stream.poll_write(context, only),
+            _ => stream.poll_write_vectored(context, slices),
+        })?;
         self.wrote(written);
         Poll::Ready(Ok(written))
     }

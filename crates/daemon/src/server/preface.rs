@@ -10,6 +10,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 /// What every HTTP/2 client sends first (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
+/// A header and a small body are sent as one piece: copying them costs less than what the kernel does for several.
+const TOGETHER_MAX: usize = 2048;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Version {
     Http1,
@@ -67,7 +70,18 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Prefixed<T> {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(context, slices)
+        let length: usize = slices.iter().map(|slice| slice.len()).sum();
+        if length > TOGETHER_MAX {
+            return Pin::new(&mut self.io).poll_write_vectored(context, slices);
+        }
+        let mut together = [0; TOGETHER_MAX];
+        let mut rest = &mut together[..];
+        for slice in slices {
+            let (front, back) = rest.split_at_mut(slice.len());
+            front.copy_from_slice(slice);
+            rest = back;
+        }
+        Pin::new(&mut self.io).poll_write(context, &together[..length])
     }
 
     fn is_write_vectored(&self) -> bool {

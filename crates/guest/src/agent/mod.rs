@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nagaya_api::error::Code;
+use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
+use rustix::time::Timespec;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Mutex, Notify};
 
@@ -131,7 +133,8 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
     }
     meminfo::maintain(agent.clone());
     tokio::spawn(tidy_up(agent.clone()));
-    if leash.is_some() {
+    // Whoever waits for this sandbox already would wait for it to no gain.
+    if leash.is_some() && !is_awaited(&listener) {
         warm_up(&agent).await;
     }
     if let Some(control) = control {
@@ -167,6 +170,12 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
             }
         });
     }
+}
+
+/// Whether somebody has connected already.
+fn is_awaited(listener: &UnixListener) -> bool {
+    let mut connections = [PollFd::new(listener, PollFlags::IN)];
+    matches!(rustix::event::poll(&mut connections, Some(&Timespec::default())), Ok(1))
 }
 
 /// Runs a command once while nobody waits for it, so that the first one that somebody waits for

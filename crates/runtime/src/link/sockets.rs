@@ -68,6 +68,8 @@ impl Network {
     fn keep(&self, stream: TcpStream) -> Stream {
         // What is written is waited for; bulk data fills packets by itself.
         let _ = stream.set_nodelay(true);
+        // No path to probe leads to it, which the host's choice may do at a price for each packet.
+        let _ = rustix::net::sockopt::set_tcp_congestion(&stream, "reno");
         let mut open = self.open();
         let stream = Stream(Arc::new(Mutex::new(State { stream: Some(stream), cut: open.over })));
         if open.sockets.len() == open.sockets.capacity() {

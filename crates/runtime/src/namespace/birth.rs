@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nagaya_api::ids::{ImageId, SessionId};
 use nagaya_engine::model::Machine;
@@ -13,6 +13,10 @@ use super::live::{self, Live, PidFd};
 use super::record::{self, Record};
 use super::slots::{Ground, Home, Shape, Slot, SlotError, Started};
 use super::{Inner, blocking, disk, failed, room};
+
+/// Before a new sandbox is synced: the host's disk serves first whoever waits for the sandbox. What the database syncs
+/// meanwhile would wait for all of its disk.
+const KEEP_AFTER: Duration = Duration::from_millis(20);
 
 impl Inner {
     /// Makes a sandbox. What is left of one that fails is its directory, at most.
@@ -172,17 +176,26 @@ impl Inner {
     /// longer than all the rest. What is synced inside the sandbox is not on the host's disk before its name is; see
     /// decision 0005.
     fn keep(self: &Arc<Self>, id: SessionId, disk_too: bool) {
-        let directory = self.directory(id);
-        tokio::task::spawn_blocking(move || {
-            let sync_disk = || File::open(disk::path(&directory))?.sync_all();
-            let synced = if disk_too { sync_disk() } else { Ok(()) }.and_then(|()| record::sync(&directory));
-            // One that is being removed already need not be durable.
-            if let Err(error) = synced
-                && error.kind() != std::io::ErrorKind::NotFound
-            {
-                tracing::warn!(%error, %id, "could not sync a sandbox's record");
-            }
+        self.unsynced().insert(id, disk_too);
+        let inner = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(KEEP_AFTER).await;
+            blocking(move || inner.sync_new(id)).await;
         });
+    }
+
+    /// Syncs a new sandbox now, if that is still to be done. Blocks.
+    pub(super) fn sync_new(&self, id: SessionId) {
+        let Some(disk_too) = self.unsynced().remove(&id) else { return };
+        let directory = self.directory(id);
+        let sync_disk = || File::open(disk::path(&directory))?.sync_all();
+        let synced = if disk_too { sync_disk() } else { Ok(()) }.and_then(|()| record::sync(&directory));
+        // One that is being removed already need not be durable.
+        if let Err(error) = synced
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, %id, "could not sync a sandbox's record");
+        }
     }
 
     /// Meets the agent of a sandbox that was started just now.

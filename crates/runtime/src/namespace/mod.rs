@@ -148,6 +148,8 @@ struct Inner {
     pools: Vec<Arc<Pool>>,
     grounds: Vec<Arc<Pool<Ground>>>,
     live: Mutex<HashMap<SessionId, Arc<Live>>>,
+    /// New sandboxes that are not on the host's disk for sure, and whether their disks are to be synced too.
+    unsynced: Mutex<HashMap<SessionId, bool>>,
     releasing: Mutex<HashSet<SessionId>>,
     /// Told after each release; one waiter at a time.
     released: Notify,
@@ -223,6 +225,7 @@ impl NamespaceDriver {
             pools,
             grounds,
             live: Mutex::default(),
+            unsynced: Mutex::default(),
             releasing: Mutex::default(),
             released: Notify::new(),
             events,
@@ -255,6 +258,10 @@ impl NamespaceDriver {
 
     /// Gives back what is only prepared. Sandboxes live on.
     pub fn shut_down(&self) {
+        let unsynced: Vec<SessionId> = self.inner.unsynced().keys().copied().collect();
+        for id in unsynced {
+            self.inner.sync_new(id);
+        }
         for pool in &self.inner.pools {
             pool.close();
         }
@@ -325,6 +332,10 @@ impl Inner {
 
     fn live(&self) -> MutexGuard<'_, HashMap<SessionId, Arc<Live>>> {
         self.live.lock().expect("the list is changed without panics")
+    }
+
+    fn unsynced(&self) -> MutexGuard<'_, HashMap<SessionId, bool>> {
+        self.unsynced.lock().expect("the list is changed without panics")
     }
 
     fn releasing(&self) -> MutexGuard<'_, HashSet<SessionId>> {
