@@ -78,7 +78,8 @@ pub enum MountOutcome {
 
 /// Descriptors, in this order: error pipe (write end), leash pipe (read end), the socket for the [`Disk`], user
 /// namespace, network namespace, one detached mount for each of `layers`, `agent_cgroups` files,
-/// `command_cgroups` files, and the files of memory usage and memory limit.
+/// `command_cgroups` files, for each of `command_groups` as many files and one that reads as the number of its
+/// processes, and the files of memory usage and memory limit.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Sandbox {
     /// Directories below the root that have a layer and an overlay of their own, such as `usr`.
@@ -87,6 +88,9 @@ pub struct Sandbox {
     pub agent_cgroups: usize,
     /// Number of cgroup files that the agent writes each command into.
     pub command_cgroups: usize,
+    /// Groups of which the agent chooses one for each command: the number of cgroup files that it writes the command
+    /// into.
+    pub command_groups: Vec<usize>,
     /// The first host uid and gid of the sandbox.
     pub first_id: u32,
     pub hostname: String,

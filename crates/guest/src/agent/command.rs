@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
-use rustix::process::{Pid, Signal, WaitStatus, kill_process_group, test_kill_process_group};
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::{Signal, WaitStatus};
+use rustix::time::Timespec;
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
@@ -13,6 +15,7 @@ use tokio::time::Instant;
 use super::clock::Clock;
 use super::detached::Execution;
 use super::program::Running;
+use super::session::Session;
 use super::signals;
 use crate::frame::{DATA_BYTES_MAX, Kind};
 use crate::messages::{self, Exit, Input, input};
@@ -20,8 +23,11 @@ use crate::mux::{Incoming, Receiver, Sender, charge};
 
 /// Between TERM and KILL.
 const GRACE: Duration = Duration::from_secs(5);
-/// How long after KILL the outputs may still be held open by processes that left the group.
+/// How long after KILL the outputs may still be held open by processes that were set free.
 const AFTER_KILL: Duration = Duration::from_secs(1);
+/// What the reader of a command's output is told when that was cut off.
+const HELD: &[u8] =
+    b"\n[nagaya: processes that this command set free still run and hold its output, which was cut off here]\n";
 /// The character that means end of file at a terminal.
 const END_OF_FILE: Bytes = Bytes::from_static(&[4]);
 
@@ -63,17 +69,17 @@ pub async fn supervise(
     sink: Sink,
     mut control: Option<Control>,
 ) -> Exit {
-    let group = Group(running.pid);
-    let stderr = running.stderr.take();
+    let mut session = Session::new(running.pid);
+    let (stdout, stderr) = (&running.stdout, &running.stderr);
     let outputs = async {
-        tokio::join!(pump(running.stdout, Kind::Data, &sink), async {
+        tokio::join!(pump(stdout, Kind::Data, &sink), async {
             if let Some(stderr) = stderr {
                 pump(stderr, Kind::ErrorData, &sink).await;
             }
         })
     };
-    tokio::pin!(outputs);
-    let mut outputs_open = true;
+    let mut outputs = Box::pin(outputs);
+    let (mut outputs_open, mut cut) = (true, false);
     let mut status = None;
     let mut stdin = Stdin {
         pipe: running.stdin,
@@ -86,17 +92,21 @@ pub async fn supervise(
     while outputs_open || status.is_none() {
         tokio::select! {
             _ = &mut outputs, if outputs_open => outputs_open = false,
-            ended = ended(&mut running.ended), if status.is_none() => status = Some(ended),
+            ended = ended(&mut running.ended), if status.is_none() => {
+                status = Some(ended);
+                session.leader_ended();
+            }
             asked = asked(&mut control), if control.is_some() => match asked {
                 Asked::Stdin(data) => stdin.push(data, &mut control),
                 Asked::StdinClose => stdin.close(),
-                Asked::Signal(signal) => group.signal(signal),
+                Asked::Signal(Signal::KILL) => ending.kill(session),
+                Asked::Signal(signal) => session.signal(signal),
                 Asked::Resize { columns, rows } => resize(&running.terminal, columns, rows),
                 Asked::Nothing => {}
                 Asked::Stop => {
                     control = None;
                     stdin.close();
-                    ending.stop(group);
+                    ending.stop(session);
                 }
                 Asked::Alone => {
                     control = None;
@@ -107,13 +117,19 @@ pub async fn supervise(
                 receiver.release(used);
             },
             _ = clock.sleep_until(ending.next.unwrap_or(running.started)), if ending.next.is_some() => {
-                if ending.escalate(group) {
-                    outputs_open = false;
+                let held = || is_held(stdout) || stderr.as_ref().is_some_and(is_held);
+                if ending.escalate(session) && (ending.stopping || held()) {
+                    (outputs_open, cut) = (false, outputs_open && held());
                 }
             }
         }
     }
-    ending.finish_off(group);
+    // The rest of a piece that was being sent.
+    drop(outputs);
+    if cut {
+        tell_held(&sink, if stderr.is_some() { Kind::ErrorData } else { Kind::Data }).await;
+    }
+    ending.finish_off(session);
     let duration_ms = (clock.now() - running.started).as_millis() as u64;
     exit(status.expect("the loop ends with a status"), &ending, duration_ms)
 }
@@ -158,29 +174,14 @@ fn resize(terminal: &Option<std::os::fd::OwnedFd>, columns: u16, rows: u16) {
     }
 }
 
-/// A command's process group.
-#[derive(Clone, Copy)]
-pub struct Group(pub i32);
-
-impl Group {
-    /// A group without members is no error: the command was faster.
-    pub fn signal(self, signal: Signal) {
-        if let Some(pid) = Pid::from_raw(self.0) {
-            let _ = kill_process_group(pid, signal);
-        }
-    }
-
-    fn exists(self) -> bool {
-        Pid::from_raw(self.0).is_some_and(|pid| test_kill_process_group(pid).is_ok())
-    }
-}
-
 /// How a command is brought to its end: TERM, then KILL, then its outputs are let go.
 struct Ending {
     clock: Arc<Clock>,
     /// When the next step is due.
     next: Option<Instant>,
     timed_out: bool,
+    /// It did not end by itself, nor by a signal of its holder: a holder that does not read is not waited for.
+    stopping: bool,
     stage: Stage,
 }
 
@@ -194,29 +195,36 @@ enum Stage {
 impl Ending {
     fn new(clock: Arc<Clock>, timeout_ms: u64, started: Instant) -> Self {
         let next = (timeout_ms > 0).then(|| started.checked_add(Duration::from_millis(timeout_ms))).flatten();
-        Self { clock, next, timed_out: false, stage: Stage::Running }
+        Self { clock, next, timed_out: false, stopping: false, stage: Stage::Running }
     }
 
-    fn stop(&mut self, group: Group) {
+    fn stop(&mut self, session: Session) {
+        self.stopping = true;
         if self.stage == Stage::Running {
-            group.signal(Signal::TERM);
+            session.signal(Signal::TERM);
             self.stage = Stage::Terminated;
             self.next = Some(self.clock.now() + GRACE);
         }
     }
 
+    fn kill(&mut self, session: Session) {
+        session.kill();
+        if self.stage != Stage::Killed {
+            self.stage = Stage::Killed;
+            self.next = Some(self.clock.now() + AFTER_KILL);
+        }
+    }
+
     /// Takes the step that is due. True when the outputs must not be waited for any longer.
-    fn escalate(&mut self, group: Group) -> bool {
+    fn escalate(&mut self, session: Session) -> bool {
         match self.stage {
             Stage::Running => {
                 self.timed_out = true;
-                self.stop(group);
+                self.stop(session);
                 false
             }
             Stage::Terminated => {
-                group.signal(Signal::KILL);
-                self.stage = Stage::Killed;
-                self.next = Some(self.clock.now() + AFTER_KILL);
+                self.kill(session);
                 false
             }
             Stage::Killed => {
@@ -226,13 +234,13 @@ impl Ending {
         }
     }
 
-    /// The command is over; members of its group that ignored TERM still get their KILL.
-    fn finish_off(&self, group: Group) {
-        if let (Stage::Terminated, Some(due), true) = (self.stage, self.next, group.exists()) {
+    /// The command is over; processes of it that ignored TERM still get their KILL.
+    fn finish_off(&self, session: Session) {
+        if let (Stage::Terminated, Some(due), true) = (self.stage, self.next, session.exists()) {
             let clock = self.clock.clone();
             tokio::spawn(async move {
                 clock.sleep_until(due).await;
-                group.signal(Signal::KILL);
+                session.kill();
             });
         }
     }
@@ -304,9 +312,26 @@ impl Stdin {
     }
 }
 
+/// Whether some process can still write to an output.
+fn is_held(output: &pipe::Receiver) -> bool {
+    let mut state = [PollFd::new(output, PollFlags::IN)];
+    let looked = rustix::event::poll(&mut state, Some(&Timespec::default()));
+    looked.is_ok() && !state[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+}
+
+/// Tells the reader why the output ends, unless it does not read what came before.
+async fn tell_held(sink: &Sink, kind: Kind) {
+    match sink {
+        Sink::Stream(sender) => {
+            let _ = tokio::time::timeout(AFTER_KILL, sender.data(kind, Bytes::from_static(HELD))).await;
+        }
+        Sink::Spool(execution) => execution.append(kind, Bytes::from_static(HELD)).await,
+    }
+}
+
 /// Moves output to its sink until end of file. When the sink is gone the output is still read, so
 /// that the command does not notice.
-async fn pump(output: pipe::Receiver, kind: Kind, sink: &Sink) {
+async fn pump(output: &pipe::Receiver, kind: Kind, sink: &Sink) {
     let mut buffer = BytesMut::new();
     let mut heard = true;
     loop {

@@ -33,12 +33,14 @@ mod detached;
 mod directories;
 mod failure;
 mod files;
+mod groups;
 mod meminfo;
 mod paths;
 mod power;
 mod program;
 mod reaper;
 mod serve;
+mod session;
 mod settings;
 mod signals;
 mod sockets;
@@ -62,6 +64,7 @@ pub struct Agent {
     /// `/dev/null`, opened before anybody could put something else there.
     null: OwnedFd,
     reaper: Arc<Reaper>,
+    turn: groups::Turn,
     executions: Executions,
     /// What all waiting on behalf of commands goes by.
     clock: Arc<Clock>,
@@ -120,6 +123,7 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
         root: Root::open(&settings.home)?,
         null: rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?,
         reaper: Reaper::start()?,
+        turn: groups::Turn::default(),
         executions: Executions::default(),
         clock: Arc::default(),
         power: Power::default(),

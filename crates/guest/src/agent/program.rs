@@ -16,6 +16,7 @@ use tokio::time::Instant;
 
 use super::Agent;
 use super::failure::Failure;
+use super::groups;
 use super::sys::{self, SpawnError, Step};
 use crate::messages::Command;
 
@@ -78,6 +79,7 @@ struct Spawned {
 
 fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
     let Strings { candidates, argv, env, cwd } = strings(agent, command)?;
+    let cgroup_procs = groups::choose(&agent.settings, &agent.turn);
     let program = |streams: [BorrowedFd<'_>; 3], terminal: bool| {
         agent.reaper.spawn(|| {
             sys::spawn(&sys::Program {
@@ -88,7 +90,7 @@ fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
                 streams,
                 terminal,
                 user: (!command.privileged).then_some((TENKI, TENKI)),
-                cgroup_procs: &agent.settings.cgroup_procs,
+                cgroup_procs: &cgroup_procs,
                 open_files_max: OPEN_FILES_MAX,
             })
         })

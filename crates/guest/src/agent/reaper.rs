@@ -10,6 +10,9 @@ use tokio::sync::oneshot;
 
 use super::sys::SpawnError;
 
+/// Ends that are collected before others of the agent's tasks have their turn.
+const AT_ONCE: usize = 64;
+
 /// Knows who waits for which process.
 #[derive(Debug, Default)]
 pub struct Reaper {
@@ -33,8 +36,10 @@ impl Reaper {
         let collector = reaper.clone();
         tokio::spawn(async move {
             loop {
-                collector.collect();
-                if children.recv().await.is_none() {
+                if collector.collect() {
+                    // The rest of the agent goes on, however fast processes end.
+                    tokio::task::yield_now().await;
+                } else if children.recv().await.is_none() {
                     return;
                 }
             }
@@ -77,12 +82,13 @@ impl Reaper {
         !matches!(waitid(WaitId::All, look), Err(Errno::CHILD))
     }
 
-    fn collect(&self) {
-        loop {
+    /// Collects some ends. True when there may be more.
+    fn collect(&self) -> bool {
+        for _ in 0..AT_ONCE {
             // The lock is held so that an end cannot fall between a start and its registration.
             let mut state = self.state();
             let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) else {
-                return;
+                return false;
             };
             let pid = pid.as_raw_nonzero().get();
             match state.waiting.remove(&pid) {
@@ -91,6 +97,7 @@ impl Reaper {
                 None => {}
             }
         }
+        true
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

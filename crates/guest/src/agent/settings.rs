@@ -7,8 +7,10 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 pub struct Settings {
     /// A listening stream socket: servers connect to it.
     pub listener: OwnedFd,
-    /// Files in which a command writes `0`, to put itself under the sandbox's limits.
+    /// Files in which every command writes `0`, to put itself under the sandbox's limits.
     pub cgroup_procs: Vec<OwnedFd>,
+    /// Each command joins one of these as well.
+    pub command_groups: Vec<CommandGroup>,
     /// Reads as the bytes of memory in use.
     pub memory_usage: Option<OwnedFd>,
     /// What the sandbox sees as `/proc/meminfo`.
@@ -24,6 +26,15 @@ pub struct Settings {
     pub control: Option<OwnedFd>,
     /// Where relative paths start.
     pub home: String,
+}
+
+/// A control group that some of the commands share.
+#[derive(Debug, Default)]
+pub struct CommandGroup {
+    /// Files in which a command writes `0`.
+    pub procs: Vec<OwnedFd>,
+    /// Reads as the number of processes in it.
+    pub processes: Option<OwnedFd>,
 }
 
 /// The arguments are not what this agent understands.
@@ -57,11 +68,18 @@ impl Settings {
         };
         let mut listener = None;
         let mut settings = PartialSettings::default();
+        let mut group = CommandGroup::default();
         for argument in arguments {
             let (name, value) = argument.split_once('=').ok_or_else(|| SettingsError::Argument(argument.clone()))?;
             match name {
                 "--listen-fd" => listener = Some(take(&argument, value)?),
                 "--cgroup-procs-fd" => settings.cgroup_procs.push(take(&argument, value)?),
+                "--group-procs-fd" => group.procs.push(take(&argument, value)?),
+                // The last of what belongs to a group.
+                "--group-processes-fd" => {
+                    group.processes = Some(take(&argument, value)?);
+                    settings.command_groups.push(std::mem::take(&mut group));
+                }
                 "--memory-usage-fd" => settings.memory_usage = Some(take(&argument, value)?),
                 "--meminfo-fd" => settings.meminfo = Some(take(&argument, value)?),
                 "--control-fd" => settings.control = Some(take(&argument, value)?),
@@ -76,6 +94,7 @@ impl Settings {
         Ok(Self {
             listener: listener.ok_or(SettingsError::NoListener)?,
             cgroup_procs: settings.cgroup_procs,
+            command_groups: settings.command_groups,
             memory_usage: settings.memory_usage,
             meminfo: settings.meminfo,
             memory_limit: settings.memory_limit,
@@ -90,6 +109,7 @@ impl Settings {
 #[derive(Default)]
 struct PartialSettings {
     cgroup_procs: Vec<OwnedFd>,
+    command_groups: Vec<CommandGroup>,
     memory_usage: Option<OwnedFd>,
     meminfo: Option<OwnedFd>,
     memory_limit: Option<OwnedFd>,

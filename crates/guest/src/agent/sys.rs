@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use rustix::io::Errno;
 
@@ -46,7 +46,7 @@ pub struct Program<'a> {
     /// Uid and gid; `None` stays root.
     pub user: Option<(u32, u32)>,
     /// Files in which to write `0`.
-    pub cgroup_procs: &'a [OwnedFd],
+    pub cgroup_procs: &'a [BorrowedFd<'a>],
     /// Soft limit of open files.
     pub open_files_max: u64,
 }

@@ -71,6 +71,7 @@ struct Parts<'a> {
     layers: Vec<BorrowedFd<'a>>,
     agent_cgroups: Vec<BorrowedFd<'a>>,
     command_cgroups: Vec<BorrowedFd<'a>>,
+    command_groups: Vec<(Vec<BorrowedFd<'a>>, BorrowedFd<'a>)>,
     memory_usage: BorrowedFd<'a>,
     memory_limit: BorrowedFd<'a>,
 }
@@ -87,6 +88,11 @@ impl<'a> Parts<'a> {
             layers: rest.by_ref().take(order.layers.len()).collect(),
             agent_cgroups: rest.by_ref().take(order.agent_cgroups).collect(),
             command_cgroups: rest.by_ref().take(order.command_cgroups).collect(),
+            command_groups: order
+                .command_groups
+                .iter()
+                .map(|files| Some((rest.by_ref().take(*files).collect(), rest.next()?)))
+                .collect::<Option<_>>()?,
             memory_usage: rest.next()?,
             memory_limit: rest.next()?,
         };
@@ -376,8 +382,11 @@ fn run_agent(
         ("processors", shown.processors.as_fd()),
     ];
     let cgroups = parts.command_cgroups.iter().map(|fd| ("cgroup-procs", *fd));
+    let groups = parts.command_groups.iter().flat_map(|(join, processes)| {
+        join.iter().map(|fd| ("group-procs", *fd)).chain([("group-processes", *processes)])
+    });
     let mut arguments = vec!["nagaya-agent".to_owned()];
-    for (name, fd) in named.into_iter().chain(cgroups) {
+    for (name, fd) in named.into_iter().chain(cgroups).chain(groups) {
         arguments.push(format!("--{name}-fd={}", fd.as_raw_fd()));
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).step("keep a descriptor")?;
     }

@@ -3,6 +3,10 @@
 //! Every slot has one group with two below it: `agent`, without limits, for the first process, and
 //! `commands`, with the sandbox's limits, for everything else. So a sandbox that uses up its memory
 //! or its processes never takes its agent with it.
+//!
+//! Commands are spread over a few groups below `commands`. These share the sandbox's processor time as
+//! equals, and none may have all of its processes: so one command that runs wild leaves room for the
+//! next, with which it is ended.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -17,6 +21,11 @@ mod tests;
 
 /// Microseconds; the period over which processor time is shared out.
 const CPU_PERIOD_US: u64 = 100_000;
+/// Groups over which a sandbox's commands are spread. Each costs some 0.1 ms when a slot is made.
+const COMMAND_GROUPS: usize = 4;
+/// What one group may not have of a sandbox's processes: this part of them, and at least that many.
+const RESERVE_PART: u64 = 16;
+const RESERVE_MIN: u64 = 8;
 /// How long processes may take to stand still: one that waits for a disk does not before it has got what it
 /// waits for.
 const FREEZE_MAX: Duration = Duration::from_secs(20);
@@ -97,6 +106,14 @@ impl Cgroups {
         })
     }
 
+    /// Parents in the hierarchies in which commands are told apart.
+    fn spreading_parents(&self) -> Vec<&PathBuf> {
+        match &self.layout {
+            Layout::Unified(parent) => vec![parent],
+            Layout::Split { cpu, pids, .. } => vec![cpu, pids],
+        }
+    }
+
     fn parents(&self) -> Vec<&PathBuf> {
         match &self.layout {
             Layout::Unified(parent) => vec![parent],
@@ -134,6 +151,16 @@ impl Cgroups {
             }
             for part in ["agent", "commands"] {
                 let path = group.join(part);
+                at("create", &path, fs::create_dir_all(&path))?;
+            }
+        }
+        for parent in self.spreading_parents() {
+            let commands = parent.join(name).join(Part::Commands.name());
+            if let Layout::Unified(_) = self.layout {
+                enable(&commands, &["cpu", "pids"])?;
+            }
+            for number in 0..COMMAND_GROUPS {
+                let path = commands.join(number.to_string());
                 at("create", &path, fs::create_dir_all(&path))?;
             }
         }
@@ -213,7 +240,7 @@ fn find(mounts: &str) -> Result<Layout, CgroupError> {
     }
 }
 
-/// As [`enable_controllers`]. In a container the group at the top holds the container's processes, and
+/// As [`enable_controllers_in`]. In a container the group at the top holds the container's processes, and
 /// a group with processes hands no controllers down: they move into a group of their own.
 fn enable_controllers_at_the_top(top: &Path) -> Result<(), CgroupError> {
     // Whatever they start meanwhile stays behind, and is moved the next time.
@@ -245,12 +272,17 @@ fn enable_controllers_in(group: &Path) -> Result<(), CgroupError> {
 }
 
 fn enable_controllers(group: &Path) -> Result<(), CgroupError> {
+    enable(group, &["cpu", "memory", "pids"])
+}
+
+/// Hands controllers down to the groups below one.
+fn enable(group: &Path, controllers: &[&str]) -> Result<(), CgroupError> {
     let control = group.join("cgroup.subtree_control");
     let enabled = fs::read_to_string(&control).unwrap_or_default();
-    if ["cpu", "memory", "pids"].iter().all(|wanted| enabled.split_whitespace().any(|found| found == *wanted)) {
+    if controllers.iter().all(|wanted| enabled.split_whitespace().any(|found| found == *wanted)) {
         return Ok(());
     }
-    at("write", &control, fs::write(&control, "+cpu +memory +pids"))
+    at("write", &control, fs::write(&control, format!("+{}", controllers.join(" +"))))
 }
 
 /// The group of one slot.
@@ -275,6 +307,8 @@ impl Group {
         let quota = u64::from(limits.cpu_cores) * CPU_PERIOD_US;
         let memory_bytes = limits.memory_bytes.to_string();
         let processes = limits.processes_max.to_string();
+        let reserve = (limits.processes_max / RESERVE_PART).max(RESERVE_MIN).min(limits.processes_max / 2);
+        let of_one = (limits.processes_max - reserve).to_string();
         match &self.cgroups.layout {
             Layout::Unified(parent) => {
                 self.write(parent, "cpu.max", &format!("{quota} {CPU_PERIOD_US}"))?;
@@ -282,6 +316,7 @@ impl Group {
                 self.write(parent, "pids.max", &processes)?;
                 // Absent where the kernel has no swap accounting; then there is nothing to limit.
                 let _ = self.write(parent, "memory.swap.max", "0");
+                self.write_to_each(parent, "pids.max", &of_one)
             }
             Layout::Split { cpu, memory, pids, .. } => {
                 self.write(cpu, "cpu.cfs_period_us", &CPU_PERIOD_US.to_string())?;
@@ -291,21 +326,44 @@ impl Group {
                 self.write(memory, "memory.limit_in_bytes", &memory_bytes)?;
                 let _ = self.write(memory, "memory.memsw.limit_in_bytes", &memory_bytes);
                 self.write(pids, "pids.max", &processes)?;
+                self.write_to_each(pids, "pids.max", &of_one)
             }
         }
-        Ok(())
     }
 
-    /// Files through which a process puts itself into the agent's or the commands' group.
-    pub fn join_files(&self, part: Part) -> Result<Vec<File>, CgroupError> {
-        self.cgroups
-            .parents()
-            .into_iter()
-            .map(|parent| {
-                let path = self.path(parent, part.name()).join("cgroup.procs");
-                at("open", &path, OpenOptions::new().write(true).open(&path))
+    /// Writes to a file of each of the groups over which commands are spread.
+    fn write_to_each(&self, parent: &Path, file: &str, value: &str) -> Result<(), CgroupError> {
+        (0..COMMAND_GROUPS).try_for_each(|number| self.write(parent, &format!("{number}/{file}"), value))
+    }
+
+    /// Files through which a process puts itself into the agent's group.
+    pub fn agent_files(&self) -> Result<Vec<File>, CgroupError> {
+        self.cgroups.parents().into_iter().map(|parent| join_file(&self.path(parent, "agent"))).collect()
+    }
+
+    /// Files through which a process puts itself into the commands' groups.
+    pub fn command_files(&self) -> Result<CommandFiles, CgroupError> {
+        let (common, pids) = match &self.cgroups.layout {
+            Layout::Unified(parent) => (vec![], parent),
+            Layout::Split { memory, pids, freezer, .. } => (vec![memory, freezer], pids),
+        };
+        let spreading = self.cgroups.spreading_parents();
+        let group = |number: usize| {
+            let part = format!("commands/{number}");
+            let join = spreading.iter().map(|parent| join_file(&self.path(parent, &part)));
+            let count = self.path(pids, &part).join("pids.current");
+            Ok(CommandGroup {
+                join: join.collect::<Result<_, _>>()?,
+                processes: at("open", &count, File::open(&count))?,
             })
-            .collect()
+        };
+        Ok(CommandFiles {
+            common: common
+                .into_iter()
+                .map(|parent| join_file(&self.path(parent, "commands")))
+                .collect::<Result<_, _>>()?,
+            groups: (0..COMMAND_GROUPS).map(group).collect::<Result<_, _>>()?,
+        })
     }
 
     fn memory_parent(&self) -> &Path {
@@ -380,12 +438,18 @@ impl Group {
     /// Time that each thread but the agent's has had on processors, and waited for one, microseconds; by the host's
     /// number of the thread. Of threads that have ended nothing is known.
     pub fn processor_times(&self) -> BTreeMap<u32, (u64, u64)> {
-        let list = match self.cgroups.layout {
-            Layout::Unified(_) => "cgroup.threads",
-            Layout::Split { .. } => "tasks",
+        let threads = match &self.cgroups.layout {
+            Layout::Unified(parent) => self.read_all(parent, "cgroup.threads"),
+            Layout::Split { memory, .. } => self.read(memory, "tasks"),
         };
-        let threads = self.read(self.memory_parent(), list);
         threads.lines().filter_map(processor_times).collect()
+    }
+
+    /// The contents of a file of the commands' group and of those below it. In a sandbox that an earlier server made
+    /// all commands are in the former.
+    fn read_all(&self, parent: &Path, file: &str) -> String {
+        let each = (0..COMMAND_GROUPS).map(|number| self.read(parent, &format!("{number}/{file}")));
+        each.chain([self.read(parent, file)]).collect()
     }
 
     /// The content of a file of the commands' group; empty where there is none.
@@ -396,11 +460,14 @@ impl Group {
     /// Host pids of the processes in a part.
     pub fn processes(&self, part: Part) -> Vec<i32> {
         // Every hierarchy holds the same ones; the memory controller's is always there.
-        fs::read_to_string(self.path(self.memory_parent(), part.name()).join("cgroup.procs"))
-            .unwrap_or_default()
-            .lines()
-            .filter_map(|line| line.trim().parse().ok())
-            .collect()
+        let list = match (&self.cgroups.layout, part) {
+            (Layout::Unified(parent), Part::Commands) => self.read_all(parent, "cgroup.procs"),
+            _ => {
+                let path = self.path(self.memory_parent(), part.name()).join("cgroup.procs");
+                fs::read_to_string(path).unwrap_or_default()
+            }
+        };
+        list.lines().filter_map(|line| line.trim().parse().ok()).collect()
     }
 
     /// Halts everything but the agent where it is, and waits until it stands still. Blocks.
@@ -456,7 +523,9 @@ impl Group {
     pub fn remove(&self) -> Result<(), CgroupError> {
         for parent in self.cgroups.parents() {
             let group = parent.join(&self.name);
-            for path in [group.join("agent"), group.join("commands"), group] {
+            let commands = group.join("commands");
+            let each = (0..COMMAND_GROUPS).map(|number| commands.join(number.to_string()));
+            for path in each.chain([group.join("agent"), commands.clone(), group.clone()]) {
                 match fs::remove_dir(&path) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => return at("remove", &path, Err(error)),
                     _ => {}
@@ -465,6 +534,27 @@ impl Group {
         }
         Ok(())
     }
+}
+
+fn join_file(group: &Path) -> Result<File, CgroupError> {
+    let path = group.join("cgroup.procs");
+    at("open", &path, OpenOptions::new().write(true).open(&path))
+}
+
+/// Files in which a process writes `0` to become a command of a sandbox.
+#[derive(Debug)]
+pub struct CommandFiles {
+    /// For every command.
+    pub common: Vec<File>,
+    /// Each command goes into one of these.
+    pub groups: Vec<CommandGroup>,
+}
+
+#[derive(Debug)]
+pub struct CommandGroup {
+    pub join: Vec<File>,
+    /// Reads as the number of its processes.
+    pub processes: File,
 }
 
 /// What the processes of a group use; see [`Group::load`].

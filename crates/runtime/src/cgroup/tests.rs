@@ -45,7 +45,7 @@ fn on_v2_limits_are_on_the_commands_and_controllers_are_handed_down() {
         assert_eq!(read(&root, &format!("{parent}cgroup.subtree_control")), "+cpu +memory +pids", "{parent}");
     }
     assert!(!root.path().join("nagaya/ab12/slot-3/agent/memory.max").exists());
-    assert!(!root.path().join(format!("{commands}/cgroup.subtree_control")).exists(), "processes live in leaves only");
+    assert_eq!(read(&root, &format!("{commands}/cgroup.subtree_control")), "+cpu +pids");
     assert_eq!(cgroups.names(), ["slot-3"]);
 }
 
@@ -61,6 +61,40 @@ fn on_v1_each_limit_goes_to_its_hierarchy() {
     assert_eq!(read(&root, &format!("memory/{commands}/memory.memsw.limit_in_bytes")), (512 << 20).to_string());
     assert_eq!(read(&root, &format!("pids/{commands}/pids.max")), "100");
     assert!(!root.path().join("systemd/nagaya").exists());
+}
+
+#[test]
+fn commands_are_spread_over_groups_none_of_which_may_have_all_processes() {
+    let v1 = [("memory/X", false), ("freezer/X", false), ("cpu,cpuacct/X", true), ("pids/X", true)];
+    for (tree, pids, places) in [(unified(), "X", &[("X", true)][..]), (split(), "pids/X", &v1[..])] {
+        let (root, mounts) = tree;
+        let place = |path: &str| root.path().join(path.replace('X', "nagaya/x/slot-0/commands"));
+        let group = Cgroups::open_in(&mounts, "x").expect("open").make_group("slot-0").expect("a group");
+        for (path, _) in places {
+            fs::write(place(path).join("cgroup.procs"), "").expect("write");
+        }
+        for number in 0..COMMAND_GROUPS {
+            for (path, spread) in places {
+                assert_eq!(place(&format!("{path}/{number}")).exists(), *spread, "{path}");
+                if *spread {
+                    fs::write(place(&format!("{path}/{number}/cgroup.procs")), "").expect("write");
+                }
+            }
+            fs::write(place(&format!("{pids}/{number}/pids.current")), "7\n").expect("write");
+        }
+        let files = group.command_files().expect("files");
+        let joined = files.common.len() + files.groups[0].join.len();
+        assert_eq!((files.groups.len(), joined), (COMMAND_GROUPS, places.len()), "each hierarchy is joined once");
+
+        for (processes_max, of_one) in [(1_024, 960), (100, 92), (10, 5)] {
+            group.set_limits(Limits { processes_max, ..LIMITS }).expect("limits");
+            let limit = |path: String| fs::read_to_string(place(&path)).expect("a limit");
+            assert_eq!(limit(format!("{pids}/pids.max")), processes_max.to_string());
+            for number in 0..COMMAND_GROUPS {
+                assert_eq!(limit(format!("{pids}/{number}/pids.max")), of_one.to_string());
+            }
+        }
+    }
 }
 
 #[test]
@@ -82,9 +116,10 @@ fn processes_are_listed_by_part() {
     let (root, mounts) = unified();
     let group = Cgroups::open_in(&mounts, "x").expect("open").make_group("slot-0").expect("a group");
     fs::write(root.path().join("nagaya/x/slot-0/agent/cgroup.procs"), "41\n").expect("write");
-    fs::write(root.path().join("nagaya/x/slot-0/commands/cgroup.procs"), "42\n43\n").expect("write");
+    fs::write(root.path().join("nagaya/x/slot-0/commands/0/cgroup.procs"), "42\n43\n").expect("write");
+    fs::write(root.path().join("nagaya/x/slot-0/commands/3/cgroup.procs"), "44\n").expect("write");
     assert_eq!(group.processes(Part::Agent), [41]);
-    assert_eq!(group.processes(Part::Commands), [42, 43]);
+    assert_eq!(group.processes(Part::Commands), [42, 43, 44]);
 }
 
 #[test]
@@ -214,7 +249,7 @@ fn processor_times_are_those_of_the_threads_in_the_group() {
     let (root, mounts) = unified();
     let group = Cgroups::open_in(&mounts, "x").expect("open").make_group("slot-0").expect("a group");
     assert!(group.processor_times().is_empty());
-    let list = root.path().join("nagaya/x/slot-0/commands/cgroup.threads");
+    let list = root.path().join("nagaya/x/slot-0/commands/1/cgroup.threads");
     fs::write(&list, format!("{}\n0\n../1\n", std::process::id())).expect("write");
     let times = group.processor_times();
     let (thread, (ran, _)) = times.first_key_value().expect("the first thread of this process");

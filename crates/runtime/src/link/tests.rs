@@ -20,6 +20,7 @@ mod commands;
 mod connections;
 mod detached;
 mod directories;
+mod endings;
 mod files;
 mod streams;
 

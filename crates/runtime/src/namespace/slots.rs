@@ -26,7 +26,7 @@ use super::host_image::Image;
 use super::images::{self, CopyError};
 use super::live;
 use super::network::{Network, NetworkError};
-use crate::cgroup::{CgroupError, Cgroups, Group, Part};
+use crate::cgroup::{CgroupError, Cgroups, Group};
 use crate::spawner::{SpawnError, Spawner};
 use crate::sys;
 use crate::sys::loop_device::LoopDevice;
@@ -221,8 +221,8 @@ impl Factory {
     fn start_first(&self, number: u32, group: Group, network: OwnedFd, user: OwnedFd) -> Result<Ground, SlotError> {
         let layers = self.image.layers.iter().map(|(_, path)| layer(path, user.as_fd()));
         let layers: Vec<OwnedFd> = layers.collect::<Result<_, _>>()?;
-        let agent_files = group.join_files(Part::Agent)?;
-        let command_files = group.join_files(Part::Commands)?;
+        let agent_files = group.agent_files()?;
+        let command_files = group.command_files()?;
         let (memory_usage, memory_limit) = (group.memory_usage_file()?, group.memory_limit_file()?);
         let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| on("make a pipe")(errno.into()));
         let (error, error_write) = pipe()?;
@@ -233,14 +233,18 @@ impl Factory {
         let order = spawn::Sandbox {
             layers: self.image.layer_names(),
             agent_cgroups: agent_files.len(),
-            command_cgroups: command_files.len(),
+            command_cgroups: command_files.common.len(),
+            command_groups: command_files.groups.iter().map(|group| group.join.len()).collect(),
             first_id: first_id(number),
             hostname: "sandbox".into(),
         };
         let mut fds: Vec<BorrowedFd<'_>> =
             vec![error_write.as_fd(), leash_read.as_fd(), disk_read.as_fd(), user.as_fd(), network.as_fd()];
         fds.extend(layers.iter().map(AsFd::as_fd));
-        fds.extend(agent_files.iter().chain(&command_files).map(File::as_fd));
+        fds.extend(agent_files.iter().chain(&command_files.common).map(File::as_fd));
+        for group in &command_files.groups {
+            fds.extend(group.join.iter().chain([&group.processes]).map(File::as_fd));
+        }
         fds.extend([memory_usage.as_fd(), memory_limit.as_fd()]);
         let (pid, pidfd) = self.spawner.sandbox(order, &fds)?;
         Ok(Ground { number, group, user, disk, started: Started { pid, pidfd, error, leash } })

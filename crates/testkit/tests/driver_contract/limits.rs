@@ -4,8 +4,9 @@ use std::fs;
 use std::path::PathBuf;
 
 use nagaya_api::error::Code;
+use nagaya_api::ids::SessionId;
 use nagaya_engine::model::Machine;
-use nagaya_engine::ports::Command;
+use nagaya_engine::ports::{Command, Driver, ProcessEvent, ProcessInput, Signal};
 use nagaya_testkit::{NotRun, Outcome};
 
 use super::place::*;
@@ -46,7 +47,7 @@ except OSError as error:
     print(error.errno, len(children) < LIMIT)
 print('full', flush=True)
 input()
-"; // The children end with the group that the agent kills.
+";
 
 pub async fn a_fork_bomb_is_contained_and_the_sandbox_stays_usable(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
@@ -55,19 +56,93 @@ pub async fn a_fork_bomb_is_contained_and_the_sandbox_stays_usable(place: &mut P
     let mut process = guest.run(Command { stdin: true, ..command(&["python3", "-c", &bomb]) }).await.unwrap();
     wait_for_line(&mut process, "11 True").await;
     wait_for_line_or_seen(&mut process).await;
-    // While it holds every process it may have, files still work.
+    // While it holds every process it may have, files still work, and so do commands that start more.
     write(&*guest, "during", b"during").await.unwrap();
     assert_eq!(read(&*guest, "during").await.unwrap(), b"during");
-    drop(process);
-    let mut usable = false;
-    for _ in 0..200 {
-        let Ok(mut process) = guest.run(command(&["true"])).await else { continue };
-        usable = finish(&mut process.events).await.exit.code == 0;
-        if usable {
-            break;
+    assert_eq!(shell(&*guest, "cat during | cat | tr d D").await, "During");
+    let held = driver.load(id).await.unwrap().processes;
+    process.input.send(ProcessInput::Signal(Signal::Kill)).await.unwrap();
+    assert_eq!(finish(&mut process.events).await.exit.signal, "SIGKILL");
+    assert!(held > PROCESSES_MAX / 2, "only {held} processes");
+    driver.destroy(id).await.unwrap();
+    place.settled().await;
+    Ok(())
+}
+
+/// Every process of it starts another in a process group of its own and ends.
+const HYDRA: &str = "
+import os
+for _ in range(20):
+    if os.fork() == 0:
+        break
+print('begun', flush=True)
+while True:
+    if os.fork():
+        os._exit(0)
+    os.setpgid(0, 0)
+";
+
+pub async fn a_command_that_forks_without_end_ends_when_it_is_killed(place: &mut Place) -> Outcome {
+    let (driver, id) = (place.driver(), fresh_id());
+    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let mut process = guest.run(command(&["python3", "-c", HYDRA])).await.unwrap();
+    wait_for_line(&mut process, "begun").await;
+    // The agent has all those ends to collect, and answers nevertheless.
+    write(&*guest, "during", b"during").await.unwrap();
+    process.input.send(ProcessInput::Signal(Signal::Kill)).await.unwrap();
+    let finished = finish(&mut process.events).await;
+    assert!(finished.stderr.is_empty(), "its output was held by what was left: {finished:?}");
+    eventually_empty(&*driver, id).await;
+    driver.destroy(id).await.unwrap();
+    place.settled().await;
+    Ok(())
+}
+
+/// Waits until no process but the agent is left.
+async fn eventually_empty(driver: &dyn Driver, id: SessionId) {
+    let mut left = u64::MAX;
+    for _ in 0..50 {
+        left = driver.load(id).await.unwrap().processes;
+        if left == 0 {
+            return;
         }
     }
-    assert!(usable, "no command runs after a fork bomb");
+    panic!("{left} processes are left");
+}
+
+pub async fn commands_share_processor_time_as_equals_however_many_processes_they_have(place: &mut Place) -> Outcome {
+    let (driver, id) = (place.driver(), fresh_id());
+    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let crowd = "
+import os
+for _ in range(40):
+    if os.fork() == 0:
+        break
+else:
+    print(open('/proc/self/cgroup').read(), end='')
+    print('end', flush=True)
+while True:
+    pass
+";
+    let mut first = guest.run(command(&["python3", "-c", crowd])).await.unwrap();
+    let mut text = String::new();
+    while !text.contains("end\n") {
+        match first.events.recv().await {
+            Some(ProcessEvent::Stdout(bytes)) => text.push_str(&String::from_utf8_lossy(&bytes)),
+            other => panic!("{other:?} after {text}"),
+        }
+    }
+    let processor_group = |text: &str| {
+        let line =
+            text.lines().find(|line| line.contains(":cpu:") || line.contains(":cpu,") || line.starts_with("0::/"));
+        line.unwrap_or_else(|| panic!("no group in {text}")).to_owned()
+    };
+    let crowded = processor_group(&text);
+    for _ in 0..8 {
+        let other = processor_group(&shell(&*guest, "cat /proc/self/cgroup").await);
+        assert_ne!(other, crowded, "a new command waits behind forty others");
+    }
+    drop(first);
     driver.destroy(id).await.unwrap();
     place.settled().await;
     Ok(())
@@ -108,7 +183,8 @@ pub async fn processor_time_is_limited_to_the_cores_asked_for(place: &mut Place)
     let (driver, id) = (place.driver(), fresh_id());
     let guest = driver.create(id, &machine(), None).await.unwrap();
     let (_process, host_pid) = marked_process(&*guest).await;
-    let group = cgroup_of(host_pid, "cpu");
+    // The one that all commands share.
+    let group = cgroup_of(host_pid, "cpu").parent().unwrap().to_owned();
     let quota = fs::read_to_string(group.join("cpu.max"))
         .or_else(|_| fs::read_to_string(group.join("cpu.cfs_quota_us")))
         .unwrap();

@@ -98,6 +98,8 @@ fn main() -> ExitCode {
         behaviours!(suite, "namespace", namespace, limits:
             a_process_above_the_memory_limit_dies_with_that_reason_and_the_agent_answers,
             a_fork_bomb_is_contained_and_the_sandbox_stays_usable,
+            a_command_that_forks_without_end_ends_when_it_is_killed,
+            commands_share_processor_time_as_equals_however_many_processes_they_have,
             a_full_disk_is_told_to_commands_and_to_the_file_calls_and_the_sandbox_stays_usable,
             processor_time_is_limited_to_the_cores_asked_for,
             the_tools_inside_show_the_sandboxs_own_limits,

@@ -25,6 +25,28 @@ async fn every_command_enters_the_control_groups_before_it_runs() {
 }
 
 #[tokio::test]
+async fn a_command_joins_the_group_with_the_fewest_processes_and_equals_take_turns() {
+    let directory = TempDir::new().unwrap();
+    let files: Vec<[File; 2]> = ["9", "3", "3", "max"]
+        .iter()
+        .enumerate()
+        .map(|(number, count)| {
+            [file(&directory, &format!("procs{number}"), ""), file(&directory, &format!("count{number}"), count)]
+        })
+        .collect();
+    let named =
+        files.iter().flat_map(|[procs, count]| [("group-procs", procs.as_fd()), ("group-processes", count.as_fd())]);
+    let agent = Agent::start_with(&named.collect::<Vec<_>>());
+    let link = agent.connect().await;
+    for _ in 0..8 {
+        assert_eq!(run(&link, command(&["true"])).await.1.code, 0);
+    }
+    let joined = |number: usize| std::fs::read(directory.path().join(format!("procs{number}"))).unwrap().len();
+    assert_eq!((joined(0), joined(3), joined(1) + joined(2)), (0, 0, 8));
+    assert!(joined(1) > 0 && joined(2) > 0, "one of two equals was never used");
+}
+
+#[tokio::test]
 async fn a_command_that_cannot_enter_its_control_group_does_not_run() {
     let full = File::options().write(true).open("/dev/full").unwrap();
     let agent = Agent::start_with(&[("cgroup-procs", full.as_fd())]);
