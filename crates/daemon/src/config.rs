@@ -145,6 +145,11 @@ pub struct Namespace {
     pub slots_max: u32,
     /// Processes and threads of one sandbox. Default 1024.
     pub processes_max: u64,
+    /// Output of commands in the background that one sandbox keeps on its disk for its readers, MiB; the oldest goes
+    /// first. Default 256.
+    pub kept_output_mb_max: u64,
+    /// How long such output is kept after the command has ended, minutes; one minute once it was read. Default 60.
+    pub kept_output_minutes_max: u64,
     /// Free space below which no sandbox is made, of the pool of disks where there is one, else of the data directory's
     /// file system; also what the pool leaves to the host when it grows, MiB. Default 256.
     pub disk_free_mb_min: u64,
@@ -361,6 +366,8 @@ impl Default for Namespace {
         Self {
             slots_max: 1_024,
             processes_max: 1_024,
+            kept_output_mb_max: 256,
+            kept_output_minutes_max: 60,
             disk_free_mb_min: 256,
             memory_available_mb_min: 256,
             memory_low_mb: 512,

@@ -190,7 +190,7 @@ pub(crate) fn failed(mut execution: Execution, now: UnixMs) -> Execution {
 /// Reads and drops a command's output until it exits, over as many connections as that takes.
 async fn follow(id: ExecutionId, guest: Arc<dyn Guest>, clock: Arc<dyn Clock>, mut backoff: Backoff) -> Outcome {
     loop {
-        match guest.follow(id).await {
+        match guest.follow_exit(id).await {
             Ok(mut events) => {
                 while let Some(event) = events.recv().await {
                     if let ProcessEvent::Exit(status) = event {

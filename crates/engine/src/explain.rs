@@ -269,7 +269,11 @@ fn of_load(session: &Session, load: &Load, found: &mut Vec<Finding>) {
             found.push(finding(code, format!("{used} of {all}{unit}"), None));
         }
     };
-    of_all(DiskNearlyFull, load.disk_used_bytes >> 20, load.disk_size_bytes >> 20, " MB are used");
+    let kept = match load.kept_output_bytes >> 20 {
+        0 => String::new(),
+        mb => format!(", {mb} MB of it by output of commands that is kept for its readers"),
+    };
+    of_all(DiskNearlyFull, load.disk_used_bytes >> 20, load.disk_size_bytes >> 20, &format!(" MB are used{kept}"));
     of_all(MemoryNearlyFull, load.memory_bytes >> 20, load.memory_limit_bytes >> 20, " MB are used");
     of_all(ProcessesNearlyFull, load.processes, load.processes_max, " processes and threads exist");
     if load.cpu_spans >= SPANS_MIN && is_percent(load.cpu_spans_throttled, load.cpu_spans, THROTTLED_PERCENT) {

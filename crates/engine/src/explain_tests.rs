@@ -184,7 +184,10 @@ fn what_is_nearly_used_up_is_told_with_figures() {
     let memory = Load { memory_bytes: mb(240), ..calm.clone() };
     assert_eq!(with_load(memory), one("memory_nearly_full", "240 of 256 MB are used"));
     let disk = Load { disk_used_bytes: mb(90), ..calm.clone() };
+    let kept = Load { kept_output_bytes: 30 << 20, ..disk.clone() };
     assert_eq!(with_load(disk), one("disk_nearly_full", "90 of 100 MB are used"));
+    let detail = "90 of 100 MB are used, 30 MB of it by output of commands that is kept for its readers";
+    assert_eq!(with_load(kept), one("disk_nearly_full", detail));
     let processes = Load { processes: 90, ..calm.clone() };
     assert_eq!(with_load(processes), one("processes_nearly_full", "90 of 100 processes and threads exist"));
     let throttled = Load { cpu_spans_throttled: 500, cpu_throttled_us: 2_340_000, ..calm.clone() };

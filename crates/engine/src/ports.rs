@@ -221,6 +221,8 @@ pub struct Load {
     pub memory_limit_bytes: u64,
     /// Processes killed because the limit was reached, since it was started.
     pub memory_kills: u64,
+    /// Output of commands in the background that is kept on the disk.
+    pub kept_output_bytes: u64,
     /// Processor time that all threads together had, and for which they had to wait, during a short window, and that
     /// window; microseconds.
     pub cpu_used_us: u64,
@@ -611,6 +613,10 @@ pub trait Guest: Send + Sync + 'static {
     async fn run_detached(&self, id: ExecutionId, command: Command) -> Result<u32, GuestError>;
     /// The output of a detached command from its beginning, then live, then its `Exit`.
     async fn follow(&self, id: ExecutionId) -> Result<mpsc::Receiver<ProcessEvent>, GuestError>;
+    /// As [`Guest::follow`], but where the guest can, without the output, which is not taken for read by that.
+    async fn follow_exit(&self, id: ExecutionId) -> Result<mpsc::Receiver<ProcessEvent>, GuestError> {
+        self.follow(id).await
+    }
     /// Drops a finished detached command's output, or ends one that still runs.
     async fn forget(&self, id: ExecutionId) -> Result<(), GuestError>;
 

@@ -94,6 +94,9 @@ pub struct Sandbox {
     /// The first host uid and gid of the sandbox.
     pub first_id: u32,
     pub hostname: String,
+    /// Output of detached commands that the agent keeps: bytes, and seconds after the command has ended.
+    pub kept_output_bytes_max: u64,
+    pub kept_output_seconds_max: u64,
 }
 
 /// What a sandbox lives on, sent to its first process. Descriptors: the disk (a detached mount), the base layer

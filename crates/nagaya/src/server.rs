@@ -156,6 +156,8 @@ pub fn driver_settings(config: &Config) -> anyhow::Result<namespace::Config> {
     settings.pool_ready_isolated = config.pools.isolated_slots_ready;
     settings.slots_max = config.namespace.slots_max;
     settings.processes_max = config.namespace.processes_max;
+    settings.kept_output_mb_max = config.namespace.kept_output_mb_max;
+    settings.kept_output_minutes_max = config.namespace.kept_output_minutes_max;
     settings.disk_free_mb_min = config.namespace.disk_free_mb_min;
     settings.pool = match config.disks.pool {
         DiskPool::Auto => PoolChoice::Auto,

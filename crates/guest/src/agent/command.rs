@@ -12,6 +12,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
+use super::Agent;
 use super::clock::Clock;
 use super::detached::Execution;
 use super::program::Running;
@@ -35,7 +36,7 @@ const END_OF_FILE: Bytes = Bytes::from_static(&[4]);
 #[derive(Debug, Clone)]
 pub enum Sink {
     Stream(Sender),
-    Spool(Arc<Execution>),
+    Spool(Arc<Agent>, Arc<Execution>),
 }
 
 /// Who can tell a command something.
@@ -325,7 +326,7 @@ async fn tell_held(sink: &Sink, kind: Kind) {
         Sink::Stream(sender) => {
             let _ = tokio::time::timeout(AFTER_KILL, sender.data(kind, Bytes::from_static(HELD))).await;
         }
-        Sink::Spool(execution) => execution.append(kind, Bytes::from_static(HELD)).await,
+        Sink::Spool(agent, execution) => agent.executions.append(execution, kind, Bytes::from_static(HELD)).await,
     }
 }
 
@@ -368,7 +369,7 @@ async fn pump(output: &pipe::Receiver, kind: Kind, sink: &Sink) {
         let data = buffer.split().freeze();
         match sink {
             Sink::Stream(sender) => heard = sender.reserved(kind, data).await.is_ok(),
-            Sink::Spool(execution) => execution.append(kind, data).await,
+            Sink::Spool(agent, execution) => agent.executions.append(execution, kind, data).await,
         }
     }
 }

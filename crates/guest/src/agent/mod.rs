@@ -124,7 +124,7 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
         null: rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?,
         reaper: Reaper::start()?,
         turn: groups::Turn::default(),
-        executions: Executions::default(),
+        executions: Executions::new(settings.kept_max),
         clock: Arc::default(),
         power: Power::default(),
         peers: Peers::default(),
@@ -137,6 +137,8 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
     }
     meminfo::maintain(agent.clone());
     tokio::spawn(tidy_up(agent.clone()));
+    let keeper = agent.clone();
+    tokio::spawn(async move { keeper.executions.sweep(&keeper.clock).await });
     // Whoever waits for this sandbox already would wait for it to no gain.
     if leash.is_some() && !is_awaited(&listener) {
         warm_up(&agent).await;

@@ -9,7 +9,7 @@ use super::command::{Control, Sink, supervise};
 use super::failure::Failure;
 use super::{Agent, blocking, directories, files, program, sockets};
 use crate::frame::MESSAGE_BYTES_MAX;
-use crate::messages::{self, Command, Entries, Event, Outcome, Request, Started, encode, request};
+use crate::messages::{self, Command, Entries, Event, Kept, Outcome, Request, Started, encode, request};
 use crate::mux::{self, Receiver, Sender};
 
 /// Answers one request, to the end of its stream.
@@ -46,12 +46,19 @@ async fn other(
             Outcome::default()
         }
         Kind::Follow(request) => {
-            let exit = agent.executions.follow(&request.execution_id, sender).await?;
+            let exit = match request.exit_only {
+                true => agent.executions.follow_exit(&request.execution_id, sender).await?,
+                false => agent.executions.follow(&agent.clock, &request.execution_id, sender).await?,
+            };
             Outcome { kind: exit.into() }
         }
         Kind::Forget(request) => {
             agent.executions.forget(&request.execution_id);
             Outcome::default()
+        }
+        Kind::KeptOutput(_) => {
+            let kept = Kept { bytes: agent.executions.kept() };
+            Outcome { kind: kept.into() }
         }
         Kind::Suspend(_) => {
             agent.clock.suspend();

@@ -1,6 +1,13 @@
 //! How the agent is started: arguments of the form `--name=value`.
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+use super::detached::KeptMax;
+
+/// Where the agent was told nothing else.
+const KEPT_BYTES_MAX: u64 = 256 << 20;
+const KEPT_SECONDS_MAX: u64 = 3_600;
 
 /// What the agent was told by whoever started it. Descriptors are owned from here on.
 #[derive(Debug)]
@@ -26,6 +33,8 @@ pub struct Settings {
     pub control: Option<OwnedFd>,
     /// Where relative paths start.
     pub home: String,
+    /// How much output of detached commands is kept.
+    pub kept_max: KeptMax,
 }
 
 /// A control group that some of the commands share.
@@ -86,6 +95,8 @@ impl Settings {
                 "--memory-limit-fd" => settings.memory_limit = Some(take(&argument, value)?),
                 "--processors-fd" => settings.processors = Some(take(&argument, value)?),
                 "--leash-fd" => settings.leash = Some(take(&argument, value)?),
+                "--kept-output-bytes-max" => settings.kept_bytes = Some(number(&argument, value)?),
+                "--kept-output-seconds-max" => settings.kept_seconds = Some(number(&argument, value)?),
                 "--home" if value.starts_with('/') => settings.home = Some(value.into()),
                 _ if name.starts_with("--optional-") => {}
                 _ => return Err(SettingsError::Argument(argument)),
@@ -102,6 +113,10 @@ impl Settings {
             leash: settings.leash,
             control: settings.control,
             home: settings.home.unwrap_or_else(|| "/home/tenki".into()),
+            kept_max: KeptMax {
+                bytes: settings.kept_bytes.unwrap_or(KEPT_BYTES_MAX),
+                time: Duration::from_secs(settings.kept_seconds.unwrap_or(KEPT_SECONDS_MAX)),
+            },
         })
     }
 }
@@ -117,4 +132,10 @@ struct PartialSettings {
     leash: Option<OwnedFd>,
     control: Option<OwnedFd>,
     home: Option<String>,
+    kept_bytes: Option<u64>,
+    kept_seconds: Option<u64>,
+}
+
+fn number(argument: &str, value: &str) -> Result<u64, SettingsError> {
+    value.parse().map_err(|_| SettingsError::Argument(argument.into()))
 }

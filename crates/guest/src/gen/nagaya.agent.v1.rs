@@ -424,6 +424,14 @@ impl ::buffa::Message for Request {
                         += 2u64 + ::buffa::encoding::varint_len(inner as u64) as u64
                             + inner as u64;
                 }
+                __buffa::oneof::request::Kind::KeptOutput(x) => {
+                    let __slot = __cache.reserve();
+                    let inner = x.compute_size(__cache);
+                    __cache.set(__slot, inner);
+                    size
+                        += 2u64 + ::buffa::encoding::varint_len(inner as u64) as u64
+                            + inner as u64;
+                }
             }
         }
         ::buffa::saturate_size(size)
@@ -560,6 +568,14 @@ impl ::buffa::Message for Request {
                 __buffa::oneof::request::Kind::Accept(x) => {
                     ::buffa::types::put_len_delimited_header(
                         16u32,
+                        u64::from(__cache.consume_next()),
+                        buf,
+                    );
+                    x.write_to(__cache, buf);
+                }
+                __buffa::oneof::request::Kind::KeptOutput(x) => {
+                    ::buffa::types::put_len_delimited_header(
+                        17u32,
                         u64::from(__cache.consume_next()),
                         buf,
                     );
@@ -894,6 +910,26 @@ impl ::buffa::Message for Request {
                     ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
                     self.kind = ::core::option::Option::Some(
                         __buffa::oneof::request::Kind::Accept(
+                            ::buffa::alloc::boxed::Box::new(val),
+                        ),
+                    );
+                }
+            }
+            17u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                if let ::core::option::Option::Some(
+                    __buffa::oneof::request::Kind::KeptOutput(ref mut existing),
+                ) = self.kind
+                {
+                    ::buffa::Message::merge_length_delimited(&mut **existing, buf, ctx)?;
+                } else {
+                    let mut val = ::core::default::Default::default();
+                    ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
+                    self.kind = ::core::option::Option::Some(
+                        __buffa::oneof::request::Kind::KeptOutput(
                             ::buffa::alloc::boxed::Box::new(val),
                         ),
                     );
@@ -1550,10 +1586,17 @@ impl ::buffa::Message for RunDetached {
 pub struct Follow {
     /// Field 1: `execution_id`
     pub execution_id: ::buffa::alloc::string::String,
+    /// Only the end of the command is asked for, not its output. An older agent sends both.
+    ///
+    /// Field 2: `exit_only`
+    pub exit_only: bool,
 }
 impl ::core::fmt::Debug for Follow {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
-        f.debug_struct("Follow").field("execution_id", &self.execution_id).finish()
+        f.debug_struct("Follow")
+            .field("execution_id", &self.execution_id)
+            .field("exit_only", &self.exit_only)
+            .finish()
     }
 }
 impl Follow {
@@ -1586,6 +1629,9 @@ impl ::buffa::Message for Follow {
         if !self.execution_id.is_empty() {
             size += 1u64 + ::buffa::types::string_encoded_len(&self.execution_id) as u64;
         }
+        if self.exit_only {
+            size += 1u64 + ::buffa::types::BOOL_ENCODED_LEN as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -1597,6 +1643,9 @@ impl ::buffa::Message for Follow {
         use ::buffa::Enumeration as _;
         if !self.execution_id.is_empty() {
             ::buffa::types::put_string_field(1u32, &self.execution_id, buf);
+        }
+        if self.exit_only {
+            ::buffa::types::put_bool_field(2u32, self.exit_only, buf);
         }
     }
     fn merge_field(
@@ -1617,6 +1666,13 @@ impl ::buffa::Message for Follow {
                 )?;
                 ::buffa::types::merge_string(&mut self.execution_id, buf)?;
             }
+            2u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.exit_only = ::buffa::types::decode_bool(buf)?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -1625,7 +1681,72 @@ impl ::buffa::Message for Follow {
     }
     fn clear(&mut self) {
         self.execution_id.clear();
+        self.exit_only = false;
     }
+}
+/// How much output of commands is kept.
+#[derive(Clone, PartialEq, Default)]
+pub struct KeptOutput {}
+impl ::core::fmt::Debug for KeptOutput {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("KeptOutput").finish()
+    }
+}
+impl KeptOutput {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.KeptOutput";
+}
+::buffa::impl_default_instance!(KeptOutput);
+impl ::buffa::MessageName for KeptOutput {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "KeptOutput";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.KeptOutput";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.KeptOutput";
+}
+impl ::buffa::Message for KeptOutput {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let size = 0u64;
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        _buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {}
 }
 #[derive(Clone, PartialEq, Default)]
 pub struct Forget {
@@ -3794,6 +3915,14 @@ impl ::buffa::Message for Outcome {
                         += 1u64 + ::buffa::encoding::varint_len(inner as u64) as u64
                             + inner as u64;
                 }
+                __buffa::oneof::outcome::Kind::Kept(x) => {
+                    let __slot = __cache.reserve();
+                    let inner = x.compute_size(__cache);
+                    __cache.set(__slot, inner);
+                    size
+                        += 1u64 + ::buffa::encoding::varint_len(inner as u64) as u64
+                            + inner as u64;
+                }
             }
         }
         ::buffa::saturate_size(size)
@@ -3850,6 +3979,14 @@ impl ::buffa::Message for Outcome {
                 __buffa::oneof::outcome::Kind::Removed(x) => {
                     ::buffa::types::put_len_delimited_header(
                         6u32,
+                        u64::from(__cache.consume_next()),
+                        buf,
+                    );
+                    x.write_to(__cache, buf);
+                }
+                __buffa::oneof::outcome::Kind::Kept(x) => {
+                    ::buffa::types::put_len_delimited_header(
+                        7u32,
                         u64::from(__cache.consume_next()),
                         buf,
                     );
@@ -3984,6 +4121,26 @@ impl ::buffa::Message for Outcome {
                     ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
                     self.kind = ::core::option::Option::Some(
                         __buffa::oneof::outcome::Kind::Removed(
+                            ::buffa::alloc::boxed::Box::new(val),
+                        ),
+                    );
+                }
+            }
+            7u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                if let ::core::option::Option::Some(
+                    __buffa::oneof::outcome::Kind::Kept(ref mut existing),
+                ) = self.kind
+                {
+                    ::buffa::Message::merge_length_delimited(&mut **existing, buf, ctx)?;
+                } else {
+                    let mut val = ::core::default::Default::default();
+                    ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
+                    self.kind = ::core::option::Option::Some(
+                        __buffa::oneof::outcome::Kind::Kept(
                             ::buffa::alloc::boxed::Box::new(val),
                         ),
                     );
@@ -4294,6 +4451,87 @@ impl ::buffa::Message for Exit {
         self.duration_ms = 0u64;
         self.reason.clear();
         self.errno = 0i32;
+    }
+}
+#[derive(Clone, PartialEq, Default)]
+pub struct Kept {
+    /// Field 1: `bytes`
+    pub bytes: u64,
+}
+impl ::core::fmt::Debug for Kept {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("Kept").field("bytes", &self.bytes).finish()
+    }
+}
+impl Kept {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Kept";
+}
+::buffa::impl_default_instance!(Kept);
+impl ::buffa::MessageName for Kept {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "Kept";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.Kept";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Kept";
+}
+impl ::buffa::Message for Kept {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let mut size = 0u64;
+        if self.bytes != 0u64 {
+            size += 1u64 + ::buffa::types::uint64_encoded_len(self.bytes) as u64;
+        }
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        if self.bytes != 0u64 {
+            ::buffa::types::put_uint64_field(1u32, self.bytes, buf);
+        }
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            1u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.bytes = ::buffa::types::decode_uint64(buf)?;
+            }
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {
+        self.bytes = 0u64;
     }
 }
 #[derive(Clone, PartialEq, Default)]
@@ -4776,6 +5014,7 @@ pub mod __buffa {
                 Connect(::buffa::alloc::boxed::Box<super::super::super::Connect>),
                 Listen(::buffa::alloc::boxed::Box<super::super::super::Listen>),
                 Accept(::buffa::alloc::boxed::Box<super::super::super::Accept>),
+                KeptOutput(::buffa::alloc::boxed::Box<super::super::super::KeptOutput>),
             }
             impl ::buffa::Oneof for Kind {}
             impl From<super::super::super::Command> for Kind {
@@ -4942,6 +5181,16 @@ pub mod __buffa {
                     Self::Some(Kind::from(v))
                 }
             }
+            impl From<super::super::super::KeptOutput> for Kind {
+                fn from(v: super::super::super::KeptOutput) -> Self {
+                    Self::KeptOutput(::buffa::alloc::boxed::Box::new(v))
+                }
+            }
+            impl From<super::super::super::KeptOutput> for ::core::option::Option<Kind> {
+                fn from(v: super::super::super::KeptOutput) -> Self {
+                    Self::Some(Kind::from(v))
+                }
+            }
         }
         pub mod input {
             #[allow(unused_imports)]
@@ -5040,6 +5289,7 @@ pub mod __buffa {
                 FileStatus(::buffa::alloc::boxed::Box<super::super::super::FileStatus>),
                 Made(::buffa::alloc::boxed::Box<super::super::super::Made>),
                 Removed(::buffa::alloc::boxed::Box<super::super::super::Removed>),
+                Kept(::buffa::alloc::boxed::Box<super::super::super::Kept>),
             }
             impl ::buffa::Oneof for Kind {}
             impl From<super::super::super::Error> for Kind {
@@ -5099,6 +5349,16 @@ pub mod __buffa {
             }
             impl From<super::super::super::Removed> for ::core::option::Option<Kind> {
                 fn from(v: super::super::super::Removed) -> Self {
+                    Self::Some(Kind::from(v))
+                }
+            }
+            impl From<super::super::super::Kept> for Kind {
+                fn from(v: super::super::super::Kept) -> Self {
+                    Self::Kept(::buffa::alloc::boxed::Box::new(v))
+                }
+            }
+            impl From<super::super::super::Kept> for ::core::option::Option<Kind> {
+                fn from(v: super::super::super::Kept) -> Self {
                     Self::Some(Kind::from(v))
                 }
             }

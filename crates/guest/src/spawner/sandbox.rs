@@ -147,7 +147,7 @@ fn become_sandbox(
     // The spawner's standard error is the server's; standard input is /dev/null already.
     rustix::stdio::dup2_stderr(rustix::stdio::stdin()).step("close standard error")?;
     install_filter().step("install the system call filter")?;
-    run_agent(parts, listen.as_fd(), &shown, agent)
+    run_agent(order, parts, listen.as_fd(), &shown, agent)
 }
 
 /// Waits for the disk, the base layer under it, and the socket to listen on. A server that ended sends none, and
@@ -368,6 +368,7 @@ fn install_filter() -> Result<(), Errno> {
 }
 
 fn run_agent(
+    order: &Sandbox,
     parts: &Parts<'_>,
     listen: BorrowedFd<'_>,
     shown: &Shown,
@@ -385,7 +386,11 @@ fn run_agent(
     let groups = parts.command_groups.iter().flat_map(|(join, processes)| {
         join.iter().map(|fd| ("group-procs", *fd)).chain([("group-processes", *processes)])
     });
-    let mut arguments = vec!["nagaya-agent".to_owned()];
+    let mut arguments = vec![
+        "nagaya-agent".to_owned(),
+        format!("--kept-output-bytes-max={}", order.kept_output_bytes_max),
+        format!("--kept-output-seconds-max={}", order.kept_output_seconds_max),
+    ];
     for (name, fd) in named.into_iter().chain(cgroups).chain(groups) {
         arguments.push(format!("--{name}-fd={}", fd.as_raw_fd()));
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).step("keep a descriptor")?;

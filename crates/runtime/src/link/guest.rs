@@ -35,7 +35,11 @@ impl Guest for Link {
     }
 
     async fn follow(&self, id: ExecutionId) -> Result<mpsc::Receiver<ProcessEvent>, GuestError> {
-        process::follow(self, id.to_string()).await
+        process::follow(self, id.to_string(), false).await
+    }
+
+    async fn follow_exit(&self, id: ExecutionId) -> Result<mpsc::Receiver<ProcessEvent>, GuestError> {
+        process::follow(self, id.to_string(), true).await
     }
 
     async fn forget(&self, id: ExecutionId) -> Result<(), GuestError> {

@@ -102,6 +102,14 @@ impl Link {
         self.ask(messages::Continue::default()).await.map(drop)
     }
 
+    /// Output of detached commands that is kept, bytes.
+    pub async fn kept_output(&self) -> Result<u64, GuestError> {
+        match self.ask(messages::KeptOutput::default()).await? {
+            Some(outcome::Kind::Kept(kept)) => Ok(kept.bytes),
+            _ => Err(unexpected_outcome()),
+        }
+    }
+
     /// Tells how many processes of the sandbox were killed for want of memory so far, so that a
     /// command killed that way ends with the reason `out_of_memory`. Only the first call counts.
     pub fn count_out_of_memory_kills(&self, count: impl Fn() -> u64 + Send + Sync + 'static) {

@@ -209,9 +209,13 @@ fn to_signal(signal: Signal) -> messages::input::Kind {
 }
 
 /// The output of a detached command.
-pub(super) async fn follow(link: &Link, id: String) -> Result<mpsc::Receiver<ProcessEvent>, GuestError> {
+pub(super) async fn follow(
+    link: &Link,
+    id: String,
+    exit_only: bool,
+) -> Result<mpsc::Receiver<ProcessEvent>, GuestError> {
     let out_of_memory = OutOfMemory::watch(link);
-    let request = messages::Follow { execution_id: id };
+    let request = messages::Follow { execution_id: id, exit_only };
     let (sender, mut receiver) = link.open(request).await?;
     // The first thing that comes tells whether there is such an execution.
     let (events, reader) = mpsc::channel(EVENTS_MAX);

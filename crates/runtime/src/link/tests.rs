@@ -40,6 +40,11 @@ impl Agent {
 
     /// Also hands it descriptors, each with the name of its argument.
     fn start_with(descriptors: &[(&str, BorrowedFd<'_>)]) -> Self {
+        Self::start_as(&[], descriptors)
+    }
+
+    /// Also with further arguments.
+    fn start_as(arguments: &[&str], descriptors: &[(&str, BorrowedFd<'_>)]) -> Self {
         let directory = TempDir::new().unwrap();
         std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let home = directory.path().join("home");
@@ -49,6 +54,7 @@ impl Agent {
         let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
         let mut command = std::process::Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
         command.arg(format!("--home={}", home.display())).stdin(Stdio::null()).stdout(Stdio::null());
+        command.args(arguments);
         let _alone = SPAWNING.lock().unwrap_or_else(PoisonError::into_inner);
         for (name, descriptor) in descriptors.iter().chain(&[("listen", listener.as_fd())]) {
             rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::empty()).unwrap();

@@ -26,6 +26,10 @@ impl Inner {
         let mut load = blocking(move || read(&group)).await.map_err(|error| failed("look at the disk", &error))?;
         (load.cpu_used_us, load.cpu_waited_us) = between(&before, &after);
         load.cpu_window_us = window.as_micros() as u64;
+        if let Some(link) = live.link() {
+            // An older agent does not tell.
+            load.kept_output_bytes = link.kept_output().await.unwrap_or(0);
+        }
         Ok(load)
     }
 }

@@ -68,6 +68,10 @@ pub struct Config {
     pub pool_ready_isolated: usize,
     /// Processes and threads of one sandbox.
     pub processes_max: u64,
+    /// Output of commands in the background that one sandbox keeps for its readers, MiB, and for how long after the
+    /// command has ended, minutes.
+    pub kept_output_mb_max: u64,
+    pub kept_output_minutes_max: u64,
     /// Free space below which no sandbox is made, MiB: of the pool of disks where there is one, else of the data
     /// directory's file system.
     pub disk_free_mb_min: u64,
@@ -99,6 +103,8 @@ impl Config {
             pool_ready: 16,
             pool_ready_isolated: 2,
             processes_max: 1_024,
+            kept_output_mb_max: 256,
+            kept_output_minutes_max: 60,
             disk_free_mb_min: 256,
             pool: PoolChoice::Off,
             pool_first_mb: 4_096,
@@ -204,6 +210,7 @@ impl NamespaceDriver {
             cgroups,
             image,
             pool_directory,
+            (config.kept_output_mb_max << 20, config.kept_output_minutes_max * 60),
             config.slots_max,
         );
         claim_what_exists(&factory, &sandboxes, &images);

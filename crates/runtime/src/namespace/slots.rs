@@ -118,6 +118,8 @@ pub(super) struct Factory {
     pub image: Image,
     /// Where slots wait that no session has yet.
     pub pool_directory: PathBuf,
+    /// Bytes and seconds; see [`spawn::Sandbox`].
+    pub kept_output: (u64, u64),
     numbers: Mutex<Numbers>,
 }
 
@@ -136,11 +138,12 @@ impl Factory {
         cgroups: Cgroups,
         image: Image,
         pool_directory: PathBuf,
+        kept_output: (u64, u64),
         slots_max: u32,
     ) -> Self {
         let room = network.as_ref().map_or(SLOTS_LIMIT, Network::capacity);
         let numbers = Numbers { used: BTreeSet::new(), next: 0, max: slots_max.min(SLOTS_LIMIT).min(room) };
-        Self { spawner, network, disks, cgroups, image, pool_directory, numbers: Mutex::new(numbers) }
+        Self { spawner, network, disks, cgroups, image, pool_directory, kept_output, numbers: Mutex::new(numbers) }
     }
 
     fn numbers(&self) -> MutexGuard<'_, Numbers> {
@@ -237,6 +240,8 @@ impl Factory {
             command_groups: command_files.groups.iter().map(|group| group.join.len()).collect(),
             first_id: first_id(number),
             hostname: "sandbox".into(),
+            kept_output_bytes_max: self.kept_output.0,
+            kept_output_seconds_max: self.kept_output.1,
         };
         let mut fds: Vec<BorrowedFd<'_>> =
             vec![error_write.as_fd(), leash_read.as_fd(), disk_read.as_fd(), user.as_fd(), network.as_fd()];
