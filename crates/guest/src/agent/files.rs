@@ -205,6 +205,8 @@ impl Draft {
     }
 
     fn write(&self, chunks: &[Bytes], mut offset: u64) -> Result<(), Failure> {
+        let bytes = chunks.iter().map(|chunk| chunk.len() as u64).sum();
+        super::charge::reserve(&self.file, offset, bytes)?;
         for chunk in chunks {
             let mut rest = &chunk[..];
             while !rest.is_empty() {

@@ -27,6 +27,7 @@ use reaper::Reaper;
 use settings::Settings;
 use sockets::Peers;
 
+mod charge;
 mod clock;
 mod command;
 mod detached;
@@ -132,6 +133,7 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
         answered: Notify::new(),
         settings,
     });
+    charge::begin(&agent);
     if is_first_process() {
         power::obey(&agent)?;
     }

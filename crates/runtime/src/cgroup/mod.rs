@@ -1,6 +1,6 @@
 //! Control groups of sandboxes, on cgroup v1, v2 and hybrid hosts.
 //!
-//! Every slot has one group with two below it: `agent`, without limits, for the first process, and
+//! Every slot has one group with two below it: `agent`, limited in cached files only, for the first process, and
 //! `commands`, with the sandbox's limits, for everything else. So a sandbox that uses up its memory
 //! or its processes never takes its agent with it.
 //!
@@ -26,6 +26,9 @@ const COMMAND_GROUPS: usize = 4;
 /// What one group may not have of a sandbox's processes: this part of them, and at least that many.
 const RESERVE_PART: u64 = 16;
 const RESERVE_MIN: u64 = 8;
+/// Memory of the agent and of what it has the kernel keep for the sandbox, such as cached files, beyond which that is
+/// taken back.
+const AGENT_MEMORY_BYTES: u64 = 256 << 20;
 /// How long processes may take to stand still: one that waits for a disk does not before it has got what it
 /// waits for.
 const FREEZE_MAX: Duration = Duration::from_secs(20);
@@ -316,6 +319,9 @@ impl Group {
                 self.write(parent, "pids.max", &processes)?;
                 // Absent where the kernel has no swap accounting; then there is nothing to limit.
                 let _ = self.write(parent, "memory.swap.max", "0");
+                // Beyond it the agent becomes slow and nothing is killed.
+                let high = self.path(parent, "agent").join("memory.high");
+                at("write", &high, fs::write(&high, AGENT_MEMORY_BYTES.to_string()))?;
                 self.write_to_each(parent, "pids.max", &of_one)
             }
             Layout::Split { cpu, memory, pids, .. } => {
@@ -325,6 +331,10 @@ impl Group {
                 let _ = self.write(memory, "memory.memsw.limit_in_bytes", "-1");
                 self.write(memory, "memory.limit_in_bytes", &memory_bytes)?;
                 let _ = self.write(memory, "memory.memsw.limit_in_bytes", &memory_bytes);
+                // This version knows only a limit at which it kills in the end: well beyond what the agent needs.
+                let limit = self.path(memory, "agent").join("memory.limit_in_bytes");
+                let bytes = limits.memory_bytes.saturating_add(AGENT_MEMORY_BYTES);
+                at("write", &limit, fs::write(&limit, bytes.to_string()))?;
                 self.write(pids, "pids.max", &processes)?;
                 self.write_to_each(pids, "pids.max", &of_one)
             }

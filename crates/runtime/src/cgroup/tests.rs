@@ -44,7 +44,8 @@ fn on_v2_limits_are_on_the_commands_and_controllers_are_handed_down() {
     for parent in ["", "nagaya/", "nagaya/ab12/", "nagaya/ab12/slot-3/"] {
         assert_eq!(read(&root, &format!("{parent}cgroup.subtree_control")), "+cpu +memory +pids", "{parent}");
     }
-    assert!(!root.path().join("nagaya/ab12/slot-3/agent/memory.max").exists());
+    assert!(!root.path().join("nagaya/ab12/slot-3/agent/memory.max").exists(), "nothing kills the agent");
+    assert_eq!(read(&root, "nagaya/ab12/slot-3/agent/memory.high"), AGENT_MEMORY_BYTES.to_string());
     assert_eq!(read(&root, &format!("{commands}/cgroup.subtree_control")), "+cpu +pids");
     assert_eq!(cgroups.names(), ["slot-3"]);
 }
@@ -60,6 +61,8 @@ fn on_v1_each_limit_goes_to_its_hierarchy() {
     assert_eq!(read(&root, &format!("memory/{commands}/memory.limit_in_bytes")), (512 << 20).to_string());
     assert_eq!(read(&root, &format!("memory/{commands}/memory.memsw.limit_in_bytes")), (512 << 20).to_string());
     assert_eq!(read(&root, &format!("pids/{commands}/pids.max")), "100");
+    let agent = "memory/nagaya/ab12/slot-0/agent/memory.limit_in_bytes";
+    assert_eq!(read(&root, agent), ((512 << 20) + AGENT_MEMORY_BYTES).to_string());
     assert!(!root.path().join("systemd/nagaya").exists());
 }
 

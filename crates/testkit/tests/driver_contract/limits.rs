@@ -33,6 +33,25 @@ pub async fn a_process_above_the_memory_limit_dies_with_that_reason_and_the_agen
     Ok(())
 }
 
+pub async fn what_the_file_calls_keep_in_memory_counts_as_the_sandboxs(place: &mut Place) -> Outcome {
+    const MIB: usize = 1 << 20;
+    let (driver, id) = (place.driver(), fresh_id());
+    let guest = driver.create(id, &Machine { memory_mb: 256, ..machine() }, None).await.unwrap();
+    let before = driver.load(id).await.unwrap().memory_bytes;
+    write(&*guest, "/dev/shm/some", &vec![7; 60 * MIB]).await.unwrap();
+    assert_eq!(read(&*guest, "/dev/shm/some").await.unwrap(), vec![7; 60 * MIB]);
+    let after = driver.load(id).await.unwrap().memory_bytes;
+    assert!(after.saturating_sub(before) >= 60 * MIB as u64, "{before} bytes before, {after} after");
+    // More than there is: refused, and neither the agent nor the sandbox is harmed.
+    let error = write(&*guest, "/dev/shm/more", &vec![7; 300 * MIB]).await.unwrap_err();
+    assert!([Code::DiskFull, Code::CapacityUnavailable, Code::FileSystem].contains(&error.code), "{error}");
+    guest.remove("/dev/shm/more", false).await.unwrap();
+    assert_eq!(shell(&*guest, "wc -c < /dev/shm/some").await, (60 * MIB).to_string());
+    driver.destroy(id).await.unwrap();
+    place.settled().await;
+    Ok(())
+}
+
 const FORK_BOMB: &str = "
 import os, signal
 children = []

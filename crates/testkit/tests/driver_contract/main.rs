@@ -97,6 +97,7 @@ fn main() -> ExitCode {
         common_behaviours!(suite, "namespace", namespace);
         behaviours!(suite, "namespace", namespace, limits:
             a_process_above_the_memory_limit_dies_with_that_reason_and_the_agent_answers,
+            what_the_file_calls_keep_in_memory_counts_as_the_sandboxs,
             a_fork_bomb_is_contained_and_the_sandbox_stays_usable,
             a_command_that_forks_without_end_ends_when_it_is_killed,
             commands_share_processor_time_as_equals_however_many_processes_they_have,
