@@ -13,7 +13,7 @@ use super::sys::{self, SpawnError};
 use super::{Agent, groups};
 
 /// `statfs` of a file system in memory.
-const TMPFS: u64 = 0x0102_1994;
+const TMPFS: rustix::fs::FsWord = 0x0102_1994;
 
 /// Set once, when the agent starts: whoever writes is many calls away from it.
 static AGENT: OnceLock<Arc<Agent>> = OnceLock::new();
@@ -43,5 +43,5 @@ pub fn reserve(file: impl AsFd, offset: u64, bytes: u64) -> Result<(), Errno> {
 }
 
 fn lives_in_memory(file: BorrowedFd<'_>) -> Result<bool, Errno> {
-    Ok(rustix::fs::fstatfs(file)?.f_type as u64 == TMPFS)
+    Ok(rustix::fs::fstatfs(file)?.f_type == TMPFS)
 }

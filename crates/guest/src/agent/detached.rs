@@ -273,17 +273,15 @@ impl Execution {
         let new = found.unwrap_or(end);
         // Before anything is gone, so that no reader takes what it finds then for output.
         self.progress.send_modify(|progress| progress.begin = new);
+        let file = spool.clone();
         let in_part = tokio::task::spawn_blocking(move || {
             let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            let in_part = new < end && rustix::fs::fallocate(&*spool, hole, 0, new).is_ok();
-            if !in_part {
-                // All of it, also where files have no holes. What is written later goes behind.
-                let _ = spool.set_len(0);
-            }
-            in_part
+            new < end && rustix::fs::fallocate(&*file, hole, 0, new).is_ok()
         });
         if !in_part.await.unwrap_or(false) {
+            // All of it, also where files have no holes. What is written later goes behind.
             self.progress.send_modify(|progress| progress.begin = end);
+            let _ = tokio::task::spawn_blocking(move || spool.set_len(0)).await;
         }
     }
 

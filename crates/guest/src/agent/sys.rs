@@ -136,7 +136,7 @@ pub fn reserve_apart(
         let mut before: libc::sigset_t = std::mem::zeroed();
         libc::sigfillset(&mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        let pid = libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0);
+        let pid = libc::syscall(libc::SYS_clone, libc::SIGCHLD as usize, 0usize, 0usize, 0usize, 0usize);
         if pid == 0 {
             libc::_exit(reserve(file.as_raw_fd(), offset, bytes, cgroup_procs));
         }

@@ -17,7 +17,7 @@ use super::{Link, event_of, files, finish, guest_error, process, sockets, stream
 const ENTRIES_MAX: usize = 100_000;
 const ENTRIES_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-fn unexpected_outcome() -> GuestError {
+pub(super) fn unexpected_outcome() -> GuestError {
     guest_error(Code::GuestUnreachable, "the sandbox's agent answered something else")
 }
 

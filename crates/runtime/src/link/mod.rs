@@ -106,7 +106,7 @@ impl Link {
     pub async fn kept_output(&self) -> Result<u64, GuestError> {
         match self.ask(messages::KeptOutput::default()).await? {
             Some(outcome::Kind::Kept(kept)) => Ok(kept.bytes),
-            _ => Err(unexpected_outcome()),
+            _ => Err(guest::unexpected_outcome()),
         }
     }
 

@@ -210,8 +210,7 @@ impl NamespaceDriver {
             cgroups,
             image,
             pool_directory,
-            (config.kept_output_mb_max << 20, config.kept_output_minutes_max * 60),
-            config.slots_max,
+            &config,
         );
         claim_what_exists(&factory, &sandboxes, &images);
         let factory = Arc::new(factory);

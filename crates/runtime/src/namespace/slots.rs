@@ -21,6 +21,7 @@ use nagaya_guest::spawn::{self, IDS_PER_SANDBOX};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 
+use super::Config;
 use super::disk::{self, DiskError, Disks};
 use super::host_image::Image;
 use super::images::{self, CopyError};
@@ -138,11 +139,11 @@ impl Factory {
         cgroups: Cgroups,
         image: Image,
         pool_directory: PathBuf,
-        kept_output: (u64, u64),
-        slots_max: u32,
+        config: &Config,
     ) -> Self {
+        let kept_output = (config.kept_output_mb_max << 20, config.kept_output_minutes_max * 60);
         let room = network.as_ref().map_or(SLOTS_LIMIT, Network::capacity);
-        let numbers = Numbers { used: BTreeSet::new(), next: 0, max: slots_max.min(SLOTS_LIMIT).min(room) };
+        let numbers = Numbers { used: BTreeSet::new(), next: 0, max: config.slots_max.min(SLOTS_LIMIT).min(room) };
         Self { spawner, network, disks, cgroups, image, pool_directory, kept_output, numbers: Mutex::new(numbers) }
     }
 
