@@ -94,18 +94,18 @@ class SideBySide(unittest.TestCase):
             mark = f"/tmp/nagaya-mark-{seconds}"
             self.addCleanup(run, who, f"rm -f {mark}")
             self.addCleanup(self.end, who, seconds)
-            # What reads comes to an end, what sleeps does not notice, in the same process group.
-            self.drop(who, f"sleep {seconds} & nohup sleep {seconds} >/dev/null 2>&1 & echo started; cat >/dev/null; "
-                           f"echo ended > {mark}; exec sleep {seconds}")
-            wait_until(lambda: run(who, f"cat {mark}").stdout == "ended\n")
+            # What writes to it finds a broken pipe, and what sleeps does not notice, in the same process group.
+            self.drop(who, f"sleep {seconds} & nohup sleep {seconds} >/dev/null 2>&1 & echo started; yes; "
+                           f"echo $? > {mark}; exec sleep {seconds}")
+            wait_until(lambda: run(who, f"cat {mark}").stdout == "141\n")
             wait_until(lambda: len(self.alive(who, seconds)) == 3)
 
-    def test_a_broken_connection_is_a_broken_pipe_for_who_writes(self):
+    def test_a_broken_connection_is_the_end_of_what_is_read(self):
         for who, seconds in self.each():
             mark = f"/tmp/nagaya-mark-{seconds}"
             self.addCleanup(run, who, f"rm -f {mark}")
-            self.drop(who, f"echo started; yes; echo $? > {mark}")
-            wait_until(lambda: run(who, f"cat {mark}").stdout == "141\n")
+            self.drop(who, f"echo started; cat >/dev/null; echo $? > {mark}")
+            wait_until(lambda: run(who, f"cat {mark}").stdout == "0\n")
 
     def test_a_broken_connection_hangs_up_a_terminal(self):
         for who, seconds in self.each():
