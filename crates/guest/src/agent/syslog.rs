@@ -32,22 +32,25 @@ pub fn start() {
 }
 
 async fn serve(socket: UnixDatagram) {
-    let mut buffer = vec![0; MESSAGE_BYTES_MAX];
-    let mut batch = Vec::new();
-    loop {
-        let Ok(length) = socket.recv(&mut buffer).await else { return };
-        line(&buffer[..length], &mut batch);
-        for _ in 1..BATCH_MAX {
-            match socket.try_recv(&mut buffer) {
-                Ok(length) => line(&buffer[..length], &mut batch),
-                Err(_) => break,
-            }
-        }
-        let lines = std::mem::take(&mut batch);
+    while socket.readable().await.is_ok() {
+        let lines = take(&socket);
         // The disk may stand still.
         let _ = tokio::task::spawn_blocking(move || append(&lines)).await;
         tokio::time::sleep(PAUSE).await;
     }
+}
+
+/// The messages that wait, as lines. There may be a thousand agents, and most are idle: nothing is kept for the next ones.
+fn take(socket: &UnixDatagram) -> Vec<u8> {
+    let mut buffer = vec![0; MESSAGE_BYTES_MAX];
+    let mut lines = Vec::new();
+    for _ in 0..BATCH_MAX {
+        match socket.try_recv(&mut buffer) {
+            Ok(length) => line(&buffer[..length], &mut lines),
+            Err(_) => break,
+        }
+    }
+    lines
 }
 
 /// One message as one line, without the number of its priority.
