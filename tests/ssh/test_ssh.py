@@ -127,15 +127,6 @@ class Commands(unittest.TestCase):
         self.assertEqual(channel.recv_exit_status(), -1)
         client.close()
 
-    def test_a_killed_client_ends_its_command(self):
-        process = subprocess.Popen(["ssh", *options(), target(), "echo started; exec sleep 98765"],
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-        self.assertEqual(process.stdout.readline(), b"started\n")
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        wait_until(lambda: ssh("pgrep -f '[s]leep 98765'", check=False).stdout == "")
-
     def test_a_terminal_has_its_size_and_follows_it(self):
         client = connect()
         channel = client.get_transport().open_session()
@@ -205,7 +196,7 @@ class Commands(unittest.TestCase):
             _, output, _ = client.exec_command(f"echo {number}", timeout=20)
             self.assertEqual(output.read(), f"{number}\n".encode())
         client.close()
-        wait_until(lambda: ssh("pgrep -f '[s]leep 87654'", check=False).stdout == "")
+        ssh("pkill -f '[s]leep 87654'")
 
 
 def send_for_ever(channel):
@@ -244,6 +235,48 @@ def connect(of=None, certificate=None, username="tenki"):
     carrier = bridge.Bridge(server.endpoint, server.api_key, of or session)
     client.connect("sandbox", username=username, pkey=pkey, sock=carrier, look_for_keys=False, allow_agent=False)
     return client
+
+
+class Accounts(unittest.TestCase):
+    """Who logs in is who the sandbox's own files say, for shells, commands and the file server alike."""
+
+    def setUp(self):
+        self.session = server.session()
+        _, self.certificate = certify(self.session, "account")
+        self.addCleanup(server.call, "TerminateSession", sessionId=self.session)
+
+    def ssh(self, *command, **how):
+        return ssh(*command, of=self.session, certificate=self.certificate, **how)
+
+    def test_a_login_has_the_accounts_groups_umask_limits_home_and_shell(self):
+        self.assertEqual(self.ssh("umask; ulimit -Hc; ulimit -Sc; pwd").stdout, "0022\nunlimited\n0\n/home/tenki\n")
+        self.ssh("groupadd -g 2001 devs; usermod -aG devs tenki; mkdir -m 2770 /srv/devs; chgrp devs /srv/devs;"
+                 "mkdir /srv/home; chown tenki: /srv/home; usermod -d /srv/home -s /bin/sh tenki;"
+                 "sed -i 's/^UMASK.*/UMASK 027/' /etc/login.defs; mkdir -p /etc/security/limits.d;"
+                 "echo '@devs hard nofile 123' > /etc/security/limits.d/devs.conf", user="root")
+        told = self.ssh("id -Gn; umask; ulimit -Hn; pwd; echo $HOME $SHELL $0").stdout.splitlines()
+        self.assertIn("devs", told[0].split())
+        self.assertEqual(told[1:], ["0027", "123", "/srv/home", "/srv/home /bin/sh sh"])
+        self.assertEqual(self.ssh("id -Gn; ulimit -Hn", user="root").stdout.splitlines()[0], "root")
+        shell = self.ssh(input="id -Gn; echo $0; exit\n").stdout
+        self.assertIn("devs", shell)
+        self.assertIn("\n-sh\n", shell)
+        client = connect(self.session, self.certificate)
+        sftp = client.open_sftp()
+        self.assertEqual(sftp.normalize("."), "/srv/home")
+        with sftp.open("/srv/devs/file", "w") as file:
+            file.write("x")
+        status = sftp.stat("/srv/devs/file")
+        self.assertEqual((status.st_gid, status.st_mode & 0o777), (2001, 0o640))
+        client.close()
+
+    def test_what_the_files_say_wrongly_harms_nobody(self):
+        for line in ("rm /etc/passwd /etc/group", "mkfifo /etc/passwd", "rm /etc/passwd; ln -s /proc/1/environ /etc/passwd",
+                     "rm /etc/passwd; head -c 3000000 /dev/urandom > /etc/passwd", "echo tenki:x:0:0::/root:/bin/sh > /etc/passwd",
+                     "echo 'tenki:x:1000:99999::/:/nowhere' > /etc/passwd; rm -f /etc/login.defs; mkdir /etc/login.defs"):
+            with self.subTest(line=line):
+                self.ssh("rm -rf /etc/passwd; " + line, user="root", check=False)
+                self.assertEqual(self.ssh("id -u; id -g").stdout, "1000\n1000\n")
 
 
 class Paramiko(unittest.TestCase):
@@ -395,6 +428,26 @@ class Forwarding(unittest.TestCase):
         process = self.background("-R", f"5602:127.0.0.1:{listener.getsockname()[1]}", command=[f'python3 -c "{script}"'])
         out, err = process.communicate(timeout=30)
         self.assertEqual(out, "from the client\n", err)
+
+    def test_destinations_are_taken_as_given_or_refused(self):
+        script = ("import socket, threading\\n"
+                  "def serve(s, text):\\n  while True:\\n    c, _ = s.accept(); c.sendall(text); c.close()\\n"
+                  "for address in ('127.0.0.1', '127.0.0.2', '::1'):\\n"
+                  "  s = socket.create_server((address, 5607), family=socket.AF_INET6 if ':' in address else socket.AF_INET)\\n"
+                  "  threading.Thread(target=serve, args=(s, address.encode())).start()\\n"
+                  "print('up', flush=True)\\n")
+        places = {"127.0.0.1": b"127.0.0.1", "127.0.0.2": b"127.0.0.2", "127.0.0.3": b"", "[::1]": b"::1", "localhost": b"127.0.0.1",
+                  "0.0.0.0": b"127.0.0.1", "10.0.0.1": b"", "example.org": b""}
+        ports = {place: free_port() for place in places}
+        forwards = [word for place, port in ports.items() for word in ("-L", f"{port}:{place}:5607")]
+        process = self.background(*forwards, command=[f"printf \"{script}\" | python3 -"])
+        self.assertEqual(process.stdout.readline(), "up\n", process.stderr.read() if process.poll() else "")
+        for place, wanted in places.items():
+            with self.subTest(place=place), socket.create_connection(("127.0.0.1", ports[place]), timeout=30) as peer:
+                try:
+                    self.assertEqual(peer.recv(100), wanted)
+                except ConnectionError:
+                    self.assertEqual(wanted, b"")
 
     def test_unix_sockets_are_forwarded_both_ways(self):
         local = f"{directory}/local.sock"

@@ -411,6 +411,38 @@ pub struct Command {
     pub timeout_ms: u64,
     /// Start this in place of what `argv` names, which is only for sandboxes that are too old to have it.
     pub builtin: Option<Builtin>,
+    /// With `pty`: how the terminal is from the start.
+    pub terminal: Terminal,
+    pub when_left: WhenLeft,
+}
+
+/// What becomes of a command whose holder has gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WhenLeft {
+    /// TERM to its process group, and KILL 5 s later.
+    #[default]
+    End,
+    /// Its streams are closed and its terminal hangs up, as when a connection of SSH breaks. What does not mind goes on.
+    HangUp,
+}
+
+/// How a terminal is set up.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Terminal {
+    /// `None` leaves it without a size.
+    pub size: Option<TerminalSize>,
+    /// Opcodes and values of RFC 4254, section 8. What is not named is as terminals are, with UTF-8.
+    pub modes: Vec<(u8, u32)>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TerminalSize {
+    /// Character cells.
+    pub columns: u16,
+    pub rows: u16,
+    /// 0 where it is not known.
+    pub width_px: u16,
+    pub height_px: u16,
 }
 
 /// Programs that every sandbox has, whatever its image.
@@ -418,6 +450,8 @@ pub struct Command {
 pub enum Builtin {
     /// Serves the files that the command's user may reach, in SFTP over standard input and output.
     Sftp,
+    /// The shell of the command's account, with the arguments after the first; for a login when that is `-l` alone.
+    Shell,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -436,11 +470,7 @@ pub enum ProcessInput {
     Stdin(Bytes),
     StdinClose,
     Signal(Signal),
-    /// Terminal size in character cells.
-    Resize {
-        columns: u16,
-        rows: u16,
-    },
+    Resize(TerminalSize),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -468,8 +498,8 @@ pub struct ExitStatus {
     pub memory_kills: u64,
 }
 
-/// A running command that belongs to its holder: dropping `events` sends TERM to its process
-/// group, and KILL 5 s later. A slow reader stalls only this command.
+/// A running command that belongs to its holder: when `events` is dropped, what [`Command::when_left`] says happens. A slow
+/// reader stalls only this command.
 #[derive(Debug)]
 pub struct Process {
     pub pid: u32,
@@ -557,6 +587,8 @@ pub struct DirectoryEntry {
 pub enum Address {
     /// A port of its own loopback: 127.0.0.1, and [::1] when nothing listens there.
     Tcp { port: u16 },
+    /// A port of one of its own addresses, and of no other.
+    Ip { ip: IpAddr, port: u16 },
     /// A unix socket, by its absolute path in the sandbox.
     Unix { path: String },
     /// The same, refused with `permission_denied` unless it is one of the allowed paths or lies below one of them,

@@ -102,9 +102,6 @@ fn program(command: &Command) -> String {
 }
 
 fn command(tenki: &Tenki, open: &OpenSession, start: wire::RunStart) -> Result<Command, Error> {
-    if start.cmd.iter().any(String::is_empty) {
-        return Err(Error::new(Code::InvalidCommand, "cmd must not hold empty arguments"));
-    }
     let mut env = open.env.clone();
     env.extend(start.env);
     let command = Command {
@@ -115,7 +112,7 @@ fn command(tenki: &Tenki, open: &OpenSession, start: wire::RunStart) -> Result<C
         pty: start.pty,
         stdin: start.stream_stdin,
         timeout_ms: start.timeout_ms.into(),
-        builtin: None,
+        ..Command::default()
     };
     validate::command(&command, &tenki.engine_config)?;
     Ok(command)

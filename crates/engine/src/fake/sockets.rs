@@ -50,7 +50,7 @@ impl Sockets {
 
     pub(super) async fn connect(&self, address: &Address, death: Death) -> Result<BoxStream, GuestError> {
         let place = match address {
-            Address::Tcp { port } => Place::Port(*port),
+            Address::Tcp { port } | Address::Ip { port, .. } => Place::Port(*port),
             Address::Unix { path } => Place::Path(path.clone()),
             Address::UnixWithin { path, allowed } => {
                 let within = |allowed: &String| {

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use nagaya_engine::ports::{Bind, Listener, Signal};
+use nagaya_engine::ports::{Bind, Listener, Signal, Terminal, TerminalSize};
 use russh::keys::Certificate;
 use russh::server::{Auth, ChannelOpenHandle, Handler, Msg, Session, VerifiedPublicKey};
 use russh::{Channel, ChannelId, ChannelOpenFailure, ChannelWriteHalf, Pty, Sig};
@@ -14,7 +14,7 @@ use russh::{Channel, ChannelId, ChannelOpenFailure, ChannelWriteHalf, Pty, Sig};
 use super::connection::{Connection, Visitor};
 use super::forward::{self, Origin};
 use super::inbound::{self, Feeder, Intake, Item};
-use super::process::{self, Preparation, Program, Terminal};
+use super::process::{self, Preparation, Program};
 
 /// Variables that a client may set on one channel, and bytes of all of them.
 const VARIABLES_MAX: usize = 128;
@@ -160,8 +160,16 @@ fn tcp_name(address: &str, port: u32) -> String {
     format!("{address}:{port}")
 }
 
-fn cells(count: u32) -> u16 {
-    u16::try_from(count).unwrap_or(u16::MAX)
+/// `None` when it is not known how many characters fit in.
+fn size(columns: u32, rows: u32, width_px: u32, height_px: u32) -> Option<TerminalSize> {
+    let short = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
+    let size = TerminalSize {
+        columns: short(columns),
+        rows: short(rows),
+        width_px: short(width_px),
+        height_px: short(height_px),
+    };
+    (columns > 0 && rows > 0).then_some(size)
 }
 
 impl Handler for Connection {
@@ -287,16 +295,17 @@ impl Handler for Connection {
         kind: &str,
         columns: u32,
         rows: u32,
-        _: u32,
-        _: u32,
-        _: &[(Pty, u32)],
+        width_px: u32,
+        height_px: u32,
+        modes: &[(Pty, u32)],
         session: &mut Session,
     ) -> Result<(), russh::Error> {
         let may = self.visitor()?.permissions.pty && kind.len() <= 256 && !kind.contains('\0');
         match self.preparation(id).filter(|_| may) {
             Some(preparation) => {
-                let (columns, rows) = (cells(columns), cells(rows));
-                preparation.terminal = Some(Terminal { kind: kind.to_owned(), columns, rows });
+                let modes = modes.iter().map(|&(mode, value)| (mode as u8, value)).collect();
+                let size = size(columns, rows, width_px, height_px);
+                preparation.terminal = Some((kind.to_owned(), Terminal { size, modes }));
                 session.channel_success(id)
             }
             None => session.channel_failure(id),
@@ -362,11 +371,13 @@ impl Handler for Connection {
         id: ChannelId,
         columns: u32,
         rows: u32,
-        _: u32,
-        _: u32,
+        width_px: u32,
+        height_px: u32,
         session: &mut Session,
     ) -> Result<(), russh::Error> {
-        self.push(id, Item::Resize { columns: cells(columns), rows: cells(rows) })?;
+        if let Some(size) = size(columns, rows, width_px, height_px) {
+            self.push(id, Item::Resize(size))?;
+        }
         session.channel_success(id)
     }
 

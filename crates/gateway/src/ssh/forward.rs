@@ -32,11 +32,18 @@ pub enum Origin {
 pub fn inside(host: &str, port: u32) -> Option<Address> {
     let port = u16::try_from(port).ok().filter(|port| *port != 0)?;
     let host = host.trim_start_matches('[').trim_end_matches(']').trim_end_matches('.');
-    let is_inside = match host.parse::<IpAddr>() {
-        Ok(ip) => ip.is_loopback() || ip.is_unspecified(),
-        Err(_) => host.eq_ignore_ascii_case("localhost") || host.eq_ignore_ascii_case("ip6-localhost"),
-    };
-    is_inside.then_some(Address::Tcp { port })
+    match host.parse::<IpAddr>() {
+        // Mapped or not, an address is taken as it is: 127.0.0.2 is not 127.0.0.1, and has services of its own.
+        Ok(ip) => {
+            let is_inside = ip.to_canonical().is_loopback() || ip.to_canonical().is_unspecified();
+            is_inside.then_some(Address::Ip { ip, port })
+        }
+        Err(_) if host.eq_ignore_ascii_case("localhost") => Some(Address::Tcp { port }),
+        Err(_) if host.eq_ignore_ascii_case("ip6-localhost") => {
+            Some(Address::Ip { ip: Ipv6Addr::LOCALHOST.into(), port })
+        }
+        Err(_) => None,
+    }
 }
 
 /// Where to listen for a client that names an address as `ssh -R` does.
@@ -156,7 +163,7 @@ async fn inward(intake: &mut Intake, mut writer: WriteHalf<BoxStream>, ended: on
                 let _ = writer.shutdown().await;
                 ended.take().map(|ended| ended.send(()));
             }
-            Item::Data(_) | Item::Signal(_) | Item::Resize { .. } => {}
+            Item::Data(_) | Item::Signal(_) | Item::Resize(_) => {}
         }
     }
 }
@@ -167,7 +174,7 @@ mod tests {
 
     #[test]
     fn only_the_sandbox_itself_is_inside() {
-        for host in ["localhost", "LOCALHOST.", "127.0.0.1", "127.9.9.9", "::1", "[::1]", "0.0.0.0"] {
+        for host in ["localhost", "LOCALHOST."] {
             assert_eq!(inside(host, 80), Some(Address::Tcp { port: 80 }), "{host}");
         }
         for host in ["", "example.org", "10.0.0.1", "169.254.169.254", "localhost.example.org", "::2", "0177.0.0.1"] {
@@ -175,6 +182,23 @@ mod tests {
         }
         assert_eq!(inside("localhost", 0), None);
         assert_eq!(inside("localhost", 65_536), None);
+    }
+
+    #[test]
+    fn addresses_are_taken_as_given() {
+        for (host, ip) in [
+            ("127.0.0.1", "127.0.0.1"),
+            ("127.9.9.9", "127.9.9.9"),
+            ("0.0.0.0", "0.0.0.0"),
+            ("::1", "::1"),
+            ("[::1]", "::1"),
+            ("::", "::"),
+            ("ip6-localhost", "::1"),
+            ("::ffff:127.0.0.2", "::ffff:127.0.0.2"),
+        ] {
+            assert_eq!(inside(host, 80), Some(Address::Ip { ip: ip.parse().unwrap(), port: 80 }), "{host}");
+        }
+        assert_eq!(inside("::ffff:10.0.0.1", 80), None);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use nagaya_engine::ports::Signal;
+use nagaya_engine::ports::{Signal, TerminalSize};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 /// What a client may send ahead on one channel, bytes.
@@ -36,7 +36,7 @@ pub enum Item {
     Data(Bytes),
     EndOfFile,
     Signal(Signal),
-    Resize { columns: u16, rows: u16 },
+    Resize(TerminalSize),
 }
 
 impl Item {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use nagaya_engine::ports::{Builtin, Command, ExitStatus, Process, ProcessEvent, ProcessInput};
+use nagaya_engine::ports::{Builtin, Command, ExitStatus, Process, ProcessEvent, ProcessInput, Terminal, WhenLeft};
 use russh::server::Msg;
 use russh::{ChannelWriteHalf, Sig};
 use tokio::sync::mpsc;
@@ -20,6 +20,7 @@ const INPUT_BYTES_MAX: usize = 64 * 1024;
 const NO_STATUS: u32 = 255;
 /// Where images that have sftp-server keep it: for sandboxes older than the file server that all have.
 const SFTP_SERVER: &str = "/usr/lib/openssh/sftp-server";
+/// For accounts whose own shell is missing, and for sandboxes that are older than the question for it.
 const BASH: &str = "/bin/bash";
 const SHELL: &str = "/bin/sh";
 
@@ -31,23 +32,15 @@ pub enum Program {
     FileServer,
 }
 
-/// A terminal that a client asked for.
-#[derive(Debug, Clone)]
-pub struct Terminal {
-    /// Its kind, such as `xterm`.
-    pub kind: String,
-    pub columns: u16,
-    pub rows: u16,
-}
-
 /// What was agreed on for a channel before something is started on it.
 #[derive(Debug, Default)]
 pub struct Preparation {
     pub env: BTreeMap<String, String>,
-    pub terminal: Option<Terminal>,
+    /// A terminal, with its kind, such as `xterm`.
+    pub terminal: Option<(String, Terminal)>,
 }
 
-/// Runs a program to its end, or until the channel is closed, which ends the program.
+/// Runs a program to its end, or until the channel is closed: the program loses its streams then, and no more.
 pub async fn run(
     visitor: Arc<Visitor>,
     program: Program,
@@ -56,7 +49,7 @@ pub async fn run(
     mut intake: Intake,
 ) {
     let id = write.id();
-    let terminal = preparation.terminal.clone();
+    let hangs_up = preparation.terminal.is_some();
     let command = command(&visitor, &program, preparation).await;
     let name = command.argv.first().cloned().unwrap_or_default();
     let execution = visitor.commands().new_execution();
@@ -79,15 +72,10 @@ pub async fn run(
     };
     let _ = visitor.handle.channel_success(id).await;
     let Process { input, mut events, .. } = process;
-    let hangs_up = terminal.is_some();
-    if let Some(Terminal { columns, rows, .. }) = terminal.filter(|terminal| terminal.columns > 0 && terminal.rows > 0)
-    {
-        let _ = input.send(ProcessInput::Resize { columns, rows }).await;
-    }
     let expired = intake.expired();
     tokio::select! {
         biased;
-        // Going away drops the events, and so ends the program.
+        // Going away drops the events, and so closes the program's streams.
         () = expired => {}
         () = feed(&mut intake, &input, hangs_up) => {}
         status = deliver(&mut events, &write) => {
@@ -103,23 +91,26 @@ async fn command(visitor: &Visitor, program: &Program, preparation: Preparation)
     let Preparation { env: asked, terminal } = preparation;
     let mut env = visitor.env();
     env.extend(asked);
-    if let Some(terminal) = terminal.as_ref().filter(|terminal| !terminal.kind.is_empty()) {
-        env.insert("TERM".to_owned(), terminal.kind.clone());
+    let pty = terminal.is_some();
+    let (kind, terminal) = terminal.unwrap_or_default();
+    if !kind.is_empty() {
+        env.insert("TERM".to_owned(), kind);
     }
-    let shell = visitor.shell(BASH, SHELL).await;
-    env.entry("SHELL".to_owned()).or_insert_with(|| shell.to_owned());
-    let argv = match program {
-        Program::Shell => vec![shell.to_owned(), "-l".to_owned()],
-        Program::Command(command) => vec![shell.to_owned(), "-c".to_owned(), command.clone()],
-        Program::FileServer => vec![SFTP_SERVER.to_owned()],
+    let shell = visitor.shell(BASH, SHELL).await.to_owned();
+    let (builtin, argv) = match program {
+        Program::Shell => (Builtin::Shell, vec![shell, "-l".to_owned()]),
+        Program::Command(command) => (Builtin::Shell, vec![shell, "-c".to_owned(), command.clone()]),
+        Program::FileServer => (Builtin::Sftp, vec![SFTP_SERVER.to_owned()]),
     };
     Command {
         argv,
         env,
         privileged: visitor.is_root(),
-        pty: terminal.is_some(),
+        pty,
         stdin: true,
-        builtin: matches!(program, Program::FileServer).then_some(Builtin::Sftp),
+        builtin: Some(builtin),
+        terminal,
+        when_left: WhenLeft::HangUp,
         ..Command::default()
     }
 }
@@ -143,7 +134,7 @@ async fn feed(intake: &mut Intake, input: &mpsc::Sender<ProcessInput>, hangs_up:
                 input.send(ProcessInput::StdinClose).await
             }
             Item::Signal(signal) => input.send(ProcessInput::Signal(signal)).await,
-            Item::Resize { columns, rows } => input.send(ProcessInput::Resize { columns, rows }).await,
+            Item::Resize(size) => input.send(ProcessInput::Resize(size)).await,
         };
         if sent.is_err() {
             // The program has ended; how is told by its events.

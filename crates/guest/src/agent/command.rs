@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::{Buf, Bytes, BytesMut};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Signal, WaitStatus};
+use rustix::termios::Winsize;
 use rustix::time::Timespec;
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, oneshot};
@@ -18,6 +19,7 @@ use super::detached::Execution;
 use super::program::Running;
 use super::session::Session;
 use super::signals;
+use super::terminal;
 use crate::frame::{DATA_BYTES_MAX, Kind};
 use crate::messages::{self, Exit, Input, input};
 use crate::mux::{Incoming, Receiver, Sender, charge};
@@ -51,10 +53,7 @@ enum Asked {
     Stdin(Bytes),
     StdinClose,
     Signal(Signal),
-    Resize {
-        columns: u16,
-        rows: u16,
-    },
+    Resize(Winsize),
     Nothing,
     /// The holder vanished: the command must end.
     Stop,
@@ -102,8 +101,10 @@ pub async fn supervise(
                 Asked::StdinClose => stdin.close(),
                 Asked::Signal(Signal::KILL) => ending.kill(session),
                 Asked::Signal(signal) => session.signal(signal),
-                Asked::Resize { columns, rows } => resize(&running.terminal, columns, rows),
+                Asked::Resize(size) => resize(&running.terminal, size),
                 Asked::Nothing => {}
+                // Returning closes its streams, which is all that it is to notice.
+                Asked::Stop | Asked::Alone if running.hang_up => return Exit { reason: "hung_up".into(), ..Exit::default() },
                 Asked::Stop => {
                     control = None;
                     stdin.close();
@@ -160,17 +161,13 @@ async fn asked(control: &mut Option<Control>) -> Asked {
 fn understand(message: &[u8]) -> Asked {
     match messages::decode::<Input>(message).ok().and_then(|input| input.kind) {
         Some(input::Kind::Signal(signal)) => signals::from_message(signal).map_or(Asked::Nothing, Asked::Signal),
-        Some(input::Kind::Resize(size)) => {
-            let cells = |cells: u32| cells.min(u16::MAX.into()) as u16;
-            Asked::Resize { columns: cells(size.columns), rows: cells(size.rows) }
-        }
+        Some(input::Kind::Resize(size)) => Asked::Resize(terminal::winsize(&size)),
         None => Asked::Nothing,
     }
 }
 
-fn resize(terminal: &Option<std::os::fd::OwnedFd>, columns: u16, rows: u16) {
+fn resize(terminal: &Option<std::os::fd::OwnedFd>, size: Winsize) {
     if let Some(terminal) = terminal {
-        let size = rustix::termios::Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
         let _ = rustix::termios::tcsetwinsize(terminal, size);
     }
 }

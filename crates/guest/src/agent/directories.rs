@@ -7,9 +7,9 @@ use nagaya_api::error::Code;
 use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, RawMode, Stat, Uid};
 use rustix::io::Errno;
 
+use super::account::TENKI;
 use super::failure::Failure;
 use super::paths::{Place, Root};
-use super::program::TENKI;
 use crate::messages::{Entry, FileStatus, ListDirectory, Made, MakeDirectory, Remove, Removed};
 
 /// Entries of one listing.

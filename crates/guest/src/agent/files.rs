@@ -9,9 +9,9 @@ use nagaya_api::error::Code;
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, RawMode, Stat, Uid};
 use rustix::io::Errno;
 
+use super::account::TENKI;
 use super::failure::Failure;
 use super::paths::{Place, Root};
-use super::program::TENKI;
 use super::{Agent, blocking};
 use crate::frame::{DATA_BYTES_MAX, Kind};
 use crate::messages::{Event, Opened, Outcome, ReadFile, WriteFile, Written, encode};

@@ -22,19 +22,22 @@ use detached::Executions;
 use failure::Failure;
 use paths::Root;
 use power::Power;
-pub use program::SFTP;
+pub use program::{SFTP, SHELL};
 use reaper::Reaper;
 use settings::Settings;
 use sockets::Peers;
 
+mod account;
 mod charge;
 mod clock;
 mod command;
+mod cores;
 mod detached;
 mod directories;
 mod failure;
 mod files;
 mod groups;
+mod limits;
 mod meminfo;
 mod paths;
 mod power;
@@ -46,6 +49,8 @@ mod settings;
 mod signals;
 mod sockets;
 mod sys;
+mod syslog;
+mod terminal;
 
 /// Threads for calls that may wait for a disk.
 const BLOCKING_THREADS_MAX: usize = 32;
@@ -136,6 +141,7 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
     charge::begin(&agent);
     if is_first_process() {
         power::obey(&agent)?;
+        syslog::start();
     }
     meminfo::maintain(agent.clone());
     tokio::spawn(tidy_up(agent.clone()));

@@ -5,26 +5,25 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nagaya_api::error::Code;
-use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 use rustix::process::WaitStatus;
-use rustix::pty::OpenptFlags;
 use tokio::net::unix::pipe;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::Agent;
+use super::account::Account;
 use super::failure::Failure;
 use super::groups;
 use super::sys::{self, SpawnError, Step};
-use crate::messages::Command;
+use super::{Agent, cores, terminal};
+use crate::messages::{Command, Terminal};
 
-/// Uid and gid of the user `tenki`.
-pub const TENKI: u32 = 1000;
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// The file server among the agent's own programs, see `crate::sftp`. Also what it is called as a process.
 pub const SFTP: &str = "sftp";
+/// The shell of the account.
+pub const SHELL: &str = "shell";
 /// This very program, as whoever is about to execute it sees it.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 /// Soft limit of open files that commands start with.
@@ -44,12 +43,15 @@ pub struct Running {
     /// `None` with a terminal.
     pub stderr: Option<pipe::Receiver>,
     pub terminal: Option<OwnedFd>,
+    /// Whoever goes away leaves it alone.
+    pub hang_up: bool,
 }
 
 /// Starts a command. All that can be wrong with it is found here.
 pub async fn start(agent: &Arc<Agent>, command: Command) -> Result<Running, Failure> {
     agent.power.require_on()?;
     let agent = agent.clone();
+    let hang_up = command.hang_up;
     // Loading a program may wait for the disk, and the process being made may be stopped by others.
     let spawned = tokio::task::spawn_blocking(move || spawn(&agent, &command)).await;
     let spawned = spawned.map_err(|_| Failure::new(Code::Internal, "starting a command ended abruptly"))??;
@@ -62,6 +64,7 @@ pub async fn start(agent: &Arc<Agent>, command: Command) -> Result<Running, Fail
             stdout: pipe::Receiver::from_owned_fd_unchecked(spawned.stdout)?,
             stderr: spawned.stderr.map(pipe::Receiver::from_owned_fd_unchecked).transpose()?,
             terminal: spawned.terminal,
+            hang_up,
         })
     };
     pipes().map_err(Failure::from)
@@ -78,7 +81,9 @@ struct Spawned {
 }
 
 fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
-    let Strings { candidates, argv, env, cwd } = strings(agent, command)?;
+    let account = Account::look_up(command.privileged, &agent.settings.home);
+    let Strings { candidates, argv, env, cwd } = strings(agent, command, &account)?;
+    let cores_leave = cores::leave_the_sandbox();
     let cgroup_procs = groups::choose(&agent.settings, &agent.turn);
     let program = |streams: [BorrowedFd<'_>; 3], terminal: bool| {
         agent.reaper.spawn(|| {
@@ -89,7 +94,11 @@ fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
                 cwd: cwd.clone(),
                 streams,
                 terminal,
-                user: (!command.privileged).then_some((TENKI, TENKI)),
+                user: (!command.privileged).then_some((account.uid, account.gid)),
+                groups: &account.groups,
+                umask: account.umask,
+                limits: &account.limits,
+                no_core: cores_leave,
                 cgroup_procs: &cgroup_procs,
                 open_files_max: OPEN_FILES_MAX,
             })
@@ -97,7 +106,9 @@ fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
     };
     let started = agent.clock.now();
     if command.pty {
-        let (ours, theirs) = open_terminal(command.privileged)?;
+        let plain = Terminal::default();
+        let wanted = command.terminal.as_option().unwrap_or(&plain);
+        let (ours, theirs) = terminal::open(account.uid, wanted)?;
         let (pid, ended) = program([theirs.as_fd(); 3], true).map_err(refusal)?;
         let again = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, 3);
         let stdin = Some(again(&ours)?);
@@ -121,32 +132,9 @@ fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
 }
 
 /// Only our end: commands expect blocking streams.
-fn nonblocking(fd: OwnedFd) -> Result<OwnedFd, Errno> {
+pub fn nonblocking(fd: OwnedFd) -> Result<OwnedFd, Errno> {
     rustix::io::ioctl_fionbio(&fd, true)?;
     Ok(fd)
-}
-
-/// Our side and the command's side of a new terminal.
-fn open_terminal(privileged: bool) -> Result<(OwnedFd, OwnedFd), Failure> {
-    let unavailable = |errno| Failure::with(Code::CapabilityUnavailable, "terminals", errno);
-    let ours =
-        rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).map_err(unavailable)?;
-    rustix::pty::unlockpt(&ours).map_err(unavailable)?;
-    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-    let theirs = match rustix::pty::ioctl_tiocgptpeer(&ours, flags) {
-        Ok(theirs) => theirs,
-        Err(_) => {
-            let name = rustix::pty::ptsname(&ours, Vec::new()).map_err(unavailable)?;
-            rustix::fs::open(&*name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())
-                .map_err(unavailable)?
-        }
-    };
-    if !privileged {
-        // The user must be able to open its own terminal by name.
-        let _ = rustix::fs::fchown(&theirs, Some(Uid::from_raw(TENKI)), Some(Gid::from_raw(TENKI)));
-    }
-    let _ = rustix::fs::fchmod(&theirs, Mode::from_raw_mode(0o620));
-    Ok((nonblocking(ours)?, theirs))
 }
 
 struct Strings {
@@ -156,19 +144,28 @@ struct Strings {
     cwd: CString,
 }
 
-fn strings(agent: &Agent, command: &Command) -> Result<Strings, Failure> {
+fn strings(agent: &Agent, command: &Command, account: &Account) -> Result<Strings, Failure> {
     let invalid = |detail: &str| Failure::new(Code::InvalidCommand, detail);
     let c_string = |text: &str| sys::c_string(text).ok_or_else(|| invalid("NUL byte"));
+    let first = || command.argv.first().map(String::as_str).ok_or_else(|| invalid("no arguments"));
+    let arguments = |first: String, rest: &[String]| -> Result<Vec<CString>, Failure> {
+        std::iter::once(&first).chain(rest).map(|argument| c_string(argument)).collect()
+    };
     let (name, argv) = match command.builtin.as_str() {
         SFTP => (OWN_PROGRAM, vec![c_string(SFTP)?]),
+        SHELL => (account.shell.as_str(), shell_arguments(&account.shell, &command.argv, arguments)?),
         _ => {
-            let name = command.argv.first().ok_or_else(|| invalid("no arguments"))?;
-            let argv = command.argv.iter().map(|argument| c_string(argument)).collect::<Result<Vec<_>, _>>()?;
-            (name.as_str(), argv)
+            let first = first()?;
+            (first, arguments(first.to_owned(), &command.argv[1..])?)
         }
     };
 
-    let (user, home) = if command.privileged { ("root", "/root") } else { ("tenki", agent.settings.home.as_str()) };
+    let (user, home) = (account.name.as_str(), account.home.as_str());
+    // Where programs go that a user installs for itself.
+    let path = match account.uid {
+        0 => DEFAULT_PATH.to_owned(),
+        _ => format!("{home}/.local/bin:{DEFAULT_PATH}"),
+    };
     let mut env = Vec::with_capacity(command.env.len() + 7);
     for variable in &command.env {
         if variable.name.is_empty() || variable.name.contains('=') {
@@ -182,8 +179,8 @@ fn strings(agent: &Agent, command: &Command) -> Result<Strings, Failure> {
         ("HOME", home),
         ("USER", user),
         ("LOGNAME", user),
-        ("SHELL", "/bin/bash"),
-        ("PATH", DEFAULT_PATH),
+        ("SHELL", account.shell.as_str()),
+        ("PATH", path.as_str()),
         ("LANG", "C.UTF-8"),
     ];
     if command.pty {
@@ -195,12 +192,15 @@ fn strings(agent: &Agent, command: &Command) -> Result<Strings, Failure> {
         }
     }
 
-    let candidates = if name.contains('/') {
+    let candidates = if command.builtin == SHELL {
+        // An image without the account's shell has the one that was found for it.
+        vec![c_string(name)?, c_string(first()?)?]
+    } else if name.contains('/') {
         vec![c_string(name)?]
     } else if name.is_empty() {
         Vec::new()
     } else {
-        let directories = given("PATH").unwrap_or(DEFAULT_PATH).split(':');
+        let directories = given("PATH").unwrap_or(&path).split(':');
         let in_directory = |directory: &str| match directory {
             "" => c_string(&format!("./{name}")),
             _ => c_string(&format!("{directory}/{name}")),
@@ -215,6 +215,20 @@ fn strings(agent: &Agent, command: &Command) -> Result<Strings, Failure> {
         relative => c_string(&format!("{}/{relative}", agent.settings.home))?,
     };
     Ok(Strings { candidates, argv, env, cwd })
+}
+
+/// A shell for a login is called by its name with a dash, which every shell understands.
+fn shell_arguments(
+    shell: &str,
+    given: &[String],
+    arguments: impl Fn(String, &[String]) -> Result<Vec<CString>, Failure>,
+) -> Result<Vec<CString>, Failure> {
+    let name = shell.rsplit('/').next().unwrap_or(shell);
+    match given {
+        [_, login] if login == "-l" => arguments(format!("-{name}"), &[]),
+        [_, rest @ ..] => arguments(name.to_owned(), rest),
+        [] => arguments(name.to_owned(), &[]),
+    }
 }
 
 /// What a refused start means to the user.

@@ -17,9 +17,9 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 
+use super::account::TENKI;
 use super::failure::Failure;
 use super::paths::{Place, Root};
-use super::program::TENKI;
 use super::{Agent, blocking};
 use crate::frame::Kind;
 use crate::messages::{Accept, Arrived, Connect, EndOfContent, Event, Listen, Opened, Outcome, encode};

@@ -6,6 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use rustix::io::Errno;
 
+use super::limits::Limit;
+
 /// How far a new process came before it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
@@ -45,6 +47,12 @@ pub struct Program<'a> {
     pub terminal: bool,
     /// Uid and gid; `None` stays root.
     pub user: Option<(u32, u32)>,
+    /// All its groups.
+    pub groups: &'a [u32],
+    pub umask: u32,
+    pub limits: &'a [Limit],
+    /// It must leave no core, now or later.
+    pub no_core: bool,
     /// Files in which to write `0`.
     pub cgroup_procs: &'a [BorrowedFd<'a>],
     /// Soft limit of open files.
@@ -60,6 +68,10 @@ struct Plan {
     streams: [RawFd; 3],
     terminal: bool,
     user: Option<(u32, u32)>,
+    groups: (usize, *const libc::gid_t),
+    umask: libc::mode_t,
+    limits: (usize, *const Limit),
+    no_core: bool,
     cgroup_procs: Vec<RawFd>,
     open_files_max: u64,
     step: Step,
@@ -86,6 +98,10 @@ pub fn spawn(program: &Program<'_>) -> Result<i32, SpawnError> {
         streams: program.streams.map(|stream| stream.as_raw_fd()),
         terminal: program.terminal,
         user: program.user,
+        groups: (program.groups.len(), program.groups.as_ptr()),
+        umask: program.umask,
+        limits: (program.limits.len(), program.limits.as_ptr()),
+        no_core: program.no_core,
         cgroup_procs: program.cgroup_procs.iter().map(|file| file.as_raw_fd()).collect(),
         open_files_max: program.open_files_max,
         step: Step::Clone,
@@ -218,12 +234,11 @@ unsafe fn prepare(plan: &Plan) -> Result<(), Step> {
         for file in &plan.cgroup_procs {
             check(libc::write(*file, c"0".as_ptr().cast(), 1) as i64, Step::Cgroup)?;
         }
-        let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        libc::setrlimit(libc::RLIMIT_CORE, &no_core);
-        let mut open_files: libc::rlimit = std::mem::zeroed();
-        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut open_files) == 0 {
-            open_files.rlim_cur = plan.open_files_max.min(open_files.rlim_max);
-            libc::setrlimit(libc::RLIMIT_NOFILE, &open_files);
+        // Whoever wants a core raises the soft limit.
+        limit(Limit { resource: libc::RLIMIT_CORE as c_int, soft: Some(0), hard: plan.no_core.then_some(0) });
+        limit(Limit { resource: libc::RLIMIT_NOFILE as c_int, soft: Some(plan.open_files_max), hard: None });
+        for each in std::slice::from_raw_parts(plan.limits.1, plan.limits.0) {
+            limit(*each);
         }
         // Best effort: when memory runs out, commands go before anything else.
         let score = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
@@ -238,8 +253,10 @@ unsafe fn prepare(plan: &Plan) -> Result<(), Step> {
             check(libc::ioctl(0, libc::TIOCSCTTY, 0).into(), Step::Prepare)?;
         }
         check(libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32), Step::Prepare)?;
-        libc::umask(0o022);
+        libc::umask(plan.umask);
+        let groups = libc::syscall(libc::SYS_setgroups, plan.groups.0, plan.groups.1);
         if let Some((uid, gid)) = plan.user {
+            check(groups, Step::User)?;
             check(libc::syscall(libc::SYS_setresgid, gid, gid, gid), Step::User)?;
             check(libc::syscall(libc::SYS_setresuid, uid, uid, uid), Step::User)?;
         }
@@ -249,6 +266,22 @@ unsafe fn prepare(plan: &Plan) -> Result<(), Step> {
         libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
     }
     Ok(())
+}
+
+/// Sets limits of the calling process, within those that it has: it has no power to raise them.
+///
+/// # Safety
+/// Only for [`prepare`]: it makes system calls and nothing else.
+unsafe fn limit(limit: Limit) {
+    // SAFETY: plain system calls with a valid structure. The cast is to libc's own type for resources.
+    unsafe {
+        let mut now: libc::rlimit = std::mem::zeroed();
+        if libc::getrlimit(limit.resource as _, &mut now) == 0 {
+            now.rlim_max = limit.hard.unwrap_or(now.rlim_max).min(now.rlim_max);
+            now.rlim_cur = limit.soft.unwrap_or(now.rlim_cur).min(now.rlim_max);
+            libc::setrlimit(limit.resource as _, &now);
+        }
+    }
 }
 
 /// Makes every descriptor from `first` on close when a program is executed.

@@ -1259,11 +1259,20 @@ pub struct Command {
     pub stdin: bool,
     /// Field 7: `timeout_ms`
     pub timeout_ms: u64,
-    /// A program of the agent's own in place of what argv names: "sftp" serves files over its standard streams. An
-    /// agent that does not know it starts argv.
+    /// A program of the agent's choice in place of what argv names: "sftp" serves files over its standard streams; "shell"
+    /// is the account's own shell, for a login when "-l" is its only argument. An agent that does not know it starts argv.
     ///
     /// Field 8: `builtin`
     pub builtin: ::buffa::alloc::string::String,
+    /// With pty: how the terminal is before the command sees it.
+    ///
+    /// Field 9: `terminal`
+    pub terminal: ::buffa::MessageField<Terminal, ::buffa::Inline<Terminal>>,
+    /// What happens when whoever asked for the command is gone. True: its streams are closed, which its terminal notices, and
+    /// that is all. False: it is ended.
+    ///
+    /// Field 10: `hang_up`
+    pub hang_up: bool,
 }
 impl ::core::fmt::Debug for Command {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
@@ -1276,6 +1285,8 @@ impl ::core::fmt::Debug for Command {
             .field("stdin", &self.stdin)
             .field("timeout_ms", &self.timeout_ms)
             .field("builtin", &self.builtin)
+            .field("terminal", &self.terminal)
+            .field("hang_up", &self.hang_up)
             .finish()
     }
 }
@@ -1335,6 +1346,17 @@ impl ::buffa::Message for Command {
         if !self.builtin.is_empty() {
             size += 1u64 + ::buffa::types::string_encoded_len(&self.builtin) as u64;
         }
+        if self.terminal.is_set() {
+            let __slot = __cache.reserve();
+            let inner_size = self.terminal.compute_size(__cache);
+            __cache.set(__slot, inner_size);
+            size
+                += 1u64 + ::buffa::encoding::varint_len(inner_size as u64) as u64
+                    + inner_size as u64;
+        }
+        if self.hang_up {
+            size += 1u64 + ::buffa::types::BOOL_ENCODED_LEN as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -1372,6 +1394,17 @@ impl ::buffa::Message for Command {
         }
         if !self.builtin.is_empty() {
             ::buffa::types::put_string_field(8u32, &self.builtin, buf);
+        }
+        if self.terminal.is_set() {
+            ::buffa::types::put_len_delimited_header(
+                9u32,
+                u64::from(__cache.consume_next()),
+                buf,
+            );
+            self.terminal.write_to(__cache, buf);
+        }
+        if self.hang_up {
+            ::buffa::types::put_bool_field(10u32, self.hang_up, buf);
         }
     }
     fn merge_field(
@@ -1450,6 +1483,24 @@ impl ::buffa::Message for Command {
                 )?;
                 ::buffa::types::merge_string(&mut self.builtin, buf)?;
             }
+            9u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::Message::merge_length_delimited(
+                    self.terminal.get_or_insert_default(),
+                    buf,
+                    ctx,
+                )?;
+            }
+            10u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.hang_up = ::buffa::types::decode_bool(buf)?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -1465,6 +1516,238 @@ impl ::buffa::Message for Command {
         self.stdin = false;
         self.timeout_ms = 0u64;
         self.builtin.clear();
+        self.terminal = ::buffa::MessageField::none();
+        self.hang_up = false;
+    }
+}
+#[derive(Clone, PartialEq, Default)]
+pub struct Terminal {
+    /// Field 1: `size`
+    pub size: ::buffa::MessageField<Resize, ::buffa::Inline<Resize>>,
+    /// Field 2: `modes`
+    pub modes: ::buffa::alloc::vec::Vec<TerminalMode>,
+}
+impl ::core::fmt::Debug for Terminal {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("Terminal")
+            .field("size", &self.size)
+            .field("modes", &self.modes)
+            .finish()
+    }
+}
+impl Terminal {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Terminal";
+}
+::buffa::impl_default_instance!(Terminal);
+impl ::buffa::MessageName for Terminal {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "Terminal";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.Terminal";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Terminal";
+}
+impl ::buffa::Message for Terminal {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, __cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let mut size = 0u64;
+        if self.size.is_set() {
+            let __slot = __cache.reserve();
+            let inner_size = self.size.compute_size(__cache);
+            __cache.set(__slot, inner_size);
+            size
+                += 1u64 + ::buffa::encoding::varint_len(inner_size as u64) as u64
+                    + inner_size as u64;
+        }
+        for v in &self.modes {
+            let __slot = __cache.reserve();
+            let inner_size = v.compute_size(__cache);
+            __cache.set(__slot, inner_size);
+            size
+                += 1u64 + ::buffa::encoding::varint_len(inner_size as u64) as u64
+                    + inner_size as u64;
+        }
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        __cache: &mut ::buffa::SizeCache,
+        buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        if self.size.is_set() {
+            ::buffa::types::put_len_delimited_header(
+                1u32,
+                u64::from(__cache.consume_next()),
+                buf,
+            );
+            self.size.write_to(__cache, buf);
+        }
+        for v in &self.modes {
+            ::buffa::types::put_len_delimited_header(
+                2u32,
+                u64::from(__cache.consume_next()),
+                buf,
+            );
+            v.write_to(__cache, buf);
+        }
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            1u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::Message::merge_length_delimited(
+                    self.size.get_or_insert_default(),
+                    buf,
+                    ctx,
+                )?;
+            }
+            2u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                let mut elem = ::core::default::Default::default();
+                ctx.register_element_memory(
+                    ::buffa::__private::element_footprint(&elem),
+                )?;
+                ::buffa::Message::merge_length_delimited(&mut elem, buf, ctx)?;
+                self.modes.push(elem);
+            }
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {
+        self.size = ::buffa::MessageField::none();
+        self.modes.clear();
+    }
+}
+/// A setting of a terminal, with the numbers of RFC 4254, section 8. Unknown ones are skipped.
+#[derive(Clone, PartialEq, Default)]
+pub struct TerminalMode {
+    /// Field 1: `opcode`
+    pub opcode: u32,
+    /// Field 2: `value`
+    pub value: u32,
+}
+impl ::core::fmt::Debug for TerminalMode {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("TerminalMode")
+            .field("opcode", &self.opcode)
+            .field("value", &self.value)
+            .finish()
+    }
+}
+impl TerminalMode {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.TerminalMode";
+}
+::buffa::impl_default_instance!(TerminalMode);
+impl ::buffa::MessageName for TerminalMode {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "TerminalMode";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.TerminalMode";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.TerminalMode";
+}
+impl ::buffa::Message for TerminalMode {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let mut size = 0u64;
+        if self.opcode != 0u32 {
+            size += 1u64 + ::buffa::types::uint32_encoded_len(self.opcode) as u64;
+        }
+        if self.value != 0u32 {
+            size += 1u64 + ::buffa::types::uint32_encoded_len(self.value) as u64;
+        }
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        if self.opcode != 0u32 {
+            ::buffa::types::put_uint32_field(1u32, self.opcode, buf);
+        }
+        if self.value != 0u32 {
+            ::buffa::types::put_uint32_field(2u32, self.value, buf);
+        }
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            1u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.opcode = ::buffa::types::decode_uint32(buf)?;
+            }
+            2u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.value = ::buffa::types::decode_uint32(buf)?;
+            }
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {
+        self.opcode = 0u32;
+        self.value = 0u32;
     }
 }
 /// Starts a command that belongs to the sandbox. Repeating it with the same id is harmless.
@@ -2913,12 +3196,20 @@ pub struct Resize {
     pub columns: u32,
     /// Field 2: `rows`
     pub rows: u32,
+    /// 0 where it is not known.
+    ///
+    /// Field 3: `width_px`
+    pub width_px: u32,
+    /// Field 4: `height_px`
+    pub height_px: u32,
 }
 impl ::core::fmt::Debug for Resize {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("Resize")
             .field("columns", &self.columns)
             .field("rows", &self.rows)
+            .field("width_px", &self.width_px)
+            .field("height_px", &self.height_px)
             .finish()
     }
 }
@@ -2955,6 +3246,12 @@ impl ::buffa::Message for Resize {
         if self.rows != 0u32 {
             size += 1u64 + ::buffa::types::uint32_encoded_len(self.rows) as u64;
         }
+        if self.width_px != 0u32 {
+            size += 1u64 + ::buffa::types::uint32_encoded_len(self.width_px) as u64;
+        }
+        if self.height_px != 0u32 {
+            size += 1u64 + ::buffa::types::uint32_encoded_len(self.height_px) as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -2969,6 +3266,12 @@ impl ::buffa::Message for Resize {
         }
         if self.rows != 0u32 {
             ::buffa::types::put_uint32_field(2u32, self.rows, buf);
+        }
+        if self.width_px != 0u32 {
+            ::buffa::types::put_uint32_field(3u32, self.width_px, buf);
+        }
+        if self.height_px != 0u32 {
+            ::buffa::types::put_uint32_field(4u32, self.height_px, buf);
         }
     }
     fn merge_field(
@@ -2996,6 +3299,20 @@ impl ::buffa::Message for Resize {
                 )?;
                 self.rows = ::buffa::types::decode_uint32(buf)?;
             }
+            3u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.width_px = ::buffa::types::decode_uint32(buf)?;
+            }
+            4u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.height_px = ::buffa::types::decode_uint32(buf)?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -3005,6 +3322,8 @@ impl ::buffa::Message for Resize {
     fn clear(&mut self) {
         self.columns = 0u32;
         self.rows = 0u32;
+        self.width_px = 0u32;
+        self.height_px = 0u32;
     }
 }
 /// A MESSAGE frame from the agent: the request was accepted, or a part of the answer.

@@ -72,6 +72,8 @@ fn make_devices() -> Result<(), StepError> {
     }
     let links = [
         ("pts/ptmx", "ptmx"),
+        // Where the sandbox's first process listens, on its own disk, until a log of its own does.
+        ("/run/dev-log", "log"),
         ("/proc/self/fd", "fd"),
         ("/proc/self/fd/0", "stdin"),
         ("/proc/self/fd/1", "stdout"),

@@ -117,7 +117,8 @@ impl Guest for Link {
 
     async fn connect(&self, address: &Address) -> Result<BoxStream, GuestError> {
         match address {
-            Address::Tcp { port } => Ok(Box::new(sockets::connect(self.network()?, *port).await?)),
+            Address::Tcp { port } => Ok(Box::new(sockets::connect(self.network()?, sockets::LOOPBACK, *port).await?)),
+            Address::Ip { ip, port } => Ok(Box::new(sockets::connect(self.network()?, &[*ip], *port).await?)),
             Address::Unix { path } => Ok(Box::new(streams::connect(self, path, &[]).await?)),
             Address::UnixWithin { path, allowed } => Ok(Box::new(streams::connect(self, path, allowed).await?)),
         }

@@ -4,9 +4,12 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use nagaya_api::error::Code;
-use nagaya_engine::ports::{Builtin, Command, ExitStatus, GuestError, Process, ProcessEvent, ProcessInput, Signal};
+use nagaya_engine::ports::{
+    Builtin, Command, ExitStatus, GuestError, Process, ProcessEvent, ProcessInput, Signal, Terminal, TerminalSize,
+    WhenLeft,
+};
 use nagaya_guest::frame::{DATA_BYTES_MAX, Kind};
-use nagaya_guest::messages::{self, EnvironmentVariable, Exit, Input, Resize, event, outcome, request};
+use nagaya_guest::messages::{self, EnvironmentVariable, Exit, Input, Resize, TerminalMode, event, outcome, request};
 use nagaya_guest::mux::{Incoming, Receiver, Sender, charge};
 use tokio::sync::mpsc;
 
@@ -30,8 +33,25 @@ pub(super) fn to_message(command: Command) -> messages::Command {
         timeout_ms: command.timeout_ms,
         builtin: match command.builtin {
             Some(Builtin::Sftp) => nagaya_guest::agent::SFTP.into(),
+            Some(Builtin::Shell) => nagaya_guest::agent::SHELL.into(),
             None => String::new(),
         },
+        terminal: terminal(command.terminal).into(),
+        hang_up: command.when_left == WhenLeft::HangUp,
+    }
+}
+
+fn terminal(terminal: Terminal) -> messages::Terminal {
+    let mode = |(opcode, value): (u8, u32)| TerminalMode { opcode: opcode.into(), value };
+    messages::Terminal { size: terminal.size.map(size).into(), modes: terminal.modes.into_iter().map(mode).collect() }
+}
+
+fn size(size: TerminalSize) -> Resize {
+    Resize {
+        columns: size.columns.into(),
+        rows: size.rows.into(),
+        width_px: size.width_px.into(),
+        height_px: size.height_px.into(),
     }
 }
 
@@ -168,9 +188,8 @@ async fn feed(sender: Sender, mut inputs: mpsc::Receiver<ProcessInput>) {
                 Some(ProcessInput::StdinClose) if !closed => (closing, closed) = (true, true),
                 Some(ProcessInput::StdinClose) => {}
                 Some(ProcessInput::Signal(signal)) => tell(&sender, to_signal(signal)).await,
-                Some(ProcessInput::Resize { columns, rows }) => {
-                    let size = Resize { columns: columns.into(), rows: rows.into() };
-                    tell(&sender, messages::input::Kind::Resize(Box::new(size))).await;
+                Some(ProcessInput::Resize(wanted)) => {
+                    tell(&sender, messages::input::Kind::Resize(Box::new(size(wanted)))).await;
                 }
                 None => open = false,
             },

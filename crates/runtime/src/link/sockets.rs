@@ -102,8 +102,11 @@ impl Network {
     }
 }
 
-/// Connects to a port of the sandbox's loopback device: IPv4 first, then IPv6.
-pub(super) async fn connect(network: &Network, port: u16) -> Result<Stream, GuestError> {
+/// What a sandbox calls itself.
+pub(super) const LOOPBACK: &[IpAddr] = &[IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+
+/// Connects to a port of the first of the sandbox's addresses that does not refuse it.
+pub(super) async fn connect(network: &Network, addresses: &[IpAddr], port: u16) -> Result<Stream, GuestError> {
     let to = |ip: IpAddr| async move {
         let stream = network.socket(ip)?.connect(SocketAddr::new(ip, port)).await?;
         // A port that the kernel gives to clients may be given to this very one, which then meets itself.
@@ -113,13 +116,17 @@ pub(super) async fn connect(network: &Network, port: u16) -> Result<Stream, Gues
         }
     };
     let connecting = async {
-        match to(Ipv4Addr::LOCALHOST.into()).await {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+        let mut first = None;
+        for ip in addresses {
+            match to(*ip).await {
                 // Where there is no such address, or nothing either, the first refusal tells more.
-                to(Ipv6Addr::LOCALHOST.into()).await.map_err(|_| error)
+                Err(error) if first.is_some() || error.kind() == io::ErrorKind::ConnectionRefused => {
+                    first.get_or_insert(error);
+                }
+                other => return other,
             }
-            other => other,
         }
+        Err(first.unwrap_or_else(|| Errno::ADDRNOTAVAIL.into()))
     };
     match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
         Ok(connected) => Ok(network.keep(connected.map_err(|error| refusal(&error, Code::GuestUnreachable))?)),

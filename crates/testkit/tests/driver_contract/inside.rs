@@ -55,7 +55,11 @@ pub async fn a_terminal_is_one_and_changes_its_size(place: &mut Place) -> Outcom
             ProcessEvent::Exit(_) => break,
         }
         if text.contains("ready") && !resized {
-            process.input.send(ProcessInput::Resize { columns: 111, rows: 22 }).await.unwrap();
+            process
+                .input
+                .send(ProcessInput::Resize(TerminalSize { columns: 111, rows: 22, ..TerminalSize::default() }))
+                .await
+                .unwrap();
             // Bash runs a trap when `read` returns.
             process.input.send(ProcessInput::Stdin("\n".into())).await.unwrap();
             resized = true;

@@ -245,7 +245,11 @@ async fn a_terminal_has_a_size_one_output_and_job_control() {
     let mut wanted = shell("read go; stty size; tty; test -t 2 && echo terminal >&2; echo $TERM; cat; echo end");
     (wanted.pty, wanted.stdin) = (true, true);
     let process = link.run(wanted).await.unwrap();
-    process.input.send(ProcessInput::Resize { columns: 123, rows: 45 }).await.unwrap();
+    process
+        .input
+        .send(ProcessInput::Resize(TerminalSize { columns: 123, rows: 45, ..TerminalSize::default() }))
+        .await
+        .unwrap();
     process.input.send(ProcessInput::Stdin(bytes("go\n"))).await.unwrap();
     process.input.send(ProcessInput::Stdin(bytes("hello\n"))).await.unwrap();
     process.input.send(ProcessInput::StdinClose).await.unwrap();

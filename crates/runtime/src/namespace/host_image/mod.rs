@@ -11,18 +11,27 @@ use std::net::Ipv4Addr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
+use accounts::{Accounts, Host};
+
+mod accounts;
+mod apt;
+mod packages;
+mod terminals;
+
 /// Directories of a Unix root that hold programs and libraries.
 const PROGRAM_DIRECTORIES: [&str; 7] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"];
 
 /// What is taken from the host's `/etc`: needed by programs of `/usr`, and telling nothing of the
 /// host's users, secrets or network.
-const FROM_ETC: [&str; 33] = [
+const FROM_ETC: [&str; 36] = [
+    "adduser.conf",
     "alternatives",
     "bash.bashrc",
     "ca-certificates",
     "ca-certificates.conf",
     "debconf.conf",
     "debian_version",
+    "deluser.conf",
     "dpkg",
     "environment",
     "fonts",
@@ -50,6 +59,7 @@ const FROM_ETC: [&str; 33] = [
     "services",
     "skel",
     "terminfo",
+    "ucf.conf",
 ];
 /// Of `/etc/ssl` only this: the rest may hold private keys.
 const FROM_ETC_SSL: [&str; 2] = ["certs", "openssl.cnf"];
@@ -86,7 +96,7 @@ impl Image {
 }
 
 /// Raised whenever this module makes something else of the same host.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// Makes the base layer below `images`, unless the same one is there. Sandboxes keep the layer they
 /// started with: an old one may be removed only when [`remove_unused`] finds it unused.
@@ -122,9 +132,17 @@ fn make_base(base: &Path, name_server: Option<Ipv4Addr>) -> Result<(), ImageErro
             at(&inside, fs::create_dir(&inside))?;
         }
     }
-    make_power_programs(base)?;
+    let accounts = Accounts::of(Host::read());
+    let programs = make_programs_directory(base)?;
+    make_power_programs(&programs)?;
+    packages::forbid_services(&programs)?;
     make_directories(base)?;
-    make_etc(&base.join("etc"), name_server)
+    make_etc(&base.join("etc"), name_server, &accounts)?;
+    packages::make_database(base, &accounts)?;
+    packages::make_directories(base, &accounts)?;
+    apt::make(&base.join("etc"))?;
+    terminals::make(&base.join("etc"));
+    make_home(&base.join("home/tenki"))
 }
 
 /// Programs that power the sandbox off: its first process does so when it gets this signal.
@@ -149,8 +167,8 @@ if ! kill -s PWR 1 2> /dev/null; then
 fi
 "#;
 
-/// Lays them over those of the host.
-fn make_power_programs(base: &Path) -> Result<(), ImageError> {
+/// The directory of root's programs, in which ours lie over those of the host.
+fn make_programs_directory(base: &Path) -> Result<PathBuf, ImageError> {
     let directory = fs::canonicalize("/sbin").unwrap_or_else(|_| "/usr/sbin".into());
     let mut inside = base.to_owned();
     for part in directory.strip_prefix("/").unwrap_or(&directory) {
@@ -161,8 +179,12 @@ fn make_power_programs(base: &Path) -> Result<(), ImageError> {
         // Of two directories over each other, the upper one's mode is seen.
         at(&inside, fs::set_permissions(&inside, Permissions::from_mode(0o755)))?;
     }
+    Ok(inside)
+}
+
+fn make_power_programs(programs: &Path) -> Result<(), ImageError> {
     for name in ["poweroff", "halt", "shutdown"] {
-        let path = inside.join(name);
+        let path = programs.join(name);
         at(&path, fs::write(&path, POWER_OFF))?;
         at(&path, fs::set_permissions(&path, Permissions::from_mode(0o755)))?;
     }
@@ -184,7 +206,12 @@ fn fingerprint(name_server: Option<Ipv4Addr>) -> String {
             hash.update(format!("{} {}", path.display(), metadata.is_symlink()).as_bytes());
         }
     }
-    describe(Path::new("/var/lib/dpkg/status"), &mut hash);
+    for path in ["/etc/apt", "/etc/timezone", "/var/lib/dpkg/status", accounts::OVERRIDES] {
+        describe(Path::new(path), &mut hash);
+    }
+    for path in [accounts::PASSWD_MASTER, accounts::GROUP_MASTER] {
+        describe(Path::new(path), &mut hash);
+    }
     hash.finalize().to_hex()[..16].to_owned()
 }
 
@@ -246,20 +273,42 @@ fn make_directories(base: &Path) -> Result<(), ImageError> {
     at(base, symlink("/run", base.join("var/run")))?;
     at(base, symlink("/run/lock", base.join("var/lock")))?;
     at(base, symlink("/proc/self/mounts", base.join("etc/mtab")))?;
-    // What package managers know of the programs in /usr; without it they would install over them.
-    copy(Path::new("/var/lib/dpkg"), &base.join("var/lib/dpkg"))?;
-    let skeleton = Path::new("/etc/skel");
-    if let Ok(entries) = fs::read_dir(skeleton) {
-        for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file())) {
-            let target = base.join("home/tenki").join(entry.file_name());
-            copy(&entry.path(), &target)?;
-            at(&target, chown(&target, Some(TENKI), Some(TENKI)))?;
-        }
-    }
     Ok(())
 }
 
-fn make_etc(etc: &Path, name_server: Option<Ipv4Addr>) -> Result<(), ImageError> {
+/// What the user's own installs of Python's and Node's packages need: a place that is the user's, and leave.
+const PIP: &str = "[global]\n# A sandbox is nobody's only machine: pip may install beside the system's packages.\nbreak-system-packages = true\n";
+const NPM: &str = "prefix=${HOME}/.local\n";
+
+/// The last line is for what packages and users add.
+const SUDOERS: &str = "Defaults env_reset, !use_pty\nroot ALL=(ALL:ALL) ALL\ntenki ALL=(ALL:ALL) NOPASSWD: ALL\n\
+    @includedir /etc/sudoers.d\n";
+
+fn make_home(home: &Path) -> Result<(), ImageError> {
+    let ours = |path: &Path| at(path, chown(path, Some(TENKI), Some(TENKI)));
+    let skeleton = Path::new("/etc/skel");
+    if let Ok(entries) = fs::read_dir(skeleton) {
+        for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file())) {
+            let target = home.join(entry.file_name());
+            copy(&entry.path(), &target)?;
+            // An unreadable one was not copied.
+            if target.exists() {
+                ours(&target)?;
+            }
+        }
+    }
+    // There before the first login, whose shell looks for it once.
+    for name in [".local", ".local/bin"] {
+        let directory = home.join(name);
+        at(&directory, fs::create_dir(&directory))?;
+        ours(&directory)?;
+    }
+    let settings = home.join(".npmrc");
+    at(&settings, fs::write(&settings, NPM))?;
+    ours(&settings)
+}
+
+fn make_etc(etc: &Path, name_server: Option<Ipv4Addr>, accounts: &Accounts) -> Result<(), ImageError> {
     for name in FROM_ETC {
         copy(&Path::new("/etc").join(name), &etc.join(name))?;
     }
@@ -267,28 +316,18 @@ fn make_etc(etc: &Path, name_server: Option<Ipv4Addr>) -> Result<(), ImageError>
     for name in FROM_ETC_SSL {
         copy(&Path::new("/etc/ssl").join(name), &etc.join("ssl").join(name))?;
     }
+    let more_sudoers = etc.join("sudoers.d");
+    at(&more_sudoers, fs::create_dir(&more_sudoers))?;
+    at(&more_sudoers, fs::set_permissions(&more_sudoers, Permissions::from_mode(0o750)))?;
+    let time_zone = time_zone() + "\n";
     let resolver = name_server.map_or(String::new(), |address| format!("nameserver {address}\n"));
     let files = [
-        (
-            "passwd",
-            0o644,
-            "root:x:0:0:root:/root:/bin/bash\n\
-                           daemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin\n\
-                           mail:x:8:8:mail:/var/mail:/usr/sbin/nologin\n\
-                           www-data:x:33:33:www-data:/var/www:/usr/sbin/nologin\n\
-                           _apt:x:42:65534::/nonexistent:/usr/sbin/nologin\n\
-                           tenki:x:1000:1000:tenki:/home/tenki:/bin/bash\n\
-                           nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
-        ),
-        (
-            "group",
-            0o644,
-            "root:x:0:\ndaemon:x:1:\nadm:x:4:\ntty:x:5:\ndisk:x:6:\nmail:x:8:\nsudo:x:27:tenki\nwww-data:x:33:\n\
-                          shadow:x:42:\nutmp:x:43:\nstaff:x:50:\nusers:x:100:\ntenki:x:1000:\nnogroup:x:65534:\n",
-        ),
-        // No password fits `*`; `sudo` asks for none.
-        ("shadow", 0o640, "root:*:19000:0:99999:7:::\ntenki:*:19000:0:99999:7:::\n"),
-        ("sudoers", 0o440, "Defaults env_reset, !use_pty\nroot ALL=(ALL:ALL) ALL\ntenki ALL=(ALL:ALL) NOPASSWD: ALL\n"),
+        ("passwd", 0o644, accounts.passwd.as_str()),
+        ("group", 0o644, accounts.group.as_str()),
+        ("shadow", 0o640, accounts.shadow.as_str()),
+        ("timezone", 0o644, time_zone.as_str()),
+        ("pip.conf", 0o644, PIP),
+        ("sudoers", 0o440, SUDOERS),
         ("hostname", 0o644, "sandbox\n"),
         ("hosts", 0o644, "127.0.0.1 localhost sandbox\n::1 localhost ip6-localhost\n"),
         (
@@ -307,6 +346,16 @@ fn make_etc(etc: &Path, name_server: Option<Ipv4Addr>) -> Result<(), ImageError>
         at(&path, fs::set_permissions(&path, Permissions::from_mode(mode)))?;
     }
     Ok(())
+}
+
+/// The name of the host's time zone, from its file of that name, or from where its table lies.
+fn time_zone() -> String {
+    let named = fs::read_to_string("/etc/timezone").ok().map(|name| name.trim().to_owned());
+    let linked = || {
+        let table = fs::canonicalize("/etc/localtime").ok()?;
+        Some(table.strip_prefix("/usr/share/zoneinfo").ok()?.display().to_string())
+    };
+    named.filter(|name| !name.is_empty()).or_else(linked).unwrap_or_else(|| "Etc/UTC".to_owned())
 }
 
 /// Copies a file, link or directory with its permissions; what is absent is left out. Owners become

@@ -1,0 +1,221 @@
+//! Who a command runs as: what a login would find out about the account, read anew for each command.
+//!
+//! The files are the sandbox's own and anybody's who is root there. What they say is believed about this sandbox only:
+//! the uid is never theirs to choose, and a file that is missing, no file at all, too large or garbled says nothing.
+
+use std::fs::File;
+use std::io::Read;
+
+use rustix::fs::{FileType, Mode, OFlags};
+
+use super::limits::{self, Limit};
+
+/// Uid and gid of the user `tenki`.
+pub const TENKI: u32 = 1000;
+/// The rest of a larger file is not looked at, bytes.
+const FILE_BYTES_MAX: u64 = 1024 * 1024;
+/// Ids from here on mean nobody in a sandbox, and no process can have them.
+const IDS_END: u32 = 65_536;
+/// What the kernel takes.
+const GROUPS_MAX: usize = 65_536;
+const UMASK: u32 = 0o022;
+
+/// An account as a process of it needs it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Account {
+    pub name: String,
+    pub uid: u32,
+    pub gid: u32,
+    /// All groups, with the first one.
+    pub groups: Vec<u32>,
+    pub home: String,
+    pub shell: String,
+    pub umask: u32,
+    pub limits: Vec<Limit>,
+}
+
+impl Account {
+    /// The account of root or of `tenki`, as the files of this machine describe it.
+    pub fn look_up(privileged: bool, home_of_tenki: &str) -> Self {
+        let (name, uid, home) = if privileged { ("root", 0, "/root") } else { ("tenki", TENKI, home_of_tenki) };
+        let mut account = Self {
+            name: name.into(),
+            uid,
+            gid: uid,
+            groups: Vec::new(),
+            home: home.into(),
+            shell: "/bin/bash".into(),
+            umask: UMASK,
+            limits: Vec::new(),
+        };
+        let comment = account.take_entry(&read("/etc/passwd"));
+        let groups = read("/etc/group");
+        account.groups = groups_of(&groups, name, account.gid);
+        account.umask = umask(&comment, &read("/etc/login.defs"));
+        account.limits = limits::of(&account, &groups, limits::files().iter().map(|path| read(path)));
+        account
+    }
+
+    /// What `/etc/passwd` says of the account; returns its comment field. An entry with another uid is another account's.
+    fn take_entry(&mut self, passwd: &str) -> String {
+        for line in passwd.lines() {
+            let fields: Vec<&str> = line.split(':').collect();
+            let [name, _, uid, gid, comment, home, shell] = fields[..] else { continue };
+            if name != self.name || uid.parse() != Ok(self.uid) {
+                continue;
+            }
+            if let Some(gid) = id(gid) {
+                self.gid = gid;
+            }
+            if home.starts_with('/') {
+                self.home = home.into();
+            }
+            // Nothing stands for the default.
+            if shell.starts_with('/') {
+                self.shell = shell.into();
+            }
+            return comment.into();
+        }
+        String::new()
+    }
+}
+
+/// A uid or gid that a process here can have.
+fn id(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|id| *id < IDS_END)
+}
+
+fn groups_of(group: &str, user: &str, first: u32) -> Vec<u32> {
+    let mut groups = vec![first];
+    for line in group.lines() {
+        let fields: Vec<&str> = line.split(':').collect();
+        let [_, _, gid, members] = fields[..] else { continue };
+        if let Some(gid) = id(gid).filter(|_| members.split(',').any(|member| member == user)) {
+            groups.push(gid);
+        }
+    }
+    groups.sort_unstable();
+    groups.dedup();
+    groups.truncate(GROUPS_MAX);
+    groups
+}
+
+/// The gid of a group by its name.
+pub fn gid_of(group: &str, name: &str) -> Option<u32> {
+    group.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(name)).then(|| id(fields.nth(1)?)).flatten()
+    })
+}
+
+/// The account's own is in its comment, else the machine's holds.
+fn umask(comment: &str, login_defs: &str) -> u32 {
+    let octal = |text: &str| u32::from_str_radix(text, 8).ok().map(|mask| mask & 0o777);
+    let own = || comment.split(',').find_map(|part| octal(part.strip_prefix("umask=")?));
+    let general = || {
+        login_defs.lines().find_map(|line| {
+            let mut words = line.split_whitespace();
+            (words.next() == Some("UMASK")).then(|| octal(words.next()?)).flatten()
+        })
+    };
+    own().or_else(general).unwrap_or(UMASK)
+}
+
+/// A file's content, or nothing. Never waits: what stands there may be a pipe.
+fn read(path: &str) -> String {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let Ok(file) = rustix::fs::open(path, flags, Mode::empty()) else { return String::new() };
+    match rustix::fs::fstat(&file) {
+        Ok(status) if FileType::from_raw_mode(status.st_mode) == FileType::RegularFile => {}
+        _ => return String::new(),
+    }
+    let mut bytes = Vec::new();
+    let _ = File::from(file).take(FILE_BYTES_MAX).read_to_end(&mut bytes);
+    // What follows goes to system calls as C strings.
+    bytes.retain(|byte| *byte != 0);
+    String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tenki() -> Account {
+        Account {
+            name: "tenki".into(),
+            uid: TENKI,
+            gid: TENKI,
+            groups: Vec::new(),
+            home: "/home/tenki".into(),
+            shell: "/bin/bash".into(),
+            umask: UMASK,
+            limits: Vec::new(),
+        }
+    }
+
+    fn entry(passwd: &str) -> (Account, String) {
+        let mut account = tenki();
+        let comment = account.take_entry(passwd);
+        (account, comment)
+    }
+
+    #[test]
+    fn the_accounts_entry_says_group_home_and_shell() {
+        let passwd =
+            "root:x:0:0::/root:/bin/sh\ntenki:x:1000:100:T,,umask=077:/srv/t:/bin/zsh\ntenki:x:1000:5::/no:/no\n";
+        let expected = Account { gid: 100, home: "/srv/t".into(), shell: "/bin/zsh".into(), ..tenki() };
+        assert_eq!(entry(passwd), (expected, "T,,umask=077".to_owned()));
+        assert_eq!(entry("tenki:x:1000:1000:::\n"), (tenki(), String::new()));
+    }
+
+    #[test]
+    fn an_entry_cannot_choose_the_uid_and_garbage_says_nothing() {
+        for passwd in [
+            "",
+            "tenki:x:0:0::/root:/bin/sh",
+            "tenki:x:1001:7::/x:/x",
+            "tenki:x:1000:7::/x",
+            "tenki:x:1000:7::/x:/x:more",
+            "other:x:1000:7::/x:/x",
+            ":::::::",
+        ] {
+            assert_eq!(entry(passwd), (tenki(), String::new()), "{passwd}");
+        }
+        let (account, _) = entry("tenki:x:1000:65536::relative:also");
+        assert_eq!(account, tenki(), "an id that is not mapped, and paths that are none");
+    }
+
+    #[test]
+    fn groups_are_those_that_name_the_user_and_the_first() {
+        let group =
+            "a:x:7:tenki\nb:x:8:x,tenki,y\nc:x:9:tenkis\nd:x:65536:tenki\ne:x:8:tenki\nf:x:1000:\ng:x:6:tenki:more\n";
+        assert_eq!(groups_of(group, "tenki", 1000), [7, 8, 1000]);
+        assert_eq!(groups_of("", "tenki", 1000), [1000]);
+        assert_eq!(gid_of(group, "b"), Some(8));
+        assert_eq!(gid_of(group, "z"), None);
+    }
+
+    #[test]
+    fn the_umask_is_the_accounts_or_the_machines() {
+        let defs = "# UMASK 000\nUMASK\t\t027\nUMASK 077\n";
+        assert_eq!(umask("", defs), 0o027);
+        assert_eq!(umask("Name,room,umask=002", defs), 0o002);
+        assert_eq!(umask("umask=9", "UMASK x\n"), UMASK);
+        assert_eq!(umask("umask=7777", ""), 0o777);
+    }
+
+    #[test]
+    fn what_is_no_file_says_nothing_and_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = directory.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, Mode::RWXU, 0).unwrap();
+        assert_eq!(read(pipe.to_str().unwrap()), "");
+        assert_eq!(read(directory.path().to_str().unwrap()), "");
+        assert_eq!(read("/nonexistent"), "");
+        let file = directory.path().join("file");
+        std::fs::write(&file, b"a\0b\xff").unwrap();
+        assert_eq!(read(file.to_str().unwrap()), "ab\u{fffd}");
+        std::fs::write(&file, vec![b'x'; FILE_BYTES_MAX as usize + 1]).unwrap();
+        assert_eq!(read(file.to_str().unwrap()).len() as u64, FILE_BYTES_MAX);
+    }
+}
