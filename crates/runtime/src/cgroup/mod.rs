@@ -17,6 +17,9 @@ mod tests;
 
 /// Microseconds; the period over which processor time is shared out.
 const CPU_PERIOD_US: u64 = 100_000;
+/// What the buffers of a sandbox's TCP and UDP sockets may take on cgroup v1, beside its memory. On v2 they are a part
+/// of its memory.
+const SOCKETS_PART_OF_MEMORY: u64 = 8;
 /// How long processes may take to stand still: one that waits for a disk does not before it has got what it
 /// waits for.
 const FREEZE_MAX: Duration = Duration::from_secs(20);
@@ -290,6 +293,10 @@ impl Group {
                 let _ = self.write(memory, "memory.memsw.limit_in_bytes", "-1");
                 self.write(memory, "memory.limit_in_bytes", &memory_bytes)?;
                 let _ = self.write(memory, "memory.memsw.limit_in_bytes", &memory_bytes);
+                // What sockets hold is not counted as memory here, and not at all for sockets that are older than this
+                // limit. Absent where the host was started with `cgroup.memory=nosocket`.
+                let buffers = limits.memory_bytes / SOCKETS_PART_OF_MEMORY;
+                let _ = self.write(memory, "memory.kmem.tcp.limit_in_bytes", &buffers.to_string());
                 self.write(pids, "pids.max", &processes)?;
             }
         }
