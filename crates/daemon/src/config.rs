@@ -68,8 +68,22 @@ pub struct Limits {
     /// Largest request or response message, bytes; also the largest file that ReadFile and
     /// WriteFile move in one piece. Default 128 MiB.
     pub message_bytes_max: usize,
-    /// Connections open at once; further ones are closed at once. Default 4096.
+    /// Messages under way in the whole server, bytes: those that are read, made, or wait to be read by a client. An eighth
+    /// is for messages of at most 64 KiB. At least twice message_bytes_max. Default 256 MiB.
+    pub bytes_under_way_max: usize,
+    /// How long a message may wait for that. Default 20,000.
+    pub bytes_under_way_wait_ms: u64,
+    /// What a client sends or takes at least of a message larger than 64 KiB, bytes per second; looked at once in
+    /// request_body_idle_timeout_ms. Default 65,536.
+    pub message_bytes_per_s_min: u64,
+    /// Connections that have shown a key, open at once; for a further one the longest idle is closed. Previews have
+    /// `previews.connections_max` of their own. Default 4096.
     pub connections_max: usize,
+    /// Connections that have shown no key yet, open at once, and the same for ports of previews; for a further one the
+    /// oldest of the address with most of them is closed. Default 1024.
+    pub strangers_max: usize,
+    /// From the opening of a connection to its first request with a valid key, or to a preview. Default 10,000.
+    pub stranger_timeout_ms: u64,
     /// Calls at once on one HTTP/2 connection. Default 1000.
     pub streams_per_connection_max: u32,
     /// Header fields of one HTTP/2 request, bytes in sum; HTTP/1.1 has about 400 KiB and 100 fields.
@@ -125,6 +139,9 @@ pub struct Network {
     pub allow: Vec<String>,
     /// Who answers sandboxes' questions for names, e.g. `9.9.9.9` or `127.0.0.1:5353`. Default: whom the host asks.
     pub name_server: Option<String>,
+    /// Connections to the outside that one sandbox may have at a time; it begins a twentieth of them per second, after
+    /// all of them at once. No more than a 64th of the host's table of connections (`nf_conntrack_max`). Default 4096.
+    pub connections_max: u32,
 }
 
 /// Resources made ahead, so that creating a sandbox does not wait for them.
@@ -229,6 +246,8 @@ pub struct Previews {
     pub answer_timeout_ms: u64,
     /// Requests and WebSockets under way to one preview. Default 1024.
     pub exchanges_max: usize,
+    /// Viewers' connections to previews, open at once; for a further one the longest idle is closed. Default 4096.
+    pub connections_max: usize,
     /// Connections kept open to one preview's service for later requests. Default 32.
     pub idle_connections_max: usize,
     /// How long they are kept. Default 30,000.
@@ -293,7 +312,12 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             message_bytes_max: 128 * MIB as usize,
+            bytes_under_way_max: 256 * MIB as usize,
+            bytes_under_way_wait_ms: 20_000,
+            message_bytes_per_s_min: 65_536,
             connections_max: 4096,
+            strangers_max: 1024,
+            stranger_timeout_ms: 10_000,
             streams_per_connection_max: 1000,
             request_header_bytes_max: 64 * 1024,
             request_header_timeout_ms: 30_000,
@@ -317,7 +341,7 @@ impl Default for Limits {
 
 impl Default for Network {
     fn default() -> Self {
-        Self { outbound: true, cidr: None, allow: Vec::new(), name_server: None }
+        Self { outbound: true, cidr: None, allow: Vec::new(), name_server: None, connections_max: 4_096 }
     }
 }
 
@@ -335,6 +359,7 @@ impl Default for Previews {
             connect_timeout_ms: 10_000,
             answer_timeout_ms: 300_000,
             exchanges_max: 1024,
+            connections_max: 4096,
             idle_connections_max: 32,
             idle_timeout_ms: 30_000,
         }
@@ -448,6 +473,9 @@ impl Config {
         if !(1024 * 1024..=i32::MAX as usize).contains(&limits.message_bytes_max) {
             return refuse("limits.message_bytes_max", "must be between 1 MiB and 2 GiB");
         }
+        if limits.bytes_under_way_max < 2 * limits.message_bytes_max {
+            return refuse("limits.bytes_under_way_max", "must be at least twice limits.message_bytes_max");
+        }
         for (key, window) in [
             ("limits.stream_window_bytes", limits.stream_window_bytes),
             ("limits.connection_window_bytes", limits.connection_window_bytes),
@@ -464,6 +492,11 @@ impl Config {
         }
         for (key, count) in [
             ("limits.connections_max", limits.connections_max as u64),
+            ("network.connections_max", self.network.connections_max.into()),
+            ("limits.bytes_under_way_wait_ms", limits.bytes_under_way_wait_ms),
+            ("limits.strangers_max", limits.strangers_max as u64),
+            ("limits.stranger_timeout_ms", limits.stranger_timeout_ms),
+            ("previews.connections_max", self.previews.connections_max as u64),
             ("limits.streams_per_connection_max", limits.streams_per_connection_max.into()),
             ("limits.request_header_timeout_ms", limits.request_header_timeout_ms),
             ("limits.tls_handshake_timeout_ms", limits.tls_handshake_timeout_ms),
@@ -600,6 +633,7 @@ mod tests {
             ("public_url = 'http://x/path'", "public_url"),
             ("public_url = 'x:7070'", "public_url"),
             ("[limits]\nmessage_bytes_max = 10", "limits.message_bytes_max"),
+            ("[limits]\nbytes_under_way_max = 134217728", "limits.bytes_under_way_max"),
             ("[limits]\nstream_window_bytes = 1", "limits.stream_window_bytes"),
             ("[limits]\nconnections_max = 0", "limits.connections_max"),
             ("[engine]\nsessions_max = 0", "engine.sessions_max"),

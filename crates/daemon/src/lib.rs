@@ -3,6 +3,7 @@
 //! A façade translates between its clients' protocol and the engine and decides nothing. Nothing
 //! here knows a driver, an isolation technology or a database.
 
+mod budget;
 pub mod config;
 mod download;
 pub mod host;
@@ -18,6 +19,8 @@ use nagaya_engine::Engine;
 use nagaya_gateway::preview::{self, Proxy};
 use nagaya_gateway::ssh::{SshLimits, SshServer};
 
+use budget::Budget;
+pub use budget::GiveBack;
 use config::Config;
 use download::Downloads;
 pub use metrics::{Level, Levels};
@@ -35,6 +38,8 @@ pub struct Hooks {
     pub pools: Option<Levels>,
     /// Whose edge the engine was given. Without it the server opens its own, and previews are not reached.
     pub front: Option<Front>,
+    /// Called a moment after large messages.
+    pub give_back: Option<GiveBack>,
 }
 
 /// A running server.
@@ -78,7 +83,9 @@ impl Daemon {
             previews: Some(Arc::clone(&previews)),
             ssh: Some(Arc::clone(ssh.traffic())),
         }));
+        let budget = Budget::new(&config.limits, hooks.give_back);
         let tenki = tenki::Facade::new(tenki::Parts {
+            budget,
             engine: engine.clone(),
             engine_config: config.engine.clone(),
             limits: config.limits.clone(),

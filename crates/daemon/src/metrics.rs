@@ -88,7 +88,7 @@ impl Metrics {
         registry.register("connections", "Connections open now", metrics.connections.clone());
         registry.register(
             "connections_refused",
-            "Connections closed because connections_max was reached",
+            "Connections closed because they gave way to others or showed no key in time",
             metrics.connections_refused.clone(),
         );
         registry.register(

@@ -4,6 +4,7 @@
 pub(crate) mod body;
 mod front;
 pub(crate) mod lifecycle;
+pub(crate) mod measured;
 pub(crate) mod preface;
 pub(crate) mod routes;
 mod timer;
@@ -17,11 +18,13 @@ use std::time::Duration;
 
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use nagaya_gateway::preview::{Arrival, Viewer};
+use nagaya_api::error::{Code, Error};
+use nagaya_gateway::places::{Active, Places, Seat};
+use nagaya_gateway::preview::{Arrival, Connection, Viewer};
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 
@@ -74,13 +77,66 @@ struct Shared {
     lifecycle: Arc<Lifecycle>,
     metrics: Arc<Metrics>,
     tls: Option<TlsAcceptor>,
+    /// For connections that have shown no right to anything yet: to the listener, and to ports of previews.
+    strangers: Arc<Places>,
+    preview_strangers: Arc<Places>,
+    /// For those that have.
+    callers: Arc<Places>,
+    viewers: Arc<Places>,
 }
 
 /// A connection that counts as open, also when another protocol than HTTP is spoken on it.
-struct Open {
-    _place: OwnedSemaphorePermit,
+pub(crate) struct Open {
+    seat: Arc<Seat>,
+    shared: Arc<Shared>,
     _metric: OpenConnection,
 }
+
+impl Open {
+    /// Told with each request that has shown a key, a certificate or the token of a URL.
+    pub(crate) fn admit(&self) -> Result<(), Error> {
+        match self.seat.move_to(&self.shared.callers) {
+            true => Ok(()),
+            false => Err(Error::new(Code::CapacityUnavailable, "limits.connections_max is reached")),
+        }
+    }
+
+    /// `None` when the connection has to go.
+    fn begin(&self) -> Option<Active> {
+        self.seat.begin()
+    }
+
+    /// Completes when the connection has to go: it gave way, or its time to show a key is over.
+    async fn given_up(&self, at_most: Duration) {
+        let late = async {
+            loop {
+                tokio::time::sleep(at_most).await;
+                if self.seat.has_moved() {
+                    std::future::pending::<()>().await;
+                }
+                // A request may wait for its preview to wake up before it is known to be one.
+                if self.seat.is_idle() {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            () = self.seat.given_up() => {}
+            () = late => {}
+        }
+    }
+}
+
+impl Connection for Open {
+    fn admit(&self) -> bool {
+        self.seat.move_to(&self.shared.viewers)
+    }
+}
+
+/// A request came on a connection that is being closed. It is not carried out.
+#[derive(Debug, thiserror::Error)]
+#[error("the connection gave way to another")]
+struct GaveWay;
 
 /// Where a connection came from.
 struct Peer {
@@ -101,6 +157,10 @@ impl Server {
         let local_addr = front.local_addr;
         let shared = Arc::new(Shared {
             routes,
+            strangers: Places::new(config.limits.strangers_max),
+            preview_strangers: Places::new(config.limits.strangers_max),
+            callers: Places::new(config.limits.connections_max),
+            viewers: Places::new(config.previews.connections_max),
             limits: config.limits.clone(),
             secure_outside: config.public_url.as_ref().is_some_and(|url| url.starts_with("https:")),
             lifecycle: Arc::clone(&lifecycle),
@@ -132,7 +192,6 @@ impl Server {
 /// Runs until the server drains and the last connection is closed.
 async fn accept(listener: TcpListener, mut arrivals: Option<mpsc::Receiver<Arrival>>, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
-    let places = Arc::new(Semaphore::new(shared.limits.connections_max));
     let mut draining = pin!(shared.lifecycle.reached(Phase::Draining));
     loop {
         let (stream, peer) = tokio::select! {
@@ -151,16 +210,10 @@ async fn accept(listener: TcpListener, mut arrivals: Option<mpsc::Receiver<Arriv
                 (arrival.stream, Peer { ip: arrival.peer.ip(), label: Some(arrival.label) })
             }
         };
-        match Arc::clone(&places).try_acquire_owned() {
-            Ok(place) => {
-                let open = Open { _place: place, _metric: shared.metrics.connection_opened() };
-                connections.spawn(serve(stream, peer, open, Arc::clone(&shared)));
-            }
-            Err(_) => {
-                shared.metrics.connection_refused();
-                tracing::warn!("a connection was closed at once: connections_max is reached");
-            }
-        }
+        let places = if peer.label.is_some() { &shared.preview_strangers } else { &shared.strangers };
+        let seat = Arc::new(places.enter(peer.ip));
+        let open = Open { seat, shared: Arc::clone(&shared), _metric: shared.metrics.connection_opened() };
+        connections.spawn(serve(stream, peer, Arc::new(open)));
     }
     drop((listener, arrivals));
     while connections.join_next().await.is_some() {}
@@ -170,7 +223,20 @@ async fn next_arrival(arrivals: &mut Option<mpsc::Receiver<Arrival>>) -> Option<
     arrivals.as_mut()?.recv().await
 }
 
-async fn serve(stream: TcpStream, peer: Peer, open: Open, shared: Arc<Shared>) {
+async fn serve(stream: TcpStream, peer: Peer, open: Arc<Open>) {
+    let at_most = Duration::from_millis(open.shared.limits.stranger_timeout_ms);
+    tokio::select! {
+        biased;
+        () = open.given_up(at_most) => {
+            open.shared.metrics.connection_refused();
+            tracing::debug!(peer = %peer.ip, "a connection gave way, or showed no key in time");
+        }
+        () = serve_on(stream, &peer, &open) => open.seat.stay_active(),
+    }
+}
+
+async fn serve_on(stream: TcpStream, peer: &Peer, open: &Arc<Open>) {
+    let shared = &open.shared;
     // Answers are small and waited for; holding them back would cost up to 40 ms each.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "failed to set TCP_NODELAY");
@@ -186,18 +252,18 @@ async fn serve(stream: TcpStream, peer: Peer, open: Open, shared: Arc<Shared>) {
     }
     let viewer = |secure| {
         let secure = (secure || shared.secure_outside) && peer.label.is_none();
-        Viewer::new(peer.label.clone(), peer.ip, secure, Arc::new(open))
+        Viewer::new(peer.label.clone(), peer.ip, secure, Arc::clone(open) as Arc<dyn Connection>)
     };
     match &shared.tls {
         Some(acceptor) if peer.label.is_none() => {
             let handshake_timeout = Duration::from_millis(shared.limits.tls_handshake_timeout_ms);
             match tokio::time::timeout(handshake_timeout, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => serve_http(stream, Origin::HTTPS, viewer(true), &shared).await,
+                Ok(Ok(stream)) => serve_http(stream, Origin::HTTPS, viewer(true), open).await,
                 Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
                 Err(_) => tracing::debug!("a TLS handshake took longer than tls_handshake_timeout_ms"),
             }
         }
-        _ => serve_http(stream, Origin::HTTP, viewer(false), &shared).await,
+        _ => serve_http(stream, Origin::HTTP, viewer(false), open).await,
     }
 }
 
@@ -211,10 +277,11 @@ fn keep_alive(stream: &TcpStream, limits: &Limits) -> io::Result<()> {
     Ok(sockopt::set_socket_keepalive(stream, true)?)
 }
 
-async fn serve_http<T>(stream: T, origin: Origin, viewer: Viewer, shared: &Arc<Shared>)
+async fn serve_http<T>(stream: T, origin: Origin, viewer: Viewer, open: &Arc<Open>)
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let shared = &open.shared;
     let limits = &shared.limits;
     let header_timeout = Duration::from_millis(limits.request_header_timeout_ms);
     let (version, stream) = tokio::select! {
@@ -225,12 +292,14 @@ where
         () = shared.lifecycle.reached(Phase::Draining) => return,
     };
 
-    let from = Arc::new((viewer, Arc::clone(shared)));
+    let from = Arc::new((viewer, Arc::clone(open)));
     let service = service_fn(|request| {
         let from = Arc::clone(&from);
         async move {
-            let (viewer, shared) = &*from;
-            shared.routes.answer(request, origin, viewer).await
+            let (viewer, open) = &*from;
+            let active = open.begin().ok_or(GaveWay)?;
+            let answer = open.shared.routes.answer(request, origin, viewer, open).await;
+            Ok::<_, GaveWay>(answer.map(|body| body.held(active)))
         }
     });
     let mut end = pin!(shared.lifecycle.reached(Phase::Draining));

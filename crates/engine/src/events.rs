@@ -351,7 +351,7 @@ impl Inner {
     }
 
     /// Records something that belongs to no transition. What cannot be recorded is only logged: nobody was promised it.
-    async fn record(&self, session_id: SessionId, fact: Fact, execution_id: Option<ExecutionId>) {
+    pub(crate) async fn record(&self, session_id: SessionId, fact: Fact, execution_id: Option<ExecutionId>) {
         match self.write(vec![self.command_event(session_id, fact, execution_id)]).await {
             Ok(()) => self.tell_recorded(session_id),
             Err(error) => tracing::warn!(session = %session_id, %error, "an event was not recorded"),

@@ -7,7 +7,7 @@ use nagaya_api::ids::SessionId;
 
 use crate::events::{EndReason, Event, Fact};
 use crate::inner::{Found, Inner};
-use crate::model::{Connection, Session, SessionState, UnixMs};
+use crate::model::{CONNECTIONS_USED_UP, Connection, Session, SessionState, UnixMs};
 use crate::ports::Load;
 use crate::{Caller, Engine, actor::store_error};
 
@@ -295,7 +295,9 @@ fn of_load(session: &Session, load: &Load, found: &mut Vec<Finding>) {
 
 /// Where it wanted to go and may not.
 fn of_connections(connections: &[Connection]) -> Option<Finding> {
-    let denied: Vec<&Connection> = connections.iter().filter(|connection| !connection.denied.is_empty()).collect();
+    // Those beyond its share have an event of their own, and another remedy.
+    let is_denied = |connection: &&Connection| !matches!(&*connection.denied, "" | CONNECTIONS_USED_UP);
+    let denied: Vec<&Connection> = connections.iter().filter(is_denied).collect();
     let last = denied.last()?;
     let mut destinations: Vec<String> = Vec::new();
     for connection in denied.iter().rev() {

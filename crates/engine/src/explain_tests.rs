@@ -214,6 +214,9 @@ fn denied_destinations_are_named_once_each() {
     ];
     let detail = "3 of the last 4: 10.0.0.1:22 (private), evil.example (not allowed)";
     assert_eq!(denied(two), one("destinations_denied", detail));
+    // Those beyond its share are no matter of destinations: an event tells of them.
+    let beyond = vec![connection("1.2.3.4:443", "", crate::model::CONNECTIONS_USED_UP)];
+    assert_eq!(denied(beyond), one("healthy", "the session is RUNNING"));
     let many = (0..5).map(|n| connection(&format!("10.0.0.{n}:1"), "", "private")).collect();
     assert!(denied(many)[0].1.ends_with("10.0.0.2:1 (private) and 2 more"));
 }

@@ -13,6 +13,7 @@ use crate::access::{Access, Caller};
 use crate::actor::store_error;
 use crate::config::EngineConfig;
 use crate::deadlines::{Deadlines, Sleeper};
+use crate::events::Fact;
 use crate::live::{Exit, Live, Registry, Slot};
 use crate::model::{Machine, Session, SessionState};
 use crate::ports::{Blobs, Change, Clock, Driver, DriverEvent, Edge, Entropy, Store};
@@ -182,6 +183,11 @@ impl Inner {
                         }
                     }
                     DriverEvent::MemoryLow => engine.park_longest_paused(),
+                    DriverEvent::Refused { id, request, limit } => {
+                        if engine.registry.get(id).is_some() {
+                            engine.record(id, Fact::Refused { request, limit }, None).await;
+                        }
+                    }
                 }
             }
         });

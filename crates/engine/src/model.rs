@@ -117,6 +117,9 @@ pub struct Egress {
     pub allow_cidrs: Vec<String>,
 }
 
+/// Why a connection was denied to a sandbox that had too many: [`Connection::denied`].
+pub const CONNECTIONS_USED_UP: &str = "the sandbox has as many connections as it may have at a time";
+
 /// A connection that a sandbox made, or tried to make, to the outside.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Connection {

@@ -188,6 +188,14 @@ pub enum DriverEvent {
     },
     /// The host is short of memory: paused sandboxes in RAM should be stopped.
     MemoryLow,
+    /// Something that a sandbox did was refused at a limit. Told now and then, not each time.
+    Refused {
+        id: SessionId,
+        /// What was refused, e.g. "a connection to the outside".
+        request: String,
+        /// The limit and its value.
+        limit: String,
+    },
 }
 
 /// What an earlier process left of a sandbox.
@@ -389,6 +397,21 @@ pub struct GuestError {
     pub detail: String,
     /// The operating system's error number where there is one, else 0.
     pub errno: i32,
+}
+
+/// Where memory is taken from for an answer of unknown size.
+#[async_trait]
+pub trait Room: Send + Sync {
+    /// Waits for room for so many bytes more; the error says which limit is reached.
+    async fn grow(&self, bytes: usize) -> Result<(), GuestError>;
+}
+
+/// Room without a limit.
+#[async_trait]
+impl Room for () {
+    async fn grow(&self, _: usize) -> Result<(), GuestError> {
+        Ok(())
+    }
 }
 
 /// A command to start in a sandbox.
@@ -663,7 +686,13 @@ pub trait Guest: Send + Sync + 'static {
     /// Number of entries removed; 0 when nothing was there. Never crosses a symbolic link.
     async fn remove(&self, path: &str, recursive: bool) -> Result<u64, GuestError>;
     /// Sorted by name.
-    async fn list_directory(&self, path: &str, include_hidden: bool) -> Result<Vec<DirectoryEntry>, GuestError>;
+    /// Each part takes its room before it is kept.
+    async fn list_directory(
+        &self,
+        path: &str,
+        include_hidden: bool,
+        room: &dyn Room,
+    ) -> Result<Vec<DirectoryEntry>, GuestError>;
 
     /// Connects to something that listens in the sandbox. The error's `errno` is the operating system's, e.g.
     /// `ECONNREFUSED` when nothing listens there. Dropping the future gives up.

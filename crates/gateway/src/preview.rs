@@ -91,6 +91,12 @@ impl Entrance for Engine {
     }
 }
 
+/// A connection that requests come on.
+pub trait Connection: Send + Sync {
+    /// Told with each request that may see its preview. False: there is no place for its viewer.
+    fn admit(&self) -> bool;
+}
+
 /// Who sends requests on a connection.
 pub struct Viewer {
     /// The preview whose own loopback port it came to; `None` when the request's host tells.
@@ -99,13 +105,13 @@ pub struct Viewer {
     /// The viewer sees `https://`.
     pub secure: bool,
     /// Kept while the connection lasts, also by what is spoken on it after HTTP.
-    pub connection: Arc<dyn Send + Sync>,
+    pub connection: Arc<dyn Connection>,
     /// What services hear of it.
     claims: headers::Claims,
 }
 
 impl Viewer {
-    pub fn new(label: Option<Arc<str>>, peer: IpAddr, secure: bool, connection: Arc<dyn Send + Sync>) -> Self {
+    pub fn new(label: Option<Arc<str>>, peer: IpAddr, secure: bool, connection: Arc<dyn Connection>) -> Self {
         Self { label, peer, secure, connection, claims: headers::Claims::of(peer, secure) }
     }
 }
@@ -211,6 +217,9 @@ impl<E: Entrance> Proxy<E> {
         let (host, label) = self.target(&parts, viewer)?;
         let shown = token::take(&mut parts, &label);
         let visit = self.entrance.enter(&label, shown.as_ref().map(|shown| shown.token.as_str())).await?;
+        if !viewer.connection.admit() {
+            return Err(Error::new(Code::CapacityUnavailable, "previews.connections_max is reached"));
+        }
         let learned = match shown {
             Some(Shown { token, in_url: true }) => token::cookie(&label, &token, viewer.secure),
             _ => None,

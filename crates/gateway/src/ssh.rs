@@ -35,6 +35,7 @@ use connection::{Connection, Ended, Entrance};
 use cuttable::Cuttable;
 pub use websocket::{WebSocket, accept_key};
 
+use crate::places::Places;
 use crate::traffic::{Counted, Side, Traffic};
 
 const CA_SECRET: &str = "ssh_ca_key";
@@ -72,7 +73,7 @@ struct Shared {
     protocol: Arc<server::Config>,
     limits: SshLimits,
     places: Arc<Semaphore>,
-    logins: Semaphore,
+    logins: Arc<Places>,
     traffic: Arc<Traffic>,
     closing: watch::Sender<bool>,
 }
@@ -96,7 +97,7 @@ impl SshServer {
             protocol: Arc::new(protocol(authority.vouch(&host_key)?, host_key)),
             authority,
             places: Arc::new(Semaphore::new(limits.connections_max)),
-            logins: Semaphore::new(limits.logins_max),
+            logins: Places::new(limits.logins_max),
             traffic: Arc::default(),
             closing: watch::Sender::new(false),
             limits,
@@ -207,17 +208,26 @@ impl SshServer {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let Ok(login) = self.shared.logins.try_acquire() else {
-            tracing::warn!("an SSH connection was closed at once: ssh.logins_max is reached");
-            return;
-        };
+        // Who comes over the bridge has shown a key of the API already.
+        let login =
+            peer.filter(|_| matches!(entrance, Entrance::Listener)).map(|peer| self.shared.logins.enter(peer.ip()));
+        let mut gave_way = Box::pin(async move {
+            match login {
+                Some(login) => login.given_up().await,
+                None => std::future::pending().await,
+            }
+        });
         let mut closing = self.shared.closing.subscribe();
         let (stream, scissors) = Cuttable::new(Counted::new(stream, Side::Client, &self.shared.traffic));
         let (entered, entering) = oneshot::channel();
         let handler = Connection::new(Arc::clone(&self.shared), entrance, peer, entered);
         let deadline = tokio::time::Instant::now() + self.shared.limits.login_timeout;
         let greeted = server::run_stream(Arc::clone(&self.shared.protocol), stream, handler);
-        let mut session = match tokio::time::timeout_at(deadline, greeted).await {
+        let greeted = tokio::select! {
+            greeted = tokio::time::timeout_at(deadline, greeted) => greeted,
+            () = &mut gave_way => return tracing::debug!("an SSH client that did not log in gave way to another"),
+        };
+        let mut session = match greeted {
             Ok(Ok(session)) => session,
             Ok(Err(error)) => return tracing::debug!(%error, "an SSH client did not greet"),
             Err(_) => return tracing::debug!("an SSH client did not greet in time"),
@@ -230,10 +240,11 @@ impl SshServer {
                 Err(_) => Box::pin(std::future::ready("")),
             },
             () = tokio::time::sleep_until(deadline) => return tracing::debug!("an SSH client did not log in in time"),
+            () = &mut gave_way => return tracing::debug!("an SSH client that did not log in gave way to another"),
             _ = closing.wait_for(|closing| *closing) => return,
             result = &mut session => return note_end(result),
         };
-        drop(login);
+        drop(gave_way);
         let reason = tokio::select! {
             result = &mut session => return note_end(result),
             reason = ended => reason,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use nagaya_daemon::config::{Config, DiskPool};
 use nagaya_daemon::host::{HostClock, HostEntropy};
-use nagaya_daemon::{Daemon, Front, Hooks, Level, Levels};
+use nagaya_daemon::{Daemon, Front, GiveBack, Hooks, Level, Levels};
 use nagaya_engine::Engine;
 use nagaya_engine::ports::{Blobs, Driver, Entropy, Store};
 use nagaya_image::{BlobStore, S3Config, S3Credentials};
@@ -46,6 +46,7 @@ impl Server {
         let blobs = open_blobs(&config)?;
         let (clock, entropy) = (Arc::new(HostClock), Arc::new(HostEntropy));
         let front = Front::open(&config).await?;
+        driver.keep_reachable(front.local_addr().port());
         let engine = Engine::start(config.engine.clone(), store, port, blobs, front.edge(), clock, entropy).await?;
         for key in [key.as_deref(), config.api_key.as_deref()].into_iter().flatten() {
             engine.first_start(Some(key)).await?;
@@ -54,7 +55,13 @@ impl Server {
         let level = driver.clone();
         let pools: Levels =
             Arc::new(move || level.pool_levels().map(|(name, value)| Level { name: name.into(), value }).to_vec());
-        let daemon = Daemon::start(&config, engine, Hooks { pools: Some(pools), front: Some(front) }).await?;
+        let give_back: GiveBack = Arc::new(nagaya_runtime::give_memory_back);
+        let daemon = Daemon::start(
+            &config,
+            engine,
+            Hooks { pools: Some(pools), front: Some(front), give_back: Some(give_back) },
+        )
+        .await?;
         let server = Self { daemon, driver, tls, data_dir, key_file, new_key };
         write_private(&server.data_dir.join(ADDRESS_FILE), &server.url())?;
         Ok(server)
@@ -151,6 +158,7 @@ pub fn driver_settings(config: &Config) -> anyhow::Result<namespace::Config> {
     settings.network_cidr = config.network.cidr.as_deref().map(str::parse).transpose()?;
     settings.network_allow = config.network.allow.clone();
     settings.network_outbound = config.network.outbound;
+    settings.connections_max = config.network.connections_max;
     settings.name_server = config.network.name_server.as_deref().map(name_server).transpose()?;
     settings.pool_ready = config.pools.slots_ready;
     settings.pool_ready_isolated = config.pools.isolated_slots_ready;

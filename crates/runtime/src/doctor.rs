@@ -56,10 +56,25 @@ pub fn examine(data: &Path) -> Vec<Finding> {
             rule("log prefix \"nagaya\" group 65535 snaplen 64"),
             "modprobe nfnetlink_log nft_log, or use a kernel with CONFIG_NETFILTER_NETLINK_LOG and CONFIG_NFT_LOG",
         ),
+        required(
+            "nft_connlimit",
+            rule("ct state new ct count over 1 drop"),
+            "modprobe nft_connlimit, or use a kernel with CONFIG_NFT_CONNLIMIT",
+        ),
+        optional(
+            "connections",
+            connections(),
+            "sysctl -w net.netfilter.nf_conntrack_max=262144, or the host's own connections may find no place",
+        ),
         optional(
             "copies of disks",
             copies(data),
             "apt-get install xfsprogs, then begin a new data directory, or put that on XFS or btrfs: disks are copied in no time",
+        ),
+        optional(
+            "socket memory",
+            socket_memory(),
+            "boot without cgroup.memory=nosocket: what sandboxes' sockets hold is bounded by nothing else",
         ),
         optional("swap limit", swap_limit(), "boot with swapaccount=1, or switch swap off"),
         optional("sudo", program("sudo", "--version"), "apt-get install sudo, and sandboxes of the host image have it too"),
@@ -140,6 +155,30 @@ fn rule(expression: &str) -> Result<String, String> {
     let text = String::from_utf8_lossy(&output.stderr);
     let reason = text.lines().find_map(|line| line.split_once("Error: ")).map_or(text.trim(), |(_, reason)| reason);
     Err(format!("not offered by the kernel: {reason}"))
+}
+
+/// Whether memory that sockets hold is counted to their group.
+fn socket_memory() -> Result<String, String> {
+    const OFF: &str = "nosocket";
+    let options = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let is_off = options.split_whitespace().filter_map(|option| option.strip_prefix("cgroup.memory="));
+    let is_off = is_off.flat_map(|value| value.split(',')).any(|value| value == OFF);
+    let is_limited = || match Cgroups::detect() {
+        Ok("v1") => Path::new("/sys/fs/cgroup/memory/memory.kmem.tcp.limit_in_bytes").exists(),
+        _ => true,
+    };
+    if !is_off && is_limited() { Ok("counted".into()) } else { Err("not counted by the kernel".into()) }
+}
+
+/// The host's table of connections, of which each sandbox has a share.
+fn connections() -> Result<String, String> {
+    const ENOUGH: u64 = 262_144;
+    let setting = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max");
+    match setting.ok().and_then(|text| text.trim().parse::<u64>().ok()) {
+        None => Ok("the kernel's table is not set up yet".into()),
+        Some(all) if all >= ENOUGH => Ok(format!("{all} at a time, {} for a sandbox", all / 64)),
+        Some(all) => Err(format!("the kernel keeps {all} connections at a time; a sandbox may have {}", all / 64)),
+    }
 }
 
 /// How disks are copied: in no time where copies share their blocks.

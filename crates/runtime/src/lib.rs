@@ -10,3 +10,5 @@ pub mod namespace;
 mod programs;
 pub mod spawner;
 mod sys;
+
+pub use sys::give_memory_back;

@@ -39,6 +39,10 @@ impl Front {
         Ok(Self { listener, local_addr, arrivals, edge })
     }
 
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local_addr
+    }
+
     /// Where the engine's previews are reached.
     pub fn edge(&self) -> Arc<dyn Edge> {
         Arc::clone(&self.edge)

@@ -1,6 +1,5 @@
 //! Which part of the server answers a request: by its host if it is a preview's, else by its path.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -12,6 +11,7 @@ use nagaya_api::error::{Code, Error};
 use nagaya_engine::Engine;
 use nagaya_gateway::preview::{Proxy, Viewer};
 
+use super::Open;
 use super::body::ResponseBody;
 use super::lifecycle::{Lifecycle, Phase};
 use crate::download::Downloads;
@@ -47,16 +47,17 @@ impl Routes {
         request: Request<Incoming>,
         origin: Origin,
         viewer: &Viewer,
-    ) -> Result<Response<ResponseBody>, Infallible> {
+        open: &Open,
+    ) -> Response<ResponseBody> {
         if viewer.label.is_some() || self.previews.is_asked(&request) {
             let busy = self.lifecycle.enter();
-            return Ok(self.previews.answer(request, viewer).await.map(|body| ResponseBody::preview(body, busy)));
+            return self.previews.answer(request, viewer).await.map(|body| ResponseBody::preview(body, busy));
         }
         if Facade::serves(request.uri().path()) {
-            return Ok(self.tenki.call(request, origin).await);
+            return self.tenki.call(request, origin, open).await;
         }
         if Facade::bridge_to(request.uri().path()).is_some() {
-            return Ok(self.tenki.bridge(request, viewer).await);
+            return self.tenki.bridge(request, viewer, open).await;
         }
         let readable = matches!(*request.method(), Method::GET | Method::HEAD);
         let mut response = match (request.uri().path(), readable) {
@@ -73,7 +74,7 @@ impl Routes {
                 response
             }
             (path, true) if Downloads::snapshot_of(path).is_some() => {
-                return Ok(self.download(request.method(), request.uri()).await);
+                return self.download(request.method(), request.uri(), open).await;
             }
             (path, false)
                 if matches!(path, "/" | "/healthz" | "/readyz" | "/metrics")
@@ -96,13 +97,15 @@ impl Routes {
         if request.method() == Method::HEAD {
             *response.body_mut() = ResponseBody::text(Bytes::new());
         }
-        Ok(response)
+        response
     }
 
-    async fn download(&self, method: &Method, uri: &Uri) -> Response<ResponseBody> {
+    async fn download(&self, method: &Method, uri: &Uri, open: &Open) -> Response<ResponseBody> {
         let answer = match self.lifecycle.phase() {
             Phase::Draining | Phase::Stopped => Err(Error::from(Code::Draining)),
-            Phase::Starting | Phase::Serving => self.downloads.answer(method, uri).await,
+            Phase::Starting | Phase::Serving => {
+                self.downloads.answer(method, uri).await.and_then(|answer| open.admit().map(|()| answer))
+            }
         };
         answer.unwrap_or_else(|error| {
             let status = StatusCode::from_u16(error.code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);

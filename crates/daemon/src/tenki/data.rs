@@ -81,7 +81,8 @@ impl Tenki {
         let request = required(request, "request")?;
         check_path(&request.path)?;
         let open = self.open(context, &request.session_id).await?;
-        let entries = open.guest.list_directory(&request.path, request.include_hidden).await;
+        let room = self.held(context)?;
+        let entries = open.guest.list_directory(&request.path, request.include_hidden, &*room).await;
         let entry = |entry: nagaya_engine::ports::DirectoryEntry| wire::ListEntry {
             name: entry.name,
             is_dir: entry.is_dir,

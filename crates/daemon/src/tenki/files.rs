@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use super::data::{check_path, required};
 use super::{Tenki, convert};
+use crate::server::body::is_framed;
 
 /// The guest takes this much at once.
 const WRITE_CHUNK_BYTES: usize = 64 * 1024;
@@ -51,13 +52,22 @@ pub(super) async fn read_file(
     let bytes_max = tenki.message_bytes_max;
     // The size is checked again while reading: generated files say 0, and others may grow.
     let (mut chunks, mut bytes) = (Vec::new(), usize::try_from(reader.total_size).unwrap_or(usize::MAX));
+    // Other forms than gRPC's own are put together out of the pieces, and JSON is longer than what it holds.
+    let copies = match format {
+        CodecFormat::Proto if is_framed(context.headers()) => 1,
+        CodecFormat::Proto => 2,
+        _ => 4,
+    };
+    let held = tenki.held(context)?;
     if bytes <= bytes_max {
+        held.reserve(bytes * copies).await?;
         bytes = 0;
         while let Some(chunk) = reader.chunks.recv().await.transpose().map_err(convert::guest_error)? {
             bytes += chunk.len();
             if bytes > bytes_max {
                 break;
             }
+            held.grow(chunk.len() * copies).await?;
             chunks.push(chunk);
         }
     }

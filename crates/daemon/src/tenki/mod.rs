@@ -48,11 +48,14 @@ use nagaya_engine::{Caller, Engine, EngineConfig};
 use nagaya_gateway::ssh::SshServer;
 use tower::Service as _;
 
+use crate::budget::{Budget, Held};
 use crate::config::Limits;
 use crate::download::Downloads;
 use crate::metrics::Metrics;
+use crate::server::Open;
 use crate::server::body::{self, ReadLimits, RequestBody, ResponseBody};
 use crate::server::lifecycle::{Lifecycle, Phase};
+use crate::server::measured::Measured;
 use crate::server::routes::Origin;
 use direct::Direct;
 use observe::Observed;
@@ -73,6 +76,7 @@ pub(crate) struct Parts {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) downloads: Arc<Downloads>,
+    pub(crate) budget: Arc<Budget>,
     pub(crate) ssh: SshServer,
     /// Where SSH is spoken without the bridge.
     pub(crate) ssh_address: Option<SocketAddr>,
@@ -85,6 +89,7 @@ pub(crate) struct Facade {
     lifecycle: Arc<Lifecycle>,
     read_limits: ReadLimits,
     refused_body_drain: Duration,
+    budget: Arc<Budget>,
 }
 
 /// What the rpcs share.
@@ -114,6 +119,8 @@ struct Admitted {
     origin: Origin,
     /// The server as the client named it; from the URI over HTTP/2, else from the Host header.
     authority: Option<Authority>,
+    /// Memory for the answer.
+    held: Arc<Held>,
 }
 
 impl Facade {
@@ -127,8 +134,19 @@ impl Facade {
     }
 
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { engine, engine_config, limits, public_url, metrics, lifecycle, downloads, ssh, ssh_address } =
-            parts;
+        let Parts {
+            engine,
+            engine_config,
+            limits,
+            public_url,
+            metrics,
+            lifecycle,
+            downloads,
+            budget,
+            ssh,
+            ssh_address,
+        } = parts;
+        let idle_s = limits.request_body_idle_timeout_ms as f64 / 1_000.0;
         let tenki = Arc::new(Tenki {
             engine,
             engine_config,
@@ -168,12 +186,14 @@ impl Facade {
             read_limits: ReadLimits {
                 message_bytes_max: limits.message_bytes_max,
                 idle_timeout: Duration::from_millis(limits.request_body_idle_timeout_ms),
+                bytes_per_idle_timeout: (limits.message_bytes_per_s_min as f64 * idle_s) as usize,
             },
             refused_body_drain: Duration::from_millis(limits.refused_body_drain_ms),
+            budget,
         }
     }
 
-    pub(crate) async fn call(&self, request: Request<Incoming>, origin: Origin) -> Response<ResponseBody> {
+    pub(crate) async fn call(&self, request: Request<Incoming>, origin: Origin, open: &Open) -> Response<ResponseBody> {
         let (mut parts, mut incoming) = request.into_parts();
         let path = parts.uri.path().strip_prefix('/').unwrap_or_default();
         let method = self.service.dispatcher().lookup(path);
@@ -182,26 +202,42 @@ impl Facade {
             _ => Some(self.lifecycle.enter()),
         };
 
-        let admitted = match self.admit(path, method, &parts, origin) {
+        let admitted = self.admit(path, method, &parts, origin);
+        let admitted = match admitted.and_then(|admitted| open.admit().map(|()| admitted)) {
             Ok(admitted) => admitted,
             Err(error) => return self.refuse(error, method, &parts, incoming),
         };
+        let answer_held = Arc::clone(&admitted.held);
+        // Until the call has returned: by then its message is used up.
+        let request_held = self.budget.hold();
         let streams =
             matches!(method.map(|method| method.kind), Some(MethodKind::ClientStreaming | MethodKind::BidiStreaming));
         let body = if streams && path == direct::WRITE_FILE_STREAM && is_plain_grpc(&parts.headers) {
-            RequestBody::Reframed(Reframed::new(incoming, self.read_limits.message_bytes_max))
+            let reframed = Reframed::new(incoming, self.read_limits.message_bytes_max);
+            RequestBody::Reframed(Measured::new(reframed, &self.budget))
+        } else if streams && body::is_framed(&parts.headers) {
+            RequestBody::Stream(Measured::new(incoming, &self.budget))
         } else if streams {
-            RequestBody::Stream(incoming)
+            RequestBody::Text(incoming)
         } else {
-            match body::read_whole(&mut incoming, &parts.headers, self.read_limits).await {
+            match body::read_whole(&mut incoming, &parts.headers, self.read_limits, &request_held).await {
                 Ok(message) => RequestBody::Whole(Full::new(message)),
                 Err(error) => return self.refuse(error, method, &parts, incoming),
             }
         };
         parts.extensions.insert(admitted);
-        match self.service.clone().call(Request::from_parts(parts, body)).await {
-            Ok(response) => response.map(|body| ResponseBody::rpc(body, busy)),
+        // The form of a refusal follows that of the request.
+        let kind = parts.headers.get(header::CONTENT_TYPE).map(|kind| (header::CONTENT_TYPE, kind.clone()));
+        let (head, body) = match self.service.clone().call(Request::from_parts(parts, body)).await {
+            Ok(response) => response.into_parts(),
             Err(never) => match never {},
+        };
+        drop(request_held);
+        match ResponseBody::whole(body, busy, answer_held, self.read_limits).await {
+            Ok(body) => Response::from_parts(head, body),
+            Err(error) => ConnectError::from(error)
+                .into_http_response(&kind.into_iter().collect())
+                .map(|body| ResponseBody::rpc(body, None)),
         }
     }
 
@@ -227,7 +263,7 @@ impl Facade {
         } else {
             Some(self.tenki.engine.authenticate(auth::token(&parts.headers)?)?)
         };
-        Ok(Admitted { caller, origin, authority: parts.uri.authority().cloned() })
+        Ok(Admitted { caller, origin, authority: parts.uri.authority().cloned(), held: Arc::new(self.budget.hold()) })
     }
 
     fn refuse(
@@ -265,6 +301,12 @@ impl Tenki {
             .get::<Admitted>()
             .and_then(|admitted| admitted.caller)
             .ok_or_else(|| Code::Unauthenticated.into())
+    }
+
+    /// Memory for the call's answer.
+    fn held(&self, context: &RequestContext) -> Result<Arc<Held>, Error> {
+        let admitted = context.extensions().get::<Admitted>();
+        admitted.map(|admitted| Arc::clone(&admitted.held)).ok_or_else(|| Code::Unauthenticated.into())
     }
 
     /// Where the data plane is reached: here, under the name that the client itself uses.

@@ -18,6 +18,7 @@ use nagaya_gateway::ssh::{self, Permissions, Place, WebSocket};
 use super::control::{invalid, milliseconds};
 use super::{Facade, Tenki, auth, convert};
 use crate::host::HostClock;
+use crate::server::Open;
 use crate::server::body::ResponseBody;
 use crate::server::lifecycle::Phase;
 
@@ -104,8 +105,14 @@ impl Facade {
 
     /// Opens a session for a client that shows a key of the API, and makes a WebSocket of the connection. Refusals
     /// are plain answers: clients look at the status and show the text.
-    pub(crate) async fn bridge(&self, mut request: Request<Incoming>, viewer: &Viewer) -> Response<ResponseBody> {
-        let (visit, place, accept) = match self.admit_bridge(&request).await {
+    pub(crate) async fn bridge(
+        &self,
+        mut request: Request<Incoming>,
+        viewer: &Viewer,
+        open: &Open,
+    ) -> Response<ResponseBody> {
+        let admitted = self.admit_bridge(&request).await;
+        let (visit, place, accept) = match admitted.and_then(|admitted| open.admit().map(|()| admitted)) {
             Ok(admitted) => admitted,
             Err(error) => return refusal(&error),
         };

@@ -243,20 +243,6 @@ async fn a_connection_that_says_nothing_is_closed() {
 }
 
 #[tokio::test]
-async fn connections_beyond_the_limit_are_closed_and_counted() {
-    let world = World::with(|config| config.limits.connections_max = 1).await;
-    let stream = TcpStream::connect(world.address()).await.unwrap();
-    let (mut first, connection) =
-        hyper::client::conn::http1::handshake::<_, Full<Bytes>>(TokioIo::new(stream)).await.unwrap();
-    tokio::spawn(connection);
-    assert_eq!(whole(first.send_request(get("/healthz")).await.unwrap()).await.status(), 200);
-    let mut second = TcpStream::connect(world.address()).await.unwrap();
-    assert!(matches!(soon(second.read(&mut [0; 1])).await, Ok(0) | Err(_)), "closed at once");
-    let metrics = whole(first.send_request(get("/metrics")).await.unwrap()).await;
-    assert!(text(&metrics).contains("nagaya_connections_refused_total 1"), "{}", text(&metrics));
-}
-
-#[tokio::test]
 async fn shutting_down_finishes_calls_and_ends_streams() {
     let mut world = World::new().await;
     let (id, data) = world.session().await;

@@ -14,6 +14,8 @@ mod previews;
 mod run;
 mod sessions;
 mod snapshots;
+mod strangers;
 mod support;
 mod tunnel;
+mod under_way;
 mod volumes;

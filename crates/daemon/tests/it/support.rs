@@ -371,8 +371,13 @@ impl Guest for WatchedGuest {
         self.inner.remove(path, recursive).await
     }
 
-    async fn list_directory(&self, path: &str, include_hidden: bool) -> Result<Vec<DirectoryEntry>, GuestError> {
-        self.inner.list_directory(path, include_hidden).await
+    async fn list_directory(
+        &self,
+        path: &str,
+        include_hidden: bool,
+        room: &dyn Room,
+    ) -> Result<Vec<DirectoryEntry>, GuestError> {
+        self.inner.list_directory(path, include_hidden, room).await
     }
 
     async fn connect(&self, address: &Address) -> Result<BoxStream, GuestError> {

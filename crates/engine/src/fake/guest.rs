@@ -12,7 +12,7 @@ use super::sockets::Sockets;
 use super::{Faults, programs};
 use crate::ports::{
     Address, Bind, BoxStream, Command, DirectoryEntry, ExitStatus, FileReader, FileStat, FileWriter, Guest, GuestError,
-    Listener, Process, ProcessEvent, WriteOptions,
+    Listener, Process, ProcessEvent, Room, WriteOptions,
 };
 
 /// Bytes in a chunk of a file, and messages in a channel.
@@ -289,7 +289,12 @@ impl Guest for FakeGuest {
         self.change(path, |files, path| files.remove(path, recursive)).await
     }
 
-    async fn list_directory(&self, path: &str, include_hidden: bool) -> Result<Vec<DirectoryEntry>, GuestError> {
+    async fn list_directory(
+        &self,
+        path: &str,
+        include_hidden: bool,
+        _: &dyn Room,
+    ) -> Result<Vec<DirectoryEntry>, GuestError> {
         self.look(path, |files, path| files.list(path, include_hidden)).await
     }
 

@@ -138,7 +138,7 @@ impl Guest for TestGuest {
     async fn remove(&self, _: &str, _: bool) -> Result<u64, GuestError> {
         refused()
     }
-    async fn list_directory(&self, _: &str, _: bool) -> Result<Vec<DirectoryEntry>, GuestError> {
+    async fn list_directory(&self, _: &str, _: bool, _: &dyn Room) -> Result<Vec<DirectoryEntry>, GuestError> {
         refused()
     }
     async fn connect(&self, _: &Address) -> Result<BoxStream, GuestError> {
@@ -268,9 +268,18 @@ impl World {
     }
 }
 
+/// There is room for everybody.
+struct Everybody;
+
+impl nagaya_gateway::preview::Connection for Everybody {
+    fn admit(&self) -> bool {
+        true
+    }
+}
+
 async fn serve(stream: TcpStream, peer: IpAddr, label: Option<Arc<str>>, proxy: Arc<Proxy<Door>>) {
     let mut start = [0; 3];
-    let viewer = Arc::new(Viewer::new(label, peer, false, Arc::new(())));
+    let viewer = Arc::new(Viewer::new(label, peer, false, Arc::new(Everybody)));
     let service = service_fn(move |request| {
         let (proxy, viewer) = (Arc::clone(&proxy), Arc::clone(&viewer));
         async move { Ok::<_, std::convert::Infallible>(proxy.answer(request, &viewer).await) }

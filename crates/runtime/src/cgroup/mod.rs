@@ -29,6 +29,9 @@ const RESERVE_MIN: u64 = 8;
 /// Memory of the agent and of what it has the kernel keep for the sandbox, such as cached files, beyond which that is
 /// taken back.
 const AGENT_MEMORY_BYTES: u64 = 256 << 20;
+/// What the buffers of a sandbox's TCP and UDP sockets may take on cgroup v1, beside its memory. On v2 they are a part
+/// of its memory.
+const SOCKETS_PART_OF_MEMORY: u64 = 8;
 /// How long processes may take to stand still: one that waits for a disk does not before it has got what it
 /// waits for.
 const FREEZE_MAX: Duration = Duration::from_secs(20);
@@ -335,6 +338,10 @@ impl Group {
                 let limit = self.path(memory, "agent").join("memory.limit_in_bytes");
                 let bytes = limits.memory_bytes.saturating_add(AGENT_MEMORY_BYTES);
                 at("write", &limit, fs::write(&limit, bytes.to_string()))?;
+                // What sockets hold is not counted as memory here, and not at all for sockets that are older than this
+                // limit. Absent where the host was started with `cgroup.memory=nosocket`.
+                let buffers = limits.memory_bytes / SOCKETS_PART_OF_MEMORY;
+                let _ = self.write(memory, "memory.kmem.tcp.limit_in_bytes", &buffers.to_string());
                 self.write(pids, "pids.max", &processes)?;
                 self.write_to_each(pids, "pids.max", &of_one)
             }

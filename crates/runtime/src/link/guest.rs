@@ -5,7 +5,7 @@ use nagaya_api::error::Code;
 use nagaya_api::ids::ExecutionId;
 use nagaya_engine::ports::{
     Address, Bind, BoxStream, Command, DirectoryEntry, FileReader, FileStat, FileWriter, Guest, GuestError, Listener,
-    Process, ProcessEvent, WriteOptions,
+    Process, ProcessEvent, Room, WriteOptions,
 };
 use nagaya_guest::messages::{self, ListDirectory, MakeDirectory, ReadFile, Remove, event, outcome};
 use nagaya_guest::mux::Incoming;
@@ -15,6 +15,8 @@ use super::{Link, event_of, files, finish, guest_error, process, sockets, stream
 
 /// What is taken from an agent as the entries of one directory.
 const ENTRIES_MAX: usize = 100_000;
+/// Memory for an entry in all forms that it has on its way to a client, beside its name.
+const ENTRY_BYTES: usize = 320;
 const ENTRIES_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 pub(super) fn unexpected_outcome() -> GuestError {
@@ -89,7 +91,12 @@ impl Guest for Link {
         }
     }
 
-    async fn list_directory(&self, path: &str, include_hidden: bool) -> Result<Vec<DirectoryEntry>, GuestError> {
+    async fn list_directory(
+        &self,
+        path: &str,
+        include_hidden: bool,
+        room: &dyn Room,
+    ) -> Result<Vec<DirectoryEntry>, GuestError> {
         let (_sender, mut receiver) = self.open(ListDirectory { path: path.into(), include_hidden }).await?;
         let mut entries = Vec::new();
         let mut bytes = 0;
@@ -98,6 +105,7 @@ impl Guest for Link {
                 Some(Incoming::Message(message)) => {
                     bytes += message.len();
                     let Some(event::Kind::Entries(part)) = event_of(&message) else { continue };
+                    room.grow(part.entries.iter().map(|entry| ENTRY_BYTES + 3 * entry.name.len()).sum()).await?;
                     entries.extend(part.entries.into_iter().map(|entry| DirectoryEntry {
                         name: entry.name,
                         size: entry.size,

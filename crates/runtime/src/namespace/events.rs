@@ -1,9 +1,11 @@
-//! What happens without being asked for: sandboxes end, sandboxes power themselves off, memory runs low.
+//! What happens without being asked for: sandboxes end, power themselves off or reach a limit, memory runs low.
 
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nagaya_engine::ports::DriverEvent;
+use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::live::Live;
@@ -60,6 +62,22 @@ impl Inner {
                     told = Some(Instant::now());
                     inner.tell(DriverEvent::MemoryLow);
                 }
+            }
+        });
+    }
+
+    /// Tells of sandboxes that have used up their connections.
+    pub(super) fn watch_connections(self: &Arc<Self>, mut used_up: mpsc::UnboundedReceiver<Ipv4Addr>) {
+        let inner = Arc::downgrade(self);
+        tokio::spawn(async move {
+            while let Some(guest) = used_up.recv().await {
+                let Some(inner) = inner.upgrade() else { return };
+                let Some(network) = &inner.factory.network else { return };
+                let slot = network.slot(guest);
+                let id = inner.live().values().find(|live| Some(live.slot) == slot).map(|live| live.id);
+                let Some(id) = id else { continue };
+                let limit = format!("network.connections_max is {}", network.connections_max());
+                inner.tell(DriverEvent::Refused { id, request: "a connection to the outside".to_owned(), limit });
             }
         });
     }

@@ -32,7 +32,7 @@ mod volumes;
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -91,6 +91,8 @@ pub struct Config {
     pub name_server: Option<SocketAddr>,
     /// False: there is no way out for any sandbox, and asking for one is an error.
     pub network_outbound: bool,
+    /// Connections that one sandbox may have at a time, within a 64th of the host's table of them.
+    pub connections_max: u32,
     /// Switch the host's cgroups to fast moves of processes; see [`Cgroups::favor_moves`].
     pub favor_cgroup_moves: bool,
 }
@@ -114,6 +116,7 @@ impl Config {
             network_allow: Vec::new(),
             name_server: None,
             network_outbound: true,
+            connections_max: 4_096,
             favor_cgroup_moves: true,
         }
     }
@@ -144,6 +147,8 @@ const GROUNDS_READY: usize = 4;
 pub struct NamespaceDriver {
     inner: Arc<Inner>,
     events: Mutex<Option<mpsc::UnboundedReceiver<DriverEvent>>>,
+    /// Addresses of sandboxes that have used up their connections.
+    used_up: Mutex<Option<mpsc::UnboundedReceiver<Ipv4Addr>>>,
 }
 
 struct Inner {
@@ -182,16 +187,22 @@ impl NamespaceDriver {
             .map_err(on("open the pool of disks"))?;
         let root = storage.root();
         let sandboxes = root.join(storage::SANDBOXES);
-        let network = if config.network_outbound {
+        let (network, used_up) = if config.network_outbound {
             let cidr = match config.network_cidr {
                 Some(cidr) => cidr,
                 None => Cidr::choose(&data.join(NETWORK_FILE)).map_err(on("choose a network"))?,
             };
-            let settings = Settings { allowed: config.network_allow.clone(), name_server: config.name_server };
+            let settings = Settings {
+                allowed: config.network_allow.clone(),
+                name_server: config.name_server,
+                connections_max: config.connections_max,
+            };
             let existing = restricted_slots(&sandboxes);
-            Some(Network::open(&instance, cidr, &settings, &existing).map_err(on("set the network's rules"))?)
+            let opened = Network::open(&instance, cidr, &settings, &existing);
+            let (network, used_up) = opened.map_err(on("set the network's rules"))?;
+            (Some(network), Some(used_up))
         } else {
-            None
+            (None, None)
         };
         let images = data.join("images");
         let image =
@@ -243,7 +254,15 @@ impl NamespaceDriver {
             processors: own_processors().map_err(on("count processors"))?,
             config,
         };
-        Ok(Self { inner: Arc::new(inner), events: Mutex::new(Some(receiver)) })
+        Ok(Self { inner: Arc::new(inner), events: Mutex::new(Some(receiver)), used_up: Mutex::new(used_up) })
+    }
+
+    /// Keeps the server's own port on loopback reachable when the host's table of connections is full.
+    pub fn keep_reachable(&self, port: u16) {
+        let network = self.inner.factory.network.as_ref();
+        if let Some(Err(error)) = network.map(|network| network.leave_untracked(port)) {
+            tracing::warn!(%error, "the server cannot be reached while the host's table of connections is full");
+        }
     }
 
     /// Slots that are ready now, by pool.
@@ -515,6 +534,9 @@ impl Driver for NamespaceDriver {
     fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent> {
         let receiver = self.events.lock().expect("taken without panics").take();
         self.inner.watch_memory();
+        if let Some(used_up) = self.used_up.lock().expect("taken without panics").take() {
+            self.inner.watch_connections(used_up);
+        }
         receiver.expect("the engine asks for events once")
     }
 }

@@ -23,12 +23,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nagaya_engine::model::{Connection, Egress};
+use tokio::sync::mpsc;
 
 use crate::sys;
 use crate::sys::netlink::{GUEST_LINK, LOOPBACK, Netlink};
 
 use destinations::Destinations;
-use rules::Rules;
+use netfilter::{Batch, Element};
+use rules::{Rules, Share};
 use stub::{Sockets, Stub};
 
 #[derive(Debug, thiserror::Error)]
@@ -131,6 +133,8 @@ pub struct Settings {
     pub allowed: Vec<String>,
     /// Who answers questions for names; `None` is whom the host asks.
     pub name_server: Option<SocketAddr>,
+    /// Connections that one sandbox may have at a time.
+    pub connections_max: u32,
 }
 
 /// The host's side of the sandboxes' network.
@@ -139,18 +143,20 @@ pub struct Network {
     /// Four hexadecimal digits that tell this server's links and rules from another's.
     instance: String,
     destinations: Arc<Destinations>,
+    share: Share,
     /// Ends with the network.
     _stub: Stub,
 }
 
 impl Network {
-    /// Sets the rules, those of sandboxes in `existing` slots included, and starts the name server.
+    /// Sets the rules, those of sandboxes in `existing` slots included, and starts the name server. Also returns who
+    /// tells of sandboxes that have used up their connections; see [`Network::slot`].
     pub fn open(
         instance: &str,
         cidr: Cidr,
         settings: &Settings,
         existing: &[(u32, Option<Egress>)],
-    ) -> Result<Self, NetworkError> {
+    ) -> Result<(Self, mpsc::UnboundedReceiver<Ipv4Addr>), NetworkError> {
         switch_on("/proc/sys/net/ipv4/ip_forward").map_err(NetworkError::Forwarding)?;
         if let Err(error) = switch_on("/proc/sys/net/netfilter/nf_conntrack_acct") {
             tracing::warn!(%error, "the kernel does not count bytes of sandboxes' connections");
@@ -163,7 +169,9 @@ impl Network {
         let range = |text: &str| ranges::parse(text).ok_or_else(|| NetworkError::Allow(text.to_owned()));
         let denied = rules::DENIED.iter().map(|text| range(text)).collect::<Result<_, _>>()?;
         let opened = settings.allowed.iter().map(|text| range(text)).collect::<Result<_, _>>()?;
-        let destinations = Arc::new(Destinations::new(table.clone(), denied, opened));
+        let (used_up, told) = mpsc::unbounded_channel();
+        let destinations = Arc::new(Destinations::new(table.clone(), denied, opened, used_up));
+        let share = share_of_connections(settings.connections_max);
         let stale_names = take_over(&destinations, cidr, &table, existing);
         let (restricted, networks) = destinations.describe();
         let rules = Rules {
@@ -176,6 +184,7 @@ impl Network {
             port: sockets.port,
             mark,
             log_group: number,
+            share,
             restricted,
             networks,
             stale_names,
@@ -186,7 +195,28 @@ impl Network {
         }
         let stub = Stub::start(sockets, upstream, destinations.clone(), watched(number))
             .map_err(on("start the name server of sandboxes"))?;
-        Ok(Self { cidr, instance: instance.to_owned(), destinations, _stub: stub })
+        Ok((Self { cidr, instance: instance.to_owned(), destinations, share, _stub: stub }, told))
+    }
+
+    /// The slot of the sandbox with this address.
+    pub fn slot(&self, guest: Ipv4Addr) -> Option<u32> {
+        u32::from(guest).checked_sub(u32::from(self.cidr.guest(0)))
+    }
+
+    /// Connections that one sandbox may have at a time.
+    pub fn connections_max(&self) -> u32 {
+        self.share.at_once
+    }
+
+    /// Keeps connections to a port of the host's loopback device possible when the host's table of connections is full.
+    pub fn leave_untracked(&self, port: u16) -> io::Result<()> {
+        let table = self.table();
+        let mut batch = Batch::new(&table);
+        batch.add(
+            destinations::UNTRACKED,
+            &[Element { first: port.to_be_bytes().into(), last: None, timeout_ms: None }],
+        );
+        batch.commit()
     }
 
     /// The name server that sandboxes are told; requests to it go to the host's own one, or to the stub.
@@ -232,20 +262,27 @@ impl Network {
         let Some(slot) = slot else { return Self::set_up_isolated(namespace) };
         let mut host = Netlink::open().map_err(on("open netlink"))?;
         let name = format!("{}{slot:x}", self.link_prefix());
-        host.add_pair(&name, namespace).map_err(on("make a link"))?;
+        let (gateway, guest) = (self.cidr.gateway(), self.cidr.guest(slot));
+        host.add_pair(&name, hardware_address(gateway), hardware_address(guest), namespace)
+            .map_err(on("make a link"))?;
         let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None);
         let index = socket
             .and_then(|socket| rustix::net::netdevice::name_to_index(socket, &name))
             .map_err(|errno| on("find the link")(errno.into()))?;
-        host.add_address(index, self.cidr.gateway()).map_err(on("address the link"))?;
-        host.add_host_route(index, self.cidr.guest(slot)).map_err(on("route to the link"))?;
+        host.add_address(index, gateway).map_err(on("address the link"))?;
+        host.add_host_route(index, guest).map_err(on("route to the link"))?;
+        // Neighbours that are learnt take places in one small table of the whole host, these do not.
+        host.add_neighbour(index, guest, hardware_address(guest)).map_err(on("name the link's neighbour"))?;
 
         let mut inside = open_inside(namespace)?;
         inside.set_up(LOOPBACK).map_err(on("start the loopback device"))?;
-        inside.add_address(GUEST_LINK, self.cidr.guest(slot)).map_err(on("address eth0"))?;
+        inside.add_address(GUEST_LINK, guest).map_err(on("address eth0"))?;
         inside.set_up(GUEST_LINK).map_err(on("start eth0"))?;
-        inside.add_host_route(GUEST_LINK, self.cidr.gateway()).map_err(on("route to the gateway"))?;
-        inside.add_default_route(GUEST_LINK, self.cidr.gateway()).map_err(on("route through the gateway"))
+        inside.add_host_route(GUEST_LINK, gateway).map_err(on("route to the gateway"))?;
+        inside
+            .add_neighbour(GUEST_LINK, gateway, hardware_address(gateway))
+            .map_err(on("name the gateway as a neighbour"))?;
+        inside.add_default_route(GUEST_LINK, gateway).map_err(on("route through the gateway"))
     }
 
     /// As [`Network::set_up`], without any way out.
@@ -262,6 +299,26 @@ impl Network {
 
 /// Tells sockets of our name server from all others of the host; the lower half tells servers apart.
 const MARK: u32 = 0x6e67_0000;
+
+/// The hardware address of the end of a link that has this address: both are known before the link is there.
+fn hardware_address(address: Ipv4Addr) -> [u8; 6] {
+    // The second bit of the first byte: locally administered.
+    let [a, b, c, d] = address.octets();
+    [0x0a, 0x6e, a, b, c, d]
+}
+
+/// What one sandbox may have of the host's table of connections.
+fn share_of_connections(wanted: u32) -> Share {
+    const SETTING: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
+    let table_max = fs::read_to_string(SETTING).ok().and_then(|text| text.trim().parse().ok());
+    let Some(table_max) = table_max else { return Share { at_once: wanted.max(1) } };
+    let share = Share::of_table(wanted, table_max);
+    if share.at_once < wanted {
+        let at_once = share.at_once;
+        tracing::warn!(at_once, table_max, "network.connections_max is more than the host's table has room for");
+    }
+    share
+}
 
 fn switch_on(setting: &str) -> io::Result<()> {
     if fs::read_to_string(setting)?.starts_with('1') { Ok(()) } else { fs::write(setting, "1") }

@@ -37,6 +37,15 @@ pub fn pass_descriptors(command: &mut Command, descriptors: Vec<(OwnedFd, i32)>)
     unsafe { command.pre_exec(place) };
 }
 
+/// Gives the memory that the process has freed back to the host. Takes some milliseconds.
+pub fn give_memory_back() {
+    // SAFETY: takes no pointers, and may be called by any thread at any time.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Moves the calling thread, and only it, into a network namespace.
 pub fn enter_network_namespace(namespace: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: takes no pointers; a network namespace is a property of the thread.

@@ -1,6 +1,6 @@
 //! The few rtnetlink requests that a network slot needs, on a blocking socket.
 //!
-//! A slot is made of ten requests; each is one message out and one acknowledgement in.
+//! A slot is made of twelve requests; each is one message out and one acknowledgement in.
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -96,13 +96,16 @@ impl Netlink {
     }
 
     /// Makes a pair of linked devices: `name` here, up; `eth0` with index [`GUEST_LINK`] there, down.
-    pub fn add_pair(&mut self, name: &str, namespace: BorrowedFd<'_>) -> io::Result<()> {
+    /// `here` and `there` are their hardware addresses.
+    pub fn add_pair(&mut self, name: &str, here: [u8; 6], there: [u8; 6], namespace: BorrowedFd<'_>) -> io::Result<()> {
         let message = Message::new(libc::RTM_NEWLINK, CREATE | EXCLUSIVE, &link_header(0, true))
             .attribute(libc::IFLA_IFNAME, &text(name))
+            .attribute(libc::IFLA_ADDRESS, &here)
             .nested(libc::IFLA_LINKINFO, &[], |info| {
                 info.attribute(libc::IFLA_INFO_KIND, b"veth").nested(libc::IFLA_INFO_DATA, &[], |data| {
                     data.nested(LINK_INFO_PEER, &link_header(GUEST_LINK, false), |peer| {
                         peer.attribute(libc::IFLA_IFNAME, &text("eth0"))
+                            .attribute(libc::IFLA_ADDRESS, &there)
                             .attribute(libc::IFLA_NET_NS_FD, &namespace.as_raw_fd().to_ne_bytes())
                     })
                 })
@@ -122,6 +125,20 @@ impl Netlink {
             Message::new(libc::RTM_NEWADDR, CREATE | EXCLUSIVE, &header)
                 .attribute(libc::IFA_LOCAL, &address.octets())
                 .attribute(libc::IFA_ADDRESS, &address.octets()),
+        )
+    }
+
+    /// Says for good which hardware address a neighbour has. The kernel neither asks for it nor counts it.
+    pub fn add_neighbour(&mut self, link: u32, address: Ipv4Addr, hardware: [u8; 6]) -> io::Result<()> {
+        // `struct ndmsg`.
+        let mut header = [0; 12];
+        header[0] = libc::AF_INET as u8;
+        header[4..8].copy_from_slice(&link.to_ne_bytes());
+        header[8..10].copy_from_slice(&libc::NUD_PERMANENT.to_ne_bytes());
+        self.call(
+            Message::new(libc::RTM_NEWNEIGH, CREATE | EXCLUSIVE, &header)
+                .attribute(libc::NDA_DST, &address.octets())
+                .attribute(libc::NDA_LLADDR, &hardware),
         )
     }
 

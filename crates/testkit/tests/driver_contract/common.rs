@@ -191,8 +191,8 @@ pub async fn files_are_whole_or_absent_and_listed_in_order(place: &mut Place) ->
     let names = |entries: Vec<nagaya_engine::ports::DirectoryEntry>| {
         entries.into_iter().map(|entry| entry.name).collect::<Vec<_>>()
     };
-    assert_eq!(names(guest.list_directory("/tmp/a", false).await.unwrap()), ["b", "one", "two"]);
-    assert_eq!(names(guest.list_directory("/tmp/a", true).await.unwrap()), [".hidden", "b", "one", "two"]);
+    assert_eq!(names(guest.list_directory("/tmp/a", false, &()).await.unwrap()), ["b", "one", "two"]);
+    assert_eq!(names(guest.list_directory("/tmp/a", true, &()).await.unwrap()), [".hidden", "b", "one", "two"]);
 
     // A writer that gives up leaves what was there, and nothing beside it.
     let options = WriteOptions { mode: 0, truncate: true, sync: false };

@@ -67,7 +67,7 @@ impl Place {
             match tokio::time::timeout(WAIT_MAX, self.events.recv()).await.expect("an event").unwrap() {
                 DriverEvent::Ended { id, powered_off, cause } => return (id, powered_off, cause),
                 // The host may be short of it for reasons of its own.
-                DriverEvent::MemoryLow => {}
+                DriverEvent::MemoryLow | DriverEvent::Refused { .. } => {}
             }
         }
     }

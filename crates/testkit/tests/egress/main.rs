@@ -8,6 +8,7 @@
 mod kept;
 mod lists;
 mod resolving;
+mod shares;
 mod world;
 
 use std::process::ExitCode;
@@ -28,11 +29,12 @@ macro_rules! cases {
 }
 
 fn main() -> ExitCode {
-    let names = [lists::NAMES, resolving::NAMES, kept::NAMES].concat();
+    let names = [lists::NAMES, resolving::NAMES, shares::NAMES, kept::NAMES].concat();
     run_in_own_network("egress", names.into_iter(), async |suite| {
         let mut world = World::make();
         lists::run(suite, &mut world).await;
         resolving::run(suite, &mut world).await;
+        shares::run(suite, &mut world).await;
         kept::run(suite, &mut world).await;
         world.close();
     })

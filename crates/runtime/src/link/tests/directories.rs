@@ -68,14 +68,14 @@ async fn lists_are_sorted_and_hide_what_begins_with_a_dot() {
     std::fs::create_dir(agent.home().join("directory")).unwrap();
     symlink("nowhere", agent.home().join("dangling")).unwrap();
     let list = async |hidden: bool| -> Vec<String> {
-        link.list_directory(".", hidden).await.unwrap().into_iter().map(|entry| entry.name).collect()
+        link.list_directory(".", hidden, &()).await.unwrap().into_iter().map(|entry| entry.name).collect()
     };
     assert_eq!(list(false).await, ["a", "b", "c", "dangling", "directory"]);
     assert_eq!(list(true).await, [".hidden", "a", "b", "c", "dangling", "directory"]);
-    let entries = link.list_directory(".", false).await.unwrap();
+    let entries = link.list_directory(".", false, &()).await.unwrap();
     assert_eq!((entries[0].size, entries[0].is_dir, entries[4].is_dir), (1, false, true));
-    assert_eq!(link.list_directory("a", false).await.unwrap_err().code, Code::NotADirectory);
-    assert_eq!(link.list_directory("missing", false).await.unwrap_err().code, Code::FileNotFound);
+    assert_eq!(link.list_directory("a", false, &()).await.unwrap_err().code, Code::NotADirectory);
+    assert_eq!(link.list_directory("missing", false, &()).await.unwrap_err().code, Code::FileNotFound);
 }
 
 #[tokio::test]
@@ -85,10 +85,37 @@ async fn long_lists_arrive_whole() {
     for number in 0..5_000 {
         std::fs::write(agent.home().join(format!("{number:05}-{}", "x".repeat(100))), "").unwrap();
     }
-    let entries = link.list_directory(".", false).await.unwrap();
+    let entries = link.list_directory(".", false, &()).await.unwrap();
     assert_eq!(entries.len(), 5_000);
     assert!(entries.is_sorted_by(|a, b| a.name < b.name));
     assert_eq!(link.remove(&agent.path(""), true).await.unwrap(), 5_001);
+}
+
+/// Room for so many bytes, and what was taken of it.
+struct Little(std::sync::Mutex<usize>);
+
+#[async_trait::async_trait]
+impl nagaya_engine::ports::Room for Little {
+    async fn grow(&self, bytes: usize) -> Result<(), nagaya_engine::ports::GuestError> {
+        let mut left = self.0.lock().unwrap();
+        let refused = || super::super::guest_error(Code::CapacityUnavailable, "too little room");
+        *left = left.checked_sub(bytes).ok_or_else(refused)?;
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_list_takes_its_room_before_it_is_kept() {
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    for number in 0..2_000 {
+        std::fs::write(agent.home().join(format!("{number:05}")), "").unwrap();
+    }
+    let room = Little(std::sync::Mutex::new(300_000));
+    assert_eq!(link.list_directory(".", false, &room).await.unwrap_err().code, Code::CapacityUnavailable);
+    let room = Little(std::sync::Mutex::new(1_000_000));
+    assert_eq!(link.list_directory(".", false, &room).await.unwrap().len(), 2_000);
+    assert!(*room.0.lock().unwrap() < 500_000, "{}", room.0.lock().unwrap());
 }
 
 #[tokio::test]

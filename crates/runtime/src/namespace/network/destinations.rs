@@ -10,7 +10,8 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use nagaya_engine::model::{Connection, Egress, UnixMs};
+use nagaya_engine::model::{CONNECTIONS_USED_UP, Connection, Egress, UnixMs};
+use tokio::sync::mpsc;
 
 use super::connections::Log;
 use super::netfilter::{self, Batch, Element, Flow, Tuple};
@@ -19,6 +20,8 @@ use super::ranges::{self, Range};
 pub(super) const RESTRICTED: &str = "restricted";
 pub(super) const NETWORKS: &str = "networks";
 pub(super) const NAMES: &str = "names";
+/// Ports of the host's loopback device whose connections take no place in the table of connections.
+pub(super) const UNTRACKED: &str = "untracked";
 
 /// Addresses that the names of one sandbox may have resolved to and be reachable at a time.
 const ADDRESSES_MAX: usize = 4_096;
@@ -30,6 +33,8 @@ pub(super) const TTL_MAX: Duration = Duration::from_secs(3_600);
 const CUTS_MAX: usize = 4;
 /// What a program may need from hearing an address to using it.
 const GRACE: Duration = Duration::from_secs(30);
+/// How often it is told at most that a sandbox has used up its connections.
+const USED_UP_EVERY: Duration = Duration::from_secs(600);
 
 /// Reasons in the log.
 pub(super) const NOT_ALLOWED: &str = "not among the session's allowed destinations";
@@ -54,6 +59,8 @@ pub(super) struct Destinations {
     /// What the operator lets sandboxes reach although it is denied.
     opened: Vec<Range>,
     sandboxes: Mutex<HashMap<Ipv4Addr, Sandbox>>,
+    /// Told of sandboxes that have used up their connections.
+    used_up: mpsc::UnboundedSender<Ipv4Addr>,
 }
 
 #[derive(Default)]
@@ -64,6 +71,7 @@ struct Sandbox {
     log: Log,
     /// Cutting flows failed; some may go on that are not allowed.
     cut_owed: bool,
+    used_up_told: Option<Instant>,
 }
 
 struct Address {
@@ -121,8 +129,13 @@ impl Policy {
 }
 
 impl Destinations {
-    pub fn new(table: String, denied: Vec<Range>, opened: Vec<Range>) -> Self {
-        Self { table, denied, opened, sandboxes: Mutex::default() }
+    pub fn new(
+        table: String,
+        denied: Vec<Range>,
+        opened: Vec<Range>,
+        used_up: mpsc::UnboundedSender<Ipv4Addr>,
+    ) -> Self {
+        Self { table, denied, opened, sandboxes: Mutex::default(), used_up }
     }
 
     fn sandboxes(&self) -> MutexGuard<'_, HashMap<Ipv4Addr, Sandbox>> {
@@ -269,6 +282,11 @@ impl Destinations {
         if let Err(error) = batch.commit() {
             tracing::warn!(%error, %guest, "something is left of a sandbox's network rules");
         }
+        // Nobody ends its connections any more: they would stay in the host's table for up to five days, and count
+        // against the next sandbox with this address.
+        if let Err(error) = netfilter::flows(guest).and_then(|flows| flows.iter().try_for_each(Flow::cut)) {
+            tracing::warn!(%error, %guest, "connections are left of a sandbox that is gone");
+        }
     }
 
     /// Whether a sandbox may ask for a name; writes down when not.
@@ -359,6 +377,11 @@ impl Destinations {
         let Some(sandbox) = sandboxes.get_mut(&tuple.guest) else { return };
         let name = sandbox.addresses.get(&tuple.destination).and_then(|of| of.names.last().cloned());
         sandbox.log.began(now(), tuple, name, denied);
+        if denied == CONNECTIONS_USED_UP && sandbox.used_up_told.is_none_or(|told| told.elapsed() >= USED_UP_EVERY) {
+            sandbox.used_up_told = Some(Instant::now());
+            // Nobody listens any more when the driver ends.
+            let _ = self.used_up.send(tuple.guest);
+        }
     }
 
     pub fn ended(&self, flow: &Flow) {
@@ -488,6 +511,7 @@ mod tests {
             "t".into(),
             vec![range("10.0.0.0/8"), range("169.254.0.0/16")],
             vec![range("10.1.2.0/24")],
+            mpsc::unbounded_channel().0,
         );
         for (address, inside) in [
             ([10, 0, 0, 1], true),

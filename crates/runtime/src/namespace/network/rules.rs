@@ -6,13 +6,17 @@
 //!                  └─ to anywhere else ───▶ its own list, where it has one ──▶ the list for all ──▶ out
 //! ```
 //!
+//! What is let through begins only within the sandbox's share of the host's table of connections.
+//!
 //! Nothing here names a single sandbox: that is in the sets, see `destinations.rs`. Of every flow the
 //! first packet is logged to a group of its own, at a rate that no sandbox exceeds.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
+use nagaya_engine::model::CONNECTIONS_USED_UP;
+
 use super::Cidr;
-use super::destinations::{NAMES, NETWORKS, NOT_ALLOWED, RESTRICTED};
+use super::destinations::{NAMES, NETWORKS, NOT_ALLOWED, RESTRICTED, UNTRACKED};
 
 /// Destinations that no sandbox reaches unless the operator allows them: this network, private and
 /// shared ranges, loopback, link-local (cloud metadata among them), documentation, benchmarking,
@@ -37,6 +41,7 @@ const ALLOWED: &str = "allowed";
 const PRIVATE: &str = "private";
 const HOST: &str = "host";
 const SANDBOX: &str = "sandbox";
+const SHARE: &str = "share";
 
 /// What the log says of a packet that a rule logged under this prefix; empty when it was let through.
 pub(super) fn reason(prefix: &str) -> &'static str {
@@ -45,7 +50,33 @@ pub(super) fn reason(prefix: &str) -> &'static str {
         PRIVATE => "private, link-local and other special networks are closed to sandboxes",
         HOST => "the host is closed to sandboxes",
         SANDBOX => "other sandboxes are closed to sandboxes",
+        SHARE => CONNECTIONS_USED_UP,
         _ => NOT_ALLOWED,
+    }
+}
+
+/// What one sandbox may take of the host's table of connections. The kernel does not count a TCP connection that is
+/// over, but keeps it in the table for two minutes more; the rate bounds those. Altogether eight times `at_once`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Share {
+    pub at_once: u32,
+}
+
+impl Share {
+    /// The part of the table that one sandbox may have open; with those that are over, an eighth.
+    const PART_OF_TABLE: u32 = 64;
+
+    /// What the operator wants, within what the host's table of this size has room for.
+    pub fn of_table(wanted: u32, table_max: u32) -> Self {
+        Self { at_once: wanted.min(table_max / Self::PART_OF_TABLE).max(1) }
+    }
+
+    fn per_second(self) -> u32 {
+        (self.at_once / 20).max(1)
+    }
+
+    fn burst(self) -> u32 {
+        self.at_once.max(5)
     }
 }
 
@@ -63,6 +94,7 @@ pub(super) struct Rules<'a> {
     pub port: u16,
     pub mark: u32,
     pub log_group: u16,
+    pub share: Share,
     /// Elements of the sets.
     pub restricted: Vec<String>,
     pub networks: Vec<String>,
@@ -79,6 +111,8 @@ impl Rules<'_> {
         let mut script = format!("add table inet {table}\n{emptied} table inet {table}\n");
         script += &self.table();
         script += &format!("flush set inet {table} {RESTRICTED}\nflush set inet {table} {NETWORKS}\n");
+        // The port of an earlier server.
+        script += &format!("flush set inet {table} {UNTRACKED}\n");
         for (set, elements) in [(RESTRICTED, &self.restricted), (NETWORKS, &self.networks)] {
             for some in elements.chunks(500) {
                 script += &format!("add element inet {table} {set} {{ {} }}\n", some.join(", "));
@@ -107,6 +141,8 @@ impl Rules<'_> {
         let Self { table, links, cidr, gateway, port, mark, .. } = self;
         let (allowed, private, host, sandbox, listed) =
             (self.log(ALLOWED), self.log(PRIVATE), self.log(HOST), self.log(SANDBOX), self.log("list"));
+        let refused = self.log(SHARE);
+        let (at_once, per_second, burst) = (self.share.at_once, self.share.per_second(), self.share.burst());
         let denied = DENIED.join(", ");
         let opened = match self.opened {
             [] => String::new(),
@@ -150,6 +186,30 @@ impl Rules<'_> {
         flags dynamic,timeout
         timeout 1m
     }}
+    set begun_rate_{at_once} {{
+        type ipv4_addr
+        size 8192
+        flags dynamic,timeout
+        timeout 1m
+    }}
+    set open_{at_once} {{
+        type ipv4_addr
+        size 8192
+        flags dynamic
+    }}
+    set {UNTRACKED} {{
+        type inet_service
+    }}
+    chain raw_prerouting {{
+        type filter hook prerouting priority raw; policy accept;
+        iif lo tcp dport @{UNTRACKED} notrack
+        iif lo tcp sport @{UNTRACKED} notrack
+    }}
+    chain raw_output {{
+        type filter hook output priority raw; policy accept;
+        oif lo tcp dport @{UNTRACKED} notrack
+        oif lo tcp sport @{UNTRACKED} notrack
+    }}
     chain prerouting {{
         type nat hook prerouting priority dstnat; policy accept;
         {ask} {who} dnat ip to {gateway}:{port}
@@ -173,6 +233,7 @@ impl Rules<'_> {
         ip saddr != {cidr} drop
         fib saddr . iif oif missing drop
         ct status dnat ip daddr {gateway} udp dport {port} update @questions_rate {{ ip saddr limit rate over 500/second burst 1000 packets }} drop
+        ct status dnat jump within_share
         ct status dnat ip daddr {gateway} udp dport {port} socket mark {mark} accept
         ct status dnat ip daddr {gateway} tcp dport {port} ct state established accept
         ct status dnat ip daddr {gateway} tcp dport {port} socket mark {mark} accept
@@ -185,7 +246,7 @@ impl Rules<'_> {
         fib saddr . iif oif missing drop
         oifname "{links}*" {sandbox}
         oifname "{links}*" drop
-        ct status dnat accept
+        ct status dnat goto answered
         ip saddr @{RESTRICTED} jump listed
         {opened}
         ip daddr {{ {denied} }} {private}
@@ -200,9 +261,24 @@ impl Rules<'_> {
         {listed}
         drop
     }}
+    chain answered {{
+        jump within_share
+        accept
+    }}
     chain accepted {{
+        jump within_share
         {allowed}
         accept
+    }}
+    chain within_share {{
+        ct state != new return
+        ct status confirmed return
+        update @begun_rate_{at_once} {{ ip saddr limit rate over {per_second}/second burst {burst} packets }} goto beyond_share
+        add @open_{at_once} {{ ip saddr ct count over {at_once} }} goto beyond_share
+    }}
+    chain beyond_share {{
+        {refused} reject with icmpx admin-prohibited
+        drop
     }}
     chain inbound {{
         ct state established,related accept
@@ -219,9 +295,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn no_share_is_more_than_an_eighth_of_the_table() {
+        for table_max in [7_680, 65_536, 262_144, 4_194_304] {
+            let share = Share::of_table(1_000_000, table_max);
+            // A TCP connection that is over stays for 120 seconds.
+            let most = share.at_once + share.burst() + 120 * share.per_second();
+            assert!(most <= table_max / 8, "{most} of {table_max}");
+        }
+        assert_eq!(Share::of_table(4_096, 262_144).at_once, 4_096);
+        assert_eq!(Share::of_table(100, 262_144).at_once, 100);
+        assert_eq!(Share::of_table(100, 0).at_once, 1);
+    }
+
+    #[test]
     fn every_reason_but_that_of_the_allowed_says_something() {
         assert_eq!(reason(ALLOWED), "");
-        for prefix in [PRIVATE, HOST, SANDBOX, "list", "", "of a later server"] {
+        for prefix in [PRIVATE, HOST, SANDBOX, SHARE, "list", "", "of a later server"] {
             assert_ne!(reason(prefix), "", "{prefix}");
         }
     }
