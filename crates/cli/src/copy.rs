@@ -3,14 +3,18 @@
 //! A file goes through the file calls. A directory goes as one tar archive through `tar` in the sandbox, so that a
 //! thousand small files cost one stream, and links and modes stay what they are.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Write as _};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use clap::Args;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use indicatif::{ProgressBar, ProgressStyle};
+use nagaya_api::names;
 use nagaya_client::{CommandStdin, Error as ClientError, Event, FileStat, Running, Session, WriteOptions};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
@@ -41,10 +45,10 @@ pub struct Copy {
     #[arg(long, short)]
     quiet: bool,
     /// What to copy: a path here, or SESSION:PATH.
-    #[arg(value_name = "SOURCE", value_parser = parse::place)]
+    #[arg(value_name = "SOURCE", value_parser = OsStringValueParser::new().try_map(parse::place))]
     source: Place,
     /// Where to: a path here, or SESSION:PATH. Existing directories get the copy inside.
-    #[arg(value_name = "TARGET", value_parser = parse::place)]
+    #[arg(value_name = "TARGET", value_parser = OsStringValueParser::new().try_map(parse::place))]
     target: Place,
 }
 
@@ -52,9 +56,9 @@ impl Copy {
     pub async fn run(self) -> Result<(), Failure> {
         let (session, job) = match (self.source, self.target) {
             (Place::Local(from), Place::Sandbox { session, path }) => {
-                (session, Job::In { from: from.into(), to: path })
+                (session, Job::In { from, to: path })
             }
-            (Place::Sandbox { session, path }, Place::Local(to)) => (session, Job::Out { from: path, to: to.into() }),
+            (Place::Sandbox { session, path }, Place::Local(to)) => (session, Job::Out { from: path, to }),
             _ => {
                 let what = "one side is in a sandbox and the other is not";
                 let remedy = "Write `cp FILE SESSION:PATH` or `cp SESSION:PATH FILE`; ./a:b is a file of this machine.";
@@ -116,7 +120,7 @@ impl Way<'_> {
     async fn send(&self, from: &Path, to: &str) -> Result<(u64, String), Failure> {
         let metadata = fs::metadata(from).map_err(|error| Failure::reading(from, &error))?;
         let to = match (self.stat(to).await?, base_name(from)) {
-            (Some(there), Some(name)) if there.is_dir => join(to, &name),
+            (Some(there), Some(name)) if there.is_dir => join(to, &names::to_text(name.as_bytes())),
             _ => to.to_owned(),
         };
         let count = match metadata.is_dir() {
@@ -159,7 +163,7 @@ impl Way<'_> {
         if self.stat(to).await?.is_none() {
             self.session.files().mkdir(to).await?;
         }
-        let mut running = self.tar(&["-x", "-f", "-", "-C", to]).await?;
+        let mut running = self.tar(to, &["-x", "-f", "-"]).await?;
         let stdin = running.take_stdin().ok_or_else(|| broken("a command without stdin"))?;
         let packing = tokio::task::spawn_blocking({
             let (from, bar) = (from.to_owned(), self.bar.clone());
@@ -185,7 +189,8 @@ impl Way<'_> {
     /// The bytes that came out, and where to.
     async fn fetch(&self, from: &str, to: &Path) -> Result<(u64, String), Failure> {
         let stat = self.session.files().stat(from).await?;
-        let to = match (to.is_dir(), base_name(Path::new(from))) {
+        let inside = names::to_bytes(from);
+        let to = match (to.is_dir(), base_name(Path::new(OsStr::from_bytes(&inside)))) {
             (true, Some(name)) => to.join(name),
             _ => to.to_owned(),
         };
@@ -207,7 +212,7 @@ impl Way<'_> {
     }
 
     async fn directory_out(&self, from: &str, to: &Path) -> Result<u64, Failure> {
-        let mut running = self.tar(&["-c", "-f", "-", "-C", from, "."]).await?;
+        let mut running = self.tar(from, &["-c", "-f", "-", "."]).await?;
         drop(running.take_stdin());
         let (pieces, archive) = mpsc::channel(PIECES_AHEAD);
         let unpacking = tokio::task::spawn_blocking({
@@ -239,9 +244,10 @@ impl Way<'_> {
         }
     }
 
-    async fn tar(&self, arguments: &[&str]) -> Result<Running, Failure> {
+    /// The directory is not among tar's arguments: those are text, and a path is any bytes.
+    async fn tar(&self, directory: &str, arguments: &[&str]) -> Result<Running, Failure> {
         let words = std::iter::once("tar").chain(arguments.iter().copied());
-        let command = self.session.command(words.map(str::to_owned)).privileged(self.privileged);
+        let command = self.session.command(words.map(str::to_owned)).cwd(directory).privileged(self.privileged);
         Ok(command.start().await?)
     }
 }
@@ -331,8 +337,8 @@ fn broken(what: &str) -> Failure {
 }
 
 /// The last part of a path, unless that is the root, `.` or `..`.
-fn base_name(path: &Path) -> Option<String> {
-    path.file_name().map(|name| name.to_string_lossy().into_owned()).filter(|_| !path.ends_with("."))
+fn base_name(path: &Path) -> Option<&OsStr> {
+    path.file_name().filter(|_| !path.ends_with("."))
 }
 
 fn join(directory: &str, name: &str) -> String {
@@ -345,8 +351,8 @@ mod tests {
 
     #[test]
     fn copies_into_directories_keep_their_name() {
-        let name = |path| base_name(Path::new(path));
-        assert_eq!((name("/a/b"), name("b/"), name("..")), (Some("b".into()), Some("b".into()), None));
+        let name = |path| base_name(Path::new(path)).map(OsStr::as_bytes);
+        assert_eq!((name("/a/b"), name("b/"), name("..")), (Some(&b"b"[..]), Some(&b"b"[..]), None));
         assert_eq!((name("/"), name(".")), (None, None));
         assert_eq!((join("/tmp/", "x"), join("/", "x"), join("a", "x")), ("/tmp/x".into(), "/x".into(), "a/x".into()));
     }

@@ -1,7 +1,11 @@
 //! Words of the command line that are more than words: durations, sizes, pairs, mounts, copies.
 
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
+use nagaya_api::names;
 use nagaya_client::VolumeMount;
 use nagaya_client::constants::{GB, GIB, KB, KIB, MB, MIB, TB, TIB};
 
@@ -72,7 +76,7 @@ pub fn mount(text: &str) -> Result<VolumeMount, String> {
 /// One side of a copy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
-    Local(String),
+    Local(PathBuf),
     /// In a sandbox: its session, where the text names one, and a path.
     Sandbox {
         session: Option<String>,
@@ -82,16 +86,19 @@ pub enum Place {
 
 /// `SESSION:PATH`, `:PATH` in the default session, or a path on this machine. What has a slash before its first
 /// colon is a path, as with scp.
-pub fn place(text: &str) -> Result<Place, String> {
-    match text.split_once(':') {
-        Some((session, _)) if session.contains('/') => Ok(Place::Local(text.to_owned())),
+///
+/// Names are any bytes; those in a sandbox are written as the API has them.
+pub fn place(text: OsString) -> Result<Place, String> {
+    let local = || Ok(Place::Local(PathBuf::from(&text)));
+    match names::to_text(text.as_bytes()).split_once(':') {
+        Some((session, _)) if session.contains('/') => local(),
         Some((_, "")) => Err("a path must follow the colon; `SESSION:.` is the home directory".to_owned()),
         Some((session, path)) => {
             let session = (!session.is_empty()).then(|| session.to_owned());
             Ok(Place::Sandbox { session, path: path.to_owned() })
         }
         None if text.is_empty() => Err("a path must not be empty".to_owned()),
-        None => Ok(Place::Local(text.to_owned())),
+        None => local(),
     }
 }
 
@@ -123,6 +130,8 @@ pub fn signal_number(name: &str) -> u8 {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
     use super::*;
 
     #[test]
@@ -182,6 +191,7 @@ mod tests {
 
     #[test]
     fn places_are_told_apart_as_scp_does() {
+        let place = |text: &str| place(text.into());
         let sandbox = |session: Option<&str>, path: &str| {
             Ok(Place::Sandbox { session: session.map(str::to_owned), path: path.to_owned() })
         };
@@ -191,6 +201,14 @@ mod tests {
         assert_eq!(place("./a:b"), Ok(Place::Local("./a:b".into())));
         assert_eq!(place("/tmp/x"), Ok(Place::Local("/tmp/x".into())));
         assert!(place("box:").is_err() && place("").is_err());
+    }
+
+    #[test]
+    fn places_have_any_bytes_in_their_names() {
+        let text = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
+        let inside = Place::Sandbox { session: Some("box".into()), path: "caf\u{efe9}".into() };
+        assert_eq!(place(text(b"box:caf\xe9")), Ok(inside));
+        assert_eq!(place(text(b"caf\xe9")), Ok(Place::Local(text(b"caf\xe9").into())));
     }
 
     #[test]

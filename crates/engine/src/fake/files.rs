@@ -95,17 +95,24 @@ impl Files {
 
     pub(super) fn check_writable(&self, path: &str) -> Result<(), GuestError> {
         let path = absolute(path)?;
-        match (self.0.get(&path), self.0.get(parent(&path))) {
-            (Some(Node { content: None, .. }), _) => refuse(Code::IsADirectory, 21),
-            (_, Some(Node { content: None, .. })) => Ok(()),
-            (_, Some(_)) => refuse(Code::NotADirectory, 20),
-            (_, None) => refuse(Code::FileNotFound, 2),
+        if let Some(Node { content: None, .. }) = self.0.get(&path) {
+            return refuse(Code::IsADirectory, 21);
+        }
+        let mut above = parent(&path);
+        loop {
+            match self.0.get(above) {
+                Some(Node { content: None, .. }) => return Ok(()),
+                Some(_) => return refuse(Code::NotADirectory, 20),
+                // Made when the content is complete.
+                None => above = parent(above),
+            }
         }
     }
 
     pub(super) fn write(&mut self, path: &str, content: Vec<u8>, options: &WriteOptions) -> Result<(), GuestError> {
         self.check_writable(path)?;
         let path = absolute(path)?;
+        self.make_directory(parent(&path), 0, true)?;
         let new_mode = if options.mode == 0 { 0o644 } else { options.mode };
         let node = self.0.entry(path).or_insert(Node { content: Some(Bytes::new()), mode: new_mode });
         let mut bytes = content;

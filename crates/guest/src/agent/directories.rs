@@ -4,6 +4,7 @@ use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
 
 use nagaya_api::error::Code;
+use nagaya_api::names;
 use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, RawMode, Stat, Uid};
 use rustix::io::Errno;
 
@@ -12,8 +13,8 @@ use super::failure::Failure;
 use super::paths::{Place, Root};
 use crate::messages::{Entry, FileStatus, ListDirectory, Made, MakeDirectory, Remove, Removed};
 
-/// Entries of one listing.
-const ENTRIES_MAX: usize = 100_000;
+/// Entries of a directory that are read by one visit to a blocking thread.
+const ENTRIES_AT_ONCE: usize = 1024;
 /// Directories that are open at once while a tree is removed.
 const DEPTH_MAX: usize = 64;
 
@@ -33,7 +34,7 @@ pub fn status(root: &Root, path: &str) -> Result<FileStatus, Failure> {
     let status = rustix::fs::fstat(&file)?;
     let is_symlink = FileType::from_raw_mode(status.st_mode) == FileType::Symlink;
     let target = match is_symlink {
-        true => rustix::fs::readlinkat(&file, c"", Vec::new())?.to_string_lossy().into_owned(),
+        true => names::to_text(rustix::fs::readlinkat(&file, c"", Vec::new())?.to_bytes()).into_owned(),
         false => String::new(),
     };
     Ok(FileStatus {
@@ -49,16 +50,19 @@ pub fn status(root: &Root, path: &str) -> Result<FileStatus, Failure> {
 
 /// Makes a directory; with `recursive` also those above it, and one that is there is fine.
 pub fn make(root: &Root, request: &MakeDirectory) -> Result<Made, Failure> {
-    let path = root.absolute(&request.path)?;
+    make_at(root, &root.absolute(&request.path)?, request)
+}
+
+fn make_at(root: &Root, path: &[u8], request: &MakeDirectory) -> Result<Made, Failure> {
     let mode = Mode::from_raw_mode(if request.mode == 0 { 0o755 } else { request.mode as RawMode & 0o7777 });
-    let names: Vec<&str> = path.split('/').filter(|name| !matches!(*name, "" | ".")).collect();
+    let names: Vec<&[u8]> = path.split(|byte| *byte == b'/').filter(|name| !matches!(*name, b"" | b".")).collect();
     let flags = OFlags::PATH | OFlags::DIRECTORY;
     let mut directory = root.open_path("/", flags)?;
     let mut existed = true;
     for (index, name) in names.iter().enumerate() {
         let is_last = index + 1 == names.len();
         existed = true;
-        directory = match root.open_at(directory.as_fd(), name.as_bytes(), flags) {
+        directory = match root.open_at(directory.as_fd(), name, flags) {
             Ok(next) => next,
             Err(Errno::NOENT) if request.recursive || is_last => {
                 existed = false;
@@ -74,7 +78,33 @@ pub fn make(root: &Root, request: &MakeDirectory) -> Result<Made, Failure> {
     Ok(Made { modified_unix_ns: modified_unix_ns(&rustix::fs::fstat(&directory)?) })
 }
 
-fn c_string(name: &str) -> Result<CString, Failure> {
+/// Makes the directories above a path that are missing.
+pub fn make_parents(root: &Root, path: &str) -> Result<(), Failure> {
+    let path = root.absolute(path)?;
+    let parent = parent_of(&path);
+    make_at(root, parent, &MakeDirectory { recursive: true, ..Default::default() }).map(drop)
+}
+
+/// The directory nearest above a path, where some of those above it are missing.
+pub fn nearest(root: &Root, path: &str) -> Result<OwnedFd, Failure> {
+    let path = root.absolute(path)?;
+    let mut parent = parent_of(&path);
+    loop {
+        match root.open_bytes(parent, OFlags::PATH | OFlags::DIRECTORY) {
+            Err(Errno::NOENT) if parent.len() > 1 => parent = parent_of(parent),
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// All before the last part of an absolute path.
+fn parent_of(path: &[u8]) -> &[u8] {
+    let end = path.iter().rposition(|byte| *byte != b'/').map_or(0, |last| last + 1);
+    let slash = path[..end].iter().rposition(|byte| *byte == b'/').unwrap_or(0);
+    &path[..slash.max(1)]
+}
+
+fn c_string(name: &[u8]) -> Result<CString, Failure> {
     CString::new(name).map_err(|_| Failure::new(Code::InvalidPath, ""))
 }
 
@@ -95,29 +125,40 @@ fn make_one(parent: &OwnedFd, name: &CStr, mode: Mode) -> Result<OwnedFd, Failur
     Ok(made)
 }
 
-/// The entries of a directory, sorted by name.
-pub fn list(root: &Root, request: &ListDirectory) -> Result<Vec<Entry>, Failure> {
-    let directory = root.open_path(&request.path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK)?;
-    let mut entries = Vec::new();
-    for entry in Dir::read_from(&directory)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let bytes = name.to_bytes();
-        if matches!(bytes, b"." | b"..") || (!request.include_hidden && bytes.starts_with(b".")) {
-            continue;
-        }
-        if entries.len() == ENTRIES_MAX {
-            return Err(Failure::new(Code::FileSystem, format!("more than {ENTRIES_MAX} entries")));
-        }
-        entries.push(describe(&directory, name, entry.file_type()));
+/// A directory whose entries are read in parts, in the order in which the file system has them.
+pub struct Listing {
+    directory: OwnedFd,
+    entries: Dir,
+    include_hidden: bool,
+}
+
+impl Listing {
+    pub fn begin(root: &Root, request: &ListDirectory) -> Result<Self, Failure> {
+        let directory = root.open_path(&request.path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK)?;
+        let entries = Dir::read_from(&directory)?;
+        Ok(Self { directory, entries, include_hidden: request.include_hidden })
     }
-    entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-    Ok(entries)
+
+    /// Some entries; none at the end.
+    pub fn read(&mut self) -> Result<Vec<Entry>, Failure> {
+        let mut part = Vec::new();
+        while part.len() < ENTRIES_AT_ONCE
+            && let Some(entry) = self.entries.next()
+        {
+            let entry = entry?;
+            let name = entry.file_name();
+            let bytes = name.to_bytes();
+            if !matches!(bytes, b"." | b"..") && (self.include_hidden || !bytes.starts_with(b".")) {
+                part.push(describe(&self.directory, name, entry.file_type()));
+            }
+        }
+        Ok(part)
+    }
 }
 
 /// An entry that cannot be looked at is listed with what the directory itself says about it.
 fn describe(directory: &OwnedFd, name: &CStr, kind: FileType) -> Entry {
-    let name_text = name.to_string_lossy().into_owned();
+    let name_text = names::to_text(name.to_bytes()).into_owned();
     match rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(status) => Entry {
             name: name_text,
@@ -193,7 +234,6 @@ impl Level {
 
     /// Reads some of the entries; true when there are any.
     fn refill(&mut self) -> Result<bool, Errno> {
-        const ENTRIES_AT_ONCE: usize = 1024;
         for entry in Dir::read_from(&self.directory)? {
             let name = entry?.file_name().to_owned();
             if !matches!(name.to_bytes(), b"." | b"..") {

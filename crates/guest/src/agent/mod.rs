@@ -43,6 +43,7 @@ mod paths;
 mod power;
 mod program;
 mod reaper;
+mod save;
 mod serve;
 mod session;
 mod settings;

@@ -7,6 +7,7 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nagaya_api::error::Code;
+use nagaya_api::names;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
@@ -42,23 +43,29 @@ impl Root {
         Ok(Self { root: rustix::fs::open("/", flags, Mode::empty())?, home: home.into() })
     }
 
-    /// The path from the root, as text.
-    pub fn absolute(&self, path: &str) -> Result<String, Failure> {
-        if path.is_empty() || path.len() > PATH_BYTES_MAX || path.contains('\0') {
+    /// The path from the root, as the bytes that its text stands for.
+    pub fn absolute(&self, path: &str) -> Result<Vec<u8>, Failure> {
+        let path = names::to_bytes(path);
+        if path.is_empty() || path.len() > PATH_BYTES_MAX || path.contains(&0) {
             return Err(Failure::new(Code::InvalidPath, ""));
         }
-        Ok(if path.starts_with('/') { path.into() } else { format!("{}/{path}", self.home) })
+        Ok(if path.starts_with(b"/") { path.into() } else { [self.home.as_bytes(), b"/", &path].concat() })
     }
 
     /// Opens what a path names.
     pub fn open_path(&self, path: &str, flags: OFlags) -> Result<OwnedFd, Failure> {
-        Ok(self.open_at(self.root.as_fd(), self.absolute(path)?.as_bytes(), flags)?)
+        Ok(self.open_at(self.root.as_fd(), &self.absolute(path)?, flags)?)
+    }
+
+    /// As [`Root::open_path`], for a path from the root.
+    pub fn open_bytes(&self, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+        self.open_at(self.root.as_fd(), path, flags)
     }
 
     /// Finds the directory that holds a path's last component, which is not followed.
     pub fn place(&self, path: &str) -> Result<Option<Place>, Failure> {
         let path = self.absolute(path)?;
-        Ok(self.place_at(self.root.as_fd(), path.as_bytes())?)
+        Ok(self.place_at(self.root.as_fd(), &path)?)
     }
 
     /// As [`Root::place`], but where the last component is a symbolic link, the place it leads to.

@@ -211,8 +211,7 @@ fn strings(agent: &Agent, command: &Command, account: &Account) -> Result<String
         // A command without a wish still runs when somebody removed the home directory.
         "" if !std::path::Path::new(home).is_dir() => c_string("/")?,
         "" => c_string(home)?,
-        absolute if absolute.starts_with('/') => c_string(absolute)?,
-        relative => c_string(&format!("{}/{relative}", agent.settings.home))?,
+        path => sys::c_string(agent.root.absolute(path)?).ok_or_else(|| invalid("NUL byte"))?,
     };
     Ok(Strings { candidates, argv, env, cwd })
 }

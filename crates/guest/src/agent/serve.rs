@@ -7,7 +7,8 @@ use nagaya_api::error::Code;
 
 use super::command::{Control, Sink, supervise};
 use super::failure::Failure;
-use super::{Agent, blocking, directories, files, program, sockets};
+use super::directories::Listing;
+use super::{Agent, blocking, directories, files, program, save, sockets};
 use crate::frame::MESSAGE_BYTES_MAX;
 use crate::messages::{self, Command, Entries, Event, Kept, Outcome, Request, Started, encode, request};
 use crate::mux::{self, Receiver, Sender};
@@ -79,7 +80,7 @@ async fn other(
         Kind::Listen(request) => sockets::listen(agent, *request, sender, receiver).await?,
         Kind::Accept(request) => sockets::accept(agent, *request, sender, receiver).await?,
         Kind::ReadFile(request) => files::read(agent, *request, sender).await?,
-        Kind::WriteFile(request) => files::write(agent, *request, sender, receiver).await?,
+        Kind::WriteFile(request) => save::write(agent, *request, sender, receiver).await?,
         Kind::Stat(request) => {
             let status = blocking(move || directories::status(&files.root, &request.path)).await?;
             Outcome { kind: status.into() }
@@ -93,8 +94,15 @@ async fn other(
             Outcome { kind: removed.into() }
         }
         Kind::ListDirectory(request) => {
-            let entries = blocking(move || directories::list(&files.root, &request)).await?;
-            send_entries(entries, sender).await?;
+            let mut listing = blocking(move || Listing::begin(&files.root, &request)).await?;
+            loop {
+                let (rest, part) = blocking(move || listing.read().map(|part| (listing, part))).await?;
+                listing = rest;
+                if part.is_empty() {
+                    break;
+                }
+                send_entries(part, sender).await?;
+            }
             Outcome::default()
         }
     })

@@ -13,10 +13,9 @@ use tokio::sync::mpsc;
 
 use super::{Link, event_of, files, finish, guest_error, process, sockets, streams, unexpected};
 
-/// What is taken from an agent as the entries of one directory.
-const ENTRIES_MAX: usize = 100_000;
 /// Memory for an entry in all forms that it has on its way to a client, beside its name.
 const ENTRY_BYTES: usize = 320;
+/// What is taken from an agent as the entries of one directory: a million of them with names of 30 bytes.
 const ENTRIES_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 pub(super) fn unexpected_outcome() -> GuestError {
@@ -113,11 +112,16 @@ impl Guest for Link {
                         modified_unix_ns: entry.modified_unix_ns,
                         is_dir: entry.is_dir,
                     }));
-                    if entries.len() > ENTRIES_MAX || bytes > ENTRIES_BYTES_MAX {
-                        return Err(guest_error(Code::FileSystem, "too many entries"));
+                    if bytes > ENTRIES_BYTES_MAX {
+                        let detail = "the directory's entries are more than 64 MiB; list it with a command";
+                        return Err(guest_error(Code::MessageTooLarge, detail));
                     }
                 }
-                Some(Incoming::End(end)) => return finish(&end).map(|_| entries),
+                Some(Incoming::End(end)) => {
+                    finish(&end)?;
+                    entries.sort_unstable_by(|a: &DirectoryEntry, b| a.name.cmp(&b.name));
+                    return Ok(entries);
+                }
                 other => return Err(unexpected(other)),
             }
         }

@@ -1,3 +1,5 @@
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, symlink};
 
 use nagaya_api::error::Code;
@@ -116,6 +118,62 @@ async fn a_list_takes_its_room_before_it_is_kept() {
     let room = Little(std::sync::Mutex::new(1_000_000));
     assert_eq!(link.list_directory(".", false, &room).await.unwrap().len(), 2_000);
     assert!(*room.0.lock().unwrap() < 500_000, "{}", room.0.lock().unwrap());
+}
+
+#[tokio::test]
+async fn directories_of_any_size_are_listed() {
+    const ENTRIES: usize = 120_000;
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    let directory = std::fs::File::open(agent.home()).unwrap();
+    for number in 0..ENTRIES {
+        let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
+        rustix::fs::openat(&directory, format!("{number:06}"), flags, Mode::RUSR).unwrap();
+    }
+    let entries = link.list_directory(".", false).await.unwrap();
+    assert_eq!(entries.len(), ENTRIES);
+    assert!(entries.is_sorted_by(|a, b| a.name < b.name));
+}
+
+#[tokio::test]
+async fn names_of_any_bytes_lead_to_their_files() {
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    // Two that are no UTF-8, two that read like the text of another, and a directory of such a name.
+    let names: [&[u8]; 4] = [b"caf\xe9", b"caf\xe8", "caf\u{efe9}".as_bytes(), "日\u{ef80}".as_bytes()];
+    let path = |name: &[u8]| agent.home().join(OsStr::from_bytes(name));
+    for name in names {
+        std::fs::write(path(name), name).unwrap();
+    }
+    symlink(path(b"caf\xe9"), path(b"to\xff")).unwrap();
+    std::fs::create_dir(path(b"dir\x80")).unwrap();
+    let listed: Vec<String> =
+        link.list_directory(".", true).await.unwrap().into_iter().map(|entry| entry.name).collect();
+    assert_eq!(listed.len(), 6);
+    for name in &listed {
+        let bytes = nagaya_api::names::to_bytes(name).into_owned();
+        let stat = link.stat(name).await.unwrap().unwrap();
+        if stat.is_symlink {
+            let target = nagaya_api::names::to_bytes(&stat.symlink_target).into_owned();
+            assert_eq!(target, path(b"caf\xe9").as_os_str().as_bytes());
+        } else if stat.is_dir {
+            let (ended, exit) = run(&link, Command { cwd: name.clone(), ..command(&["pwd", "-P"]) }).await;
+            assert_eq!((ended.stdout, exit.code), ([path(&bytes).as_os_str().as_bytes(), b"\n"].concat(), 0));
+            link.make_directory(&format!("{name}/{name}"), 0, false).await.unwrap();
+            assert!(path(&bytes).join(OsStr::from_bytes(&bytes)).is_dir());
+        } else {
+            let mut reader = link.read_file(name, 0, 0, 0).await.unwrap();
+            assert_eq!(reader.chunks.recv().await.unwrap().unwrap(), bytes);
+            let options = nagaya_engine::ports::WriteOptions { mode: 0, truncate: true, sync: false };
+            let writer = link.write_file(name, options).await.unwrap();
+            writer.chunks.send(Bytes::from_static(b"written")).await.unwrap();
+            writer.finish().await.unwrap();
+            assert_eq!(std::fs::read(path(&bytes)).unwrap(), b"written");
+        }
+        assert!(link.remove(name, true).await.unwrap() > 0);
+        assert!(link.stat(name).await.unwrap().is_none());
+    }
+    assert_eq!(std::fs::read_dir(agent.home()).unwrap().count(), 0);
 }
 
 #[tokio::test]
