@@ -77,7 +77,11 @@ pub fn examine(data: &Path) -> Vec<Finding> {
             "boot without cgroup.memory=nosocket: what sandboxes' sockets hold is bounded by nothing else",
         ),
         optional("swap limit", swap_limit(), "boot with swapaccount=1, or switch swap off"),
-        optional("sudo", program("sudo", "--version"), "apt-get install sudo, and sandboxes of the host image have it too"),
+        optional(
+            "sudo",
+            program("sudo", "--version"),
+            "apt-get install sudo, and sandboxes of the host image have it too",
+        ),
         optional("CRIU", program("criu", "--version"), "apt-get install criu (4.1 or newer)"),
         optional("runsc", program("runsc", "--version"), "apt-get install runsc"),
         optional("KVM", device("/dev/kvm"), "enable hardware virtualisation"),

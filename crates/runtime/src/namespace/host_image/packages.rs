@@ -34,11 +34,17 @@ pub(super) fn make_database(base: &Path, accounts: &Accounts) -> Result<(), Imag
 
 /// Directories of packages whose content is not taken over: their scripts write there.
 pub(super) fn make_directories(base: &Path, accounts: &Accounts) -> Result<(), ImageError> {
+    let base = &at(base, fs::canonicalize(base))?;
+    // Never through a link: the image's absolute ones lead into the host here.
+    let is_within = |path: &Path| {
+        path.parent().is_some_and(|parent| {
+            fs::canonicalize(parent).is_ok_and(|found| found == parent && found.starts_with(base))
+        })
+    };
     for directory in directories(Path::new(DATABASE)) {
         let inside = base.join(directory.strip_prefix("/").unwrap_or(&directory));
         let Ok(metadata) = fs::symlink_metadata(&directory) else { continue };
-        // A link may lead to what is somewhere else in the image, or nowhere.
-        if !metadata.is_dir() || fs::symlink_metadata(&inside).is_ok() || !inside.parent().is_some_and(Path::is_dir) {
+        if !metadata.is_dir() || !is_within(&inside) || fs::symlink_metadata(&inside).is_ok() {
             continue;
         }
         at(&inside, fs::create_dir(&inside))?;
@@ -47,7 +53,7 @@ pub(super) fn make_directories(base: &Path, accounts: &Accounts) -> Result<(), I
         at(&inside, fs::set_permissions(&inside, Permissions::from_mode(metadata.mode() & 0o7777)))?;
     }
     for name in OF_PACKAGES {
-        if base.join(name).parent().is_some_and(Path::is_dir) {
+        if is_within(&base.join(name)) {
             copy(&Path::new("/").join(name), &base.join(name))?;
         }
     }
@@ -71,4 +77,31 @@ pub(super) fn forbid_services(programs: &Path) -> Result<(), ImageError> {
     let path = programs.join("policy-rc.d");
     at(&path, fs::write(&path, NO_SERVICES))?;
     at(&path, fs::set_permissions(&path, Permissions::from_mode(0o755)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_of_packages_are_those_below_etc_and_var_parents_first() {
+        let database = tempfile::tempdir().unwrap();
+        fs::create_dir(database.path().join("info")).unwrap();
+        let list = "/.\n/usr\n/usr/share/x\n/var/lib/x/y\n/var/lib/x\n/var/lib\n/etc/x\n/etc/../root\n/varx/a\n";
+        fs::write(database.path().join("info/x.list"), list).unwrap();
+        fs::write(database.path().join("info/x.md5sums"), "/var/other\n").unwrap();
+        let found: Vec<_> = directories(database.path()).into_iter().collect();
+        assert_eq!(found, ["/etc/x", "/var/lib", "/var/lib/x", "/var/lib/x/y"].map(PathBuf::from));
+    }
+
+    #[test]
+    fn nothing_is_made_through_a_link_of_the_image() {
+        let base = tempfile::tempdir().unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        // Wherever packages of this machine have a directory, the image has a link that leads out of it.
+        std::os::unix::fs::symlink(elsewhere.path(), base.path().join("etc")).unwrap();
+        std::os::unix::fs::symlink(elsewhere.path(), base.path().join("var")).unwrap();
+        make_directories(base.path(), &Accounts::of(super::super::accounts::Host::read())).unwrap();
+        assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
+    }
 }
