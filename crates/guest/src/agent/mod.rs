@@ -38,6 +38,7 @@ mod paths;
 mod power;
 mod program;
 mod reaper;
+mod score;
 mod serve;
 mod settings;
 mod signals;

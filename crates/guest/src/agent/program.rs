@@ -89,6 +89,7 @@ fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
                 terminal,
                 user: (!command.privileged).then_some((TENKI, TENKI)),
                 cgroup_procs: &agent.settings.cgroup_procs,
+                oom_score: agent.settings.oom_score.as_ref().map(|file| file.as_fd()),
                 open_files_max: OPEN_FILES_MAX,
             })
         })
@@ -126,7 +127,13 @@ fn nonblocking(fd: OwnedFd) -> Result<OwnedFd, Errno> {
 
 /// Our side and the command's side of a new terminal.
 fn open_terminal(privileged: bool) -> Result<(OwnedFd, OwnedFd), Failure> {
-    let unavailable = |errno| Failure::with(Code::CapabilityUnavailable, "terminals", errno);
+    let unavailable = |errno| match errno {
+        // None is left of this sandbox's or of the host's.
+        Errno::NOSPC | Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN | Errno::IO => {
+            Failure::with(Code::CapacityUnavailable, "terminals in the sandbox; close some that are open", errno)
+        }
+        errno => Failure::with(Code::CapabilityUnavailable, "terminals", errno),
+    };
     let ours =
         rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).map_err(unavailable)?;
     rustix::pty::unlockpt(&ours).map_err(unavailable)?;

@@ -6,6 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
 
+use super::score::Loan;
+
 /// How far a new process came before it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
@@ -47,6 +49,8 @@ pub struct Program<'a> {
     pub user: Option<(u32, u32)>,
     /// Files in which to write `0`.
     pub cgroup_procs: &'a [OwnedFd],
+    /// Our own score, which a new process begins with.
+    pub oom_score: Option<BorrowedFd<'a>>,
     /// Soft limit of open files.
     pub open_files_max: u64,
 }
@@ -61,6 +65,7 @@ struct Plan {
     terminal: bool,
     user: Option<(u32, u32)>,
     cgroup_procs: Vec<RawFd>,
+    score: Option<Loan>,
     open_files_max: u64,
     step: Step,
     errno: c_int,
@@ -87,12 +92,14 @@ pub fn spawn(program: &Program<'_>) -> Result<i32, SpawnError> {
         terminal: program.terminal,
         user: program.user,
         cgroup_procs: program.cgroup_procs.iter().map(|file| file.as_raw_fd()).collect(),
+        score: None,
         open_files_max: program.open_files_max,
         step: Step::Clone,
         errno: 0,
     };
     let mut stack = vec![0u128; STACK_BYTES / 16];
     let top = stack.as_mut_ptr_range().end;
+    plan.score = program.oom_score.map(|file| Loan::take(file.as_raw_fd()));
     // SAFETY: with CLONE_VM and CLONE_VFORK this thread is suspended until the child has executed a
     // program or exited, so `plan` and `stack` outlive its use of them and nobody else touches them.
     // All signals are blocked meanwhile, so that no handler of ours runs on the child's stack. The
@@ -108,6 +115,10 @@ pub fn spawn(program: &Program<'_>) -> Result<i32, SpawnError> {
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
         (pid, errno)
     };
+    // For a child that did not come to it.
+    if let Some(score) = &plan.score {
+        score.give_back();
+    }
     // The child wrote to the plan behind the compiler's back.
     // SAFETY: both point to initialised fields of a live local.
     let (step, child_errno) =
@@ -128,6 +139,9 @@ extern "C" fn child(plan: *mut c_void) -> c_int {
     let plan = unsafe { &mut *plan.cast::<Plan>() };
     // SAFETY: as above; the pointers in the plan are valid and end with a null pointer.
     unsafe {
+        if let Some(score) = &plan.score {
+            score.give_back();
+        }
         if let Err(step) = prepare(plan) {
             plan.errno = *libc::__errno_location();
             plan.step = step;
@@ -172,12 +186,6 @@ unsafe fn prepare(plan: &Plan) -> Result<(), Step> {
         if libc::getrlimit(libc::RLIMIT_NOFILE, &mut open_files) == 0 {
             open_files.rlim_cur = plan.open_files_max.min(open_files.rlim_max);
             libc::setrlimit(libc::RLIMIT_NOFILE, &open_files);
-        }
-        // Best effort: when memory runs out, commands go before anything else.
-        let score = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
-        if score >= 0 {
-            libc::write(score, c"500".as_ptr().cast(), 3);
-            libc::close(score);
         }
         for (target, source) in plan.streams.iter().enumerate() {
             check(libc::dup2(*source, target as c_int).into(), Step::Prepare)?;
