@@ -34,6 +34,25 @@ pub fn new_filesystem_set_up_with(
     Ok(mount)
 }
 
+/// As [`new_filesystem`], with the context through which [`adjust`] changes its options later.
+pub fn new_adjustable_filesystem(
+    kind: &str,
+    options: &[(&str, Option<&str>)],
+    attributes: MountAttrFlags,
+) -> Result<(OwnedFd, OwnedFd), Errno> {
+    let context = create(kind, options, None)?;
+    let mount = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    Ok((mount, context))
+}
+
+/// Changes options of a file system that has been made.
+pub fn adjust(context: BorrowedFd<'_>, options: &[(&str, &str)]) -> Result<(), Errno> {
+    for (name, value) in options {
+        fsconfig_set_string(context, *name, *value)?;
+    }
+    fsconfig_reconfigure(context)
+}
+
 fn create(kind: &str, options: &[(&str, Option<&str>)], flag: Option<&str>) -> Result<OwnedFd, Errno> {
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
     for (name, value) in options {

@@ -14,6 +14,8 @@ const AUDIT_ARCH: u32 = 0xc000_00b7;
 
 const RETURN_ALLOW: u32 = 0x7fff_0000;
 const RETURN_ERRNO: u32 = 0x0005_0000;
+/// Error 0: the call is not made, and answered with success.
+const DONE_NOTHING: u32 = RETURN_ERRNO;
 
 /// Offsets in `struct seccomp_data`.
 const DATA_NUMBER: u32 = 0;
@@ -21,6 +23,7 @@ const DATA_ARCH: u32 = 4;
 const DATA_ARGUMENT_0: u32 = 16;
 const DATA_ARGUMENT_1: u32 = 24;
 const DATA_ARGUMENT_2: u32 = 32;
+const DATA_ARGUMENT_3: u32 = 40;
 
 /// The newest call of Linux 6.17; later ones do not exist for a sandbox until somebody looked at them.
 const LAST_KNOWN: u32 = 469;
@@ -96,9 +99,26 @@ const REFUSED: &[i64] = &[
     libc::SYS_ustat,
 ];
 
-/// Answered with ENOSYS, so that programs fall back to something older.
-const ABSENT: &[i64] =
-    &[libc::SYS_clone3, libc::SYS_io_uring_enter, libc::SYS_io_uring_register, libc::SYS_io_uring_setup];
+/// Answered with ENOSYS, so that programs fall back to something older. Contexts of asynchronous I/O have one count for
+/// the whole host.
+const ABSENT: &[i64] = &[
+    libc::SYS_clone3,
+    libc::SYS_io_setup,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    libc::SYS_io_uring_setup,
+];
+
+/// Huge pages are the host's, a fixed number that no control group of ours counts: call, the argument with the flag,
+/// the flag. Answered as a host without any does.
+const HUGE_PAGES: &[(i64, u32, u32)] = &[
+    (libc::SYS_mmap, DATA_ARGUMENT_3, libc::MAP_HUGETLB as u32),
+    (libc::SYS_memfd_create, DATA_ARGUMENT_1, libc::MFD_HUGETLB),
+    (libc::SYS_shmget, DATA_ARGUMENT_2, libc::SHM_HUGETLB as u32),
+];
+
+/// Options of `SOL_SOCKET` that compile a program into the kernel, for which the whole host has one space.
+const REFUSED_SOCKET_OPTIONS: &[u32] = &[libc::SO_ATTACH_FILTER as u32, libc::SO_ATTACH_REUSEPORT_CBPF as u32];
 
 /// Address families a sandbox may use, with netlink. Others, such as AF_VSOCK, reach past the
 /// network namespace.
@@ -115,13 +135,27 @@ const REFUSED_IOCTLS: &[u32] = &[libc::TIOCSTI as u32, libc::TIOCLINUX as u32];
 enum Verdict {
     Allow,
     Errno(i32),
-    /// Refuse when the first argument has any of these bits.
-    RefuseBits(u32),
+    /// Refuse when the argument at that offset has any of these bits.
+    RefuseBits {
+        argument: u32,
+        bits: u32,
+        errno: i32,
+    },
     /// Allow only when the first argument is one of [`SOCKET_FAMILIES`], or netlink with one of
     /// [`NETLINK_PROTOCOLS`] as the third.
     Families,
     /// Refuse when the second argument is one of [`REFUSED_IOCTLS`].
     Ioctls,
+    /// Refuse when the first argument, a process, is not 0. With pinned cores do nothing, as if it were done, when the
+    /// third gives `RLIMIT_CORE` a new value: who wants no core files has that, and programs that take precautions would
+    /// complain.
+    OwnLimits {
+        pin_cores: bool,
+    },
+    /// Do nothing, as above, when the first argument is `RLIMIT_CORE`.
+    NoCoreLimit,
+    /// Refuse when the second argument is `SOL_SOCKET` and the third one of [`REFUSED_SOCKET_OPTIONS`].
+    SocketOptions,
 }
 
 fn statement(code: u32, k: u32) -> sock_filter {
@@ -148,8 +182,8 @@ fn leaf(verdict: Verdict) -> Vec<sock_filter> {
     match verdict {
         Verdict::Allow => vec![give(RETURN_ALLOW)],
         Verdict::Errno(number) => vec![give(errno(number))],
-        Verdict::RefuseBits(bits) => {
-            vec![load(DATA_ARGUMENT_0), jump(BPF_JSET, bits, 0, 1), give(errno(libc::EPERM)), give(RETURN_ALLOW)]
+        Verdict::RefuseBits { argument, bits, errno: number } => {
+            vec![load(argument), jump(BPF_JSET, bits, 0, 1), give(errno(number)), give(RETURN_ALLOW)]
         }
         Verdict::Families => {
             let netlink = one_of(DATA_ARGUMENT_2, NETLINK_PROTOCOLS, RETURN_ALLOW, errno(libc::EPROTONOSUPPORT));
@@ -160,6 +194,33 @@ fn leaf(verdict: Verdict) -> Vec<sock_filter> {
             block
         }
         Verdict::Ioctls => one_of(DATA_ARGUMENT_1, REFUSED_IOCTLS, errno(libc::EPERM), RETURN_ALLOW),
+        Verdict::OwnLimits { pin_cores } => {
+            let mut block = vec![load(DATA_ARGUMENT_0), jump(BPF_JEQ, 0, 1, 0), give(errno(libc::EPERM))];
+            if pin_cores {
+                block.extend([
+                    load(DATA_ARGUMENT_1),
+                    jump(BPF_JEQ, libc::RLIMIT_CORE, 0, 5),
+                    // Either half of the pointer.
+                    load(DATA_ARGUMENT_2),
+                    jump(BPF_JEQ, 0, 0, 2),
+                    load(DATA_ARGUMENT_2 + 4),
+                    jump(BPF_JEQ, 0, 1, 0),
+                    give(DONE_NOTHING),
+                ]);
+            }
+            block.push(give(RETURN_ALLOW));
+            block
+        }
+        Verdict::NoCoreLimit => {
+            vec![load(DATA_ARGUMENT_0), jump(BPF_JEQ, libc::RLIMIT_CORE, 0, 1), give(DONE_NOTHING), give(RETURN_ALLOW)]
+        }
+        Verdict::SocketOptions => {
+            let options = one_of(DATA_ARGUMENT_2, REFUSED_SOCKET_OPTIONS, errno(libc::EPERM), RETURN_ALLOW);
+            let mut block =
+                vec![load(DATA_ARGUMENT_1), jump(BPF_JEQ, libc::SOL_SOCKET as u32, 1, 0), give(RETURN_ALLOW)];
+            block.extend(options);
+            block
+        }
     }
 }
 
@@ -175,7 +236,7 @@ fn one_of(argument: u32, values: &[u32], hit: u32, miss: u32) -> Vec<sock_filter
 }
 
 /// Runs of numbers with one verdict, as (first number, verdict), ascending, from 0.
-fn table() -> Vec<(u32, Verdict)> {
+fn table(pin_cores: bool) -> Vec<(u32, Verdict)> {
     let mut verdicts = vec![Verdict::Allow; LAST_KNOWN as usize + 1];
     for number in REFUSED {
         verdicts[*number as usize] = Verdict::Errno(libc::EPERM);
@@ -183,10 +244,18 @@ fn table() -> Vec<(u32, Verdict)> {
     for number in ABSENT {
         verdicts[*number as usize] = Verdict::Errno(libc::ENOSYS);
     }
-    verdicts[libc::SYS_clone as usize] = Verdict::RefuseBits(NEW_NAMESPACES);
-    verdicts[libc::SYS_unshare as usize] = Verdict::RefuseBits(NEW_NAMESPACES);
+    let refuse_bits = |argument, bits| Verdict::RefuseBits { argument, bits, errno: libc::EPERM };
+    verdicts[libc::SYS_clone as usize] = refuse_bits(DATA_ARGUMENT_0, NEW_NAMESPACES);
+    verdicts[libc::SYS_unshare as usize] = refuse_bits(DATA_ARGUMENT_0, NEW_NAMESPACES);
     // Limits of any process but the caller's own: root of the sandbox could take its agent's.
-    verdicts[libc::SYS_prlimit64 as usize] = Verdict::RefuseBits(u32::MAX);
+    verdicts[libc::SYS_prlimit64 as usize] = Verdict::OwnLimits { pin_cores };
+    if pin_cores {
+        verdicts[libc::SYS_setrlimit as usize] = Verdict::NoCoreLimit;
+    }
+    for (number, argument, bits) in HUGE_PAGES {
+        verdicts[*number as usize] = Verdict::RefuseBits { argument: *argument, bits: *bits, errno: libc::ENOMEM };
+    }
+    verdicts[libc::SYS_setsockopt as usize] = Verdict::SocketOptions;
     verdicts[libc::SYS_socket as usize] = Verdict::Families;
     verdicts[libc::SYS_socketpair as usize] = Verdict::Families;
     verdicts[libc::SYS_ioctl as usize] = Verdict::Ioctls;
@@ -216,8 +285,8 @@ fn search(runs: &[(u32, Verdict)]) -> Vec<sock_filter> {
     leaf(*only)
 }
 
-/// The compiled filter.
-pub fn program() -> Vec<sock_filter> {
+/// The compiled filter; with `pin_cores` the limit of core files stays what it is.
+pub fn program(pin_cores: bool) -> Vec<sock_filter> {
     let mut program = vec![
         load(DATA_ARCH),
         jump(BPF_JEQ, AUDIT_ARCH, 1, 0),
@@ -226,7 +295,7 @@ pub fn program() -> Vec<sock_filter> {
         jump(BPF_JGE, X32_START, 0, 1),
         give(errno(libc::ENOSYS)),
     ];
-    program.extend(search(&table()));
+    program.extend(search(&table(pin_cores)));
     program
 }
 
@@ -235,7 +304,11 @@ mod tests {
     use super::*;
 
     /// Runs the program as the kernel would.
-    fn verdict(program: &[sock_filter], arch: u32, number: u32, arguments: [u32; 3]) -> u32 {
+    fn verdict(program: &[sock_filter], arch: u32, number: u32, arguments: [u32; 4]) -> u32 {
+        verdict_of(program, arch, number, arguments.map(u64::from))
+    }
+
+    fn verdict_of(program: &[sock_filter], arch: u32, number: u32, arguments: [u64; 4]) -> u32 {
         let (mut at, mut accumulator) = (0usize, 0u32);
         loop {
             let instruction = program[at];
@@ -246,9 +319,11 @@ mod tests {
                     accumulator = match instruction.k {
                         DATA_NUMBER => number,
                         DATA_ARCH => arch,
-                        DATA_ARGUMENT_0 => arguments[0],
-                        DATA_ARGUMENT_1 => arguments[1],
-                        DATA_ARGUMENT_2 => arguments[2],
+                        // Both halves of each argument, the low one first.
+                        offset @ DATA_ARGUMENT_0.. => {
+                            let (index, half) = ((offset - DATA_ARGUMENT_0) / 8, offset % 8 / 4);
+                            (arguments[index as usize] >> (32 * half)) as u32
+                        }
                         other => panic!("load from {other}"),
                     }
                 }
@@ -263,12 +338,12 @@ mod tests {
     }
 
     fn native(number: i64, [first, second]: [u32; 2]) -> u32 {
-        verdict(&program(), AUDIT_ARCH, number as u32, [first, second, 0])
+        verdict(&program(false), AUDIT_ARCH, number as u32, [first, second, 0, 0])
     }
 
     #[test]
     fn every_listed_call_gets_its_verdict_and_all_others_are_allowed() {
-        let program = program();
+        let program = program(false);
         for number in 0..=LAST_KNOWN {
             let special = [
                 libc::SYS_clone,
@@ -277,6 +352,7 @@ mod tests {
                 libc::SYS_socket,
                 libc::SYS_socketpair,
                 libc::SYS_ioctl,
+                libc::SYS_setsockopt,
             ];
             if special.contains(&i64::from(number)) {
                 continue;
@@ -288,16 +364,16 @@ mod tests {
             } else {
                 RETURN_ALLOW
             };
-            assert_eq!(verdict(&program, AUDIT_ARCH, number, [0, 0, 0]), expected, "call {number}");
+            assert_eq!(verdict(&program, AUDIT_ARCH, number, [0, 0, 0, 0]), expected, "call {number}");
         }
     }
 
     #[test]
     fn other_interfaces_and_unknown_calls_do_not_exist() {
-        let program = program();
-        assert_eq!(verdict(&program, 0x4000_0003, 1, [0, 0, 0]), errno(libc::ENOSYS));
+        let program = program(false);
+        assert_eq!(verdict(&program, 0x4000_0003, 1, [0, 0, 0, 0]), errno(libc::ENOSYS));
         for number in [LAST_KNOWN + 1, X32_START, X32_START | libc::SYS_mount as u32, u32::MAX] {
-            assert_eq!(verdict(&program, AUDIT_ARCH, number, [0, 0, 0]), errno(libc::ENOSYS));
+            assert_eq!(verdict(&program, AUDIT_ARCH, number, [0, 0, 0, 0]), errno(libc::ENOSYS));
         }
     }
 
@@ -332,9 +408,9 @@ mod tests {
 
     #[test]
     fn netlink_tells_of_addresses_and_sockets_and_of_nothing_else() {
-        let program = program();
+        let program = program(false);
         let open = |protocol: i32| {
-            let arguments = [libc::AF_NETLINK as u32, libc::SOCK_RAW as u32, protocol as u32];
+            let arguments = [libc::AF_NETLINK as u32, libc::SOCK_RAW as u32, protocol as u32, 0];
             verdict(&program, AUDIT_ARCH, libc::SYS_socket as u32, arguments)
         };
         for protocol in [libc::NETLINK_ROUTE, libc::NETLINK_SOCK_DIAG] {
@@ -344,6 +420,52 @@ mod tests {
         {
             assert_eq!(open(protocol), errno(libc::EPROTONOSUPPORT));
         }
+    }
+
+    #[test]
+    fn the_limit_of_core_files_stays_only_where_it_is_pinned() {
+        let core = u64::from(libc::RLIMIT_CORE);
+        let program = |pin_cores| super::program(pin_cores);
+        let prlimit = |pin_cores, arguments: [u64; 4]| {
+            verdict_of(&program(pin_cores), AUDIT_ARCH, libc::SYS_prlimit64 as u32, arguments)
+        };
+        let setrlimit = |pin_cores, resource: u64| {
+            verdict_of(&program(pin_cores), AUDIT_ARCH, libc::SYS_setrlimit as u32, [resource, 1, 0, 0])
+        };
+        for new in [1, 1 << 32, u64::MAX] {
+            assert_eq!(prlimit(true, [0, core, new, 0]), DONE_NOTHING, "{new:#x}");
+            assert_eq!(prlimit(false, [0, core, new, 0]), RETURN_ALLOW);
+            assert_eq!(prlimit(true, [0, core + 1, new, 0]), RETURN_ALLOW);
+            assert_eq!(prlimit(true, [2, core, new, 0]), errno(libc::EPERM));
+        }
+        assert_eq!(prlimit(true, [0, core, 0, 1]), RETURN_ALLOW, "it can be read");
+        assert_eq!((setrlimit(true, core), setrlimit(false, core)), (DONE_NOTHING, RETURN_ALLOW));
+        assert_eq!(setrlimit(true, core + 1), RETURN_ALLOW);
+    }
+
+    #[test]
+    fn huge_pages_are_the_hosts() {
+        let program = program(false);
+        for (number, argument, bits) in HUGE_PAGES {
+            let mut arguments = [0; 4];
+            assert_eq!(verdict(&program, AUDIT_ARCH, *number as u32, arguments), RETURN_ALLOW);
+            arguments[((argument - DATA_ARGUMENT_0) / 8) as usize] = bits | 1;
+            assert_eq!(verdict(&program, AUDIT_ARCH, *number as u32, arguments), errno(libc::ENOMEM));
+        }
+    }
+
+    #[test]
+    fn no_programs_are_attached_to_sockets() {
+        let program = program(false);
+        let set = |level: i32, option: i32| {
+            let arguments = [3, level as u32, option as u32, 0];
+            verdict(&program, AUDIT_ARCH, libc::SYS_setsockopt as u32, arguments)
+        };
+        for option in [libc::SO_ATTACH_FILTER, libc::SO_ATTACH_REUSEPORT_CBPF] {
+            assert_eq!(set(libc::SOL_SOCKET, option), errno(libc::EPERM));
+            assert_eq!(set(libc::IPPROTO_TCP, option), RETURN_ALLOW);
+        }
+        assert_eq!(set(libc::SOL_SOCKET, libc::SO_REUSEADDR), RETURN_ALLOW);
     }
 
     #[test]

@@ -21,6 +21,9 @@ pub const SPAWNER_AGENT_FD: i32 = 4;
 /// Host uids and gids of one sandbox: 0 to 65,535 inside.
 pub const IDS_PER_SANDBOX: u32 = 65_536;
 
+/// Pseudo-terminals of one sandbox. The host has one number for all, which the server raises.
+pub const TERMINALS_MAX: u32 = 256;
+
 /// More than any message has.
 const DESCRIPTORS_MAX: usize = 64;
 const MESSAGE_BYTES_MAX: usize = 16 * 1024;
@@ -98,6 +101,12 @@ pub struct Sandbox {
     pub kept_output_bytes_max: u64,
     pub kept_output_seconds_max: u64,
 }
+
+/// What a sandbox may keep in memory without a process has to follow from its memory, which its server knows last. The
+/// first process sends it before it waits for its disk. Descriptors: the context of the file system at `/dev/shm`, and
+/// the file in which the pages are written that all System V segments may have.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Sizes;
 
 /// What a sandbox lives on, sent to its first process. Descriptors: the disk (a detached mount), the base layer
 /// (a detached mount), and the socket that its agent listens on. Without it the process ends with the server.

@@ -6,7 +6,7 @@ use nagaya_daemon::config::Config;
 use nagaya_runtime::doctor::{Weight, examine};
 
 pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
-    let findings = examine(&config.data_dir);
+    let findings = examine(&config.data_dir, config.namespace.slots_max, config.namespace.processes_max);
     let mut unusable = false;
     for finding in &findings {
         let (mark, text) = match (&finding.outcome, finding.weight) {

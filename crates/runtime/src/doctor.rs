@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::cgroup::Cgroups;
-use crate::namespace::{has_pool, shares_blocks, storage_is_plain, storage_root};
+use crate::namespace::{ceilings_lacking, has_pool, shares_blocks, storage_is_plain, storage_root};
 
 /// Where programs are looked for, whatever the caller's PATH.
 const PROGRAMS: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -31,8 +31,8 @@ pub struct Finding {
     pub remedy: &'static str,
 }
 
-/// Looks at everything. Blocks for some ten milliseconds.
-pub fn examine(data: &Path) -> Vec<Finding> {
+/// Looks at everything, for that many sandboxes with that many processes each. Blocks for some ten milliseconds.
+pub fn examine(data: &Path, sandboxes: u32, processes_max: u64) -> Vec<Finding> {
     let required = |name, outcome, remedy| Finding { name, weight: Weight::Required, outcome, remedy };
     let optional = |name, outcome, remedy| Finding { name, weight: Weight::Optional, outcome, remedy };
     vec![
@@ -76,6 +76,16 @@ pub fn examine(data: &Path) -> Vec<Finding> {
             socket_memory(),
             "boot without cgroup.memory=nosocket: what sandboxes' sockets hold is bounded by nothing else",
         ),
+            "limits of the host",
+            ceilings_lacking(sandboxes, processes_max),
+            "no more sandboxes are made than that; raise it with sysctl -w where the server may not, or lower namespace.slots_max or namespace.processes_max",
+        ),
+        optional(
+            "core files",
+            core_files(),
+            "sysctl -w kernel.core_pattern=core, then restart the server, lets sandboxes have core files, in themselves",
+        ),
+        optional("kernel memory", kernel_memory(), "boot without cgroup.memory=nokmem"),
         optional("swap limit", swap_limit(), "boot with swapaccount=1, or switch swap off"),
         optional(
             "sudo",
@@ -211,6 +221,24 @@ fn modprobe_knows(module: &str) -> bool {
     let status =
         Command::new("modprobe").args(["-n", "-q", module]).env("PATH", PROGRAMS).stdin(Stdio::null()).status();
     status.is_ok_and(|status| status.success())
+}
+
+/// Where core files of crashes go; see `nagaya_guest`'s spawner.
+fn core_files() -> Result<String, String> {
+    let pattern = fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap_or_default();
+    match pattern.trim().strip_prefix(['|', '@']) {
+        Some(_) => Err("handed to a program of the host, so sandboxes make none".into()),
+        None => Ok("stay in the sandbox".into()),
+    }
+}
+
+fn kernel_memory() -> Result<String, String> {
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let options = line.split_whitespace().filter_map(|option| option.strip_prefix("cgroup.memory="));
+    match options.flat_map(|options| options.split(',')).any(|option| option == "nokmem") {
+        true => Err("not counted: a sandbox can use more than its memory by what the kernel keeps for it".into()),
+        false => Ok("counted with the sandbox's memory".into()),
+    }
 }
 
 fn swap_limit() -> Result<String, String> {

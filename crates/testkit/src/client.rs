@@ -195,7 +195,17 @@ fn frame(payload: Input) -> v1::SandboxSessionDataPlaneServiceRunRequest {
 impl Sandbox {
     /// Starts a command; returns when it runs.
     pub async fn start(&self, argv: &[&str], privileged: bool) -> Result<Running, ConnectError> {
+        self.start_with(argv, privileged, false).await
+    }
+
+    /// The same as `tenki` in a terminal.
+    pub async fn start_in_terminal(&self, argv: &[&str]) -> Result<Running, ConnectError> {
+        self.start_with(argv, false, true).await
+    }
+
+    async fn start_with(&self, argv: &[&str], privileged: bool, pty: bool) -> Result<Running, ConnectError> {
         let start = v1::RunStart {
+            pty,
             session_id: self.id.clone(),
             cmd: argv.iter().map(|argument| (*argument).to_owned()).collect(),
             env: BTreeMap::new(),
@@ -283,6 +293,18 @@ impl Running {
     pub async fn wait_for(&mut self, line: &str) {
         while !String::from_utf8_lossy(&self.finished.stdout).lines().any(|each| each == line) {
             assert!(self.step().await.unwrap(), "it ended without saying {line}: {}", self.finished.describe());
+        }
+    }
+
+    /// Waits for a whole line on stdout that begins so; panics when the command ends without it.
+    pub async fn wait_for_line(&mut self, start: &str) -> String {
+        loop {
+            let text = String::from_utf8_lossy(&self.finished.stdout).into_owned();
+            let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            if let Some(line) = whole.lines().find(|line| line.starts_with(start)) {
+                return line.to_owned();
+            }
+            assert!(self.step().await.unwrap(), "it ended without saying {start}: {}", self.finished.describe());
         }
     }
 

@@ -1,14 +1,15 @@
 //! From a path of a request to a directory that is open and a name in it.
 //!
 //! The agent's root is the sandbox's root, so nothing outside can be named. Magic links, such as
-//! those in `/proc/self/fd`, are never followed: they lead to the agent's own files.
+//! those in `/proc/self/fd`, are never followed: they lead to the agent's own files. What `/proc` tells of the agent
+//! itself is never opened.
 
 use std::ffi::CString;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nagaya_api::error::Code;
 use nagaya_api::names;
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
 use super::failure::Failure;
@@ -109,9 +110,24 @@ impl Root {
         for _ in 0..RACES_MAX {
             match rustix::fs::openat2(base, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve) {
                 Err(Errno::AGAIN | Errno::INTR) => {}
+                Ok(file) if is_our_own(&file)? => return Err(Errno::ACCESS),
                 other => return other,
             }
         }
         Err(Errno::AGAIN)
     }
+}
+
+/// Whether this is something that `/proc` tells about this process: what it has open, and where its memory lies. Who
+/// asks for a file has less rights to that than we have.
+fn is_our_own(file: &OwnedFd) -> Result<bool, Errno> {
+    if rustix::fs::fstatfs(file)?.f_type != rustix::fs::PROC_SUPER_MAGIC {
+        return Ok(false);
+    }
+    let path = rustix::fs::readlinkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), Vec::new())?;
+    let path = path.to_string_lossy();
+    let inside = path.strip_prefix("/proc/").and_then(|rest| rest.split_once('/'));
+    // The directory of a thread leads to all that the process has.
+    let task = |id: u32| std::path::Path::new(&format!("/proc/self/task/{id}")).exists();
+    Ok(inside.is_some_and(|(id, _)| id.parse::<u32>().is_ok_and(task)))
 }

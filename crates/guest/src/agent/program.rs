@@ -16,7 +16,7 @@ use super::account::Account;
 use super::failure::Failure;
 use super::groups;
 use super::sys::{self, SpawnError, Step};
-use super::{Agent, cores, terminal};
+use super::{Agent, terminal};
 use crate::messages::{Command, Terminal};
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -83,7 +83,6 @@ struct Spawned {
 fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
     let account = Account::look_up(command.privileged, &agent.settings.home);
     let Strings { candidates, argv, env, cwd } = strings(agent, command, &account)?;
-    let cores_leave = cores::leave_the_sandbox();
     let cgroup_procs = groups::choose(&agent.settings, &agent.turn);
     let program = |streams: [BorrowedFd<'_>; 3], terminal: bool| {
         agent.reaper.spawn(|| {
@@ -98,8 +97,8 @@ fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
                 groups: &account.groups,
                 umask: account.umask,
                 limits: &account.limits,
-                no_core: cores_leave,
                 cgroup_procs: &cgroup_procs,
+                oom_score: agent.settings.oom_score.as_ref().map(|file| file.as_fd()),
                 open_files_max: OPEN_FILES_MAX,
             })
         })

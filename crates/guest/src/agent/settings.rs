@@ -26,6 +26,8 @@ pub struct Settings {
     pub memory_limit: Option<OwnedFd>,
     /// What the sandbox sees as `/sys/devices/system/cpu/online`.
     pub processors: Option<OwnedFd>,
+    /// This process's own `/proc/self/oom_score_adj`, which it may not open.
+    pub oom_score: Option<OwnedFd>,
     /// Until the first server connects, the end of this pipe is the end of the agent: a prepared
     /// sandbox goes with the server that prepared it.
     pub leash: Option<OwnedFd>,
@@ -93,6 +95,7 @@ impl Settings {
                 "--meminfo-fd" => settings.meminfo = Some(take(&argument, value)?),
                 "--control-fd" => settings.control = Some(take(&argument, value)?),
                 "--memory-limit-fd" => settings.memory_limit = Some(take(&argument, value)?),
+                "--oom-score-fd" => settings.oom_score = Some(take(&argument, value)?),
                 "--processors-fd" => settings.processors = Some(take(&argument, value)?),
                 "--leash-fd" => settings.leash = Some(take(&argument, value)?),
                 "--kept-output-bytes-max" => settings.kept_bytes = Some(number(&argument, value)?),
@@ -110,6 +113,7 @@ impl Settings {
             meminfo: settings.meminfo,
             memory_limit: settings.memory_limit,
             processors: settings.processors,
+            oom_score: settings.oom_score,
             leash: settings.leash,
             control: settings.control,
             home: settings.home.unwrap_or_else(|| "/home/tenki".into()),
@@ -129,6 +133,7 @@ struct PartialSettings {
     meminfo: Option<OwnedFd>,
     memory_limit: Option<OwnedFd>,
     processors: Option<OwnedFd>,
+    oom_score: Option<OwnedFd>,
     leash: Option<OwnedFd>,
     control: Option<OwnedFd>,
     home: Option<String>,

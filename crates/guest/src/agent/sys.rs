@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use rustix::io::Errno;
 
 use super::limits::Limit;
+use super::score::Loan;
 
 /// How far a new process came before it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,10 +52,10 @@ pub struct Program<'a> {
     pub groups: &'a [u32],
     pub umask: u32,
     pub limits: &'a [Limit],
-    /// It must leave no core, now or later.
-    pub no_core: bool,
     /// Files in which to write `0`.
     pub cgroup_procs: &'a [BorrowedFd<'a>],
+    /// Our own score, which a new process begins with.
+    pub oom_score: Option<BorrowedFd<'a>>,
     /// Soft limit of open files.
     pub open_files_max: u64,
 }
@@ -71,8 +72,8 @@ struct Plan {
     groups: (usize, *const libc::gid_t),
     umask: libc::mode_t,
     limits: (usize, *const Limit),
-    no_core: bool,
     cgroup_procs: Vec<RawFd>,
+    score: Option<Loan>,
     open_files_max: u64,
     step: Step,
     errno: c_int,
@@ -101,14 +102,15 @@ pub fn spawn(program: &Program<'_>) -> Result<i32, SpawnError> {
         groups: (program.groups.len(), program.groups.as_ptr()),
         umask: program.umask,
         limits: (program.limits.len(), program.limits.as_ptr()),
-        no_core: program.no_core,
         cgroup_procs: program.cgroup_procs.iter().map(|file| file.as_raw_fd()).collect(),
+        score: None,
         open_files_max: program.open_files_max,
         step: Step::Clone,
         errno: 0,
     };
     let mut stack = vec![0u128; STACK_BYTES / 16];
     let top = stack.as_mut_ptr_range().end;
+    plan.score = program.oom_score.map(|file| Loan::take(file.as_raw_fd()));
     // SAFETY: with CLONE_VM and CLONE_VFORK this thread is suspended until the child has executed a
     // program or exited, so `plan` and `stack` outlive its use of them and nobody else touches them.
     // All signals are blocked meanwhile, so that no handler of ours runs on the child's stack. The
@@ -124,6 +126,10 @@ pub fn spawn(program: &Program<'_>) -> Result<i32, SpawnError> {
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
         (pid, errno)
     };
+    // For a child that did not come to it.
+    if let Some(score) = &plan.score {
+        score.give_back();
+    }
     // The child wrote to the plan behind the compiler's back.
     // SAFETY: both point to initialised fields of a live local.
     let (step, child_errno) =
@@ -196,6 +202,9 @@ extern "C" fn child(plan: *mut c_void) -> c_int {
     let plan = unsafe { &mut *plan.cast::<Plan>() };
     // SAFETY: as above; the pointers in the plan are valid and end with a null pointer.
     unsafe {
+        if let Some(score) = &plan.score {
+            score.give_back();
+        }
         if let Err(step) = prepare(plan) {
             plan.errno = *libc::__errno_location();
             plan.step = step;
@@ -234,17 +243,11 @@ unsafe fn prepare(plan: &Plan) -> Result<(), Step> {
         for file in &plan.cgroup_procs {
             check(libc::write(*file, c"0".as_ptr().cast(), 1) as i64, Step::Cgroup)?;
         }
-        // Whoever wants a core raises the soft limit.
-        limit(Limit { resource: libc::RLIMIT_CORE as c_int, soft: Some(0), hard: plan.no_core.then_some(0) });
+        // Whoever wants a core raises the soft limit. Where cores would leave the sandbox the filter lets nobody change it.
+        limit(Limit { resource: libc::RLIMIT_CORE as c_int, soft: Some(0), hard: None });
         limit(Limit { resource: libc::RLIMIT_NOFILE as c_int, soft: Some(plan.open_files_max), hard: None });
         for each in std::slice::from_raw_parts(plan.limits.1, plan.limits.0) {
             limit(*each);
-        }
-        // Best effort: when memory runs out, commands go before anything else.
-        let score = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
-        if score >= 0 {
-            libc::write(score, c"500".as_ptr().cast(), 3);
-            libc::close(score);
         }
         for (target, source) in plan.streams.iter().enumerate() {
             check(libc::dup2(*source, target as c_int).into(), Step::Prepare)?;

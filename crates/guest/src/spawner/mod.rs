@@ -1,5 +1,6 @@
 //! The spawner: one process, one thread, one request at a time.
 
+mod limits;
 mod mounts;
 mod process;
 mod root;
@@ -45,7 +46,7 @@ pub fn serve() {
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC).expect("own descriptors take flags");
     }
     process::ignore_children();
-    let prepared = root::prepare();
+    let prepared = limits::lower_own().and_then(|()| root::prepare());
     loop {
         let (request, descriptors) = match spawn::receive::<Request>(&socket) {
             Ok(message) => message,
@@ -81,10 +82,7 @@ fn namespaces(first_id: u32) -> Result<Vec<OwnedFd>, StepError> {
     let child = match process::clone(0).step("clone a namespace holder")? {
         Clone::Child => {
             drop((ready_read, go_write));
-            // The network namespace first: it must belong to the host's user namespace, so that
-            // root in the sandbox has no power over it.
-            let made = process::unshare(libc::CLONE_NEWNET).and_then(|()| process::unshare(libc::CLONE_NEWUSER));
-            let errno = made.err().map_or(0, Errno::raw_os_error);
+            let errno = make_namespaces(first_id).err().map_or(0, Errno::raw_os_error);
             let _ = rustix::io::write(&ready_write, &errno.to_ne_bytes());
             let mut end = [0];
             let _ = rustix::io::read(&go_read, &mut end);
@@ -97,6 +95,17 @@ fn namespaces(first_id: u32) -> Result<Vec<OwnedFd>, StepError> {
     drop(go_write);
     process::wait(child);
     opened
+}
+
+/// Of the calling process, which has no other use.
+fn make_namespaces(first_id: u32) -> Result<(), Errno> {
+    // The network namespace first: it must belong to the host's user namespace, so that root in the sandbox has no
+    // power over it.
+    process::unshare(libc::CLONE_NEWNET)?;
+    // What the kernel counts for a user inside, it counts for the maker of the user namespace as well. That is an id
+    // which nobody but this sandbox has, so nobody but this sandbox runs into the limit; see `limits`.
+    process::become_user(first_id)?;
+    process::unshare(libc::CLONE_NEWUSER)
 }
 
 fn open_namespaces(child: i32, ready: &OwnedFd, first_id: u32) -> Result<Vec<OwnedFd>, StepError> {

@@ -34,6 +34,23 @@ pub(super) fn unshare(flags: i32) -> Result<(), Errno> {
     if unsafe { libc::unshare(flags) } == 0 { Ok(()) } else { Err(last_errno()) }
 }
 
+/// Takes on another user and group for good, and keeps all capabilities.
+pub(super) fn become_user(id: u32) -> Result<(), Errno> {
+    // SAFETY: takes no pointers; the process has one thread, so the raw calls change all of it.
+    unsafe {
+        if libc::prctl(libc::PR_SET_SECUREBITS, KEEP_CAPABILITIES) != 0
+            || libc::syscall(libc::SYS_setresgid, id, id, id) != 0
+            || libc::syscall(libc::SYS_setresuid, id, id, id) != 0
+        {
+            return Err(last_errno());
+        }
+    }
+    Ok(())
+}
+
+/// SECBIT_NO_SETUID_FIXUP: another user id takes no capabilities away.
+pub(super) const KEEP_CAPABILITIES: libc::c_ulong = 1 << 2;
+
 /// Closes a child's copy of what its parent goes on to use.
 pub(super) fn close(copy: BorrowedFd<'_>) {
     // SAFETY: only called in a child that never uses or drops what owns the descriptor.

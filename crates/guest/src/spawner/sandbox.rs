@@ -9,6 +9,7 @@
 
 use std::ffi::CStr;
 use std::fs;
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
@@ -17,7 +18,7 @@ use rustix::thread::{CapabilitySet, LinkNameSpaceType};
 
 use super::process::{self, Clone, Exit};
 use super::root::{BASE, COVERS, DEVICES, DISK, LAYERS, LAYERS_MAX, NEW_ROOT, PARTS, READY, SYSTEM};
-use super::{Step, StepError};
+use super::{Step, StepError, limits};
 use crate::mount::{self, NO_DEVICES, NO_EXEC, NO_SUID, READ_ONLY};
 use crate::seccomp;
 use crate::spawn::{self, ChannelError, Sandbox};
@@ -38,28 +39,37 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::AUDIT_WRITE)
     .union(CapabilitySet::SETFCAP);
 
-/// Size of /dev/shm; what is in it counts against the sandbox's memory all the same.
-const SHARED_MEMORY: &str = "1g";
+/// What /dev/shm may hold before the server has told how much memory the sandbox has.
+const SHARED_MEMORY: [(&str, Option<&str>); 2] = [("size", Some("1m")), ("nr_inodes", Some("64"))];
 
-/// Files of /proc that tell of the host or act on it; shown empty.
-const MASKED_FILES: [&str; 11] = [
-    "cmdline",
-    "kcore",
-    "keys",
-    "key-users",
-    "kmsg",
-    "latency_stats",
-    "modules",
-    "sched_debug",
-    "sysrq-trigger",
-    "timer_list",
-    "vmallocinfo",
+/// What is left of /proc beside its processes. All else tells of the host and of whoever else is on it, or acts on them,
+/// and is shown empty: also what a later kernel adds.
+const SHOWN_IN_PROC: [&str; 18] = [
+    "cpuinfo",
+    "crypto",
+    "devices",
+    "filesystems",
+    "loadavg",
+    "locks",
+    "meminfo",
+    "misc",
+    "mounts",
+    "net",
+    "self",
+    "stat",
+    "sys",
+    "sysvipc",
+    "thread-self",
+    "tty",
+    "uptime",
+    "version",
 ];
-/// Directories of /proc that are shown empty.
-const MASKED_DIRECTORIES: [&str; 4] = ["acpi", "asound", "driver", "scsi"];
+/// Files below /proc/sys that count what the whole host has.
+const COUNTED_FOR_ALL: [&str; 6] =
+    ["fs/aio-nr", "fs/dentry-state", "fs/file-nr", "fs/inode-nr", "fs/inode-state", "kernel/pty/nr"];
 /// Directories of /proc that can only be read; the agent's own among them, whose files would obey
 /// root of the sandbox.
-const READ_ONLY_DIRECTORIES: [&str; 5] = ["1", "bus", "fs", "irq", "sys"];
+const READ_ONLY_DIRECTORIES: [&str; 2] = ["1", "sys"];
 
 /// The request's descriptors by name; see [`Sandbox`] for their order.
 struct Parts<'a> {
@@ -131,7 +141,13 @@ fn become_sandbox(
         rustix::io::write(cgroup, b"0").step("join the cgroup")?;
     }
     process::unshare(libc::CLONE_NEWCGROUP).step("unshare the cgroup namespace")?;
-    let shown = make_ready(order, parts)?;
+    let pin_cores = limits::forbid_foreign_core_dumps()?;
+    let (shown, sizes) = make_ready(order, parts)?;
+    let descriptors = [sizes.shared_memory.as_fd(), sizes.segments.as_fd()];
+    if let Err(error) = spawn::send(parts.disk, &spawn::Sizes, &descriptors) {
+        return Err(lost("tell what has a size", error));
+    }
+    drop(sizes);
     let [disk, base, listen] = await_disk(parts.disk)?;
     build_root(order, disk.as_fd(), base.as_fd())?;
 
@@ -146,7 +162,7 @@ fn become_sandbox(
     rustix::process::setsid().step("start a session")?;
     // The spawner's standard error is the server's; standard input is /dev/null already.
     rustix::stdio::dup2_stderr(rustix::stdio::stdin()).step("close standard error")?;
-    install_filter().step("install the system call filter")?;
+    install_filter(pin_cores).step("install the system call filter")?;
     run_agent(order, parts, listen.as_fd(), &shown, agent)
 }
 
@@ -156,31 +172,47 @@ fn await_disk(socket: BorrowedFd<'_>) -> Result<[OwnedFd; 3], StepError> {
     let malformed = StepError { step: "read what the disk is", errno: Errno::INVAL };
     match spawn::receive::<spawn::Disk>(socket) {
         Ok((spawn::Disk, descriptors)) => descriptors.try_into().map_err(|_| malformed),
-        Err(ChannelError::Closed) => process::exit(Exit::Done),
-        Err(ChannelError::System(errno)) => Err(StepError { step: "wait for the disk", errno }),
-        Err(ChannelError::Malformed) => Err(malformed),
+        Err(error) => Err(lost("wait for the disk", error)),
     }
 }
 
-/// Files that the agent writes and the sandbox sees: its share of what the kernel tells of the host.
+/// What an error on the server's socket means: a server that ended, or wants no sandbox any more, needs no report.
+fn lost(step: &'static str, error: ChannelError) -> StepError {
+    match error {
+        ChannelError::Closed => process::exit(Exit::Done),
+        ChannelError::System(errno) => StepError { step, errno },
+        ChannelError::Malformed => StepError { step, errno: Errno::INVAL },
+    }
+}
+
+/// Files that the agent writes: what the sandbox sees as its share of what the kernel tells of the host, and one more.
 struct Shown {
+    /// Its `/proc/1/oom_score_adj`, which it has no right to open.
+    oom_score: OwnedFd,
     /// As `/proc/meminfo`.
     memory: OwnedFd,
     /// As `/sys/devices/system/cpu/online`.
     processors: OwnedFd,
 }
 
-/// Makes everything of the file system that needs no disk.
-fn make_ready(order: &Sandbox, parts: &Parts<'_>) -> Result<Shown, StepError> {
+/// What follows from the sandbox's memory, which is not known yet; see [`spawn::Sizes`].
+struct Sizes {
+    shared_memory: OwnedFd,
+    segments: OwnedFd,
+}
+
+/// Makes everything that needs no disk.
+fn make_ready(order: &Sandbox, parts: &Parts<'_>) -> Result<(Shown, Sizes), StepError> {
+    let segments = limits::bound_system_v()?;
     rustix::system::sethostname(order.hostname.as_bytes()).step("set the host name")?;
     for (index, layer) in parts.layers.iter().enumerate() {
         mount::attach(*layer, &format!("{LAYERS}/{index}")).step("attach a layer")?;
     }
-    build_devices(order)?;
+    let shared_memory = build_devices(order)?;
     let tree = mount::clone_tree(rustix::fs::CWD, SYSTEM, false).step("copy /sys")?;
     mount::set_attributes(tree.as_fd(), READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC, None).step("protect /sys")?;
     mount::attach(tree.as_fd(), &ready("sys")).step("attach /sys")?;
-    build_proc()
+    Ok((build_proc()?, Sizes { shared_memory, segments }))
 }
 
 /// Where a part of the root is made.
@@ -212,10 +244,9 @@ fn build_root(order: &Sandbox, disk: BorrowedFd<'_>, base: BorrowedFd<'_>) -> Re
 
 /// Uses another id for files, and keeps all capabilities.
 pub(super) fn act_as(id: u32) -> Result<(), Errno> {
-    const KEEP_CAPABILITIES: libc::c_ulong = 1 << 2; // SECBIT_NO_SETUID_FIXUP
     // SAFETY: takes no pointers; the process has one thread.
     unsafe {
-        if libc::prctl(libc::PR_SET_SECUREBITS, KEEP_CAPABILITIES) != 0 {
+        if libc::prctl(libc::PR_SET_SECUREBITS, process::KEEP_CAPABILITIES) != 0 {
             return Err(mount::last_errno());
         }
         libc::setfsgid(id);
@@ -246,28 +277,32 @@ fn overlay(lower: &str, name: &str, target: &str) -> Result<(), StepError> {
     mount::attach(mount.as_fd(), target).step("attach an overlay")
 }
 
-fn build_devices(order: &Sandbox) -> Result<(), StepError> {
+/// Gives the context through which /dev/shm gets its size.
+fn build_devices(order: &Sandbox) -> Result<OwnedFd, StepError> {
     let devices = mount::clone_tree(rustix::fs::CWD, DEVICES, false).step("copy /dev")?;
     mount::set_attributes(devices.as_fd(), READ_ONLY | NO_SUID | NO_EXEC, None).step("protect /dev")?;
     mount::attach(devices.as_fd(), &ready("dev")).step("attach /dev")?;
     let quiet = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     // Group 5 is `tty` in the sandbox; the option takes the host's number for it.
     let group = (order.first_id + 5).to_string();
+    let most = spawn::TERMINALS_MAX.to_string();
     let terminals = mount::new_filesystem(
         "devpts",
-        &[("ptmxmode", Some("0666")), ("mode", Some("0620")), ("gid", Some(&group))],
+        &[("ptmxmode", Some("0666")), ("mode", Some("0620")), ("gid", Some(&group)), ("max", Some(&most))],
         quiet,
     )
     .step("make /dev/pts")?;
     mount::attach(terminals.as_fd(), &ready("dev/pts")).step("attach /dev/pts")?;
     let owner = order.first_id.to_string();
-    let shared = mount::new_filesystem(
+    let owner = [("mode", Some("1777")), ("uid", Some(owner.as_str())), ("gid", Some(owner.as_str()))];
+    let (shared, context) = mount::new_adjustable_filesystem(
         "tmpfs",
-        &[("mode", Some("1777")), ("size", Some(SHARED_MEMORY)), ("uid", Some(&owner)), ("gid", Some(&owner))],
+        &[owner.as_slice(), SHARED_MEMORY.as_slice()].concat(),
         quiet | MountAttrFlags::MOUNT_ATTR_NODEV,
     )
     .step("make /dev/shm")?;
-    mount::attach(shared.as_fd(), &ready("dev/shm")).step("attach /dev/shm")
+    mount::attach(shared.as_fd(), &ready("dev/shm")).step("attach /dev/shm")?;
+    Ok(context)
 }
 
 fn build_proc() -> Result<Shown, StepError> {
@@ -275,6 +310,11 @@ fn build_proc() -> Result<Shown, StepError> {
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC | MountAttrFlags::MOUNT_ATTR_NODEV;
     let proc = mount::new_filesystem("proc", &[], quiet).step("make /proc")?;
     mount::attach(proc.as_fd(), &ready("proc")).step("attach /proc")?;
+    // Nothing in a sandbox is less likely to be killed than the host's own programs, whatever the server's score is. The
+    // agent raises its own for a moment; see `agent::score`.
+    let mut oom_score =
+        fs::OpenOptions::new().write(true).open(ready("proc/1/oom_score_adj")).step("open the own score")?;
+    oom_score.write_all(b"0").step("set the own score")?;
 
     let read_only = |path: &str, target: &str| -> Result<(), StepError> {
         let copy = mount::clone_tree(rustix::fs::CWD, path, false).step("copy a part of /proc")?;
@@ -299,21 +339,39 @@ fn build_proc() -> Result<Shown, StepError> {
     let nothing = make("nothing").step("make an empty file")?;
     rustix::fs::mkdirat(&empty, "directory", rustix::fs::Mode::from_raw_mode(0o555)).step("make an empty directory")?;
     let shown = Shown {
+        oom_score: oom_score.into(),
         memory: make("meminfo").step("make /proc/meminfo")?,
         processors: make("online").step("make the list of processors")?,
     };
     drop(nothing);
+    // A boot of its own, as by this name machines are told apart.
+    let mut boot_id = fs::File::from(make("boot_id").step("make a boot id")?);
+    let random = fs::read("/proc/sys/kernel/random/uuid").step("make a boot id")?;
+    boot_id.write_all(&random).step("make a boot id")?;
+    drop(boot_id);
     let show = |name: &str, target: &str| -> Result<(), StepError> {
         let file =
             mount::clone_tree(rustix::fs::CWD, &format!("{COVERS}/{name}"), false).step("copy an empty place")?;
         mount::set_attributes(file.as_fd(), READ_ONLY, None).step("protect an empty place")?;
         mount::attach(file.as_fd(), target).step("cover a part of /proc")
     };
-    for name in MASKED_FILES.iter().chain(&MASKED_DIRECTORIES) {
-        let path = ready(&format!("proc/{name}"));
-        let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
-        show(if metadata.is_dir() { "directory" } else { "nothing" }, &path)?;
+    for entry in fs::read_dir(ready("proc")).step("list /proc")? {
+        let entry = entry.step("list /proc")?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let is_process = name.bytes().all(|byte| byte.is_ascii_digit());
+        if !is_process && !SHOWN_IN_PROC.contains(&&*name) {
+            let is_directory = entry.file_type().step("look into /proc")?.is_dir();
+            show(if is_directory { "directory" } else { "nothing" }, &ready(&format!("proc/{name}")))?;
+        }
     }
+    for name in COUNTED_FOR_ALL {
+        let path = ready(&format!("proc/sys/{name}"));
+        if fs::exists(&path).step("look into /proc/sys")? {
+            show("nothing", &path)?;
+        }
+    }
+    show("boot_id", &ready("proc/sys/kernel/random/boot_id"))?;
     show("meminfo", &ready("proc/meminfo"))?;
     show("online", &ready("sys/devices/system/cpu/online"))?;
     Ok(shown)
@@ -359,8 +417,8 @@ fn limit_capabilities() -> Result<(), Errno> {
 }
 
 /// Exec keeps, of what root has, only what the bounding set allows: no step for that is needed.
-fn install_filter() -> Result<(), Errno> {
-    let program = seccomp::program();
+fn install_filter(pin_cores: bool) -> Result<(), Errno> {
+    let program = seccomp::program(pin_cores);
     let header = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
     // SAFETY: the header points to `program`, which outlives the call; the kernel copies it.
     let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const header) };
@@ -380,6 +438,7 @@ fn run_agent(
         ("memory-usage", parts.memory_usage),
         ("memory-limit", parts.memory_limit),
         ("meminfo", shown.memory.as_fd()),
+        ("oom-score", shown.oom_score.as_fd()),
         ("processors", shown.processors.as_fd()),
     ];
     let cgroups = parts.command_cgroups.iter().map(|fd| ("cgroup-procs", *fd));

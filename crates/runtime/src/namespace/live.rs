@@ -162,6 +162,7 @@ pub(super) fn take(
         processes_max: inner.config.processes_max,
     };
     slot.group.set_limits(limits).map_err(|error| failed("set the sandbox's limits", &error))?;
+    slot.set_sizes(limits.memory_bytes).map_err(|error| failed("set the sandbox's sizes", &error))?;
     let processors = inner.processors_for(slot.number, machine.cpu_cores);
     set_processors(slot.started.pid, &processors).map_err(|error| failed("set the sandbox's processors", &error))?;
     let boot_id = Some(inner.boot_id.clone());

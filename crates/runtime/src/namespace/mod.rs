@@ -14,6 +14,7 @@
 //! and goes with it, but for files and cgroups of slots, which the next start sweeps.
 
 mod birth;
+mod ceilings;
 mod disk;
 mod egress;
 mod events;
@@ -44,6 +45,7 @@ use tokio::sync::{Notify, mpsc};
 
 pub use network::{Cidr, Network, NetworkError, Settings};
 pub use storage::{PoolChoice, storage_root};
+pub(crate) use ceilings::lacking as ceilings_lacking;
 pub(crate) use storage::{has_pool, shares_blocks, storage_is_plain};
 
 use crate::cgroup::Cgroups;

@@ -10,7 +10,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -18,10 +18,11 @@ use std::time::{Duration, Instant};
 
 use nagaya_guest::mount::{self, NO_DEVICES, READ_ONLY};
 use nagaya_guest::spawn::{self, IDS_PER_SANDBOX};
+use rustix::net::sockopt::Timeout;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 
-use super::Config;
+use super::{Config, ceilings};
 use super::disk::{self, DiskError, Disks};
 use super::host_image::Image;
 use super::images::{self, CopyError};
@@ -37,6 +38,8 @@ use crate::sys::loop_device::LoopDevice;
 const FIRST_ID: u32 = 0x7000_0000;
 /// All ids stay below 0x8000_0000: programs that keep them in signed numbers are many.
 const SLOTS_LIMIT: u32 = 4_096;
+/// A first process has what needs no disk within milliseconds.
+const FIRST_PROCESS_ANSWER_MAX: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum SlotError {
@@ -92,7 +95,30 @@ pub(super) struct Slot {
     pub group: Group,
     /// Its disk's image and its agent's socket; becomes the directory of the sandbox.
     pub directory: PathBuf,
+    /// Where the first process has sent its [`spawn::Sizes`].
+    sizes: OwnedFd,
     pub started: Started,
+}
+
+impl Slot {
+    /// Sets what the sandbox may keep in memory without a process: half of its memory in `/dev/shm`, with an inode for
+    /// each 16 KiB of it, and a quarter in System V segments. So there is always room for a command. Blocks until the
+    /// first process has made what has a size.
+    pub fn set_sizes(&self, memory_bytes: u64) -> Result<(), SlotError> {
+        let (spawn::Sizes, descriptors) = spawn::receive(&self.sizes).map_err(|error| self.not_told(&error))?;
+        let [shared_memory, segments]: [OwnedFd; 2] =
+            descriptors.try_into().map_err(|_| SlotError::FirstProcess("it did not tell what has a size".into()))?;
+        let (size, inodes) = ((memory_bytes / 2).to_string(), (memory_bytes / (16 << 10)).to_string());
+        mount::adjust(shared_memory.as_fd(), &[("size", &size), ("nr_inodes", &inodes)])
+            .map_err(|errno| on("size /dev/shm")(errno.into()))?;
+        let pages = memory_bytes / 4 / sys::page_bytes();
+        File::from(segments).write_all(pages.to_string().as_bytes()).map_err(on("size shared memory"))
+    }
+
+    fn not_told(&self, error: &spawn::ChannelError) -> SlotError {
+        let said = live::read_error(&self.started.error);
+        SlotError::FirstProcess(if said.is_empty() { error.to_string() } else { said })
+    }
 }
 
 /// A sandbox whose first process was started.
@@ -143,7 +169,9 @@ impl Factory {
     ) -> Self {
         let kept_output = (config.kept_output_mb_max << 20, config.kept_output_minutes_max * 60);
         let room = network.as_ref().map_or(SLOTS_LIMIT, Network::capacity);
-        let numbers = Numbers { used: BTreeSet::new(), next: 0, max: config.slots_max.min(SLOTS_LIMIT).min(room) };
+        let held = ceilings::raise(config.slots_max, config.processes_max);
+        let max = config.slots_max.min(SLOTS_LIMIT).min(room).min(held);
+        let numbers = Numbers { used: BTreeSet::new(), next: 0, max };
         Self { spawner, network, disks, cgroups, image, pool_directory, kept_output, numbers: Mutex::new(numbers) }
     }
 
@@ -190,8 +218,8 @@ impl Factory {
     pub fn build(&self, ground: Ground, disk_gb: u32, home: Home<'_>) -> Result<Slot, SlotError> {
         match self.place_on(&ground, disk_gb, home) {
             Ok(directory) => {
-                let Ground { number, group, started, .. } = ground;
-                Ok(Slot { number, group, directory, started })
+                let Ground { number, group, disk: sizes, started, .. } = ground;
+                Ok(Slot { number, group, directory, sizes, started })
             }
             Err(error) => {
                 self.abandon(ground);
@@ -234,6 +262,9 @@ impl Factory {
         let (disk, disk_read) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(|errno| on("make a socket")(errno.into()))?;
+        // Its first process may have been stopped by somebody.
+        rustix::net::sockopt::set_socket_timeout(&disk, Timeout::Recv, Some(FIRST_PROCESS_ANSWER_MAX))
+            .map_err(|errno| on("make a socket")(errno.into()))?;
         let order = spawn::Sandbox {
             layers: self.image.layer_names(),
             agent_cgroups: agent_files.len(),

@@ -87,6 +87,13 @@ pub fn wait_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
 
+/// Bytes of a page of memory.
+pub fn page_bytes() -> u64 {
+    // SAFETY: takes no pointers.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(bytes).unwrap_or(4_096).max(1)
+}
+
 /// Lowers the priority of the calling thread, and only of it.
 pub fn yield_to_others() {
     const NICENESS: i32 = 10;

@@ -103,6 +103,8 @@ static ATTEMPTS: &[Attempt] = &[
     attempt("writes_to_proc", FILES, HOST),
     attempt("writes_to_sys", FILES, HOST),
     attempt("secrets_of_the_kernel", FILES, HOST),
+    attempt("facts_of_the_host", FILES, HOST)
+        .with(|_| vec![std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim().to_owned()]),
     attempt("control_groups__escape_by_release_agent_or_procs", FILES, HOST)
         .with(|_| vec!["/".into()])
         .control_with(|_| vec!["/sys/fs/cgroup".into()]),
@@ -118,6 +120,7 @@ static ATTEMPTS: &[Attempt] = &[
     attempt("read_process_1", PROCESSES, Control::Own).control_with(own),
     attempt("kill_process_1", PROCESSES, Control::Own).control_with(own),
     attempt("limits_of_process_1", PROCESSES, Control::Own).control_with(own),
+    attempt("files_of_process_1_by_its_threads", PROCESSES, Control::Own).control_with(own),
     attempt("less_likely_to_be_killed", PROCESSES, Control::Own)
         .with(|_| vec!["-1".into()])
         .control_with(|_| vec!["900".into()]),

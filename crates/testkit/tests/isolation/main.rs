@@ -14,6 +14,7 @@
 
 mod attempts;
 mod host;
+mod resources;
 mod scenarios;
 mod world;
 
@@ -23,10 +24,11 @@ use nagaya_testkit::run_in_own_network;
 use world::World;
 
 fn main() -> ExitCode {
-    let names = attempts::names().chain(scenarios::NAMES.iter().copied());
+    let names = attempts::names().chain(resources::names()).chain(scenarios::NAMES.iter().copied());
     run_in_own_network("isolation", names, async |suite| {
         let world = World::make().await;
         attempts::run(suite, &world).await;
+        resources::run(suite, &world).await;
         scenarios::run(suite, &world).await;
         world.close().await;
     })

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -41,6 +41,9 @@ scenarios!(
     changes_of_the_hosts_files_are_not_seen,
     events_of_the_hosts_devices_are_not_heard,
     what_the_server_was_started_with_stays_with_it,
+    two_sandboxes_have_a_boot_id_each,
+    commands_are_killed_before_anything_else,
+    a_crash_inside_starts_no_program_of_the_host,
 );
 
 /// Ways to say a path that a careless server would resolve outside the sandbox.
@@ -124,7 +127,18 @@ async fn file_calls_read_neither_memory_nor_descriptors_of_the_agent(world: &Wor
         }
     }
     assert_eq!(sandbox.shell("echo alive", false).await, "alive");
-    // The call itself can read files of /proc.
+    for process in ["self", "1", "thread-self", "self/task/1", "1/task/1"] {
+        for descriptor in 0..48 {
+            let path = format!("/proc/{process}/fd/{descriptor}");
+            assert!(!sandbox.stat(&path).await.is_ok_and(|stat| stat.exists), "{path} was looked at");
+        }
+        for directory in ["fd", "fdinfo", "map_files", "ns", "task"] {
+            let path = format!("/proc/{process}/{directory}");
+            assert!(sandbox.list(&path).await.is_err(), "{path} was listed");
+        }
+    }
+    // The call itself can look at files of /proc.
+    assert!(sandbox.stat("/proc/1").await.unwrap().is_dir);
     assert!(!sandbox.read("/proc/uptime").await.unwrap().is_empty());
     Ok(())
 }
@@ -355,5 +369,129 @@ async fn what_the_server_was_started_with_stays_with_it(world: &World) -> Outcom
     let mut expected = vec![std::process::id(), world.server.pid()];
     expected.sort_unstable();
     assert_eq!(holders, expected, "this test and the server hold it, and nobody else");
+    Ok(())
+}
+
+async fn two_sandboxes_have_a_boot_id_each(world: &World) -> Outcome {
+    const FILE: &str = "/proc/sys/kernel/random/boot_id";
+    let ids = [
+        world.attacker.shell(&format!("cat {FILE}"), false).await,
+        world.victim.shell(&format!("cat {FILE}"), true).await,
+    ];
+    for id in &ids {
+        assert!(id.len() == 36 && id.bytes().filter(|byte| *byte == b'-').count() == 4, "{id}");
+    }
+    assert_ne!(ids[0], ids[1]);
+    assert_eq!(world.attacker.shell(&format!("cat {FILE}"), true).await, ids[0], "it stays");
+    Ok(())
+}
+
+/// What the host kills when it has no memory left: commands, and not agents, whatever starts at the same time.
+async fn commands_are_killed_before_anything_else(world: &World) -> Outcome {
+    let sandbox = &world.attacker;
+    let score = || async { sandbox.shell("cat /proc/self/oom_score_adj", false).await };
+    let scores = tokio::join!(score(), score(), score(), score(), score(), score(), score(), score());
+    let scores: [String; 8] = scores.into();
+    assert_eq!(scores, ["500"; 8]);
+    let own = sandbox.shell("cat /proc/1/oom_score_adj", false).await;
+    assert_eq!(own, "0", "the agent's own");
+    Ok(())
+}
+
+/// Sets a file of the host, and puts back what was in it.
+struct Replaced {
+    path: &'static str,
+    before: Vec<u8>,
+}
+
+impl Replaced {
+    fn set(path: &'static str, value: &str) -> Self {
+        let before = fs::read(path).unwrap();
+        fs::write(path, value).unwrap();
+        Self { path, before }
+    }
+}
+
+impl Drop for Replaced {
+    fn drop(&mut self) {
+        let _ = fs::write(self.path, &self.before);
+    }
+}
+
+const CRASHES: &str = "
+import os, resource, signal
+for limits in (None, (0, 0), (1, 1), (4096, 4096), (-1, -1)):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if limits: resource.setrlimit(resource.RLIMIT_CORE, limits)
+        except ValueError:
+            pass
+        os.kill(os.getpid(), signal.SIGSEGV)
+    os.waitpid(pid, 0)
+print('crashed')
+";
+
+/// A program of this host that takes core files, and writes down the host ids of whose they are.
+struct Collector {
+    mark: std::path::PathBuf,
+    _pattern: Replaced,
+    _directory: tempfile::TempDir,
+}
+
+impl Collector {
+    fn install() -> Self {
+        let directory = tempfile::tempdir_in("/var/tmp").unwrap();
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let (program, mark) = (directory.path().join("collect"), directory.path().join("collected"));
+        fs::write(&program, format!("#!/bin/sh\necho $1 $2 >> {}\n", mark.display())).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let pattern = Replaced::set("/proc/sys/kernel/core_pattern", &format!("|{} %P %u", program.display()));
+        Self { mark, _pattern: pattern, _directory: directory }
+    }
+
+    fn collected(&self) -> String {
+        fs::read_to_string(&self.mark).unwrap_or_default()
+    }
+
+    /// Crashes on the host; true when that was collected, and so all that crashed before was.
+    async fn collects(&self) -> bool {
+        let mut child = Command::new("/bin/sleep").arg("60").spawn().unwrap();
+        let line = format!("{} 0\n", child.id());
+        rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::SEGV).unwrap();
+        child.wait().unwrap();
+        for _ in 0..500 {
+            if self.collected().contains(&line) {
+                return true;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        false
+    }
+}
+
+async fn a_crash_inside_starts_no_program_of_the_host(_world: &World) -> Outcome {
+    let collector = Collector::install();
+    if !collector.collects().await {
+        return Err(NotRun("this host starts no program for core files here".into()));
+    }
+    // What is made ahead goes by the pattern of its making, so this takes a server of its own.
+    let mut server = nagaya_testkit::Server::start_with("[network]\noutbound = false\n");
+    let client = nagaya_testkit::Client::of(&server);
+    let sandbox = client.create(&Wanted { name: "crasher".into(), ..Wanted::default() }).await.unwrap();
+    for privileged in [false, true] {
+        let finished = sandbox.run_as(&[PYTHON, "-c", CRASHES], privileged).await.unwrap();
+        assert_eq!(finished.text(), "crashed", "{}", finished.describe());
+        // Programs that take precautions, such as sudo, must not complain.
+        assert_eq!(sandbox.shell("ulimit -c 0 && echo set", privileged).await, "set");
+    }
+    assert!(collector.collects().await, "it is there no more");
+    sandbox.terminate().await.unwrap();
+    assert!(server.terminate().success());
+    let collected = collector.collected();
+    let of_sandboxes = collected
+        .lines()
+        .filter(|line| line.split(' ').nth(1).and_then(|id| id.parse::<u32>().ok()).is_some_and(|id| id >= FIRST_ID));
+    assert_eq!(of_sandboxes.count(), 0, "{collected}");
     Ok(())
 }

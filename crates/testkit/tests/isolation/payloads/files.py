@@ -72,6 +72,37 @@ def writes_to_sys():
     reached(str(found[:5])) if found else refused("none opens for writing")
 
 
+def facts_of_the_host():
+    """What tells how busy the host and its neighbours are, what they do, and which machine this is."""
+    boot_id = sys.argv[1]
+    told = []
+    shown = {"cpuinfo", "crypto", "devices", "filesystems", "loadavg", "locks", "meminfo", "misc", "mounts", "net", "self",
+             "stat", "sys", "sysvipc", "thread-self", "tty", "uptime", "version"}
+    def look(path):
+        try:
+            with open(path, "rb") as file:
+                if file.read(1):
+                    told.append(path)
+        except OSError:
+            pass
+    # Whatever this kernel has, and not a list of what was known once.
+    for name in os.listdir("/proc"):
+        if name.isdigit() or name in shown:
+            continue
+        path = f"/proc/{name}"
+        # These block, or are as large as memory.
+        if name in ("kmsg", "kcore", "kpagecount", "kpageflags", "kpagecgroup"):
+            continue
+        look(path)
+        if os.path.isdir(path) and not os.path.islink(path):
+            told += [os.path.join(path, each) for each in os.listdir(path)]
+    for name in ("fs/aio-nr", "fs/dentry-state", "fs/file-nr", "fs/inode-nr", "fs/inode-state", "kernel/pty/nr"):
+        look(f"/proc/sys/{name}")
+    if boot_id in open("/proc/sys/kernel/random/boot_id").read():
+        told.append("boot_id")
+    reached(str(told)) if told else refused("nothing")
+
+
 def secrets_of_the_kernel():
     def kallsyms():
         for line in open("/proc/kallsyms"):

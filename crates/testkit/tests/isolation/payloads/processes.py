@@ -133,6 +133,39 @@ def limits_of_process_1():
     ])
 
 
+def ways_to_threads(pid):
+    """Every directory of /proc that leads to a thread of that process."""
+    for name in range(1, 400):
+        try:
+            status = open(f"/proc/{name}/status").read()
+        except OSError:
+            continue
+        if f"\nTgid:\t{pid}\n" in status:
+            yield f"/proc/{name}"
+            for task in os.listdir(f"/proc/{name}/task"):
+                yield f"/proc/{name}/task/{task}"
+
+
+def files_of_process_1_by_its_threads():
+    pid = target()
+    changed = {"oom_score_adj": b"900", "oom_adj": b"15", "coredump_filter": b"0xff", "sched": b"0", "clear_refs": b"1",
+               "timerslack_ns": b"1", "autogroup": b"1", "comm": b"x", "make-it-fail": b"1", "fail-nth": b"1"}
+    told = ("environ", "auxv", "maps", "syscall", "stack", "pagemap", "io", "smaps", "mem")
+    def write(path, value):
+        fd = os.open(path, os.O_WRONLY)
+        return os.write(fd, value)
+    attempts, ways = [], list(ways_to_threads(pid))
+    for way in ways:
+        attempts += [(f"{way}/{name}", lambda path=f"{way}/{name}", value=value: write(path, value))
+                     for name, value in changed.items()]
+        attempts += [(f"{way}/{name}", lambda path=f"{way}/{name}": os.read(os.open(path, os.O_RDONLY), 64))
+                     for name in told]
+        attempts.append((f"{way}/fd", lambda way=way: os.listdir(f"{way}/fd")))
+    if pid == 1 and not any("/task/" not in way and way != "/proc/1" for way in ways):
+        say("BROKEN", f"process 1 has no other thread now: {ways}")
+    first_success(attempts)
+
+
 def less_likely_to_be_killed():
     # Below 0 is less likely than the host's own programs.
     value = sys.argv[1].encode()
