@@ -76,6 +76,7 @@ pub fn examine(data: &Path, sandboxes: u32, processes_max: u64) -> Vec<Finding> 
             socket_memory(),
             "boot without cgroup.memory=nosocket: what sandboxes' sockets hold is bounded by nothing else",
         ),
+        optional(
             "limits of the host",
             ceilings_lacking(sandboxes, processes_max),
             "no more sandboxes are made than that; raise it with sysctl -w where the server may not, or lower namespace.slots_max or namespace.processes_max",

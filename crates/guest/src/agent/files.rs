@@ -1,11 +1,11 @@
 //! Reading the content of files.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use nagaya_api::error::Code;
-use rustix::fs::{CWD, FileType, OFlags, Stat};
+use rustix::fs::{FileType, OFlags, Stat};
 use rustix::io::Errno;
 
 use super::failure::Failure;

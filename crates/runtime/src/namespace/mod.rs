@@ -43,9 +43,9 @@ use nagaya_engine::model::{Connection, Egress, Guarantees, Machine};
 use nagaya_engine::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Load, Mount};
 use tokio::sync::{Notify, mpsc};
 
+pub(crate) use ceilings::lacking as ceilings_lacking;
 pub use network::{Cidr, Network, NetworkError, Settings};
 pub use storage::{PoolChoice, storage_root};
-pub(crate) use ceilings::lacking as ceilings_lacking;
 pub(crate) use storage::{has_pool, shares_blocks, storage_is_plain};
 
 use crate::cgroup::Cgroups;

@@ -22,12 +22,12 @@ use rustix::net::sockopt::Timeout;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 
-use super::{Config, ceilings};
 use super::disk::{self, DiskError, Disks};
 use super::host_image::Image;
 use super::images::{self, CopyError};
 use super::live;
 use super::network::{Network, NetworkError};
+use super::{Config, ceilings};
 use crate::cgroup::{CgroupError, Cgroups, Group};
 use crate::spawner::{SpawnError, Spawner};
 use crate::sys;
