@@ -1,9 +1,10 @@
 //! Terminals for commands: how they are made, and how clients want them.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nagaya_api::error::Code;
 use rustix::fs::{Mode, OFlags, Uid};
+use rustix::io::Errno;
 use rustix::pty::OpenptFlags;
 use rustix::termios::{
     ControlModes, InputModes, LocalModes, OptionalActions, OutputModes, SpecialCodeIndex, Termios, Winsize,
@@ -18,7 +19,13 @@ const NO_CHARACTER: u32 = 255;
 
 /// Our side and the command's side of a new terminal, which is the user's.
 pub fn open(user: u32, wanted: &Terminal) -> Result<(OwnedFd, OwnedFd), Failure> {
-    let unavailable = |errno| Failure::with(Code::CapabilityUnavailable, "terminals", errno);
+    let unavailable = |errno| match errno {
+        // None is left of this sandbox's or of the host's.
+        Errno::NOSPC | Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN | Errno::IO => {
+            Failure::with(Code::CapacityUnavailable, "terminals in the sandbox; close some that are open", errno)
+        }
+        errno => Failure::with(Code::CapabilityUnavailable, "terminals", errno),
+    };
     let ours =
         rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).map_err(unavailable)?;
     rustix::pty::unlockpt(&ours).map_err(unavailable)?;
@@ -38,7 +45,7 @@ pub fn open(user: u32, wanted: &Terminal) -> Result<(OwnedFd, OwnedFd), Failure>
     Ok((nonblocking(ours)?, theirs))
 }
 
-fn set_up(terminal: std::os::fd::BorrowedFd<'_>, wanted: &Terminal) {
+fn set_up(terminal: BorrowedFd<'_>, wanted: &Terminal) {
     if let Some(size) = wanted.size.as_option() {
         let _ = rustix::termios::tcsetwinsize(terminal, winsize(size));
     }
