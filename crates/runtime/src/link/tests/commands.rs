@@ -262,7 +262,7 @@ async fn what_is_to_be_left_alone_loses_its_streams_and_nothing_else() {
 async fn a_terminal_that_is_left_hangs_up() {
     let agent = Agent::start();
     let link = agent.connect().await;
-    let mut wanted = shell("(trap '' HUP; exec sleep 1000) & echo $!; sleep 1000 & echo $!; exec sleep 1000");
+    let mut wanted = shell("trap '' HUP; sleep 1000 & echo $!; trap - HUP; sleep 1000 & echo $!; exec sleep 1000");
     (wanted.pty, wanted.stdin, wanted.when_left) = (true, true, WhenLeft::HangUp);
     let mut process = link.run(wanted).await.unwrap();
     let mut text = String::new();
