@@ -14,7 +14,7 @@ use super::limits::{self, Limit};
 /// Uid and gid of the user `tenki`.
 pub const TENKI: u32 = 1000;
 /// The rest of a larger file is not looked at, bytes.
-const FILE_BYTES_MAX: u64 = 1024 * 1024;
+const FILE_BYTES_MAX: u64 = 256 * 1024;
 /// Ids from here on mean nobody in a sandbox, and no process can have them.
 const IDS_END: u32 = 65_536;
 /// What the kernel takes.
@@ -61,7 +61,7 @@ impl Account {
     /// What `/etc/passwd` says of the account; returns its comment field. An entry with another uid is another account's.
     fn take_entry(&mut self, passwd: &str) -> String {
         for line in passwd.lines() {
-            let fields: Vec<&str> = line.split(':').collect();
+            let fields: Vec<&str> = line.splitn(8, ':').collect();
             let [name, _, uid, gid, comment, home, shell] = fields[..] else { continue };
             if name != self.name || uid.parse() != Ok(self.uid) {
                 continue;
@@ -90,7 +90,7 @@ fn id(text: &str) -> Option<u32> {
 fn groups_of(group: &str, user: &str, first: u32) -> Vec<u32> {
     let mut groups = vec![first];
     for line in group.lines() {
-        let fields: Vec<&str> = line.split(':').collect();
+        let fields: Vec<&str> = line.splitn(5, ':').collect();
         let [_, _, gid, members] = fields[..] else { continue };
         if let Some(gid) = id(gid).filter(|_| members.split(',').any(|member| member == user)) {
             groups.push(gid);

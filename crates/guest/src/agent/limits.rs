@@ -72,7 +72,7 @@ pub fn of(account: &Account, groups: &str, files: impl Iterator<Item = String>) 
     for file in files {
         for line in file.lines() {
             let line = line.split('#').next().unwrap_or_default();
-            let words: Vec<&str> = line.split_whitespace().collect();
+            let words: Vec<&str> = line.split_whitespace().take(5).collect();
             let [domain, kind, rest @ ..] = &words[..] else { continue };
             let Some(rank) = rank(account, &groups, domain) else { continue };
             let [item, value] = rest else {
