@@ -135,7 +135,7 @@ class Packages(unittest.TestCase):
         self.assertRegex(shell("stat -c %U /var/lib/nagaya-second; dpkg-statoverride --list /var/lib/nagaya-second").stdout,
                          "^nagaya-second\nnagaya-second root 750 ")
         # A configuration file that the sandbox has already is no question, and stays.
-        self.assertEqual(shell("cat /etc/host.conf").stdout, "multi on\n")
+        self.assertEqual(shell("cat /etc/fstab").stdout, "")
         # What it depends on came with it, its service was not started, and it goes again.
         self.assertEqual(shell("dpkg -s nagaya-third | grep ^Status; test -e /tmp/started || echo not started").stdout,
                          "Status: install ok installed\nnot started\n")
@@ -170,10 +170,10 @@ make nagaya-third ""
 make nagaya-second nagaya-third
 sed -i '/^Depends: $/d' */DEBIAN/control
 mkdir -p nagaya-second/etc/init.d
-echo 'of the package' > nagaya-second/etc/host.conf
+echo 'of the package' > nagaya-second/etc/fstab
 printf '#!/bin/sh\ntouch /tmp/started\n' > nagaya-second/etc/init.d/nagaya-second
 chmod 755 nagaya-second/etc/init.d/nagaya-second
-printf '/etc/host.conf\n/etc/init.d/nagaya-second\n' > nagaya-second/DEBIAN/conffiles
+printf '/etc/fstab\n/etc/init.d/nagaya-second\n' > nagaya-second/DEBIAN/conffiles
 cat > nagaya-second/DEBIAN/postinst <<'END'
 #!/bin/sh
 set -e

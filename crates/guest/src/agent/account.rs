@@ -3,6 +3,7 @@
 //! The files are the sandbox's own and anybody's who is root there. What they say is believed about this sandbox only:
 //! the uid is never theirs to choose, and a file that is missing, no file at all, too large or garbled says nothing.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 
@@ -13,7 +14,7 @@ use super::limits::{self, Limit};
 /// Uid and gid of the user `tenki`.
 pub const TENKI: u32 = 1000;
 /// The rest of a larger file is not looked at, bytes.
-const FILE_BYTES_MAX: u64 = 1024 * 1024;
+const FILE_BYTES_MAX: u64 = 256 * 1024;
 /// Ids from here on mean nobody in a sandbox, and no process can have them.
 const IDS_END: u32 = 65_536;
 /// What the kernel takes.
@@ -48,18 +49,19 @@ impl Account {
             umask: UMASK,
             limits: Vec::new(),
         };
-        let comment = account.take_entry(&read("/etc/passwd"));
-        let groups = read("/etc/group");
+        let comment = account.take_entry(&read("/etc/passwd", FILE_BYTES_MAX));
+        let groups = read("/etc/group", FILE_BYTES_MAX);
         account.groups = groups_of(&groups, name, account.gid);
-        account.umask = umask(&comment, &read("/etc/login.defs"));
-        account.limits = limits::of(&account, &groups, limits::files().iter().map(|path| read(path)));
+        account.umask = umask(&comment, &read("/etc/login.defs", FILE_BYTES_MAX));
+        account.limits =
+            limits::of(&account, &groups, limits::files().iter().map(|path| read(path, limits::FILE_BYTES_MAX)));
         account
     }
 
     /// What `/etc/passwd` says of the account; returns its comment field. An entry with another uid is another account's.
     fn take_entry(&mut self, passwd: &str) -> String {
         for line in passwd.lines() {
-            let fields: Vec<&str> = line.split(':').collect();
+            let fields: Vec<&str> = line.splitn(8, ':').collect();
             let [name, _, uid, gid, comment, home, shell] = fields[..] else { continue };
             if name != self.name || uid.parse() != Ok(self.uid) {
                 continue;
@@ -88,7 +90,7 @@ fn id(text: &str) -> Option<u32> {
 fn groups_of(group: &str, user: &str, first: u32) -> Vec<u32> {
     let mut groups = vec![first];
     for line in group.lines() {
-        let fields: Vec<&str> = line.split(':').collect();
+        let fields: Vec<&str> = line.splitn(5, ':').collect();
         let [_, _, gid, members] = fields[..] else { continue };
         if let Some(gid) = id(gid).filter(|_| members.split(',').any(|member| member == user)) {
             groups.push(gid);
@@ -100,12 +102,14 @@ fn groups_of(group: &str, user: &str, first: u32) -> Vec<u32> {
     groups
 }
 
-/// The gid of a group by its name.
-pub fn gid_of(group: &str, name: &str) -> Option<u32> {
-    group.lines().find_map(|line| {
+/// What groups are called, given by their ascending ids.
+pub fn names_of<'a>(group: &'a str, ids: &[u32]) -> BTreeSet<&'a str> {
+    let name = |line: &'a str| {
         let mut fields = line.split(':');
-        (fields.next() == Some(name)).then(|| id(fields.nth(1)?)).flatten()
-    })
+        let name = fields.next()?;
+        id(fields.nth(1)?).filter(|id| ids.binary_search(id).is_ok()).map(|_| name)
+    };
+    group.lines().filter_map(name).collect()
 }
 
 /// The account's own is in its comment, else the machine's holds.
@@ -122,7 +126,7 @@ fn umask(comment: &str, login_defs: &str) -> u32 {
 }
 
 /// A file's content, or nothing. Never waits: what stands there may be a pipe.
-fn read(path: &str) -> String {
+fn read(path: &str, bytes_max: u64) -> String {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let Ok(file) = rustix::fs::open(path, flags, Mode::empty()) else { return String::new() };
     match rustix::fs::fstat(&file) {
@@ -130,7 +134,7 @@ fn read(path: &str) -> String {
         _ => return String::new(),
     }
     let mut bytes = Vec::new();
-    let _ = File::from(file).take(FILE_BYTES_MAX).read_to_end(&mut bytes);
+    let _ = File::from(file).take(bytes_max).read_to_end(&mut bytes);
     // What follows goes to system calls as C strings.
     bytes.retain(|byte| *byte != 0);
     String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
@@ -191,8 +195,7 @@ mod tests {
             "a:x:7:tenki\nb:x:8:x,tenki,y\nc:x:9:tenkis\nd:x:65536:tenki\ne:x:8:tenki\nf:x:1000:\ng:x:6:tenki:more\n";
         assert_eq!(groups_of(group, "tenki", 1000), [7, 8, 1000]);
         assert_eq!(groups_of("", "tenki", 1000), [1000]);
-        assert_eq!(gid_of(group, "b"), Some(8));
-        assert_eq!(gid_of(group, "z"), None);
+        assert_eq!(names_of(group, &[6, 8, 99]), BTreeSet::from(["b", "e", "g"]));
     }
 
     #[test]
@@ -209,13 +212,13 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let pipe = directory.path().join("pipe");
         rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, Mode::RWXU, 0).unwrap();
-        assert_eq!(read(pipe.to_str().unwrap()), "");
-        assert_eq!(read(directory.path().to_str().unwrap()), "");
-        assert_eq!(read("/nonexistent"), "");
+        assert_eq!(read(pipe.to_str().unwrap(), 9), "");
+        assert_eq!(read(directory.path().to_str().unwrap(), 9), "");
+        assert_eq!(read("/nonexistent", 9), "");
         let file = directory.path().join("file");
         std::fs::write(&file, b"a\0b\xff").unwrap();
-        assert_eq!(read(file.to_str().unwrap()), "ab\u{fffd}");
-        std::fs::write(&file, vec![b'x'; FILE_BYTES_MAX as usize + 1]).unwrap();
-        assert_eq!(read(file.to_str().unwrap()).len() as u64, FILE_BYTES_MAX);
+        assert_eq!(read(file.to_str().unwrap(), 9), "ab\u{fffd}");
+        std::fs::write(&file, "0123456789").unwrap();
+        assert_eq!(read(file.to_str().unwrap(), 9), "012345678");
     }
 }

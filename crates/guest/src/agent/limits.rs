@@ -2,14 +2,20 @@
 //!
 //! Commands have no power to raise a hard limit: what asks for more than there is gets what there is.
 
+use std::collections::BTreeSet;
+
 use libc::c_int;
 
 use super::account::{self, Account};
 
 const FILE: &str = "/etc/security/limits.conf";
 const DIRECTORY: &str = "/etc/security/limits.d";
-/// Files of the directory that are read.
-const FILES_MAX: usize = 64;
+/// Files of the directory that are read, of so many that are looked at. All this is done for every command, outside of the
+/// sandbox's limits.
+const FILES_MAX: usize = 16;
+const ENTRIES_MAX: usize = 256;
+/// The rest of a larger file is not looked at, bytes.
+pub const FILE_BYTES_MAX: u64 = 64 * 1024;
 
 /// A resource, and its limits where they are given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +47,7 @@ pub fn files() -> Vec<String> {
     let mut more: Vec<String> = std::fs::read_dir(DIRECTORY)
         .into_iter()
         .flatten()
+        .take(ENTRIES_MAX)
         .flatten()
         .filter_map(|entry| entry.file_name().into_string().ok())
         .filter(|name| name.ends_with(".conf"))
@@ -60,13 +67,14 @@ enum Rank {
 
 /// What the files say of an account.
 pub fn of(account: &Account, groups: &str, files: impl Iterator<Item = String>) -> Vec<Limit> {
+    let groups = account::names_of(groups, &account.groups);
     let mut found = [(None::<(Rank, u64)>, None::<(Rank, u64)>); ITEMS.len()];
     for file in files {
         for line in file.lines() {
             let line = line.split('#').next().unwrap_or_default();
-            let words: Vec<&str> = line.split_whitespace().collect();
+            let words: Vec<&str> = line.split_whitespace().take(5).collect();
             let [domain, kind, rest @ ..] = &words[..] else { continue };
-            let Some(rank) = rank(account, groups, domain) else { continue };
+            let Some(rank) = rank(account, &groups, domain) else { continue };
             let [item, value] = rest else {
                 // A line that ends here exempts whom it names.
                 if *kind == "-" && rest.is_empty() && rank > Rank::Everybody {
@@ -97,10 +105,9 @@ pub fn of(account: &Account, groups: &str, files: impl Iterator<Item = String>) 
         .collect()
 }
 
-fn rank(account: &Account, groups: &str, domain: &str) -> Option<Rank> {
+fn rank(account: &Account, groups: &BTreeSet<&str>, domain: &str) -> Option<Rank> {
     if let Some(name) = domain.strip_prefix('@') {
-        let gid = account::gid_of(groups, name)?;
-        return account.groups.contains(&gid).then_some(Rank::Group);
+        return groups.contains(name).then_some(Rank::Group);
     }
     match domain {
         // Only what names root is about root.

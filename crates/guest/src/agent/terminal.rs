@@ -1,6 +1,6 @@
 //! Terminals for commands: how they are made, and how clients want them.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nagaya_api::error::Code;
 use rustix::fs::{Mode, OFlags, Uid};
@@ -45,7 +45,7 @@ pub fn open(user: u32, wanted: &Terminal) -> Result<(OwnedFd, OwnedFd), Failure>
     Ok((nonblocking(ours)?, theirs))
 }
 
-fn set_up(terminal: std::os::fd::BorrowedFd<'_>, wanted: &Terminal) {
+fn set_up(terminal: BorrowedFd<'_>, wanted: &Terminal) {
     if let Some(size) = wanted.size.as_option() {
         let _ = rustix::termios::tcsetwinsize(terminal, winsize(size));
     }
@@ -110,20 +110,13 @@ fn set(termios: &mut Termios, opcode: u32, value: u32) {
         73 => termios.output_modes.set(OutputModes::OCRNL, on),
         74 => termios.output_modes.set(OutputModes::ONOCR, on),
         75 => termios.output_modes.set(OutputModes::ONLRET, on),
-        90 if on => size_of_characters(termios, ControlModes::CS7),
-        91 if on => size_of_characters(termios, ControlModes::CS8),
-        92 => termios.control_modes.set(ControlModes::PARENB, on),
+        // Of a line's parity and size of characters, which terminals without a line do not have, the kernel keeps this.
         93 => termios.control_modes.set(ControlModes::PARODD, on),
         // A speed of nothing would mean a line that is hung up.
         128 if on => drop(termios.set_input_speed(value)),
         129 if on => drop(termios.set_output_speed(value)),
         _ => {}
     }
-}
-
-fn size_of_characters(termios: &mut Termios, size: ControlModes) {
-    termios.control_modes.remove(ControlModes::CSIZE);
-    termios.control_modes.insert(size);
 }
 
 fn character(opcode: u32) -> Option<SpecialCodeIndex> {
@@ -182,7 +175,7 @@ mod tests {
 
     #[test]
     fn every_mode_that_linux_has_is_set_and_cleared() {
-        let flags = (30..=42).chain(50..=62).chain(70..=75).chain(92..=93);
+        let flags = (30..=42).chain(50..=62).chain(70..=75).chain([93]);
         for opcode in flags {
             let (on, off) = (made(&[(opcode, 1)]), made(&[(opcode, 0)]));
             let all = |of: &Termios| {
@@ -197,13 +190,23 @@ mod tests {
         }
         let speeds = made(&[(128, 9_600), (129, 19_200), (128, 0)]);
         assert_eq!((speeds.input_speed(), speeds.output_speed()), (9_600, 19_200));
-        assert!(made(&[(90, 1)]).control_modes.contains(ControlModes::CS7));
     }
 
     #[test]
     fn unknown_modes_change_nothing() {
         let plain = made(&[]);
-        let odd = made(&[(0, 1), (11, 1), (15, 1), (17, 1), (19, 9), (43, 1), (200, 1), (u32::MAX, u32::MAX)]);
+        let odd = made(&[
+            (0, 1),
+            (11, 1),
+            (15, 1),
+            (17, 1),
+            (19, 9),
+            (43, 1),
+            (90, 1),
+            (92, 1),
+            (200, 1),
+            (u32::MAX, u32::MAX),
+        ]);
         assert_eq!(format!("{plain:?}"), format!("{odd:?}"));
     }
 }

@@ -2,7 +2,7 @@
 
 use nagaya_api::ids::ExecutionId;
 use nagaya_engine::model::Machine;
-use nagaya_engine::ports::{Builtin, Command, ProcessEvent, ProcessInput};
+use nagaya_engine::ports::{Builtin, Command, ProcessEvent, ProcessInput, TerminalSize};
 use nagaya_testkit::{NotRun, Outcome};
 
 use super::place::*;

@@ -1,5 +1,5 @@
 use nagaya_api::error::Code;
-use nagaya_engine::ports::{ProcessInput, Signal};
+use nagaya_engine::ports::{Builtin, ProcessInput, Signal, Terminal, TerminalSize, WhenLeft};
 
 use super::*;
 
@@ -236,6 +236,79 @@ async fn dropping_the_events_kills_what_ignores_term() {
     drop(process);
     until("it is gone", || !is_alive(pid)).await;
     assert!(dropped.elapsed() >= Duration::from_secs(5));
+}
+
+#[tokio::test]
+async fn what_is_to_be_left_alone_loses_its_streams_and_nothing_else() {
+    let agent = Agent::start();
+    for (number, link_is_lost) in [false, true].into_iter().enumerate() {
+        let link = agent.connect().await;
+        let mark = agent.path(&format!("mark-{number}"));
+        let mut wanted = shell(&format!("sleep 1000 & echo $!; cat; echo ended > {mark}; exec sleep 1000"));
+        (wanted.stdin, wanted.when_left) = (true, WhenLeft::HangUp);
+        let mut process = link.run(wanted).await.unwrap();
+        let Some(ProcessEvent::Stdout(child)) = process.events.recv().await else { panic!("no output") };
+        let child: u32 = std::str::from_utf8(&child).unwrap().trim().parse().unwrap();
+        let pid = process.pid;
+        // A newer connection takes the place of an older one.
+        let _newer = if link_is_lost { Some(agent.connect().await) } else { None };
+        drop(process);
+        until("its input ended", || std::fs::read_to_string(&mark).is_ok_and(|text| text == "ended\n")).await;
+        assert!(is_alive(pid) && is_alive(child), "{link_is_lost}");
+    }
+}
+
+#[tokio::test]
+async fn a_terminal_that_is_left_hangs_up() {
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    let mut wanted = shell("trap '' HUP; sleep 1000 & echo $!; trap - HUP; sleep 1000 & echo $!; exec sleep 1000");
+    (wanted.pty, wanted.stdin, wanted.when_left) = (true, true, WhenLeft::HangUp);
+    let mut process = link.run(wanted).await.unwrap();
+    let mut text = String::new();
+    while text.lines().count() < 2 || !text.ends_with('\n') {
+        let Some(ProcessEvent::Stdout(data)) = process.events.recv().await else { panic!("no output") };
+        text.push_str(std::str::from_utf8(&data).unwrap());
+    }
+    let children: Vec<u32> = text.lines().map(|line| line.trim().parse().unwrap()).collect();
+    let pid = process.pid;
+    drop(process);
+    until("those who mind are gone", || !is_alive(pid) && !is_alive(children[1])).await;
+    assert!(is_alive(children[0]));
+}
+
+#[tokio::test]
+async fn a_terminal_is_as_it_was_asked_for_from_the_start() {
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    let mut wanted = shell("stty size; stty -a");
+    wanted.pty = true;
+    let size = TerminalSize { columns: 123, rows: 45, ..TerminalSize::default() };
+    // VINTR and ECHO.
+    wanted.terminal = Terminal { size: Some(size), modes: vec![(1, 24), (53, 0)] };
+    let (ended, _) = run(&link, wanted).await;
+    let text = String::from_utf8_lossy(&ended.stdout).into_owned();
+    for part in ["45 123\r\n", "intr = ^X;", " -echo ", " iutf8"] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+}
+
+#[tokio::test]
+async fn the_accounts_shell_is_started_in_place_of_the_one_that_is_named() {
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    let mut wanted = command(&["/nonexistent", "-c", "echo $0 $BASH_VERSION"]);
+    wanted.builtin = Some(Builtin::Shell);
+    let (ended, _) = run(&link, wanted).await;
+    assert!(ended.stdout.starts_with(b"bash 5"), "{ended:?}");
+    let mut wanted = command(&["/nonexistent", "-l"]);
+    (wanted.builtin, wanted.stdin) = (Some(Builtin::Shell), true);
+    let process = link.run(wanted).await.unwrap();
+    process.input.send(ProcessInput::Stdin(bytes("shopt login_shell; echo $0\n"))).await.unwrap();
+    process.input.send(ProcessInput::StdinClose).await.unwrap();
+    let (ended, _) = finish(process).await;
+    let text = String::from_utf8_lossy(&ended.stdout).into_owned();
+    assert!(text.contains("on\n-bash\n"), "{text}");
 }
 
 #[tokio::test]
