@@ -1,7 +1,8 @@
 //! Memory for messages under way in the whole server: taken before a message is read or made, waited for in the order
 //! of asking, and refused by the limit's name when it cannot be had in time.
 //!
-//! Small messages have a share of their own: whoever fills the server with large ones keeps nobody from the small ones.
+//! Small messages have shares of their own: whoever fills the server with large ones keeps nobody from the small ones,
+//! and whoever fills one of these keeps out only those few who have the same one.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,8 +17,9 @@ use crate::config::Limits;
 
 /// What counts as small.
 pub(crate) const SMALL_BYTES_MAX: usize = 64 * 1024;
-/// Of all, the share of small messages.
-const SMALL_SHARE: usize = 8;
+/// Of all, the part of small messages; and its shares, of which each caller has one.
+const SMALL_PART: usize = 8;
+const SMALL_SHARES: usize = 16;
 /// Taken at once by a message whose size is not known before.
 const STEP_BYTES: usize = 1024 * 1024;
 /// What is counted in.
@@ -29,7 +31,7 @@ const GIVE_BACK_AFTER: Duration = Duration::from_secs(1);
 pub type GiveBack = Arc<dyn Fn() + Send + Sync>;
 
 pub(crate) struct Budget {
-    small: Share,
+    small: Vec<Share>,
     large: Share,
     bytes_max: usize,
     wait: Duration,
@@ -51,9 +53,9 @@ impl Share {
 
 impl Budget {
     pub(crate) fn new(limits: &Limits, give_back: Option<GiveBack>) -> Arc<Self> {
-        let small = limits.bytes_under_way_max / SMALL_SHARE;
+        let small = limits.bytes_under_way_max / SMALL_PART;
         Arc::new(Self {
-            small: Share::of(small),
+            small: (0..SMALL_SHARES).map(|_| Share::of(small / SMALL_SHARES)).collect(),
             large: Share::of(limits.bytes_under_way_max - small),
             bytes_max: limits.bytes_under_way_max,
             wait: Duration::from_millis(limits.bytes_under_way_wait_ms),
@@ -62,10 +64,11 @@ impl Budget {
         })
     }
 
-    /// For the messages of one call, in one direction.
-    pub(crate) fn hold(self: &Arc<Self>) -> Held {
+    /// For the messages of one call, in one direction. `caller` tells callers apart.
+    pub(crate) fn hold(self: &Arc<Self>, caller: u8) -> Held {
         Held {
             budget: Arc::clone(self),
+            small: usize::from(caller) % SMALL_SHARES,
             used: AtomicUsize::new(0),
             granted: AtomicUsize::new(0),
             permits: Mutex::default(),
@@ -108,6 +111,8 @@ impl Budget {
 /// What one call has taken, until it is dropped.
 pub(crate) struct Held {
     budget: Arc<Budget>,
+    /// Its share of small messages.
+    small: usize,
     used: AtomicUsize,
     granted: AtomicUsize,
     permits: Mutex<Vec<OwnedSemaphorePermit>>,
@@ -120,7 +125,7 @@ impl Held {
         if missing == 0 {
             return Ok(());
         }
-        let share = if bytes <= SMALL_BYTES_MAX { &self.budget.small } else { &self.budget.large };
+        let share = if bytes <= SMALL_BYTES_MAX { &self.budget.small[self.small] } else { &self.budget.large };
         let permit = self.budget.take(share, missing).await?;
         self.granted.fetch_add(missing, Ordering::AcqRel);
         self.permits.lock().expect("nothing panics while holding permits").push(permit);
@@ -176,30 +181,35 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_cannot_be_had_in_time_is_refused_by_its_name() {
         let budget = budget(16 * MIB, None);
-        let first = budget.hold();
+        let first = budget.hold(0);
         first.reserve(10 * MIB).await.unwrap();
-        let second = budget.hold();
+        let second = budget.hold(0);
         let refused = second.reserve(10 * MIB).await.unwrap_err();
         assert_eq!(refused.code, Code::CapacityUnavailable);
         assert!(refused.to_string().contains("limits.bytes_under_way_max is 16777216"), "{refused}");
-        // Small ones have their own.
-        budget.hold().reserve(SMALL_BYTES_MAX).await.unwrap();
+        // Small ones have their own, and of them each caller.
+        let small = budget.hold(1);
+        small.reserve(SMALL_BYTES_MAX).await.unwrap();
+        let (next, last) = (budget.hold(1), budget.hold(1));
+        next.reserve(SMALL_BYTES_MAX).await.unwrap();
+        assert_eq!(last.reserve(SMALL_BYTES_MAX).await.unwrap_err().code, Code::CapacityUnavailable);
+        budget.hold(2).reserve(SMALL_BYTES_MAX).await.unwrap();
         drop(first);
         second.reserve(10 * MIB).await.unwrap();
         second.reserve(10 * MIB).await.unwrap();
         assert_eq!(budget.large.free.available_permits(), 4 * 1024);
         // One that is larger than all waits for all.
         drop(second);
-        budget.hold().reserve(100 * MIB).await.unwrap();
+        budget.hold(0).reserve(100 * MIB).await.unwrap();
         assert_eq!(budget.large.free.available_permits(), 14 * 1024);
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_asks_first_gets_it_first() {
         let budget = budget(16 * MIB, None);
-        let first = budget.hold();
+        let first = budget.hold(0);
         first.reserve(12 * MIB).await.unwrap();
-        let (large, less) = (budget.hold(), budget.hold());
+        let (large, less) = (budget.hold(0), budget.hold(0));
         let mut waiting = std::pin::pin!(large.reserve(12 * MIB));
         assert!(futures::poll!(&mut waiting).is_pending());
         let mut later = std::pin::pin!(less.reserve(MIB));
@@ -212,14 +222,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_message_of_unknown_size_takes_as_it_grows() {
         let budget = budget(16 * MIB, None);
-        let held = budget.hold();
+        let held = budget.hold(0);
         held.grow(1_000).await.unwrap();
         assert_eq!(budget.large.free.available_permits(), 14 * 1024, "it is small");
         for _ in 0..100 {
             held.grow(100_000).await.unwrap();
         }
         assert!((10_000_000..12_000_000).contains(&held.granted()), "{}", held.granted());
-        let other = budget.hold();
+        let other = budget.hold(0);
         let mut grown = Ok(());
         while grown.is_ok() {
             grown = other.grow(MIB).await;
@@ -227,7 +237,7 @@ mod tests {
         assert!(other.granted() <= 6 * MIB);
         drop((held, other));
         assert_eq!(budget.large.free.available_permits(), 14 * 1024);
-        assert_eq!(budget.small.free.available_permits(), 2 * 1024);
+        assert_eq!(budget.small[0].free.available_permits(), 128);
     }
 
     #[tokio::test]
@@ -243,7 +253,7 @@ mod tests {
             })),
         );
         for bytes in [1_000, 2 * MIB, 3 * MIB] {
-            budget.hold().reserve(bytes).await.unwrap();
+            budget.hold(0).reserve(bytes).await.unwrap();
         }
         given.notified().await;
         assert_eq!(count.load(Ordering::SeqCst), 1);

@@ -16,6 +16,7 @@ use nagaya_engine::ports::ImageReader;
 use nagaya_gateway::places::Active;
 use nagaya_gateway::preview;
 use tokio::sync::OwnedSemaphorePermit;
+use tokio::task::AbortHandle;
 
 use super::lifecycle::Busy;
 use super::measured::Measured;
@@ -24,6 +25,8 @@ use crate::tenki::reframe::Reframed;
 
 /// Flag byte and length of a gRPC message.
 const GRPC_HEADER_BYTES: usize = 5;
+/// Answers of this size are not worth watching whether they are read.
+const UNWATCHED_BYTES_MAX: usize = 4 * 1024;
 /// What is handed to a connection at once.
 const PART_BYTES_MAX: usize = 256 * 1024;
 /// No compressed message holds more in its format.
@@ -231,7 +234,7 @@ pub(crate) struct ResponseBody {
 enum Content {
     Rpc(ConnectRpcBody),
     Parts(Parts),
-    Large(Arc<Large>),
+    Watched(Watched),
     Text(Full<Bytes>),
     Disk(Disk),
     Preview(preview::ResponseBody),
@@ -284,19 +287,27 @@ impl Parts {
     }
 }
 
-/// A large answer with its memory, which it gives up when its reader is too slow.
-struct Large(Mutex<Option<(Parts, Arc<Held>)>>);
+type Kept = Mutex<Option<(Parts, Arc<Held>)>>;
 
-impl Large {
-    fn new(parts: Parts, held: Arc<Held>, limits: ReadLimits) -> Arc<Self> {
+fn locked(kept: &Kept) -> MutexGuard<'_, Option<(Parts, Arc<Held>)>> {
+    kept.lock().expect("nothing panics while holding an answer")
+}
+
+/// An answer with its memory, which it gives up when its reader is too slow.
+struct Watched {
+    kept: Arc<Kept>,
+    watch: AbortHandle,
+}
+
+impl Watched {
+    fn new(parts: Parts, held: Arc<Held>, limits: ReadLimits) -> Self {
         let mut before = parts.bytes;
-        let large = Arc::new(Self(Mutex::new(Some((parts, held)))));
-        let watched = Arc::downgrade(&large);
-        tokio::spawn(async move {
+        let kept = Arc::new(Mutex::new(Some((parts, held))));
+        let watched = Arc::clone(&kept);
+        let watch = tokio::spawn(async move {
             loop {
                 tokio::time::sleep(limits.idle_timeout).await;
-                let Some(large) = watched.upgrade() else { return };
-                let mut content = large.content();
+                let mut content = locked(&watched);
                 let Some(left) = content.as_ref().map(|(parts, _)| parts.bytes) else { return };
                 if before - left < limits.bytes_per_idle_timeout.min(before) || left == before {
                     tracing::debug!("an answer was read more slowly than message_bytes_per_s_min, and is cut");
@@ -306,26 +317,31 @@ impl Large {
                 before = left;
             }
         });
-        large
-    }
-
-    fn content(&self) -> MutexGuard<'_, Option<(Parts, Arc<Held>)>> {
-        self.0.lock().expect("nothing panics while holding an answer")
+        Self { kept, watch: watch.abort_handle() }
     }
 
     fn poll_part(&self) -> Poll<Option<Result<Frame<Bytes>, CutOff>>> {
-        Poll::Ready(match &mut *self.content() {
+        Poll::Ready(match &mut *locked(&self.kept) {
             Some((parts, _)) => parts.next().map(Ok),
             None => Some(Err(CutOff)),
         })
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.content().as_ref().map_or_else(SizeHint::default, |(parts, _)| parts.size_hint())
+        locked(&self.kept).as_ref().map_or_else(SizeHint::default, |(parts, _)| parts.size_hint())
     }
 
     fn is_over(&self) -> bool {
-        self.content().as_ref().is_some_and(|(parts, _)| parts.frames.is_empty())
+        locked(&self.kept).as_ref().is_some_and(|(parts, _)| parts.frames.is_empty())
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.watch.abort();
+        if let Ok(mut kept) = self.kept.lock() {
+            *kept = None;
+        }
     }
 }
 
@@ -384,8 +400,8 @@ impl ResponseBody {
         Self { content: Content::Rpc(body), _busy: busy, _active: None }
     }
 
-    /// The answer to a call that is answered as a whole. A large one keeps what the call took from the budget until it
-    /// is read; the error says that there is no memory for it.
+    /// The answer to a call that is answered as a whole. It keeps what the call took from the budget until it is read,
+    /// unless it is tiny; the error says that there is no memory for it.
     pub(crate) async fn whole(
         body: ConnectRpcBody,
         busy: Option<Busy>,
@@ -397,8 +413,8 @@ impl ResponseBody {
             Err(streamed) => return Ok(Self::rpc(streamed, busy)),
         };
         held.reserve(parts.bytes).await?;
-        let content = match parts.bytes > SMALL_BYTES_MAX {
-            true => Content::Large(Large::new(parts, held, limits)),
+        let content = match parts.bytes > UNWATCHED_BYTES_MAX {
+            true => Content::Watched(Watched::new(parts, held, limits)),
             false => Content::Parts(parts),
         };
         Ok(Self { content, _busy: busy, _active: None })
@@ -429,7 +445,7 @@ impl Body for ResponseBody {
         match &mut self.get_mut().content {
             Content::Rpc(body) => Pin::new(body).poll_frame(context).map_err(|never| match never {}),
             Content::Parts(parts) => Poll::Ready(parts.next().map(Ok)),
-            Content::Large(large) => large.poll_part(),
+            Content::Watched(watched) => watched.poll_part(),
             Content::Text(body) => Pin::new(body).poll_frame(context).map_err(|never| match never {}),
             Content::Disk(disk) => disk.poll_part(context),
             Content::Preview(body) => Pin::new(body).poll_frame(context).map_err(|error| {
@@ -445,7 +461,7 @@ impl Body for ResponseBody {
             Content::Rpc(ConnectRpcBody::Full(body)) | Content::Text(body) => body.is_end_stream(),
             Content::Rpc(_) => false,
             Content::Parts(parts) => parts.frames.is_empty(),
-            Content::Large(large) => large.is_over(),
+            Content::Watched(watched) => watched.is_over(),
             Content::Disk(disk) => disk.rest == 0,
             Content::Preview(body) => body.is_end_stream(),
             Content::EmptyOf(_) => true,
@@ -458,7 +474,7 @@ impl Body for ResponseBody {
             Content::Rpc(ConnectRpcBody::Full(body)) | Content::Text(body) => body.size_hint(),
             Content::Rpc(_) => SizeHint::default(),
             Content::Parts(parts) => parts.size_hint(),
-            Content::Large(large) => large.size_hint(),
+            Content::Watched(watched) => watched.size_hint(),
             Content::Disk(disk) => SizeHint::with_exact(disk.rest),
             Content::Preview(body) => body.size_hint(),
             Content::EmptyOf(length) => SizeHint::with_exact(*length),

@@ -22,6 +22,7 @@ type Waiting = Pin<Box<dyn Future<Output = Result<Held, Error>> + Send>>;
 pub(crate) struct Measured<B> {
     body: B,
     budget: Arc<Budget>,
+    caller: u8,
     /// What has come and was not handed on yet.
     pending: Bytes,
     /// The envelope of the next message, as far as it has come.
@@ -34,10 +35,11 @@ pub(crate) struct Measured<B> {
 }
 
 impl<B> Measured<B> {
-    pub(crate) fn new(body: B, budget: &Arc<Budget>) -> Self {
+    pub(crate) fn new(body: B, budget: &Arc<Budget>, caller: u8) -> Self {
         Self {
             body,
             budget: Arc::clone(budget),
+            caller,
             pending: Bytes::new(),
             envelope: [0; ENVELOPE_BYTES],
             envelope_filled: 0,
@@ -76,7 +78,7 @@ impl<B> Measured<B> {
         self.rest = u32::from_be_bytes([a, b, c, d]) as usize;
         self.held = None;
         if self.rest > SMALL_BYTES_MAX {
-            let (held, bytes) = (self.budget.hold(), self.rest);
+            let (held, bytes) = (self.budget.hold(self.caller), self.rest);
             self.waiting = Some(Box::pin(async move { held.reserve(bytes).await.map(|()| held) }));
         }
     }
@@ -147,7 +149,7 @@ mod tests {
     }
 
     fn measured(bytes: &[u8], piece: usize, budget: &Arc<Budget>) -> Measured<Pieces> {
-        Measured::new(Pieces(bytes.chunks(piece).map(Bytes::copy_from_slice).collect()), budget)
+        Measured::new(Pieces(bytes.chunks(piece).map(Bytes::copy_from_slice).collect()), budget, 0)
     }
 
     fn budget(bytes_max: usize) -> Arc<Budget> {
@@ -161,7 +163,7 @@ mod tests {
         let bytes = messages(&[10, 6 << 20, 6 << 20, 20]);
         let all = measured(&bytes, 100_000, &budget).collect().await.unwrap().to_bytes();
         assert_eq!(all, bytes);
-        let other = budget.hold();
+        let other = budget.hold(0);
         other.reserve(5 << 20).await.unwrap();
         let mut body = measured(&bytes, 100_000, &budget);
         let first = body.frame().await.unwrap().unwrap().into_data().unwrap();

@@ -119,6 +119,8 @@ struct Admitted {
     origin: Origin,
     /// The server as the client named it; from the URI over HTTP/2, else from the Host header.
     authority: Option<Authority>,
+    /// Tells callers apart where they share memory.
+    share: u8,
     /// Memory for the answer.
     held: Arc<Held>,
 }
@@ -209,14 +211,15 @@ impl Facade {
         };
         let answer_held = Arc::clone(&admitted.held);
         // Until the call has returned: by then its message is used up.
-        let request_held = self.budget.hold();
+        let caller = admitted.share;
+        let request_held = self.budget.hold(caller);
         let streams =
             matches!(method.map(|method| method.kind), Some(MethodKind::ClientStreaming | MethodKind::BidiStreaming));
         let body = if streams && path == direct::WRITE_FILE_STREAM && is_plain_grpc(&parts.headers) {
             let reframed = Reframed::new(incoming, self.read_limits.message_bytes_max);
-            RequestBody::Reframed(Measured::new(reframed, &self.budget))
+            RequestBody::Reframed(Measured::new(reframed, &self.budget, caller))
         } else if streams && body::is_framed(&parts.headers) {
-            RequestBody::Stream(Measured::new(incoming, &self.budget))
+            RequestBody::Stream(Measured::new(incoming, &self.budget, caller))
         } else if streams {
             RequestBody::Text(incoming)
         } else {
@@ -257,13 +260,22 @@ impl Facade {
         if method.is_none() {
             return Err(Error::new(Code::Unimplemented, "the service has no method of this name"));
         }
-        let caller = if path.starts_with(DATA_PLANE) {
-            self.tenki.engine.certified_session(auth::certificate(&parts.headers)?)?;
-            None
+        let (caller, id) = if path.starts_with(DATA_PLANE) {
+            let session = self.tenki.engine.certified_session(auth::certificate(&parts.headers)?)?;
+            (None, *session.as_uuid())
         } else {
-            Some(self.tenki.engine.authenticate(auth::token(&parts.headers)?)?)
+            let caller = self.tenki.engine.authenticate(auth::token(&parts.headers)?)?;
+            (Some(caller), *caller.workspace_id.as_uuid())
         };
-        Ok(Admitted { caller, origin, authority: parts.uri.authority().cloned(), held: Arc::new(self.budget.hold()) })
+        // Ids end in what is random of them.
+        let share = id.as_bytes()[15];
+        Ok(Admitted {
+            caller,
+            origin,
+            authority: parts.uri.authority().cloned(),
+            share,
+            held: Arc::new(self.budget.hold(share)),
+        })
     }
 
     fn refuse(

@@ -61,6 +61,7 @@ fn on_v1_each_limit_goes_to_its_hierarchy() {
     assert_eq!(read(&root, &format!("memory/{commands}/memory.limit_in_bytes")), (512 << 20).to_string());
     assert_eq!(read(&root, &format!("memory/{commands}/memory.memsw.limit_in_bytes")), (512 << 20).to_string());
     assert_eq!(read(&root, &format!("memory/{commands}/memory.kmem.tcp.limit_in_bytes")), (64 << 20).to_string());
+    assert_eq!(read(&root, "memory/nagaya/ab12/memory.kmem.tcp.limit_in_bytes"), "-1", "counting begins here");
     assert_eq!(read(&root, &format!("pids/{commands}/pids.max")), "100");
     let agent = "memory/nagaya/ab12/slot-0/agent/memory.limit_in_bytes";
     assert_eq!(read(&root, agent), ((512 << 20) + AGENT_MEMORY_BYTES).to_string());
