@@ -144,8 +144,20 @@ async fn full_dev_shm(world: &World) -> Outcome {
     // The file calls meet the same end.
     assert!(sandbox.write("/dev/shm/y", vec![0; 1 << 20]).await.is_err());
     // Names without content hold memory, too.
-    let names = "rm /dev/shm/x; i=0; while : > /dev/shm/$i; do i=$((i+1)); done 2>/dev/null; echo $i";
-    let count: u64 = sandbox.shell(names, false).await.trim().parse().unwrap();
+    let names = "import os
+os.unlink('/dev/shm/x')
+count = 0
+try:
+    while True:
+        os.close(os.open(f'/dev/shm/{count}', os.O_CREAT | os.O_WRONLY))
+        count += 1
+except OSError as error:
+    print(count, error.errno)";
+    let said = sandbox.run(&[PYTHON, "-c", names]).await.unwrap();
+    let (count, errno) =
+        said.text().split_once(' ').map(|(count, errno)| (count.parse::<u64>(), errno.to_owned())).unwrap();
+    let count = count.unwrap();
+    assert_eq!(errno, rustix::io::Errno::NOSPC.raw_os_error().to_string());
     assert!(count > 1_000 && count <= MEMORY_MB << 6, "{count} names in /dev/shm");
     assert_eq!(sandbox.shell("echo alive", false).await, "alive");
     sandbox.terminate().await.unwrap();
