@@ -22,6 +22,7 @@ mod host_image;
 mod images;
 mod live;
 mod load;
+mod locks;
 mod network;
 mod pause;
 mod record;
@@ -511,6 +512,7 @@ impl Driver for NamespaceDriver {
     fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent> {
         let receiver = self.events.lock().expect("taken without panics").take();
         self.inner.watch_memory();
+        self.inner.watch_locks();
         receiver.expect("the engine asks for events once")
     }
 }
