@@ -131,6 +131,10 @@ const NETLINK_PROTOCOLS: &[u32] = &[libc::NETLINK_ROUTE as u32, libc::NETLINK_SO
 /// Terminal requests that put input into somebody else's terminal.
 const REFUSED_IOCTLS: &[u32] = &[libc::TIOCSTI as u32, libc::TIOCLINUX as u32];
 
+/// Locks that belong to an open file: the kernel does not tell who holds them, so nobody could be asked for having too
+/// many. Answered as kernels did that had none.
+const REFUSED_FILE_COMMANDS: &[u32] = &[libc::F_OFD_SETLK as u32, libc::F_OFD_SETLKW as u32];
+
 #[derive(Clone, Copy, PartialEq)]
 enum Verdict {
     Allow,
@@ -146,6 +150,8 @@ enum Verdict {
     Families,
     /// Refuse when the second argument is one of [`REFUSED_IOCTLS`].
     Ioctls,
+    /// Refuse when the second argument is one of [`REFUSED_FILE_COMMANDS`].
+    FileCommands,
     /// Refuse when the first argument, a process, is not 0. With pinned cores do nothing, as if it were done, when the
     /// third gives `RLIMIT_CORE` a new value: who wants no core files has that, and programs that take precautions would
     /// complain.
@@ -194,6 +200,7 @@ fn leaf(verdict: Verdict) -> Vec<sock_filter> {
             block
         }
         Verdict::Ioctls => one_of(DATA_ARGUMENT_1, REFUSED_IOCTLS, errno(libc::EPERM), RETURN_ALLOW),
+        Verdict::FileCommands => one_of(DATA_ARGUMENT_1, REFUSED_FILE_COMMANDS, errno(libc::EINVAL), RETURN_ALLOW),
         Verdict::OwnLimits { pin_cores } => {
             let mut block = vec![load(DATA_ARGUMENT_0), jump(BPF_JEQ, 0, 1, 0), give(errno(libc::EPERM))];
             if pin_cores {
@@ -259,6 +266,7 @@ fn table(pin_cores: bool) -> Vec<(u32, Verdict)> {
     verdicts[libc::SYS_socket as usize] = Verdict::Families;
     verdicts[libc::SYS_socketpair as usize] = Verdict::Families;
     verdicts[libc::SYS_ioctl as usize] = Verdict::Ioctls;
+    verdicts[libc::SYS_fcntl as usize] = Verdict::FileCommands;
 
     let mut runs: Vec<(u32, Verdict)> = Vec::new();
     for (number, verdict) in verdicts.into_iter().enumerate() {
@@ -353,6 +361,7 @@ mod tests {
                 libc::SYS_socketpair,
                 libc::SYS_ioctl,
                 libc::SYS_setsockopt,
+                libc::SYS_fcntl,
             ];
             if special.contains(&i64::from(number)) {
                 continue;
@@ -451,6 +460,16 @@ mod tests {
             assert_eq!(verdict(&program, AUDIT_ARCH, *number as u32, arguments), RETURN_ALLOW);
             arguments[((argument - DATA_ARGUMENT_0) / 8) as usize] = bits | 1;
             assert_eq!(verdict(&program, AUDIT_ARCH, *number as u32, arguments), errno(libc::ENOMEM));
+        }
+    }
+
+    #[test]
+    fn locks_tell_who_holds_them() {
+        for command in [libc::F_OFD_SETLK, libc::F_OFD_SETLKW] {
+            assert_eq!(native(libc::SYS_fcntl, [3, command as u32]), errno(libc::EINVAL));
+        }
+        for command in [libc::F_SETLK, libc::F_SETLKW, libc::F_GETLK, libc::F_OFD_GETLK, libc::F_SETFL] {
+            assert_eq!(native(libc::SYS_fcntl, [3, command as u32]), RETURN_ALLOW);
         }
     }
 

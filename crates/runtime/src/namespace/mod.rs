@@ -22,6 +22,7 @@ mod host_image;
 mod images;
 mod live;
 mod load;
+mod locks;
 mod network;
 mod pause;
 mod record;
@@ -544,6 +545,7 @@ impl Driver for NamespaceDriver {
         if let Some(used_up) = self.used_up.lock().expect("taken without panics").take() {
             self.inner.watch_connections(used_up);
         }
+        self.inner.watch_locks();
         receiver.expect("the engine asks for events once")
     }
 }

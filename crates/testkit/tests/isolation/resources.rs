@@ -53,10 +53,11 @@ static RESOURCES_BOUNDED: &[Resource] = &[
 ];
 
 const PREFIX: &str = "share__";
-const MORE: [&str; 3] = [
+const MORE: [&str; 4] = [
     "a_full_dev_shm_leaves_room_for_commands",
     "full_system_v_segments_leave_room_for_commands",
     "a_full_terminal_table_is_told_as_such",
+    "file_locks_without_end_end_whoever_takes_them",
 ];
 
 pub fn names() -> impl Iterator<Item = &'static str> {
@@ -71,6 +72,7 @@ pub async fn run(suite: &mut Suite, world: &World) {
     suite.case(MORE[0], full_dev_shm(world)).await;
     suite.case(MORE[1], full_segments(world)).await;
     suite.case(MORE[2], full_terminals(world)).await;
+    suite.case(MORE[3], locks_without_end(world)).await;
 }
 
 /// A payload that holds all it got, and how many that is.
@@ -144,8 +146,20 @@ async fn full_dev_shm(world: &World) -> Outcome {
     // The file calls meet the same end.
     assert!(sandbox.write("/dev/shm/y", vec![0; 1 << 20]).await.is_err());
     // Names without content hold memory, too.
-    let names = "rm /dev/shm/x; i=0; while : > /dev/shm/$i; do i=$((i+1)); done 2>/dev/null; echo $i";
-    let count: u64 = sandbox.shell(names, false).await.trim().parse().unwrap();
+    let names = "import os
+os.unlink('/dev/shm/x')
+count = 0
+try:
+    while True:
+        os.close(os.open(f'/dev/shm/{count}', os.O_CREAT | os.O_WRONLY))
+        count += 1
+except OSError as error:
+    print(count, error.errno)";
+    let said = sandbox.run(&[PYTHON, "-c", names]).await.unwrap();
+    let (count, errno) =
+        said.text().split_once(' ').map(|(count, errno)| (count.parse::<u64>(), errno.to_owned())).unwrap();
+    let count = count.unwrap();
+    assert_eq!(errno, rustix::io::Errno::NOSPC.raw_os_error().to_string());
     assert!(count > 1_000 && count <= MEMORY_MB << 6, "{count} names in /dev/shm");
     assert_eq!(sandbox.shell("echo alive", false).await, "alive");
     sandbox.terminate().await.unwrap();
@@ -182,5 +196,31 @@ async fn full_terminals(world: &World) -> Outcome {
     assert_eq!(elsewhere.finish().await.unwrap().exit.exit_code, 0);
     holding.close_stdin().await.unwrap();
     holding.finish().await.unwrap();
+    Ok(())
+}
+
+async fn locks_without_end(world: &World) -> Outcome {
+    let few = "import fcntl, os
+file = os.open('few', os.O_RDWR | os.O_CREAT)
+for place in range(500):
+    fcntl.lockf(file, fcntl.LOCK_EX, 1, 2 * place)
+os.write(1, b'READY\\n')
+os.read(0, 1)
+os.write(1, b'KEPT\\n')";
+    let mut neighbour = world.victim.start(&[PYTHON, "-c", few], false).await.unwrap();
+    neighbour.wait_for("READY").await;
+    let program = program(RESOURCES, "locks_without_end");
+    for privileged in [false, true] {
+        let finished = world.attacker.run_as(&[PYTHON, "-c", &program], privileged).await.unwrap();
+        assert_eq!(
+            (finished.text().as_str(), finished.exit.signal.as_str()),
+            ("LOCKING", "SIGKILL"),
+            "{}",
+            finished.describe()
+        );
+    }
+    assert_eq!(world.attacker.shell("echo alive", false).await, "alive");
+    neighbour.close_stdin().await.unwrap();
+    assert!(neighbour.finish().await.unwrap().text().ends_with("KEPT"));
     Ok(())
 }

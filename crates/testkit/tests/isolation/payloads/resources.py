@@ -120,6 +120,22 @@ def open_files():
     return lambda: os.open("/dev/null", os.O_RDONLY), nothing
 
 
+def locks_without_end():
+    """Until somebody ends it."""
+    files = [os.open(f"lock{number}", os.O_RDWR | os.O_CREAT) for number in range(100)]
+    try:
+        # F_OFD_SETLK: a lock whose holder is not told.
+        fcntl.fcntl(files[0], 37, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 1, 0))
+        reached("a lock without a holder")
+    except OSError:
+        pass
+    os.write(1, b"LOCKING\n")
+    for place in range(50_000):
+        for file in files:
+            fcntl.lockf(file, fcntl.LOCK_EX, 1, 2 * place)
+    reached("five million locks")
+
+
 def take():
     make, unmake = globals()[sys.argv[1]]()
     made, end = [], "nothing"
