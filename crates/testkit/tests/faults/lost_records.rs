@@ -47,7 +47,7 @@ async fn fill(server: &Server) -> Kept {
     client.control.attach_volume(request).await.unwrap();
     running.shell("echo volume >/mnt/data/kept && sync", false).await;
     let request =
-        v1::CreateSnapshotRequest { session_id: running.id.clone(), name: "before".into(), ..Default::default() };
+        v1::CreateSnapshotRequest { session_id: running.id.clone(), name: Some("before".into()), ..Default::default() };
     let snapshot = client.control.create_snapshot(request).await.unwrap().snapshot.id.clone();
     settle_snapshot(&client, &snapshot).await;
     client.control.pause_session(v1::PauseSessionRequest { session_id: paused.id.clone() }).await.unwrap();
@@ -95,7 +95,7 @@ async fn restore(client: &Client, snapshot: &str) -> String {
     let request = v1::CreateSessionRequest {
         owner_id: "self".into(),
         owner_type: "SERVICE".into(),
-        snapshot_id: snapshot.into(),
+        snapshot_id: Some(snapshot.into()),
         wait_ready: true,
         ..Default::default()
     };
@@ -246,7 +246,10 @@ async fn what_has_no_record_at_all_gets_one_by_recover() -> Outcome {
     let request = v1::GetVolumeRequest { volume_id: kept.volume.clone() };
     assert_eq!(client.control.get_volume(request).await.unwrap().volume.size_bytes, 16 << 20);
     let snapshots = client.control.list_snapshots(v1::ListSnapshotsRequest::default()).await.unwrap().snapshots.clone();
-    let user = snapshots.iter().find(|snapshot| snapshot.name.starts_with("recovered-")).unwrap();
+    let user = snapshots
+        .iter()
+        .find(|snapshot| snapshot.name.as_deref().unwrap_or_default().starts_with("recovered-"))
+        .unwrap();
     let restored = restore(&client, &user.id).await;
     assert_eq!(client.attach(&restored).await.unwrap().shell("cat kept", false).await, kept.running);
     end(server).await;

@@ -130,7 +130,7 @@ async fn directories_of_any_size_are_listed() {
         let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
         rustix::fs::openat(&directory, format!("{number:06}"), flags, Mode::RUSR).unwrap();
     }
-    let entries = link.list_directory(".", false).await.unwrap();
+    let entries = link.list_directory(".", false, &()).await.unwrap();
     assert_eq!(entries.len(), ENTRIES);
     assert!(entries.is_sorted_by(|a, b| a.name < b.name));
 }
@@ -148,7 +148,7 @@ async fn names_of_any_bytes_lead_to_their_files() {
     symlink(path(b"caf\xe9"), path(b"to\xff")).unwrap();
     std::fs::create_dir(path(b"dir\x80")).unwrap();
     let listed: Vec<String> =
-        link.list_directory(".", true).await.unwrap().into_iter().map(|entry| entry.name).collect();
+        link.list_directory(".", true, &()).await.unwrap().into_iter().map(|entry| entry.name).collect();
     assert_eq!(listed.len(), 6);
     for name in &listed {
         let bytes = nagaya_api::names::to_bytes(name).into_owned();
