@@ -100,7 +100,8 @@ impl Cgroups {
                 let memory = make(memory)?;
                 // The kernel begins to count for sockets with the first group that has a limit for them, and rewrites its
                 // own code for that: some 8 ms, which no sandbox shall wait for.
-                let _ = fs::write(memory.join(SOCKET_BUFFERS), "-1");
+                let counted = OpenOptions::new().write(true).open(memory.join(SOCKET_BUFFERS));
+                let _ = counted.and_then(|mut file| io::Write::write_all(&mut file, b"-1"));
                 Layout::Split { cpu: make(cpu)?, memory, pids: make(pids)?, freezer: make(freezer)? }
             }
         };

@@ -53,6 +53,10 @@ fn on_v2_limits_are_on_the_commands_and_controllers_are_handed_down() {
 #[test]
 fn on_v1_each_limit_goes_to_its_hierarchy() {
     let (root, mounts) = split();
+    // The kernel's files are there with the group.
+    let parent = root.path().join("memory/nagaya/ab12");
+    fs::create_dir_all(&parent).expect("make");
+    fs::write(parent.join("memory.kmem.tcp.limit_in_bytes"), "").expect("write");
     let cgroups = Cgroups::open_in(&mounts, "ab12").expect("open");
     let group = cgroups.make_group("slot-0").expect("a group");
     group.set_limits(LIMITS).expect("limits");
