@@ -3,6 +3,7 @@
 pub mod places;
 pub mod preview;
 pub mod ssh;
+pub mod strict;
 mod traffic;
 
 pub use traffic::Traffic;

@@ -22,6 +22,7 @@ use super::lifecycle::Busy;
 use super::measured::Measured;
 use crate::budget::{Held, SMALL_BYTES_MAX};
 use crate::tenki::reframe::Reframed;
+use crate::tenki::transport;
 
 /// Flag byte and length of a gRPC message.
 const GRPC_HEADER_BYTES: usize = 5;
@@ -242,6 +243,16 @@ enum Content {
     EmptyOf(u64),
 }
 
+fn with_bounded_trailers(frame: Frame<Bytes>) -> Frame<Bytes> {
+    match frame.into_trailers() {
+        Ok(mut trailers) => {
+            transport::bound(&mut trailers);
+            Frame::trailers(trailers)
+        }
+        Err(other) => other,
+    }
+}
+
 /// An answer that is there as a whole.
 struct Parts {
     frames: VecDeque<Frame<Bytes>>,
@@ -262,7 +273,7 @@ impl Parts {
         let mut context = Context::from_waker(Waker::noop());
         while let Poll::Ready(Some(Ok(frame))) = Pin::new(&mut body).poll_frame(&mut context) {
             bytes += frame.data_ref().map_or(0, Bytes::len);
-            frames.push_back(frame);
+            frames.push_back(with_bounded_trailers(frame));
         }
         Ok(Self { frames, bytes, sized })
     }
@@ -443,7 +454,10 @@ impl Body for ResponseBody {
 
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, CutOff>>> {
         match &mut self.get_mut().content {
-            Content::Rpc(body) => Pin::new(body).poll_frame(context).map_err(|never| match never {}),
+            Content::Rpc(body) => {
+                let polled = Pin::new(body).poll_frame(context).map_err(|never| match never {});
+                polled.map_ok(with_bounded_trailers)
+            }
             Content::Parts(parts) => Poll::Ready(parts.next().map(Ok)),
             Content::Watched(watched) => watched.poll_part(),
             Content::Text(body) => Pin::new(body).poll_frame(context).map_err(|never| match never {}),

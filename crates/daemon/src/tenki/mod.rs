@@ -25,6 +25,7 @@ mod services;
 mod settings;
 mod snapshots;
 mod ssh;
+pub(crate) mod transport;
 mod tunnel;
 mod volumes;
 mod wait;
@@ -57,9 +58,11 @@ use crate::server::body::{self, ReadLimits, RequestBody, ResponseBody};
 use crate::server::lifecycle::{Lifecycle, Phase};
 use crate::server::measured::Measured;
 use crate::server::routes::Origin;
+pub(crate) use auth::COOKIE_NAMES;
 use direct::Direct;
 use observe::Observed;
 use reframe::Reframed;
+use transport::Outcome;
 
 const CONTROL_PLANE: &str = "tenki.sandbox.v1.SandboxService";
 const DATA_PLANE: &str = "tenki.sandbox.v1.SandboxSessionDataPlaneService";
@@ -204,10 +207,11 @@ impl Facade {
             _ => Some(self.lifecycle.enter()),
         };
 
+        let outcome = Outcome::of(&parts);
         let admitted = self.admit(path, method, &parts, origin);
         let admitted = match admitted.and_then(|admitted| open.admit().map(|()| admitted)) {
             Ok(admitted) => admitted,
-            Err(error) => return self.refuse(error, method, &parts, incoming),
+            Err(error) => return outcome.tell(self.refuse(error, method, &parts, incoming)),
         };
         let answer_held = Arc::clone(&admitted.held);
         // Until the call has returned: by then its message is used up.
@@ -225,7 +229,7 @@ impl Facade {
         } else {
             match body::read_whole(&mut incoming, &parts.headers, self.read_limits, &request_held).await {
                 Ok(message) => RequestBody::Whole(Full::new(message)),
-                Err(error) => return self.refuse(error, method, &parts, incoming),
+                Err(error) => return outcome.tell(self.refuse(error, method, &parts, incoming)),
             }
         };
         parts.extensions.insert(admitted);
@@ -236,12 +240,12 @@ impl Facade {
             Err(never) => match never {},
         };
         drop(request_held);
-        match ResponseBody::whole(body, busy, answer_held, self.read_limits).await {
+        outcome.tell(match ResponseBody::whole(body, busy, answer_held, self.read_limits).await {
             Ok(body) => Response::from_parts(head, body),
             Err(error) => ConnectError::from(error)
                 .into_http_response(&kind.into_iter().collect())
                 .map(|body| ResponseBody::rpc(body, None)),
-        }
+        })
     }
 
     /// Everything that can be said before the message is read, so that nobody without a key or a
@@ -260,6 +264,7 @@ impl Facade {
         if method.is_none() {
             return Err(Error::new(Code::Unimplemented, "the service has no method of this name"));
         }
+        Outcome::of(parts).check()?;
         let (caller, id) = if path.starts_with(DATA_PLANE) {
             let session = self.tenki.engine.certified_session(auth::certificate(&parts.headers)?)?;
             (None, *session.as_uuid())

@@ -16,6 +16,7 @@ mod sessions;
 mod snapshots;
 mod strangers;
 mod support;
+mod transports;
 mod tunnel;
 mod under_way;
 mod volumes;
