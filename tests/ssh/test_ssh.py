@@ -481,6 +481,8 @@ class Admission(unittest.TestCase):
             ([], 401, session),
             (["Authorization: Bearer tk_wrong"], 401, session),
             ([f"Cookie: tenki_session={server.api_key}", "Origin: https://evil.example"], 403, session),
+            # A page of a preview: the same host, another port.
+            ([f"Cookie: tenki_session={server.api_key}", "Origin: http://127.0.0.1:20001"], 403, session),
             ([f"Authorization: Bearer {server.api_key}"], 404, "0190a8f0-0000-7000-8000-000000000000"),
             ([f"Authorization: Bearer {server.api_key}"], 404, "nonsense"),
         ):

@@ -4,7 +4,10 @@ import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import { GitOperationFailedError, SandboxError } from "@tenkicloud/sandbox";
 import { SMALL, client, rejection, shell } from "./lib/helpers.mjs";
-import { call, refused } from "./lib/connect.mjs";
+import { bearer, call, post, refused } from "./lib/connect.mjs";
+import { GrpcConnection } from "./lib/grpc.mjs";
+import { message } from "./lib/protobuf.mjs";
+import { CONTROL, OWN } from "./lib/rpcs.mjs";
 import { sharedServer } from "./lib/server.mjs";
 
 let server;
@@ -56,6 +59,29 @@ describe("git", () => {
     const error = await rejection(session.git.clone("https://nowhere.invalid/x.git"), GitOperationFailedError);
     assert.match(error.stderr, /Could not resolve host/);
     assert.equal(error.retryable, true);
+  });
+
+  // Git prints its whole manual of options, 5 KB of it: three times that in the header fields of gRPC.
+  test("a failure that is told at length fits into gRPC's header fields, and the session remembers all of it", async () => {
+    const connection = new GrpcConnection(server.endpoint, bearer(server));
+    const asked = connection.open(CONTROL, "GitOperation");
+    let bytes = 0;
+    const count = (fields) => {
+      for (const [name, value] of Object.entries(fields)) bytes += name.length + String(value).length;
+    };
+    asked.stream.on("response", count).on("trailers", count);
+    asked.send(message([1, session.id], [2, "diff"]));
+    asked.end();
+    const { status, message: text } = await asked.finished();
+    connection.close();
+    assert.equal(status, 9);
+    assert.match(text, /^git diff failed \(exit_code=129\).*… \(cut here: the whole is too long for an answer\) \[git_failed\]$/s);
+    assert.ok(bytes < 7 * 1024, `${bytes} bytes of header fields`);
+    // The SDK reads the exit code out of it.
+    assert.equal((await rejection(session.git.diff(), GitOperationFailedError)).exitCode, 129);
+    const told = await post(server, OWN, "ListSessionEvents", { sessionId: session.id }, bearer(server));
+    const event = told.body.events.findLast(({ kind }) => kind === "git_failed");
+    assert.ok(event.details.said.length > 4_000 && event.summary.includes(event.details.said.slice(-60)), event.summary);
   });
 
   test("options in the place of values are refused before git runs", async () => {

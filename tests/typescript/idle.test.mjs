@@ -35,7 +35,7 @@ test("a session pauses when it was idle for as long as it said, and no earlier u
     await session.refresh();
     assert.equal(session.state, "RUNNING", "it fell asleep by itself, so a visitor may wake it");
     await session.pause();
-    assert.equal((await fetch(previewUrl)).status, 503, "this pause was asked for");
+    assert.equal((await fetch(previewUrl)).status, 404, "this pause was asked for");
     await running.kill();
     await session.resume();
     assert.equal(await shell(session, "cat kept"), "kept");

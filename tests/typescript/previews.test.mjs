@@ -204,7 +204,8 @@ describe("a named preview URL", () => {
     const second = await call(server, "ListPreviewUrls", { pageSize: 3, pageToken: first.nextPageToken });
     const listed = [...first.previewUrls, ...second.previewUrls].map(({ id }) => id).slice(0, 5);
     assert.deepEqual(listed, made.map(({ id }) => id));
-    const { settings } = await call(server, "GetWorkspaceSandboxSettings");
+    const [{ workspaceId }] = (await call(server, "WhoAmI")).workspaces;
+    const { settings } = await call(server, "GetWorkspaceSandboxSettings", { workspaceId });
     await call(server, "UpdateWorkspaceSandboxSettings", { workspaceId: settings.workspaceId, maxPreviewUrlsPerWorkspace: 5 });
     await rejection(tenki.previewUrls.create(unique("more")), QuotaExceededError);
     await call(server, "UpdateWorkspaceSandboxSettings", { workspaceId: settings.workspaceId, clearMaxPreviewUrlsPerWorkspace: true });
@@ -260,7 +261,8 @@ test("a visitor does not undo a pause that was asked for", async () => {
   const { previewUrl } = await paused.exposePort(8000);
   assert.deepEqual(await visit(previewUrl), [200, "awake"]);
   await paused.pause();
-  assert.equal(await status(previewUrl), 503);
+  assert.equal(await status(previewUrl), 404);
+  assert.match(await (await fetch(previewUrl)).text(), /the sandbox behind this preview is paused/);
   assert.equal((await tenki.get(paused.id)).state, "PAUSED");
   await paused.resume();
   assert.deepEqual(await visit(previewUrl), [200, "awake"]);

@@ -4,6 +4,13 @@ use std::fmt;
 
 /// By these words clients know a failure of git.
 const GIT_WORDS: &str = "failed (exit_code=";
+/// What an answer may say of an error, in the form that it travels in. gRPC carries it in header fields, of which clients
+/// take 8 KiB gladly and 16 KiB at most, all of an answer's together.
+pub const STATUS_BYTES_MAX: usize = 7 * 1024;
+/// The rest is for the names of the fields and the status itself.
+const TEXT_BYTES_MAX: usize = STATUS_BYTES_MAX - 256;
+/// Stands where the rest of a text was left out.
+const CUT_MARK: &str = "… (cut here: the whole is too long for an answer)";
 
 /// The status codes that gRPC and Connect share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -192,6 +199,7 @@ codes! {
     SessionNotRunning => "session_not_running", FailedPrecondition, "session not RUNNING", "Wait until the session is RUNNING.";
     InboundDisabled => "inbound_disabled", FailedPrecondition, "inbound access is disabled for this session", "Create the session with allow_inbound.";
     PreviewUnbound => "preview_unbound", FailedPrecondition, "preview URL is not bound to a sandbox", "Bind it to a sandbox's port with BindPreviewUrl, or expose the port under this slug.";
+    PreviewPaused => "preview_paused", FailedPrecondition, "the sandbox behind this preview is paused", "Resume its session (`nagaya sandbox resume`), and load this again.";
     SshUnavailable => "ssh_unavailable", FailedPrecondition, "SSH is not available for this session", "Wait until the session is RUNNING; the message names the cause.";
     SshGatewayUnavailable => "ssh_gateway_unavailable", Unavailable, "no SSH gateway is ready", "Try again in a moment.";
     SnapshotNotDurable => "snapshot_not_durable", FailedPrecondition, "snapshot not yet durable", "Wait until the snapshot's durability state is DURABLE.";
@@ -232,6 +240,7 @@ codes! {
     GuestUnreachable => "guest_unreachable", Unavailable, "the sandbox does not answer", "Try again; if it stays so, terminate the session and look at the server's log.";
     ConnectionRefused => "connection_refused", Unavailable, "connection refused in the sandbox", "Nothing listens at this port or path; start the service, or look at where it listens.";
     BindFailed => "bind_failed", FailedPrecondition, "the sandbox cannot listen there", "The message names the operating system's reason; choose another port, address or path.";
+    TransportUnfit => "transport_unfit", Unimplemented, "gRPC needs HTTP/2, or HTTP/1.1 with `TE: trailers`", "Use an HTTP/2 client for gRPC, or speak Connect or gRPC-Web; nothing was done.";
     CapabilityUnavailable => "capability_unavailable", Unimplemented, "not offered by this sandbox's driver", "Use a session on a driver that offers it.";
     Unimplemented => "unimplemented", Unimplemented, "not implemented by this server yet", "See docs/roadmap.md for what works.";
     SnapshotFailed => "snapshot_failed", Internal, "the snapshot failed", "The session is as it was; remove the cause that the message names and take it again.";
@@ -259,8 +268,18 @@ impl Error {
 impl Error {
     /// What clients are told: text, detail and `[code]`. A detail with a word that would make a
     /// client report another error (see [`Status::searched_words`]) is left out; it may have come
-    /// from a name or a path that a user chose.
+    /// from a name or a path that a user chose. A text that is too long for an answer is cut.
     pub fn wire_text(&self) -> String {
+        let whole = self.whole_text();
+        bounded(&whole).unwrap_or(whole)
+    }
+
+    /// Whether clients are told only the beginning of it.
+    pub fn is_cut(&self) -> bool {
+        !fits(&self.whole_text())
+    }
+
+    fn whole_text(&self) -> String {
         let text = self.code.text();
         // Judged together with the text, because a word may begin in one and end in the other.
         let with_detail = self.to_string();
@@ -271,6 +290,41 @@ impl Error {
         };
         format!("{told} [{}]", self.code.name())
     }
+}
+
+/// The text with its middle left out, if it is too long for an answer. A code at its end stays.
+pub fn bounded(text: &str) -> Option<String> {
+    if fits(text) {
+        return None;
+    }
+    let code = Code::in_wire_text(text).map(|code| format!(" [{}]", code.name()));
+    let end = format!("{CUT_MARK}{}", code.unwrap_or_default());
+    let (mut encoded, mut plain, mut kept) = (encoded_bytes(&end), end.len(), 0);
+    for character in text.chars() {
+        encoded += encoded_bytes(character.encode_utf8(&mut [0; 4]));
+        plain += character.len_utf8();
+        if carried_bytes(encoded, plain) > TEXT_BYTES_MAX {
+            break;
+        }
+        kept += character.len_utf8();
+    }
+    Some(format!("{}{end}", &text[..kept]))
+}
+
+fn fits(text: &str) -> bool {
+    // Most are far shorter, whatever is in them.
+    text.len() < TEXT_BYTES_MAX / 10 || carried_bytes(encoded_bytes(text), text.len()) <= TEXT_BYTES_MAX
+}
+
+/// What a text takes in an answer by gRPC without a message: it stands in the header, once more in the trailers, both times
+/// percent-encoded, and in the status there, in base64.
+fn carried_bytes(encoded: usize, plain: usize) -> usize {
+    2 * encoded + (plain * 4).div_ceil(3)
+}
+
+/// Of a text when it is percent-encoded as gRPC asks.
+fn encoded_bytes(text: &str) -> usize {
+    text.bytes().map(|byte| if (b' '..=b'~').contains(&byte) && byte != b'%' { 1 } else { 3 }).sum()
 }
 
 fn contains(text: &str, lower_case_word: &str) -> bool {

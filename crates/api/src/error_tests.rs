@@ -99,6 +99,7 @@ fn intended(code: Code) -> Option<&'static str> {
         | Code::SnapshotDamaged
         | Code::VolumeRefused
         | Code::PreviewUnbound
+        | Code::PreviewPaused
         | Code::PauseFailed
         | Code::ResumeFailed
         | Code::IsADirectory
@@ -138,6 +139,7 @@ fn intended(code: Code) -> Option<&'static str> {
         | Code::HostRefused
         | Code::GuestUnreachable
         | Code::ConnectionRefused
+        | Code::TransportUnfit
         | Code::CapabilityUnavailable
         | Code::Unimplemented
         | Code::SnapshotFailed
@@ -249,6 +251,42 @@ fn what_git_said_is_told_in_the_shape_that_clients_read() {
     for stderr in [refused, "Terminated", "build in progress", "fatal: repository not found"] {
         assert_reported_as_intended(&Error::new(Code::GitFailed, format!("{shape} {stderr}")));
     }
+}
+
+/// What gRPC's header fields hold of a text, in the header and the trailers together.
+fn carried(text: &str) -> usize {
+    let percent: String = text
+        .bytes()
+        .map(|byte| match byte {
+            b' '..=b'~' if byte != b'%' => char::from(byte).to_string(),
+            _ => format!("%{byte:02X}"),
+        })
+        .collect();
+    2 * ("grpc-message: ".len() + percent.len()) + "grpc-status-details-bin: ".len() + (text.len() + 8).div_ceil(3) * 4
+}
+
+#[test]
+fn no_text_is_longer_than_an_answer_may_be() {
+    let git = "git diff failed (exit_code=129); check the repository, ref and access token: ";
+    for unit in ["a", "%", "é", "長", "🦀", "\n", "a long text of words\r\n", "\u{7f}x"] {
+        for count in [1, 100, 800, 1_000, 2_100, 2_200, 17_000, 100_000] {
+            for code in [Code::GitFailed, Code::InvalidArgument] {
+                let detail = unit.repeat(count / unit.len() + 1);
+                let error = Error::new(code, if code == Code::GitFailed { format!("{git}{detail}") } else { detail });
+                let told = error.wire_text();
+                assert!(carried(&told) < 7 * 1024, "{unit:?} × {count}: {}", carried(&told));
+                assert_eq!(Code::in_wire_text(&told), Some(code), "the code stays: {told}");
+                assert_eq!(error.is_cut(), told.contains(CUT_MARK), "what is cut is marked: {told}");
+                let whole = format!("{error} [{}]", code.name());
+                assert_eq!(error.is_cut(), told != whole, "{unit:?} × {count}");
+                let kept = told.split(CUT_MARK).next().unwrap();
+                assert!(whole.starts_with(kept), "cut at a character");
+                // As much as fits is told.
+                assert!(!error.is_cut() || carried(&told) > 6 * 1024, "{unit:?} × {count}: {}", carried(&told));
+            }
+        }
+    }
+    assert_eq!(bounded("short"), None);
 }
 
 #[test]

@@ -5,6 +5,8 @@
 
 pub mod error;
 pub mod ids;
+#[cfg(feature = "tenki")]
+mod json;
 pub mod limits;
 #[cfg(feature = "tenki")]
 pub mod nagaya;

@@ -72,12 +72,39 @@ fn generate(root: &Path, package: &Package) -> Result<Vec<(String, String)>> {
     let mut files: Vec<(String, String)> =
         buffa_codegen::generate(&descriptors.file, &names, &message_options(package))?
             .into_iter()
-            .map(|file| (file.name, file.content))
+            .map(|file| (file.name, objects(&file.content)))
             .collect();
     if package.services {
         files.push(("services.rs".into(), services::table(&descriptors.file, &names)));
     }
     Ok(files)
+}
+
+/// Messages with derived JSON, made to be objects only; see `crates/api/src/json.rs`.
+fn objects(text: &str) -> String {
+    let mut lines: Vec<String> = Vec::new();
+    // Of the derived message that is being read: its indentation, and its name once that was seen.
+    let mut message: Option<(String, Option<String>)> = None;
+    for line in text.lines() {
+        lines.push(line.to_owned());
+        let body = line.trim_start_matches(' ');
+        let indent = &line[..line.len() - body.len()];
+        if body == "#[derive(::serde::Serialize, ::serde::Deserialize)]" {
+            lines.push(format!("{indent}#[serde(remote = \"Self\")]"));
+            message = Some((indent.to_owned(), None));
+        } else if let (Some((_, name @ None)), Some(rest)) = (&mut message, body.strip_prefix("pub struct ")) {
+            *name = rest.split(' ').next().map(|name| name.trim_end_matches([';', '{']).to_owned());
+        }
+        if let Some((indent, Some(name))) = &message
+            && (line.strip_prefix(indent.as_str()) == Some("}")
+                || (body.starts_with("pub struct ") && body.ends_with(['}', ';'])))
+        {
+            lines.push(format!("{indent}crate::json::object!({name});"));
+            message = None;
+        }
+    }
+    lines.push(String::new());
+    lines.join("\n")
 }
 
 fn message_options(package: &Package) -> CodeGenConfig {

@@ -138,5 +138,6 @@ fn proxy_settings(config: &config::Previews) -> preview::Settings {
         exchanges_max: config.exchanges_max,
         idle_connections_max: config.idle_connections_max,
         idle_timeout: Duration::from_millis(config.idle_timeout_ms),
+        own_cookies: &tenki::COOKIE_NAMES,
     }
 }

@@ -15,9 +15,11 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::StatusCode;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use nagaya_gateway::preview::{Arrival, Viewer};
+use nagaya_gateway::strict::{self, Strict, Watch};
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -226,13 +228,21 @@ where
     };
 
     let from = Arc::new((viewer, Arc::clone(shared)));
-    let service = service_fn(|request| {
-        let from = Arc::clone(&from);
-        async move {
-            let (viewer, shared) = &*from;
-            shared.routes.answer(request, origin, viewer).await
-        }
-    });
+    let service = |watch: Option<Arc<Watch>>| {
+        service_fn(move |request| {
+            let (from, watch) = (Arc::clone(&from), watch.clone());
+            async move {
+                let (viewer, shared) = &*from;
+                let Some(watch) = watch else { return shared.routes.answer(request, origin, viewer).await };
+                if let Err(refusal) = watch.next() {
+                    return Ok(routes::refuse(&refusal));
+                }
+                let answer = shared.routes.answer(request, origin, viewer).await?;
+                watch.answered(answer.status() == StatusCode::SWITCHING_PROTOCOLS);
+                Ok(answer)
+            }
+        })
+    };
     let mut end = pin!(shared.lifecycle.reached(Phase::Draining));
     let mut told = false;
     // Both versions have the same methods but no trait in common.
@@ -261,13 +271,17 @@ where
         }};
     }
     match version {
-        Version::Http1 => drive!(
-            hyper::server::conn::http1::Builder::new()
-                .timer(KeptTimer::default())
-                .header_read_timeout(header_timeout)
-                .serve_connection(TokioIo::new(stream), service)
-                .with_upgrades()
-        ),
+        Version::Http1 => {
+            let (stream, watch) = Strict::new(stream, limits.request_header_bytes_max as usize);
+            drive!(
+                hyper::server::conn::http1::Builder::new()
+                    .timer(KeptTimer::default())
+                    .header_read_timeout(header_timeout)
+                    .max_headers(strict::FIELDS_MAX)
+                    .serve_connection(TokioIo::new(stream), service(Some(Arc::new(watch))))
+                    .with_upgrades()
+            )
+        }
         Version::Http2 => drive!(
             hyper::server::conn::http2::Builder::new(TokioExecutor::new())
                 .timer(TokioTimer::new())
@@ -280,7 +294,7 @@ where
                 .keep_alive_interval(Some(Duration::from_millis(limits.keep_alive_interval_ms)))
                 .keep_alive_timeout(Duration::from_millis(limits.keep_alive_timeout_ms))
                 .enable_connect_protocol()
-                .serve_connection(TokioIo::new(stream), service)
+                .serve_connection(TokioIo::new(stream), service(None))
         ),
     }
 }

@@ -174,7 +174,7 @@ pub(crate) fn hash_secret(secret: &str) -> [u8; 32] {
 }
 
 /// Whether a secret the operator chose can travel in every header and is not trivially guessed.
-pub(crate) fn check_secret(secret: &str) -> Result<(), Error> {
+pub fn check_secret(secret: &str) -> Result<(), Error> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.~+/=".contains(&byte);
     if (16..=512).contains(&secret.len()) && secret.bytes().all(allowed) {
         return Ok(());

@@ -102,7 +102,7 @@ impl Inner {
         validate::name(&new.name)?;
         validate::env(&env, &self.config)?;
         validate::metadata(&new.metadata, &self.config)?;
-        validate::ssh_authorized_keys(&new.ssh_authorized_keys, &self.config)?;
+        let ssh_authorized_keys = validate::ssh_authorized_keys(new.ssh_authorized_keys, &self.config)?;
         if let Some(duration_ms) = new.max_duration_ms {
             validate::max_duration_ms(duration_ms, &self.config)?;
         }
@@ -135,7 +135,7 @@ impl Inner {
             env,
             metadata: new.metadata,
             tags: validate::tags(new.tags)?,
-            ssh_authorized_keys: new.ssh_authorized_keys,
+            ssh_authorized_keys,
             sticky: new.sticky,
             idle_timeout_minutes: new.idle_timeout_minutes,
             pause_retention_ms: new.pause_retention_ms,

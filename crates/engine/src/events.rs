@@ -107,6 +107,13 @@ pub enum Fact {
     CommandNotFound {
         program: String,
     },
+    /// Git said more than an answer holds.
+    GitFailed {
+        operation: String,
+        exit_code: i32,
+        /// All of it that the server read.
+        said: String,
+    },
     /// A process was killed because the sandbox's memory was used up.
     OutOfMemory {
         /// The command that was running.
@@ -231,6 +238,9 @@ impl Fact {
             Self::CommandKilled { program, signal } => format!("{program} was killed by {signal}"),
             Self::CommandTimedOut { program, after_ms } => format!("{program} timed out after {after_ms} ms"),
             Self::CommandNotFound { program } => format!("{program} was not found in the sandbox"),
+            Self::GitFailed { operation, exit_code, said } => {
+                format!("git {operation} failed (exit_code={exit_code}): {said}")
+            }
             Self::OutOfMemory { program, limit_mb } => {
                 format!("a process was killed for want of memory while {program} ran (limit {limit_mb} MB)")
             }
@@ -397,6 +407,12 @@ impl CommandLog {
         if let Some(fact) = Fact::of_exit(program, status, self.memory_mb) {
             self.engine.record(self.session_id, fact, Some(id)).await;
         }
+    }
+
+    /// Records what git said when it failed, where its caller is told only the beginning.
+    pub async fn git_failed(&self, id: ExecutionId, operation: &str, exit_code: i32, said: &str) {
+        let fact = Fact::GitFailed { operation: operation.to_owned(), exit_code, said: said.to_owned() };
+        self.engine.record(self.session_id, fact, Some(id)).await;
     }
 
     /// Records that a command could not be started, if that is because it does not exist.

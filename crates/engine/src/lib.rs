@@ -37,7 +37,7 @@ mod visits;
 mod volumes;
 mod waking;
 
-pub use access::Caller;
+pub use access::{Caller, check_secret};
 pub use calls::{
     Certificate, Fork, ListPreviews, ListSessions, ListSnapshots, ListVolumes, NewExecution, NewExposure, NewMount,
     NewPreview, NewSession, NewSnapshot, NewVolume, OpenPreview, OpenSession, PreviewTarget, PreviewUrl, PreviewVisit,

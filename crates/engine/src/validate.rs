@@ -105,15 +105,24 @@ fn pairs_bytes(pairs: &BTreeMap<String, String>) -> usize {
     pairs.iter().map(|(key, value)| key.len() + value.len() + 2).sum()
 }
 
-/// Lines of an `authorized_keys` file.
-pub fn ssh_authorized_keys(keys: &[String], config: &EngineConfig) -> Result<(), Error> {
+/// Lines of an `authorized_keys` file, without what the text of a `.pub` file has around its one line.
+pub fn ssh_authorized_keys(keys: Vec<String>, config: &EngineConfig) -> Result<Vec<String>, Error> {
     if keys.len() > config.ssh_authorized_keys_max {
         return Err(invalid("more keys than ssh_authorized_keys_max"));
+    }
+    let keys: Vec<String> = keys.iter().map(|key| ssh_key_line(key).to_owned()).collect();
+    if keys.iter().any(String::is_empty) {
+        return Err(invalid("ssh_authorized_keys must not hold empty lines"));
     }
     if keys.iter().any(|key| key.len() > 8_192 || key.contains(['\n', '\r', '\0'])) {
         return Err(invalid("ssh_authorized_keys must be single lines of at most 8192 bytes"));
     }
-    Ok(())
+    Ok(keys)
+}
+
+/// The line in the text of a `.pub` file: editors leave line ends and blanks around it, some a byte order mark before it.
+pub fn ssh_key_line(text: &str) -> &str {
+    text.trim_matches(|character: char| character.is_whitespace() || character == '\u{feff}')
 }
 
 /// A duration that ends a session; it must be positive and within the server's limit.

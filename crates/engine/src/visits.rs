@@ -27,7 +27,8 @@ impl Engine {
     /// - `preview_unbound`: it leads nowhere now;
     /// - `session_terminated`: the session that it led to has ended;
     /// - `inbound_disabled`: the session does not let itself be reached;
-    /// - `session_not_running`: the session is stopped and not to be woken; the detail tells its state;
+    /// - `preview_paused`: the session is stopped and not to be woken; the detail tells its state;
+    /// - `session_not_running`: it is on its way from one state to another, and that takes too long;
     /// - what a resume is refused with: `quota_exceeded`, `capacity_unavailable`, `resume_failed`;
     /// - `guest_unreachable`, `draining`.
     pub async fn enter_preview(&self, label: &str, viewer_token: Option<&str>) -> Result<PreviewVisit, Error> {
@@ -50,7 +51,7 @@ impl Engine {
         if !live.published.borrow().inbound {
             return Err(Code::InboundDisabled.into());
         }
-        let (activity, guest) = inner.reach(&live).await?;
+        let (activity, guest) = inner.reach(&live).await.map_err(|error| asleep(error, live.state()))?;
         inner.note_visit(&preview, open_until, now);
         let Binding { session_id, port } = binding;
         Ok(PreviewVisit { preview_id: preview.id, session_id, port, guest, _activity: activity })
@@ -106,6 +107,17 @@ impl Engine {
         let live = preview.binding.and_then(|binding| self.0.registry.get(binding.session_id));
         let is_offline = !live.is_some_and(|live| live.state() == SessionState::Running);
         Ok(PreviewTarget { preview, is_offline })
+    }
+}
+
+/// A visitor knows nothing of sessions and their states.
+fn asleep(error: Error, state: SessionState) -> Error {
+    match (error.code, state) {
+        (Code::SessionNotRunning, SessionState::Paused) => Error::new(Code::PreviewPaused, "(state=PAUSED)"),
+        (Code::SessionNotRunning, SessionState::UserShutdown) => {
+            Error::new(Code::PreviewPaused, "it powered itself off (state=USER_SHUTDOWN)")
+        }
+        _ => error,
     }
 }
 

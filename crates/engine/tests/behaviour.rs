@@ -6,6 +6,7 @@
 
 use nagaya_api::error::Code;
 use nagaya_api::ids::SessionId;
+use nagaya_engine::events::Fact;
 use nagaya_engine::fake::{self, Fakes};
 use nagaya_engine::model::{ExecutionStatus, Session, SessionState};
 use nagaya_engine::ports::{Clock, Command, DriverError, Entropy, ExitStatus, ProcessEvent, Store};
@@ -105,6 +106,7 @@ async fn bad_input_creates_nothing() {
         NewSession { env: [("A\0".into(), "".into())].into(), ..NewSession::default() },
         NewSession { max_duration_ms: Some(0), ..NewSession::default() },
         NewSession { ssh_authorized_keys: vec!["a\nb".into()], ..NewSession::default() },
+        NewSession { ssh_authorized_keys: vec!["\r\n".into()], ..NewSession::default() },
         NewSession { metadata: [("k".into(), "v".repeat(65_536))].into(), ..NewSession::default() },
     ];
     for new in bad {
@@ -188,16 +190,13 @@ async fn a_session_ends_at_its_deadline_and_not_before() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn deadlines_are_counted_from_creation_by_update_and_from_now_by_a_first_extend() {
+async fn deadlines_are_counted_from_creation_by_update() {
     let (engine, caller, fakes) = world().await;
     let a = running(&engine, &caller, NewSession::default()).await;
     let b = running(&engine, &caller, NewSession::default()).await;
-    assert_eq!(a.timeout_at, None);
     fakes.clock.advance(10_000);
-    let now = fakes.clock.now();
-    let extended = engine.extend_session(&caller, a.id, 5_000).await.unwrap();
-    assert_eq!(extended.timeout_at, Some(now + 5_000));
     let update = |ms| SessionUpdate { max_duration_ms: Some(ms), ..SessionUpdate::default() };
+    engine.update_session(&caller, a.id, update(600_000)).await.unwrap();
     let updated = engine.update_session(&caller, b.id, update(20_000)).await.unwrap();
     assert_eq!(updated.timeout_at, Some(b.created_at + 20_000));
     engine.update_session(&caller, b.id, update(1_000)).await.unwrap();
@@ -209,6 +208,42 @@ async fn deadlines_are_counted_from_creation_by_update_and_from_now_by_a_first_e
         assert_eq!(code(engine.extend_session(&caller, a.id, bad).await), Code::InvalidArgument, "{bad}");
         assert_eq!(code(engine.update_session(&caller, a.id, update(bad)).await), Code::InvalidArgument, "{bad}");
     }
+}
+
+/// More time is never less: whatever has no deadline gets none from an extension, in every state and of every make.
+#[tokio::test(start_paused = true)]
+async fn what_has_no_deadline_is_given_none_by_an_extension() {
+    let (engine, caller, fakes) = world().await;
+    let plain = running(&engine, &caller, NewSession::default()).await.id;
+    let sticky = running(&engine, &caller, NewSession { sticky: true, ..NewSession::default() }).await.id;
+    let paused = running(&engine, &caller, NewSession::default()).await.id;
+    engine.pause_session(&caller, paused).await.unwrap();
+    for id in [plain, sticky, paused] {
+        let extended = engine.extend_session(&caller, id, 1_000).await.unwrap();
+        assert_eq!(extended.timeout_at, None, "{id}");
+        assert_eq!(extended, engine.session(&caller, id).await.unwrap());
+        for bad in [0, u64::MAX, 366 * 24 * 3_600_000] {
+            assert_eq!(code(engine.extend_session(&caller, id, bad).await), Code::InvalidArgument, "{bad}");
+        }
+    }
+    fakes.clock.advance(3_600_000);
+    idle().await;
+    for id in [plain, sticky, paused] {
+        assert!(!engine.session(&caller, id).await.unwrap().state.is_terminal(), "{id}");
+    }
+    let told = engine.events(&caller, plain, 0, 0).await.unwrap().0;
+    assert!(!told.iter().any(|event| matches!(event.fact, Fact::Extended { .. })), "nothing was moved: {told:?}");
+}
+
+/// A deadline in the past of a stopped session is moved from where it stands.
+#[tokio::test(start_paused = true)]
+async fn a_paused_session_is_extended_from_its_deadline() {
+    let (engine, caller, _) = world().await;
+    let new = NewSession { max_duration_ms: Some(60_000), ..NewSession::default() };
+    let session = running(&engine, &caller, new).await;
+    engine.pause_session(&caller, session.id).await.unwrap();
+    let extended = engine.extend_session(&caller, session.id, 30_000).await.unwrap();
+    assert_eq!(extended.timeout_at, Some(session.created_at + 90_000));
 }
 
 #[tokio::test(start_paused = true)]

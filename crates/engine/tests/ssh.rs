@@ -74,7 +74,24 @@ async fn keys_are_replaced_as_a_whole() {
     assert_eq!(code(replace(&[]).await), Code::InvalidArgument);
     assert_eq!(code(replace(&["two\nlines"]).await), Code::InvalidArgument);
     assert_eq!(code(replace(&["many"; 33]).await), Code::InvalidArgument);
+    for empty in ["", "\n", " \r\n", "\u{feff}\n"] {
+        assert_eq!(code(replace(&["one", empty]).await), Code::InvalidArgument, "{empty:?}");
+    }
     assert_eq!(engine.visit(&caller, id).await.unwrap().ssh_authorized_keys, ["three"]);
+}
+
+/// The texts of `.pub` files, as editors and systems write them, are the one line in them: at creation and later.
+#[tokio::test(start_paused = true)]
+async fn keys_may_come_with_what_a_file_has_around_its_line() {
+    let (engine, caller, _, id) = world(EngineConfig::default()).await;
+    for text in ["k a@b\n", "k a@b\r\n", "\u{feff}k a@b\n\n", "  k a@b\t", "\nk a@b"] {
+        let update = SessionUpdate { ssh_authorized_keys: Some(vec![text.to_owned()]), ..SessionUpdate::default() };
+        engine.update_session(&caller, id, update).await.unwrap();
+        assert_eq!(engine.visit(&caller, id).await.unwrap().ssh_authorized_keys, ["k a@b"], "{text:?}");
+        let new = NewSession { ssh_authorized_keys: vec![text.to_owned()], ..NewSession::default() };
+        let created = engine.create_session(&caller, new).await.unwrap();
+        assert_eq!(created.ssh_authorized_keys, ["k a@b"], "{text:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -2,6 +2,7 @@
 
 pub mod preview;
 pub mod ssh;
+pub mod strict;
 mod traffic;
 
 pub use traffic::Traffic;

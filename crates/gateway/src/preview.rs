@@ -66,6 +66,8 @@ pub struct Settings {
     pub idle_connections_max: usize,
     /// How long such a connection is kept.
     pub idle_timeout: Duration,
+    /// Names of cookies that open the server itself. Services neither see nor set them.
+    pub own_cookies: &'static [&'static str],
 }
 
 /// Who decides where a preview leads.
@@ -209,7 +211,7 @@ impl<E: Entrance> Proxy<E> {
         viewer: &Viewer,
     ) -> Result<Response<ResponseBody>, Error> {
         let (host, label) = self.target(&parts, viewer)?;
-        let shown = token::take(&mut parts, &label);
+        let shown = token::take(&mut parts, &label, self.settings.own_cookies);
         let visit = self.entrance.enter(&label, shown.as_ref().map(|shown| shown.token.as_str())).await?;
         let learned = match shown {
             Some(Shown { token, in_url: true }) => token::cookie(&label, &token, viewer.secure),
@@ -230,9 +232,12 @@ impl<E: Entrance> Proxy<E> {
 
         let entered = self.services.enter(&label, visit, &self.settings)?;
         let body = body.take().expect("the body is taken here only");
-        let (response, lease) = exchange::exchange(entered, parts, body, &self.settings).await?;
+        let head = parts.method == Method::HEAD;
+        let (mut response, lease) = exchange::exchange(entered, parts, body, &self.settings).await?;
+        let no_body = head || matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+        headers::one_length(response.headers_mut(), no_body).map_err(|why| Error::new(Code::ServiceBroken, why))?;
         let mut response = self.hand_back(response, lease, upgrade, viewer)?;
-        token::strip_set_cookies(response.headers_mut());
+        token::strip_set_cookies(response.headers_mut(), self.settings.own_cookies);
         if let Some(cookie) = learned {
             response.headers_mut().append(header::SET_COOKIE, cookie);
         }

@@ -12,8 +12,8 @@ use anyhow::Context;
 use nagaya_daemon::config::{Config, DiskPool};
 use nagaya_daemon::host::{HostClock, HostEntropy};
 use nagaya_daemon::{Daemon, Front, Hooks, Level, Levels};
-use nagaya_engine::Engine;
 use nagaya_engine::ports::{Blobs, Driver, Entropy, Store};
+use nagaya_engine::{Engine, check_secret};
 use nagaya_image::{BlobStore, S3Config, S3Credentials};
 use nagaya_runtime::namespace::{self, NamespaceDriver, PoolChoice};
 
@@ -47,7 +47,7 @@ impl Server {
             guard::before_opening(&config.data_dir)?;
         }
         let key_file = config.data_dir.join(KEY_FILE);
-        let (key, new_key) = first_key(&key_file, config.data_dir.join(DATABASE).exists())?;
+        let (key, new_key) = first_key(&key_file, config.data_dir.join(DATABASE).exists(), config.api_key.as_deref())?;
         let store = guard::open_store(&config.data_dir)?;
         match discard {
             true => guard::discard(&store)?,
@@ -100,14 +100,24 @@ async fn within<T>(what: &str, limit: Duration, step: impl Future<Output = T>) {
 }
 
 /// The key of the key file, and whether it was made now. It is on disk before the store hears of
-/// it, so that no crash can leave a server whose only key nobody knows.
-fn first_key(file: &Path, known_directory: bool) -> anyhow::Result<(Option<String>, Option<String>)> {
+/// it, so that no crash can leave a server whose only key nobody knows. The operator's own key, where one is configured,
+/// is the first and only one of a new directory.
+fn first_key(
+    file: &Path,
+    known_directory: bool,
+    configured: Option<&str>,
+) -> anyhow::Result<(Option<String>, Option<String>)> {
     if let Ok(text) = fs::read_to_string(file) {
         return Ok((Some(text.trim().to_owned()), None));
     }
     // The operator of a directory that was in use has put the key elsewhere.
     if known_directory {
         return Ok((None, None));
+    }
+    if let Some(key) = configured {
+        check_secret(key)?;
+        write_private(file, key)?;
+        return Ok((Some(key.to_owned()), None));
     }
     let mut random = [0; 32];
     HostEntropy.fill(&mut random);
@@ -190,4 +200,44 @@ pub fn driver_settings(config: &Config) -> anyhow::Result<namespace::Config> {
     settings.memory_low_mb = config.namespace.memory_low_mb;
     settings.favor_cgroup_moves = config.namespace.favor_cgroup_moves;
     Ok(settings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a start finds and leaves: the key that opens the server, the one that is told, and the file.
+    fn started(
+        known: bool,
+        file: Option<&str>,
+        configured: Option<&str>,
+    ) -> (Option<String>, Option<String>, Option<String>) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(KEY_FILE);
+        if let Some(text) = file {
+            fs::write(&path, text).unwrap();
+        }
+        let (key, told) = first_key(&path, known, configured).unwrap();
+        (key, told, fs::read_to_string(&path).ok().map(|text| text.trim().to_owned()))
+    }
+
+    #[test]
+    fn a_new_directory_has_one_key_and_it_is_the_configured_one() {
+        let own = "tk_of_the_operators_choice";
+        let (key, told, file) = started(false, None, Some(own));
+        assert_eq!((key.as_deref(), told, file.as_deref()), (Some(own), None, Some(own)));
+        let (key, told, file) = started(false, None, None);
+        assert!(key.is_some() && key == told && key == file);
+        assert_eq!(started(true, None, Some(own)), (None, None, None), "the operator keeps it elsewhere");
+        let kept = Some("tk_kept".to_owned());
+        assert_eq!(started(true, Some("tk_kept\n"), Some(own)), (kept.clone(), None, kept));
+    }
+
+    #[test]
+    fn a_key_that_is_refused_is_written_nowhere() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(KEY_FILE);
+        assert!(first_key(&path, false, Some("short")).is_err());
+        assert!(!path.exists());
+    }
 }

@@ -471,6 +471,7 @@ impl ::buffa::Enumeration for RegistrySortBy {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct RegistryImage {
     /// UUID
@@ -610,6 +611,7 @@ pub struct RegistryImage {
     )]
     pub legacy_ref: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(RegistryImage);
 impl ::core::fmt::Debug for RegistryImage {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("RegistryImage")
@@ -1059,6 +1061,7 @@ pub const __REGISTRY_IMAGE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::bu
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct RegistryTag {
     /// UUID
@@ -1129,6 +1132,7 @@ pub struct RegistryTag {
     )]
     pub legacy_ref: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(RegistryTag);
 impl ::core::fmt::Debug for RegistryTag {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("RegistryTag")
@@ -1358,6 +1362,7 @@ pub const __REGISTRY_TAG_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buff
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct RegistryImageSummary {
     /// UUID
@@ -1499,6 +1504,7 @@ pub struct RegistryImageSummary {
     )]
     pub latest_legacy_ref: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(RegistryImageSummary);
 impl ::core::fmt::Debug for RegistryImageSummary {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("RegistryImageSummary")
@@ -1918,6 +1924,7 @@ pub const __REGISTRY_IMAGE_SUMMARY_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct RegistryImageDetail {
     /// Field 1: `image`
@@ -2010,6 +2017,7 @@ pub struct RegistryImageDetail {
     )]
     pub legacy_ref: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(RegistryImageDetail);
 impl ::core::fmt::Debug for RegistryImageDetail {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("RegistryImageDetail")
@@ -2321,6 +2329,7 @@ pub const __REGISTRY_IMAGE_DETAIL_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ResolvedRegistryRef {
     /// UUID
@@ -2405,6 +2414,7 @@ pub struct ResolvedRegistryRef {
     )]
     pub legacy_ref: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(ResolvedRegistryRef);
 impl ::core::fmt::Debug for ResolvedRegistryRef {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ResolvedRegistryRef")
@@ -2696,6 +2706,7 @@ pub const __RESOLVED_REGISTRY_REF_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct RegistryShareGrant {
     /// UUID
@@ -2801,6 +2812,7 @@ pub struct RegistryShareGrant {
     )]
     pub follow_tag: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(RegistryShareGrant);
 impl ::core::fmt::Debug for RegistryShareGrant {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("RegistryShareGrant")
@@ -3103,6 +3115,7 @@ pub const __REGISTRY_SHARE_GRANT_JSON_ANY: ::buffa::type_registry::JsonAnyEntry 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct PublishRegistryImageRequest {
     /// UUID
@@ -3181,6 +3194,7 @@ pub struct PublishRegistryImageRequest {
     )]
     pub visibility: ::core::option::Option<::buffa::EnumValue<RegistryVisibility>>,
 }
+crate::json::object!(PublishRegistryImageRequest);
 impl ::core::fmt::Debug for PublishRegistryImageRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("PublishRegistryImageRequest")
@@ -3495,6 +3509,7 @@ pub const __PUBLISH_REGISTRY_IMAGE_REQUEST_JSON_ANY: ::buffa::type_registry::Jso
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct PublishRegistryImageResponse {
     /// Field 1: `image`
@@ -3540,6 +3555,7 @@ pub struct PublishRegistryImageResponse {
     )]
     pub legacy_ref: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(PublishRegistryImageResponse);
 impl ::core::fmt::Debug for PublishRegistryImageResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("PublishRegistryImageResponse")
@@ -3751,6 +3767,7 @@ pub const __PUBLISH_REGISTRY_IMAGE_RESPONSE_JSON_ANY: ::buffa::type_registry::Js
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SetRegistryImageVisibilityRequest {
     /// UUID
@@ -3775,6 +3792,7 @@ pub struct SetRegistryImageVisibilityRequest {
     )]
     pub visibility: ::buffa::EnumValue<RegistryVisibility>,
 }
+crate::json::object!(SetRegistryImageVisibilityRequest);
 impl ::core::fmt::Debug for SetRegistryImageVisibilityRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SetRegistryImageVisibilityRequest")
@@ -3923,6 +3941,7 @@ pub const __SET_REGISTRY_IMAGE_VISIBILITY_REQUEST_JSON_ANY: ::buffa::type_regist
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SetRegistryImageVisibilityResponse {
     /// Field 1: `image`
@@ -3932,6 +3951,7 @@ pub struct SetRegistryImageVisibilityResponse {
     )]
     pub image: ::buffa::MessageField<RegistryImage, ::buffa::Inline<RegistryImage>>,
 }
+crate::json::object!(SetRegistryImageVisibilityResponse);
 impl ::core::fmt::Debug for SetRegistryImageVisibilityResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SetRegistryImageVisibilityResponse")
@@ -4048,6 +4068,7 @@ pub const __SET_REGISTRY_IMAGE_VISIBILITY_RESPONSE_JSON_ANY: ::buffa::type_regis
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DeleteRegistryImageRequest {
     /// UUID
@@ -4066,6 +4087,7 @@ pub struct DeleteRegistryImageRequest {
     #[serde(rename = "reason", skip_serializing_if = "::core::option::Option::is_none")]
     pub reason: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(DeleteRegistryImageRequest);
 impl ::core::fmt::Debug for DeleteRegistryImageRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DeleteRegistryImageRequest")
@@ -4207,6 +4229,7 @@ pub const __DELETE_REGISTRY_IMAGE_REQUEST_JSON_ANY: ::buffa::type_registry::Json
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DeleteRegistryImageResponse {
     /// Field 1: `image`
@@ -4232,6 +4255,7 @@ pub struct DeleteRegistryImageResponse {
     )]
     pub revoked_grant_count: i32,
 }
+crate::json::object!(DeleteRegistryImageResponse);
 impl ::core::fmt::Debug for DeleteRegistryImageResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DeleteRegistryImageResponse")
@@ -4380,6 +4404,7 @@ pub const __DELETE_REGISTRY_IMAGE_RESPONSE_JSON_ANY: ::buffa::type_registry::Jso
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DeleteRegistryImageVersionRequest {
     /// UUID
@@ -4403,6 +4428,7 @@ pub struct DeleteRegistryImageVersionRequest {
     )]
     pub snapshot_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(DeleteRegistryImageVersionRequest);
 impl ::core::fmt::Debug for DeleteRegistryImageVersionRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DeleteRegistryImageVersionRequest")
@@ -4520,6 +4546,7 @@ pub const __DELETE_REGISTRY_IMAGE_VERSION_REQUEST_JSON_ANY: ::buffa::type_regist
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DeleteRegistryImageVersionResponse {
     /// UUID
@@ -4543,6 +4570,7 @@ pub struct DeleteRegistryImageVersionResponse {
     )]
     pub snapshot_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(DeleteRegistryImageVersionResponse);
 impl ::core::fmt::Debug for DeleteRegistryImageVersionResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DeleteRegistryImageVersionResponse")
@@ -4660,6 +4688,7 @@ pub const __DELETE_REGISTRY_IMAGE_VERSION_RESPONSE_JSON_ANY: ::buffa::type_regis
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListRegistryImagesRequest {
     /// Field 1: `labels`
@@ -4721,6 +4750,7 @@ pub struct ListRegistryImagesRequest {
     )]
     pub workspace_id: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(ListRegistryImagesRequest);
 impl ::core::fmt::Debug for ListRegistryImagesRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListRegistryImagesRequest")
@@ -4960,6 +4990,7 @@ pub const __LIST_REGISTRY_IMAGES_REQUEST_JSON_ANY: ::buffa::type_registry::JsonA
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListRegistryImagesResponse {
     /// Field 1: `images`
@@ -4978,6 +5009,7 @@ pub struct ListRegistryImagesResponse {
     )]
     pub next_cursor: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListRegistryImagesResponse);
 impl ::core::fmt::Debug for ListRegistryImagesResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListRegistryImagesResponse")
@@ -5108,6 +5140,7 @@ pub const __LIST_REGISTRY_IMAGES_RESPONSE_JSON_ANY: ::buffa::type_registry::Json
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetRegistryImageRequest {
     /// UUID
@@ -5132,6 +5165,7 @@ pub struct GetRegistryImageRequest {
     )]
     pub workspace_id: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(GetRegistryImageRequest);
 impl ::core::fmt::Debug for GetRegistryImageRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetRegistryImageRequest")
@@ -5275,6 +5309,7 @@ pub const __GET_REGISTRY_IMAGE_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAny
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetRegistryImageResponse {
     /// Field 1: `detail`
@@ -5287,6 +5322,7 @@ pub struct GetRegistryImageResponse {
         ::buffa::Inline<RegistryImageDetail>,
     >,
 }
+crate::json::object!(GetRegistryImageResponse);
 impl ::core::fmt::Debug for GetRegistryImageResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetRegistryImageResponse").field("detail", &self.detail).finish()
@@ -5399,6 +5435,7 @@ pub const __GET_REGISTRY_IMAGE_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ResolveRegistryRefRequest {
     /// at least 3 characters
@@ -5420,6 +5457,7 @@ pub struct ResolveRegistryRefRequest {
     )]
     pub workspace_id: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(ResolveRegistryRefRequest);
 impl ::core::fmt::Debug for ResolveRegistryRefRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ResolveRegistryRefRequest")
@@ -5540,6 +5578,7 @@ pub const __RESOLVE_REGISTRY_REF_REQUEST_JSON_ANY: ::buffa::type_registry::JsonA
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ResolveRegistryRefResponse {
     /// Field 1: `resolved`
@@ -5552,6 +5591,7 @@ pub struct ResolveRegistryRefResponse {
         ::buffa::Inline<ResolvedRegistryRef>,
     >,
 }
+crate::json::object!(ResolveRegistryRefResponse);
 impl ::core::fmt::Debug for ResolveRegistryRefResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ResolveRegistryRefResponse")
@@ -5666,6 +5706,7 @@ pub const __RESOLVE_REGISTRY_REF_RESPONSE_JSON_ANY: ::buffa::type_registry::Json
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ShareImageRequest {
     /// UUID
@@ -5707,6 +5748,7 @@ pub struct ShareImageRequest {
     )]
     pub snapshot_id: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(ShareImageRequest);
 impl ::core::fmt::Debug for ShareImageRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ShareImageRequest")
@@ -5888,6 +5930,7 @@ pub const __SHARE_IMAGE_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry =
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ShareImageResponse {
     /// Field 1: `image`
@@ -5924,6 +5967,7 @@ pub struct ShareImageResponse {
         ::buffa::Inline<RegistryShareGrant>,
     >,
 }
+crate::json::object!(ShareImageResponse);
 impl ::core::fmt::Debug for ShareImageResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ShareImageResponse")
@@ -6100,6 +6144,7 @@ pub const __SHARE_IMAGE_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct RevokeRegistryShareGrantRequest {
     /// UUID
@@ -6116,6 +6161,7 @@ pub struct RevokeRegistryShareGrantRequest {
     #[serde(rename = "reason", skip_serializing_if = "::core::option::Option::is_none")]
     pub reason: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(RevokeRegistryShareGrantRequest);
 impl ::core::fmt::Debug for RevokeRegistryShareGrantRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("RevokeRegistryShareGrantRequest")
@@ -6234,6 +6280,7 @@ pub const __REVOKE_REGISTRY_SHARE_GRANT_REQUEST_JSON_ANY: ::buffa::type_registry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct RevokeRegistryShareGrantResponse {
     /// Field 1: `grant`
@@ -6246,6 +6293,7 @@ pub struct RevokeRegistryShareGrantResponse {
         ::buffa::Inline<RegistryShareGrant>,
     >,
 }
+crate::json::object!(RevokeRegistryShareGrantResponse);
 impl ::core::fmt::Debug for RevokeRegistryShareGrantResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("RevokeRegistryShareGrantResponse")
@@ -6360,6 +6408,7 @@ pub const __REVOKE_REGISTRY_SHARE_GRANT_RESPONSE_JSON_ANY: ::buffa::type_registr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListRegistryShareGrantsRequest {
     /// UUID
@@ -6375,6 +6424,7 @@ pub struct ListRegistryShareGrantsRequest {
     #[serde(rename = "ref", skip_serializing_if = "::core::option::Option::is_none")]
     pub r#ref: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(ListRegistryShareGrantsRequest);
 impl ::core::fmt::Debug for ListRegistryShareGrantsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListRegistryShareGrantsRequest")
@@ -6498,6 +6548,7 @@ pub const __LIST_REGISTRY_SHARE_GRANTS_REQUEST_JSON_ANY: ::buffa::type_registry:
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListRegistryShareGrantsResponse {
     /// Field 1: `grants`
@@ -6508,6 +6559,7 @@ pub struct ListRegistryShareGrantsResponse {
     )]
     pub grants: ::buffa::alloc::vec::Vec<RegistryShareGrant>,
 }
+crate::json::object!(ListRegistryShareGrantsResponse);
 impl ::core::fmt::Debug for ListRegistryShareGrantsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListRegistryShareGrantsResponse")
@@ -6623,6 +6675,7 @@ pub const __LIST_REGISTRY_SHARE_GRANTS_RESPONSE_JSON_ANY: ::buffa::type_registry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UnshareRegistryImageRequest {
     /// UUID
@@ -6641,6 +6694,7 @@ pub struct UnshareRegistryImageRequest {
     #[serde(rename = "reason", skip_serializing_if = "::core::option::Option::is_none")]
     pub reason: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(UnshareRegistryImageRequest);
 impl ::core::fmt::Debug for UnshareRegistryImageRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UnshareRegistryImageRequest")
@@ -6782,6 +6836,7 @@ pub const __UNSHARE_REGISTRY_IMAGE_REQUEST_JSON_ANY: ::buffa::type_registry::Jso
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UnshareRegistryImageResponse {
     /// Field 1: `image`
@@ -6807,6 +6862,7 @@ pub struct UnshareRegistryImageResponse {
     )]
     pub revoked_grant_count: i32,
 }
+crate::json::object!(UnshareRegistryImageResponse);
 impl ::core::fmt::Debug for UnshareRegistryImageResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UnshareRegistryImageResponse")
@@ -8631,6 +8687,7 @@ impl ::buffa::Enumeration for TemplateBuildProgressState {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateResources {
     /// 0 to 16
@@ -8664,6 +8721,7 @@ pub struct TemplateResources {
     )]
     pub disk_size_gb: i32,
 }
+crate::json::object!(TemplateResources);
 impl ::core::fmt::Debug for TemplateResources {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateResources")
@@ -8795,6 +8853,7 @@ pub const __TEMPLATE_RESOURCES_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = 
 /// Rule: a copy step needs context to be set.
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateBuildSpec {
     /// always tenki.template.v1
@@ -8870,6 +8929,7 @@ pub struct TemplateBuildSpec {
         ::buffa::Inline<TemplateResources>,
     >,
 }
+crate::json::object!(TemplateBuildSpec);
 impl ::core::fmt::Debug for TemplateBuildSpec {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateBuildSpec")
@@ -9424,6 +9484,7 @@ pub mod template_base {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateContext {
     /// required
@@ -9456,6 +9517,7 @@ pub struct TemplateContext {
     )]
     pub ignore: ::buffa::alloc::vec::Vec<::buffa::alloc::string::String>,
 }
+crate::json::object!(TemplateContext);
 impl ::core::fmt::Debug for TemplateContext {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateContext")
@@ -9821,6 +9883,7 @@ pub mod template_context_source {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateGitContext {
     /// 1 to 4096 characters
@@ -9842,6 +9905,7 @@ pub struct TemplateGitContext {
     )]
     pub r#ref: ::buffa::alloc::string::String,
 }
+crate::json::object!(TemplateGitContext);
 impl ::core::fmt::Debug for TemplateGitContext {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateGitContext")
@@ -9959,6 +10023,7 @@ pub const __TEMPLATE_GIT_CONTEXT_JSON_ANY: ::buffa::type_registry::JsonAnyEntry 
 /// Rule: name is neither . nor ...
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateCheckout {
     /// matches ^$|^/.*; at most 4096 characters
@@ -9985,6 +10050,7 @@ pub struct TemplateCheckout {
     #[serde(rename = "name", skip_serializing_if = "::core::option::Option::is_none")]
     pub name: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(TemplateCheckout);
 impl ::core::fmt::Debug for TemplateCheckout {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateCheckout")
@@ -10124,6 +10190,7 @@ pub const __TEMPLATE_CHECKOUT_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = :
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateBuildConfig {
     /// Field 1: `env`
@@ -10137,6 +10204,7 @@ pub struct TemplateBuildConfig {
         ::buffa::alloc::string::String,
     >,
 }
+crate::json::object!(TemplateBuildConfig);
 impl ::core::fmt::Debug for TemplateBuildConfig {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateBuildConfig").field("env", &self.env).finish()
@@ -11085,6 +11153,7 @@ pub mod template_step {
 /// Rule: exactly one of command and argv is non-empty.
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateRunStep {
     /// Field 1: `command`
@@ -11123,6 +11192,7 @@ pub struct TemplateRunStep {
     )]
     pub timeout_seconds: u32,
 }
+crate::json::object!(TemplateRunStep);
 impl ::core::fmt::Debug for TemplateRunStep {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateRunStep")
@@ -11275,6 +11345,7 @@ pub const __TEMPLATE_RUN_STEP_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = :
 /// Rule: src is relative and has no .. component.
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateCopyStep {
     /// 1 to 4096 characters
@@ -11296,6 +11367,7 @@ pub struct TemplateCopyStep {
     )]
     pub dest: ::buffa::alloc::string::String,
 }
+crate::json::object!(TemplateCopyStep);
 impl ::core::fmt::Debug for TemplateCopyStep {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateCopyStep")
@@ -11411,6 +11483,7 @@ pub const __TEMPLATE_COPY_STEP_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateWriteFileStep {
     /// matches ^$|^/.*; 1 to 4096 characters
@@ -11441,6 +11514,7 @@ pub struct TemplateWriteFileStep {
     )]
     pub mode: ::core::option::Option<u32>,
 }
+crate::json::object!(TemplateWriteFileStep);
 impl ::core::fmt::Debug for TemplateWriteFileStep {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateWriteFileStep")
@@ -11573,6 +11647,7 @@ pub const __TEMPLATE_WRITE_FILE_STEP_JSON_ANY: ::buffa::type_registry::JsonAnyEn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateMakeDirStep {
     /// matches ^/.*; 1 to 4096 characters
@@ -11601,6 +11676,7 @@ pub struct TemplateMakeDirStep {
     )]
     pub mode: ::core::option::Option<u32>,
 }
+crate::json::object!(TemplateMakeDirStep);
 impl ::core::fmt::Debug for TemplateMakeDirStep {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateMakeDirStep")
@@ -11733,6 +11809,7 @@ pub const __TEMPLATE_MAKE_DIR_STEP_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateRemoveStep {
     /// matches ^/.*; 1 to 4096 characters
@@ -11752,6 +11829,7 @@ pub struct TemplateRemoveStep {
     )]
     pub recursive: bool,
 }
+crate::json::object!(TemplateRemoveStep);
 impl ::core::fmt::Debug for TemplateRemoveStep {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateRemoveStep")
@@ -11867,6 +11945,7 @@ pub const __TEMPLATE_REMOVE_STEP_JSON_ANY: ::buffa::type_registry::JsonAnyEntry 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateRenameStep {
     /// matches ^/.*; 1 to 4096 characters
@@ -11888,6 +11967,7 @@ pub struct TemplateRenameStep {
     )]
     pub dest: ::buffa::alloc::string::String,
 }
+crate::json::object!(TemplateRenameStep);
 impl ::core::fmt::Debug for TemplateRenameStep {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateRenameStep")
@@ -12003,6 +12083,7 @@ pub const __TEMPLATE_RENAME_STEP_JSON_ANY: ::buffa::type_registry::JsonAnyEntry 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateSymlinkStep {
     /// 1 to 4096 characters
@@ -12024,6 +12105,7 @@ pub struct TemplateSymlinkStep {
     )]
     pub path: ::buffa::alloc::string::String,
 }
+crate::json::object!(TemplateSymlinkStep);
 impl ::core::fmt::Debug for TemplateSymlinkStep {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateSymlinkStep")
@@ -12139,6 +12221,7 @@ pub const __TEMPLATE_SYMLINK_STEP_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplatePackageStep {
     /// no duplicates; each matches ^\[^-\x00\]\[^\x00\]*$; 1 to 1024 items; each not empty
@@ -12151,6 +12234,7 @@ pub struct TemplatePackageStep {
     )]
     pub packages: ::buffa::alloc::vec::Vec<::buffa::alloc::string::String>,
 }
+crate::json::object!(TemplatePackageStep);
 impl ::core::fmt::Debug for TemplatePackageStep {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplatePackageStep").field("packages", &self.packages).finish()
@@ -12866,6 +12950,7 @@ pub mod template_runtime {
 /// Rule: exactly one of command and argv is non-empty.
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateStartRuntime {
     /// Field 1: `command`
@@ -12894,6 +12979,7 @@ pub struct TemplateStartRuntime {
     )]
     pub workdir: ::buffa::alloc::string::String,
 }
+crate::json::object!(TemplateStartRuntime);
 impl ::core::fmt::Debug for TemplateStartRuntime {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateStartRuntime")
@@ -13029,6 +13115,7 @@ pub const __TEMPLATE_START_RUNTIME_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 /// Rule: config_path and every env_file are relative and have no .. component.
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateProcessComposeRuntime {
     /// 1 to 4096 characters
@@ -13061,6 +13148,7 @@ pub struct TemplateProcessComposeRuntime {
     )]
     pub env_files: ::buffa::alloc::vec::Vec<::buffa::alloc::string::String>,
 }
+crate::json::object!(TemplateProcessComposeRuntime);
 impl ::core::fmt::Debug for TemplateProcessComposeRuntime {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateProcessComposeRuntime")
@@ -13195,6 +13283,7 @@ pub const __TEMPLATE_PROCESS_COMPOSE_RUNTIME_JSON_ANY: ::buffa::type_registry::J
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateSnapshotWhen {
     /// 1 to 86400
@@ -13227,6 +13316,7 @@ pub struct TemplateSnapshotWhen {
     )]
     pub checks: ::buffa::alloc::vec::Vec<TemplateSnapshotCheck>,
 }
+crate::json::object!(TemplateSnapshotWhen);
 impl ::core::fmt::Debug for TemplateSnapshotWhen {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateSnapshotWhen")
@@ -13687,6 +13777,7 @@ pub mod template_snapshot_check {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateHTTPReadyCheck {
     /// matches ^https?://(localhost|127\.0\.0\.1|\[::1\])(:\[0-9\]+)?(/.*)?$; 1 to 4096 characters
@@ -13709,6 +13800,7 @@ pub struct TemplateHTTPReadyCheck {
     )]
     pub success_status_codes: ::buffa::alloc::vec::Vec<u32>,
 }
+crate::json::object!(TemplateHTTPReadyCheck);
 impl ::core::fmt::Debug for TemplateHTTPReadyCheck {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateHTTPReadyCheck")
@@ -13871,6 +13963,7 @@ pub const __TEMPLATE_HTTP_READY_CHECK_JSON_ANY: ::buffa::type_registry::JsonAnyE
 /// Rule: exactly one of command and argv is non-empty.
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateExecReadyCheck {
     /// at most 65536 characters
@@ -13902,6 +13995,7 @@ pub struct TemplateExecReadyCheck {
     )]
     pub timeout_seconds: u32,
 }
+crate::json::object!(TemplateExecReadyCheck);
 impl ::core::fmt::Debug for TemplateExecReadyCheck {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateExecReadyCheck")
@@ -14038,6 +14132,7 @@ pub const __TEMPLATE_EXEC_READY_CHECK_JSON_ANY: ::buffa::type_registry::JsonAnyE
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateBuild {
     /// UUID
@@ -14212,6 +14307,7 @@ pub struct TemplateBuild {
         ::buffa::Inline<TemplateBuildFailure>,
     >,
 }
+crate::json::object!(TemplateBuild);
 impl ::core::fmt::Debug for TemplateBuild {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateBuild")
@@ -14762,6 +14858,7 @@ pub const __TEMPLATE_BUILD_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::bu
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateBuildStepReference {
     /// \>= 0
@@ -14791,6 +14888,7 @@ pub struct TemplateBuildStepReference {
     )]
     pub label: ::buffa::alloc::string::String,
 }
+crate::json::object!(TemplateBuildStepReference);
 impl ::core::fmt::Debug for TemplateBuildStepReference {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateBuildStepReference")
@@ -14939,6 +15037,7 @@ pub const __TEMPLATE_BUILD_STEP_REFERENCE_JSON_ANY: ::buffa::type_registry::Json
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateBuildLogEvent {
     /// Field 1: `timestamp`
@@ -14981,6 +15080,7 @@ pub struct TemplateBuildLogEvent {
     )]
     pub data: ::buffa::alloc::string::String,
 }
+crate::json::object!(TemplateBuildLogEvent);
 impl ::core::fmt::Debug for TemplateBuildLogEvent {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateBuildLogEvent")
@@ -15177,6 +15277,7 @@ pub const __TEMPLATE_BUILD_LOG_EVENT_JSON_ANY: ::buffa::type_registry::JsonAnyEn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateBuildProgressEvent {
     /// Field 1: `timestamp`
@@ -15215,6 +15316,7 @@ pub struct TemplateBuildProgressEvent {
     #[serde(rename = "message", skip_serializing_if = "::core::option::Option::is_none")]
     pub message: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(TemplateBuildProgressEvent);
 impl ::core::fmt::Debug for TemplateBuildProgressEvent {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateBuildProgressEvent")
@@ -15676,6 +15778,7 @@ pub mod template_build_event {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateBuildProvenance {
     /// Field 1: `requested_git_ref`
@@ -15703,6 +15806,7 @@ pub struct TemplateBuildProvenance {
     )]
     pub build_secret_keys: ::buffa::alloc::vec::Vec<::buffa::alloc::string::String>,
 }
+crate::json::object!(TemplateBuildProvenance);
 impl ::core::fmt::Debug for TemplateBuildProvenance {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateBuildProvenance")
@@ -15847,6 +15951,7 @@ pub const __TEMPLATE_BUILD_PROVENANCE_JSON_ANY: ::buffa::type_registry::JsonAnyE
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateBuildFailure {
     /// Field 1: `code`
@@ -15873,6 +15978,7 @@ pub struct TemplateBuildFailure {
         ::buffa::Inline<TemplateBuildStepReference>,
     >,
 }
+crate::json::object!(TemplateBuildFailure);
 impl ::core::fmt::Debug for TemplateBuildFailure {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateBuildFailure")
@@ -16017,6 +16123,7 @@ pub const __TEMPLATE_BUILD_FAILURE_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct Template {
     /// UUID
@@ -16197,6 +16304,7 @@ pub struct Template {
     )]
     pub definition_mode: ::buffa::EnumValue<TemplateDefinitionMode>,
 }
+crate::json::object!(Template);
 impl ::core::fmt::Debug for Template {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("Template")
@@ -16698,6 +16806,7 @@ pub const __TEMPLATE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buffa::t
 /// Rule: builder_spec excludes base_image_id, setup_script, start_cmd, env_vars, resources, parent_template_id, parent_image.
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CreateTemplateRequest {
     /// UUID; or empty
@@ -16807,6 +16916,7 @@ pub struct CreateTemplateRequest {
         ::buffa::Inline<TemplateBuildSpec>,
     >,
 }
+crate::json::object!(CreateTemplateRequest);
 impl ::core::fmt::Debug for CreateTemplateRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CreateTemplateRequest")
@@ -17134,6 +17244,7 @@ pub const __CREATE_TEMPLATE_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CreateTemplateResponse {
     /// Field 1: `template`
@@ -17143,6 +17254,7 @@ pub struct CreateTemplateResponse {
     )]
     pub template: ::buffa::MessageField<Template, ::buffa::Inline<Template>>,
 }
+crate::json::object!(CreateTemplateResponse);
 impl ::core::fmt::Debug for CreateTemplateResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CreateTemplateResponse")
@@ -17257,6 +17369,7 @@ pub const __CREATE_TEMPLATE_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetTemplateRequest {
     /// UUID
@@ -17270,6 +17383,7 @@ pub struct GetTemplateRequest {
     )]
     pub template_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(GetTemplateRequest);
 impl ::core::fmt::Debug for GetTemplateRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetTemplateRequest")
@@ -17370,6 +17484,7 @@ pub const __GET_TEMPLATE_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetTemplateResponse {
     /// Field 1: `template`
@@ -17379,6 +17494,7 @@ pub struct GetTemplateResponse {
     )]
     pub template: ::buffa::MessageField<Template, ::buffa::Inline<Template>>,
 }
+crate::json::object!(GetTemplateResponse);
 impl ::core::fmt::Debug for GetTemplateResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetTemplateResponse").field("template", &self.template).finish()
@@ -17491,6 +17607,7 @@ pub const __GET_TEMPLATE_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListTemplatesRequest {
     /// UUID; or empty
@@ -17529,6 +17646,7 @@ pub struct ListTemplatesRequest {
     )]
     pub tags: ::buffa::alloc::vec::Vec<::buffa::alloc::string::String>,
 }
+crate::json::object!(ListTemplatesRequest);
 impl ::core::fmt::Debug for ListTemplatesRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListTemplatesRequest")
@@ -17678,6 +17796,7 @@ pub const __LIST_TEMPLATES_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListTemplatesResponse {
     /// Field 1: `templates`
@@ -17696,6 +17815,7 @@ pub struct ListTemplatesResponse {
     )]
     pub next_page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListTemplatesResponse);
 impl ::core::fmt::Debug for ListTemplatesResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListTemplatesResponse")
@@ -17828,6 +17948,7 @@ pub const __LIST_TEMPLATES_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListProjectTemplatesRequest {
     /// UUID
@@ -17875,6 +17996,7 @@ pub struct ListProjectTemplatesRequest {
     )]
     pub workspace_id: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(ListProjectTemplatesRequest);
 impl ::core::fmt::Debug for ListProjectTemplatesRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListProjectTemplatesRequest")
@@ -18044,6 +18166,7 @@ pub const __LIST_PROJECT_TEMPLATES_REQUEST_JSON_ANY: ::buffa::type_registry::Jso
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListProjectTemplatesResponse {
     /// Field 1: `templates`
@@ -18062,6 +18185,7 @@ pub struct ListProjectTemplatesResponse {
     )]
     pub next_page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListProjectTemplatesResponse);
 impl ::core::fmt::Debug for ListProjectTemplatesResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListProjectTemplatesResponse")
@@ -18195,6 +18319,7 @@ pub const __LIST_PROJECT_TEMPLATES_RESPONSE_JSON_ANY: ::buffa::type_registry::Js
 /// Rule: builder_spec excludes base_image_id, setup_script, start_cmd, env_vars, resources.
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateTemplateRequest {
     /// UUID
@@ -18279,6 +18404,7 @@ pub struct UpdateTemplateRequest {
         ::buffa::Inline<TemplateBuildSpec>,
     >,
 }
+crate::json::object!(UpdateTemplateRequest);
 impl ::core::fmt::Debug for UpdateTemplateRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateTemplateRequest")
@@ -18573,6 +18699,7 @@ pub const __UPDATE_TEMPLATE_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateTemplateResponse {
     /// Field 1: `template`
@@ -18582,6 +18709,7 @@ pub struct UpdateTemplateResponse {
     )]
     pub template: ::buffa::MessageField<Template, ::buffa::Inline<Template>>,
 }
+crate::json::object!(UpdateTemplateResponse);
 impl ::core::fmt::Debug for UpdateTemplateResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateTemplateResponse")
@@ -18696,6 +18824,7 @@ pub const __UPDATE_TEMPLATE_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DeleteTemplateRequest {
     /// UUID
@@ -18716,6 +18845,7 @@ pub struct DeleteTemplateRequest {
     )]
     pub force: bool,
 }
+crate::json::object!(DeleteTemplateRequest);
 impl ::core::fmt::Debug for DeleteTemplateRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DeleteTemplateRequest")
@@ -18831,6 +18961,7 @@ pub const __DELETE_TEMPLATE_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DeleteTemplateResponse {
     /// Field 1: `template`
@@ -18840,6 +18971,7 @@ pub struct DeleteTemplateResponse {
     )]
     pub template: ::buffa::MessageField<Template, ::buffa::Inline<Template>>,
 }
+crate::json::object!(DeleteTemplateResponse);
 impl ::core::fmt::Debug for DeleteTemplateResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DeleteTemplateResponse")
@@ -18954,6 +19086,7 @@ pub const __DELETE_TEMPLATE_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct BuildTemplateRequest {
     /// UUID
@@ -19009,6 +19142,7 @@ pub struct BuildTemplateRequest {
         ::buffa::alloc::string::String,
     >,
 }
+crate::json::object!(BuildTemplateRequest);
 impl ::core::fmt::Debug for BuildTemplateRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("BuildTemplateRequest")
@@ -19194,6 +19328,7 @@ pub const __BUILD_TEMPLATE_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct BuildTemplateResponse {
     /// Field 1: `build`
@@ -19203,6 +19338,7 @@ pub struct BuildTemplateResponse {
     )]
     pub build: ::buffa::MessageField<TemplateBuild, ::buffa::Inline<TemplateBuild>>,
 }
+crate::json::object!(BuildTemplateResponse);
 impl ::core::fmt::Debug for BuildTemplateResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("BuildTemplateResponse").field("build", &self.build).finish()
@@ -19315,6 +19451,7 @@ pub const __BUILD_TEMPLATE_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CancelTemplateBuildRequest {
     /// UUID
@@ -19328,6 +19465,7 @@ pub struct CancelTemplateBuildRequest {
     )]
     pub build_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(CancelTemplateBuildRequest);
 impl ::core::fmt::Debug for CancelTemplateBuildRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CancelTemplateBuildRequest")
@@ -19428,6 +19566,7 @@ pub const __CANCEL_TEMPLATE_BUILD_REQUEST_JSON_ANY: ::buffa::type_registry::Json
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CancelTemplateBuildResponse {
     /// Field 1: `build`
@@ -19437,6 +19576,7 @@ pub struct CancelTemplateBuildResponse {
     )]
     pub build: ::buffa::MessageField<TemplateBuild, ::buffa::Inline<TemplateBuild>>,
 }
+crate::json::object!(CancelTemplateBuildResponse);
 impl ::core::fmt::Debug for CancelTemplateBuildResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CancelTemplateBuildResponse")
@@ -19551,6 +19691,7 @@ pub const __CANCEL_TEMPLATE_BUILD_RESPONSE_JSON_ANY: ::buffa::type_registry::Jso
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetTemplateBuildRequest {
     /// UUID
@@ -19564,6 +19705,7 @@ pub struct GetTemplateBuildRequest {
     )]
     pub build_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(GetTemplateBuildRequest);
 impl ::core::fmt::Debug for GetTemplateBuildRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetTemplateBuildRequest")
@@ -19664,6 +19806,7 @@ pub const __GET_TEMPLATE_BUILD_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAny
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetTemplateBuildResponse {
     /// Field 1: `build`
@@ -19673,6 +19816,7 @@ pub struct GetTemplateBuildResponse {
     )]
     pub build: ::buffa::MessageField<TemplateBuild, ::buffa::Inline<TemplateBuild>>,
 }
+crate::json::object!(GetTemplateBuildResponse);
 impl ::core::fmt::Debug for GetTemplateBuildResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetTemplateBuildResponse").field("build", &self.build).finish()
@@ -19785,6 +19929,7 @@ pub const __GET_TEMPLATE_BUILD_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListActiveTemplateBuildsRequest {
     /// UUID
@@ -19798,6 +19943,7 @@ pub struct ListActiveTemplateBuildsRequest {
     )]
     pub template_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListActiveTemplateBuildsRequest);
 impl ::core::fmt::Debug for ListActiveTemplateBuildsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListActiveTemplateBuildsRequest")
@@ -19898,6 +20044,7 @@ pub const __LIST_ACTIVE_TEMPLATE_BUILDS_REQUEST_JSON_ANY: ::buffa::type_registry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListActiveTemplateBuildsResponse {
     /// Field 1: `builds`
@@ -19908,6 +20055,7 @@ pub struct ListActiveTemplateBuildsResponse {
     )]
     pub builds: ::buffa::alloc::vec::Vec<TemplateBuild>,
 }
+crate::json::object!(ListActiveTemplateBuildsResponse);
 impl ::core::fmt::Debug for ListActiveTemplateBuildsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListActiveTemplateBuildsResponse")
@@ -21451,6 +21599,7 @@ impl ::buffa::Enumeration for DataPlaneRouteStatus {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct Volume {
     /// Field 1: `id`
@@ -21526,6 +21675,7 @@ pub struct Volume {
     )]
     pub tags: ::buffa::alloc::vec::Vec<::buffa::alloc::string::String>,
 }
+crate::json::object!(Volume);
 impl ::core::fmt::Debug for Volume {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("Volume")
@@ -21758,6 +21908,7 @@ pub const __VOLUME_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buffa::typ
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct VolumeMount {
     /// UUID
@@ -21788,6 +21939,7 @@ pub struct VolumeMount {
     )]
     pub readonly: bool,
 }
+crate::json::object!(VolumeMount);
 impl ::core::fmt::Debug for VolumeMount {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("VolumeMount")
@@ -21918,6 +22070,7 @@ pub const __VOLUME_MOUNT_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buff
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct VolumeAttachment {
     /// Field 1: `id`
@@ -21966,6 +22119,7 @@ pub struct VolumeAttachment {
     )]
     pub state: ::buffa::alloc::string::String,
 }
+crate::json::object!(VolumeAttachment);
 impl ::core::fmt::Debug for VolumeAttachment {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("VolumeAttachment")
@@ -22141,6 +22295,7 @@ pub const __VOLUME_ATTACHMENT_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = :
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSession {
     /// UUID
@@ -22473,6 +22628,7 @@ pub struct SandboxSession {
         ::buffa::Inline<SessionEgressPolicy>,
     >,
 }
+crate::json::object!(SandboxSession);
 impl ::core::fmt::Debug for SandboxSession {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSession")
@@ -23359,6 +23515,7 @@ pub const __SANDBOX_SESSION_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::b
 /// The only destinations that a session reaches, while it has outbound access. Of later versions of the vendor's SDKs.
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SessionEgressPolicy {
     /// host names, and *. with a name for all below it; at most 256 items; each at most 253 characters
@@ -23382,6 +23539,7 @@ pub struct SessionEgressPolicy {
     )]
     pub allow_cidrs: ::buffa::alloc::vec::Vec<::buffa::alloc::string::String>,
 }
+crate::json::object!(SessionEgressPolicy);
 impl ::core::fmt::Debug for SessionEgressPolicy {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SessionEgressPolicy")
@@ -23505,6 +23663,7 @@ pub const __SESSION_EGRESS_POLICY_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct Snapshot {
     /// Field 1: `id`
@@ -23767,6 +23926,7 @@ pub struct Snapshot {
         ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
     >,
 }
+crate::json::object!(Snapshot);
 impl ::core::fmt::Debug for Snapshot {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("Snapshot")
@@ -24490,6 +24650,7 @@ pub const __SNAPSHOT_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buffa::t
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WorkspaceSandboxSettings {
     /// UUID
@@ -24603,6 +24764,7 @@ pub struct WorkspaceSandboxSettings {
     )]
     pub max_preview_urls_per_workspace: ::core::option::Option<i32>,
 }
+crate::json::object!(WorkspaceSandboxSettings);
 impl ::core::fmt::Debug for WorkspaceSandboxSettings {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WorkspaceSandboxSettings")
@@ -24900,6 +25062,7 @@ pub const __WORKSPACE_SANDBOX_SETTINGS_JSON_ANY: ::buffa::type_registry::JsonAny
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WorkspaceSandboxUsageLimit {
     /// Field 1: `key`
@@ -24946,6 +25109,7 @@ pub struct WorkspaceSandboxUsageLimit {
     )]
     pub help_text: ::buffa::alloc::string::String,
 }
+crate::json::object!(WorkspaceSandboxUsageLimit);
 impl ::core::fmt::Debug for WorkspaceSandboxUsageLimit {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WorkspaceSandboxUsageLimit")
@@ -25129,6 +25293,7 @@ pub const __WORKSPACE_SANDBOX_USAGE_LIMIT_JSON_ANY: ::buffa::type_registry::Json
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WorkspaceSnapshotRetentionSettings {
     /// UUID
@@ -25162,6 +25327,7 @@ pub struct WorkspaceSnapshotRetentionSettings {
         ::buffa::Inline<::buffa_types::google::protobuf::Duration>,
     >,
 }
+crate::json::object!(WorkspaceSnapshotRetentionSettings);
 impl ::core::fmt::Debug for WorkspaceSnapshotRetentionSettings {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WorkspaceSnapshotRetentionSettings")
@@ -25322,6 +25488,7 @@ pub const __WORKSPACE_SNAPSHOT_RETENTION_SETTINGS_JSON_ANY: ::buffa::type_regist
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct PreviewUrl {
     /// Field 1: `id`
@@ -25442,6 +25609,7 @@ pub struct PreviewUrl {
         ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
     >,
 }
+crate::json::object!(PreviewUrl);
 impl ::core::fmt::Debug for PreviewUrl {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("PreviewUrl")
@@ -25785,6 +25953,7 @@ pub const __PREVIEW_URL_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buffa
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CommandExecution {
     /// UUID
@@ -25880,6 +26049,7 @@ pub struct CommandExecution {
     )]
     pub stderr_artifact_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(CommandExecution);
 impl ::core::fmt::Debug for CommandExecution {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CommandExecution")
@@ -26176,6 +26346,7 @@ pub const __COMMAND_EXECUTION_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = :
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CreateSessionRequest {
     /// not empty
@@ -26443,6 +26614,7 @@ pub struct CreateSessionRequest {
         ::buffa::Inline<SessionEgressPolicy>,
     >,
 }
+crate::json::object!(CreateSessionRequest);
 impl ::core::fmt::Debug for CreateSessionRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CreateSessionRequest")
@@ -27103,6 +27275,7 @@ pub const __CREATE_SESSION_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CreateSessionResponse {
     /// Field 1: `session`
@@ -27137,6 +27310,7 @@ pub struct CreateSessionResponse {
     )]
     pub route_status: ::buffa::EnumValue<DataPlaneRouteStatus>,
 }
+crate::json::object!(CreateSessionResponse);
 impl ::core::fmt::Debug for CreateSessionResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CreateSessionResponse")
@@ -27321,6 +27495,7 @@ pub const __CREATE_SESSION_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TemplateRuntimeFailure {
     /// required
@@ -27341,6 +27516,7 @@ pub struct TemplateRuntimeFailure {
     )]
     pub reason: ::buffa::alloc::string::String,
 }
+crate::json::object!(TemplateRuntimeFailure);
 impl ::core::fmt::Debug for TemplateRuntimeFailure {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TemplateRuntimeFailure")
@@ -27470,6 +27646,7 @@ pub const __TEMPLATE_RUNTIME_FAILURE_JSON_ANY: ::buffa::type_registry::JsonAnyEn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SessionCredential {
     /// not empty
@@ -27494,6 +27671,7 @@ pub struct SessionCredential {
         ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
     >,
 }
+crate::json::object!(SessionCredential);
 impl ::core::fmt::Debug for SessionCredential {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SessionCredential")
@@ -27623,6 +27801,7 @@ pub const __SESSION_CREDENTIAL_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CreateSessionCredentialRequest {
     /// UUID
@@ -27636,6 +27815,7 @@ pub struct CreateSessionCredentialRequest {
     )]
     pub session_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(CreateSessionCredentialRequest);
 impl ::core::fmt::Debug for CreateSessionCredentialRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CreateSessionCredentialRequest")
@@ -27736,6 +27916,7 @@ pub const __CREATE_SESSION_CREDENTIAL_REQUEST_JSON_ANY: ::buffa::type_registry::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CreateSessionCredentialResponse {
     /// required
@@ -27766,6 +27947,7 @@ pub struct CreateSessionCredentialResponse {
     )]
     pub route_status: ::buffa::EnumValue<DataPlaneRouteStatus>,
 }
+crate::json::object!(CreateSessionCredentialResponse);
 impl ::core::fmt::Debug for CreateSessionCredentialResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CreateSessionCredentialResponse")
@@ -27921,6 +28103,7 @@ pub const __CREATE_SESSION_CREDENTIAL_RESPONSE_JSON_ANY: ::buffa::type_registry:
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceRunRequest {
     /// required
@@ -27932,6 +28115,7 @@ pub struct SandboxSessionDataPlaneServiceRunRequest {
     )]
     pub frame: ::buffa::MessageField<RunRequest, ::buffa::Inline<RunRequest>>,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceRunRequest);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceRunRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceRunRequest")
@@ -28050,6 +28234,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_RUN_REQUEST_JSON_ANY: ::buffa::ty
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceRunResponse {
     /// required
@@ -28061,6 +28246,7 @@ pub struct SandboxSessionDataPlaneServiceRunResponse {
     )]
     pub frame: ::buffa::MessageField<RunResponse, ::buffa::Inline<RunResponse>>,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceRunResponse);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceRunResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceRunResponse")
@@ -28179,6 +28365,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_RUN_RESPONSE_JSON_ANY: ::buffa::t
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceDialRequest {
     /// required
@@ -28190,6 +28377,7 @@ pub struct SandboxSessionDataPlaneServiceDialRequest {
     )]
     pub frame: ::buffa::MessageField<DialRequest, ::buffa::Inline<DialRequest>>,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceDialRequest);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceDialRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceDialRequest")
@@ -28308,6 +28496,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_DIAL_REQUEST_JSON_ANY: ::buffa::t
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceDialResponse {
     /// required
@@ -28319,6 +28508,7 @@ pub struct SandboxSessionDataPlaneServiceDialResponse {
     )]
     pub frame: ::buffa::MessageField<DialResponse, ::buffa::Inline<DialResponse>>,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceDialResponse);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceDialResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceDialResponse")
@@ -28438,6 +28628,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_DIAL_RESPONSE_JSON_ANY: ::buffa::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceHostPortTunnelRequest {
     /// required
@@ -28452,6 +28643,7 @@ pub struct SandboxSessionDataPlaneServiceHostPortTunnelRequest {
         ::buffa::Inline<HostPortTunnelRequest>,
     >,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceHostPortTunnelRequest);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceHostPortTunnelRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceHostPortTunnelRequest")
@@ -28571,6 +28763,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_HOST_PORT_TUNNEL_REQUEST_JSON_ANY
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceHostPortTunnelResponse {
     /// required
@@ -28585,6 +28778,7 @@ pub struct SandboxSessionDataPlaneServiceHostPortTunnelResponse {
         ::buffa::Inline<HostPortTunnelResponse>,
     >,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceHostPortTunnelResponse);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceHostPortTunnelResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceHostPortTunnelResponse")
@@ -28704,6 +28898,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_HOST_PORT_TUNNEL_RESPONSE_JSON_AN
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceReadFileRequest {
     /// required
@@ -28718,6 +28913,7 @@ pub struct SandboxSessionDataPlaneServiceReadFileRequest {
         ::buffa::Inline<ReadFileRequest>,
     >,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceReadFileRequest);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceReadFileRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceReadFileRequest")
@@ -28837,6 +29033,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_READ_FILE_REQUEST_JSON_ANY: ::buf
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceReadFileResponse {
     /// required
@@ -28851,6 +29048,7 @@ pub struct SandboxSessionDataPlaneServiceReadFileResponse {
         ::buffa::Inline<ReadFileResponse>,
     >,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceReadFileResponse);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceReadFileResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceReadFileResponse")
@@ -28970,6 +29168,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_READ_FILE_RESPONSE_JSON_ANY: ::bu
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceWriteFileRequest {
     /// required
@@ -28984,6 +29183,7 @@ pub struct SandboxSessionDataPlaneServiceWriteFileRequest {
         ::buffa::Inline<WriteFileRequest>,
     >,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceWriteFileRequest);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceWriteFileRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceWriteFileRequest")
@@ -29103,6 +29303,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_WRITE_FILE_REQUEST_JSON_ANY: ::bu
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceWriteFileResponse {
     /// required
@@ -29117,6 +29318,7 @@ pub struct SandboxSessionDataPlaneServiceWriteFileResponse {
         ::buffa::Inline<WriteFileResponse>,
     >,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceWriteFileResponse);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceWriteFileResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceWriteFileResponse")
@@ -29236,6 +29438,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_WRITE_FILE_RESPONSE_JSON_ANY: ::b
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceReadFileStreamRequest {
     /// required
@@ -29250,6 +29453,7 @@ pub struct SandboxSessionDataPlaneServiceReadFileStreamRequest {
         ::buffa::Inline<ReadFileStreamRequest>,
     >,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceReadFileStreamRequest);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceReadFileStreamRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceReadFileStreamRequest")
@@ -29369,6 +29573,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_READ_FILE_STREAM_REQUEST_JSON_ANY
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceReadFileStreamResponse {
     /// required
@@ -29383,6 +29588,7 @@ pub struct SandboxSessionDataPlaneServiceReadFileStreamResponse {
         ::buffa::Inline<ReadFileStreamResponse>,
     >,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceReadFileStreamResponse);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceReadFileStreamResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceReadFileStreamResponse")
@@ -29502,6 +29708,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_READ_FILE_STREAM_RESPONSE_JSON_AN
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceWriteFileStreamRequest {
     /// required
@@ -29516,6 +29723,7 @@ pub struct SandboxSessionDataPlaneServiceWriteFileStreamRequest {
         ::buffa::Inline<WriteFileStreamRequest>,
     >,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceWriteFileStreamRequest);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceWriteFileStreamRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceWriteFileStreamRequest")
@@ -29635,6 +29843,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_WRITE_FILE_STREAM_REQUEST_JSON_AN
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceWriteFileStreamResponse {
     /// required
@@ -29649,6 +29858,7 @@ pub struct SandboxSessionDataPlaneServiceWriteFileStreamResponse {
         ::buffa::Inline<WriteFileStreamResponse>,
     >,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceWriteFileStreamResponse);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceWriteFileStreamResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceWriteFileStreamResponse")
@@ -29768,6 +29978,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_WRITE_FILE_STREAM_RESPONSE_JSON_A
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceStatRequest {
     /// required
@@ -29779,6 +29990,7 @@ pub struct SandboxSessionDataPlaneServiceStatRequest {
     )]
     pub request: ::buffa::MessageField<StatRequest, ::buffa::Inline<StatRequest>>,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceStatRequest);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceStatRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceStatRequest")
@@ -29897,6 +30109,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_STAT_REQUEST_JSON_ANY: ::buffa::t
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceStatResponse {
     /// required
@@ -29908,6 +30121,7 @@ pub struct SandboxSessionDataPlaneServiceStatResponse {
     )]
     pub response: ::buffa::MessageField<StatResponse, ::buffa::Inline<StatResponse>>,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceStatResponse);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceStatResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceStatResponse")
@@ -30027,6 +30241,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_STAT_RESPONSE_JSON_ANY: ::buffa::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceMkdirRequest {
     /// required
@@ -30038,6 +30253,7 @@ pub struct SandboxSessionDataPlaneServiceMkdirRequest {
     )]
     pub request: ::buffa::MessageField<MkdirRequest, ::buffa::Inline<MkdirRequest>>,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceMkdirRequest);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceMkdirRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceMkdirRequest")
@@ -30157,6 +30373,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_MKDIR_REQUEST_JSON_ANY: ::buffa::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceMkdirResponse {
     /// required
@@ -30168,6 +30385,7 @@ pub struct SandboxSessionDataPlaneServiceMkdirResponse {
     )]
     pub response: ::buffa::MessageField<MkdirResponse, ::buffa::Inline<MkdirResponse>>,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceMkdirResponse);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceMkdirResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceMkdirResponse")
@@ -30287,6 +30505,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_MKDIR_RESPONSE_JSON_ANY: ::buffa:
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceRemoveRequest {
     /// required
@@ -30298,6 +30517,7 @@ pub struct SandboxSessionDataPlaneServiceRemoveRequest {
     )]
     pub request: ::buffa::MessageField<RemoveRequest, ::buffa::Inline<RemoveRequest>>,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceRemoveRequest);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceRemoveRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceRemoveRequest")
@@ -30417,6 +30637,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_REMOVE_REQUEST_JSON_ANY: ::buffa:
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceRemoveResponse {
     /// required
@@ -30428,6 +30649,7 @@ pub struct SandboxSessionDataPlaneServiceRemoveResponse {
     )]
     pub response: ::buffa::MessageField<RemoveResponse, ::buffa::Inline<RemoveResponse>>,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceRemoveResponse);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceRemoveResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceRemoveResponse")
@@ -30547,6 +30769,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_REMOVE_RESPONSE_JSON_ANY: ::buffa
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceListRequest {
     /// required
@@ -30558,6 +30781,7 @@ pub struct SandboxSessionDataPlaneServiceListRequest {
     )]
     pub request: ::buffa::MessageField<ListRequest, ::buffa::Inline<ListRequest>>,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceListRequest);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceListRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceListRequest")
@@ -30676,6 +30900,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_LIST_REQUEST_JSON_ANY: ::buffa::t
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SandboxSessionDataPlaneServiceListResponse {
     /// required
@@ -30687,6 +30912,7 @@ pub struct SandboxSessionDataPlaneServiceListResponse {
     )]
     pub response: ::buffa::MessageField<ListResponse, ::buffa::Inline<ListResponse>>,
 }
+crate::json::object!(SandboxSessionDataPlaneServiceListResponse);
 impl ::core::fmt::Debug for SandboxSessionDataPlaneServiceListResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SandboxSessionDataPlaneServiceListResponse")
@@ -30806,6 +31032,7 @@ pub const __SANDBOX_SESSION_DATA_PLANE_SERVICE_LIST_RESPONSE_JSON_ANY: ::buffa::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetSessionRequest {
     /// UUID
@@ -30819,6 +31046,7 @@ pub struct GetSessionRequest {
     )]
     pub session_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(GetSessionRequest);
 impl ::core::fmt::Debug for GetSessionRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetSessionRequest")
@@ -30919,6 +31147,7 @@ pub const __GET_SESSION_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry =
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetSessionResponse {
     /// Field 1: `session`
@@ -30928,6 +31157,7 @@ pub struct GetSessionResponse {
     )]
     pub session: ::buffa::MessageField<SandboxSession, ::buffa::Inline<SandboxSession>>,
 }
+crate::json::object!(GetSessionResponse);
 impl ::core::fmt::Debug for GetSessionResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetSessionResponse").field("session", &self.session).finish()
@@ -31040,6 +31270,7 @@ pub const __GET_SESSION_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WaitSessionRequest {
     /// UUID
@@ -31053,6 +31284,7 @@ pub struct WaitSessionRequest {
     )]
     pub session_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(WaitSessionRequest);
 impl ::core::fmt::Debug for WaitSessionRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WaitSessionRequest")
@@ -31153,6 +31385,7 @@ pub const __WAIT_SESSION_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WaitSessionResponse {
     /// Field 1: `session`
@@ -31187,6 +31420,7 @@ pub struct WaitSessionResponse {
     )]
     pub route_status: ::buffa::EnumValue<DataPlaneRouteStatus>,
 }
+crate::json::object!(WaitSessionResponse);
 impl ::core::fmt::Debug for WaitSessionResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WaitSessionResponse")
@@ -31371,6 +31605,7 @@ pub const __WAIT_SESSION_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListSessionsRequest {
     /// Field 1: `owner_id`
@@ -31418,6 +31653,7 @@ pub struct ListSessionsRequest {
     #[serde(rename = "sticky", skip_serializing_if = "::core::option::Option::is_none")]
     pub sticky: ::core::option::Option<bool>,
 }
+crate::json::object!(ListSessionsRequest);
 impl ::core::fmt::Debug for ListSessionsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListSessionsRequest")
@@ -31599,6 +31835,7 @@ pub const __LIST_SESSIONS_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListSessionsResponse {
     /// Field 1: `sessions`
@@ -31617,6 +31854,7 @@ pub struct ListSessionsResponse {
     )]
     pub next_page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListSessionsResponse);
 impl ::core::fmt::Debug for ListSessionsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListSessionsResponse")
@@ -31749,6 +31987,7 @@ pub const __LIST_SESSIONS_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListWorkspaceSandboxesRequest {
     /// UUID; or empty
@@ -31805,6 +32044,7 @@ pub struct ListWorkspaceSandboxesRequest {
     #[serde(rename = "sticky", skip_serializing_if = "::core::option::Option::is_none")]
     pub sticky: ::core::option::Option<bool>,
 }
+crate::json::object!(ListWorkspaceSandboxesRequest);
 impl ::core::fmt::Debug for ListWorkspaceSandboxesRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListWorkspaceSandboxesRequest")
@@ -32009,6 +32249,7 @@ pub const __LIST_WORKSPACE_SANDBOXES_REQUEST_JSON_ANY: ::buffa::type_registry::J
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListWorkspaceSandboxesResponse {
     /// Field 1: `sessions`
@@ -32027,6 +32268,7 @@ pub struct ListWorkspaceSandboxesResponse {
     )]
     pub next_page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListWorkspaceSandboxesResponse);
 impl ::core::fmt::Debug for ListWorkspaceSandboxesResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListWorkspaceSandboxesResponse")
@@ -32159,6 +32401,7 @@ pub const __LIST_WORKSPACE_SANDBOXES_RESPONSE_JSON_ANY: ::buffa::type_registry::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListProjectSandboxesRequest {
     /// UUID
@@ -32224,6 +32467,7 @@ pub struct ListProjectSandboxesRequest {
     )]
     pub workspace_id: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(ListProjectSandboxesRequest);
 impl ::core::fmt::Debug for ListProjectSandboxesRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListProjectSandboxesRequest")
@@ -32448,6 +32692,7 @@ pub const __LIST_PROJECT_SANDBOXES_REQUEST_JSON_ANY: ::buffa::type_registry::Jso
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateSessionRequest {
     /// UUID
@@ -32496,6 +32741,7 @@ pub struct UpdateSessionRequest {
         ::buffa::Inline<::buffa_types::google::protobuf::Duration>,
     >,
 }
+crate::json::object!(UpdateSessionRequest);
 impl ::core::fmt::Debug for UpdateSessionRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateSessionRequest")
@@ -32694,6 +32940,7 @@ pub const __UPDATE_SESSION_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateSessionResponse {
     /// Field 1: `session`
@@ -32703,6 +32950,7 @@ pub struct UpdateSessionResponse {
     )]
     pub session: ::buffa::MessageField<SandboxSession, ::buffa::Inline<SandboxSession>>,
 }
+crate::json::object!(UpdateSessionResponse);
 impl ::core::fmt::Debug for UpdateSessionResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateSessionResponse").field("session", &self.session).finish()
@@ -32815,6 +33063,7 @@ pub const __UPDATE_SESSION_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListProjectSandboxesResponse {
     /// Field 1: `sessions`
@@ -32833,6 +33082,7 @@ pub struct ListProjectSandboxesResponse {
     )]
     pub next_page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListProjectSandboxesResponse);
 impl ::core::fmt::Debug for ListProjectSandboxesResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListProjectSandboxesResponse")
@@ -32965,6 +33215,7 @@ pub const __LIST_PROJECT_SANDBOXES_RESPONSE_JSON_ANY: ::buffa::type_registry::Js
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CreateVolumeRequest {
     /// UUID; or empty
@@ -33006,6 +33257,7 @@ pub struct CreateVolumeRequest {
     )]
     pub project_id: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(CreateVolumeRequest);
 impl ::core::fmt::Debug for CreateVolumeRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CreateVolumeRequest")
@@ -33156,6 +33408,7 @@ pub const __CREATE_VOLUME_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CreateVolumeResponse {
     /// Field 1: `volume`
@@ -33165,6 +33418,7 @@ pub struct CreateVolumeResponse {
     )]
     pub volume: ::buffa::MessageField<Volume, ::buffa::Inline<Volume>>,
 }
+crate::json::object!(CreateVolumeResponse);
 impl ::core::fmt::Debug for CreateVolumeResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CreateVolumeResponse").field("volume", &self.volume).finish()
@@ -33277,6 +33531,7 @@ pub const __CREATE_VOLUME_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetVolumeRequest {
     /// UUID
@@ -33290,6 +33545,7 @@ pub struct GetVolumeRequest {
     )]
     pub volume_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(GetVolumeRequest);
 impl ::core::fmt::Debug for GetVolumeRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetVolumeRequest").field("volume_id", &self.volume_id).finish()
@@ -33388,6 +33644,7 @@ pub const __GET_VOLUME_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetVolumeResponse {
     /// Field 1: `volume`
@@ -33405,6 +33662,7 @@ pub struct GetVolumeResponse {
     )]
     pub active_attachments: ::buffa::alloc::vec::Vec<VolumeAttachment>,
 }
+crate::json::object!(GetVolumeResponse);
 impl ::core::fmt::Debug for GetVolumeResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetVolumeResponse")
@@ -33549,6 +33807,7 @@ pub const __GET_VOLUME_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry =
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListVolumesRequest {
     /// UUID; or empty
@@ -33580,6 +33839,7 @@ pub struct ListVolumesRequest {
     )]
     pub page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListVolumesRequest);
 impl ::core::fmt::Debug for ListVolumesRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListVolumesRequest")
@@ -33710,6 +33970,7 @@ pub const __LIST_VOLUMES_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListVolumesResponse {
     /// Field 1: `volumes`
@@ -33728,6 +33989,7 @@ pub struct ListVolumesResponse {
     )]
     pub next_page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListVolumesResponse);
 impl ::core::fmt::Debug for ListVolumesResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListVolumesResponse")
@@ -33860,6 +34122,7 @@ pub const __LIST_VOLUMES_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListProjectVolumesRequest {
     /// UUID
@@ -33900,6 +34163,7 @@ pub struct ListProjectVolumesRequest {
     )]
     pub workspace_id: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(ListProjectVolumesRequest);
 impl ::core::fmt::Debug for ListProjectVolumesRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListProjectVolumesRequest")
@@ -34050,6 +34314,7 @@ pub const __LIST_PROJECT_VOLUMES_REQUEST_JSON_ANY: ::buffa::type_registry::JsonA
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListProjectVolumesResponse {
     /// Field 1: `volumes`
@@ -34068,6 +34333,7 @@ pub struct ListProjectVolumesResponse {
     )]
     pub next_page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListProjectVolumesResponse);
 impl ::core::fmt::Debug for ListProjectVolumesResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListProjectVolumesResponse")
@@ -34200,6 +34466,7 @@ pub const __LIST_PROJECT_VOLUMES_RESPONSE_JSON_ANY: ::buffa::type_registry::Json
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DeleteVolumeRequest {
     /// UUID
@@ -34213,6 +34480,7 @@ pub struct DeleteVolumeRequest {
     )]
     pub volume_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(DeleteVolumeRequest);
 impl ::core::fmt::Debug for DeleteVolumeRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DeleteVolumeRequest")
@@ -34313,8 +34581,10 @@ pub const __DELETE_VOLUME_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DeleteVolumeResponse {}
+crate::json::object!(DeleteVolumeResponse);
 impl ::core::fmt::Debug for DeleteVolumeResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DeleteVolumeResponse").finish()
@@ -34398,6 +34668,7 @@ pub const __DELETE_VOLUME_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateVolumeRequest {
     /// UUID
@@ -34433,6 +34704,7 @@ pub struct UpdateVolumeRequest {
     )]
     pub clear_tags: bool,
 }
+crate::json::object!(UpdateVolumeRequest);
 impl ::core::fmt::Debug for UpdateVolumeRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateVolumeRequest")
@@ -34585,6 +34857,7 @@ pub const __UPDATE_VOLUME_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateVolumeResponse {
     /// Field 1: `volume`
@@ -34594,6 +34867,7 @@ pub struct UpdateVolumeResponse {
     )]
     pub volume: ::buffa::MessageField<Volume, ::buffa::Inline<Volume>>,
 }
+crate::json::object!(UpdateVolumeResponse);
 impl ::core::fmt::Debug for UpdateVolumeResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateVolumeResponse").field("volume", &self.volume).finish()
@@ -34706,6 +34980,7 @@ pub const __UPDATE_VOLUME_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ResizeVolumeRequest {
     /// UUID
@@ -34729,6 +35004,7 @@ pub struct ResizeVolumeRequest {
     )]
     pub new_size_bytes: i64,
 }
+crate::json::object!(ResizeVolumeRequest);
 impl ::core::fmt::Debug for ResizeVolumeRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ResizeVolumeRequest")
@@ -34844,6 +35120,7 @@ pub const __RESIZE_VOLUME_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ResizeVolumeResponse {
     /// Field 1: `volume`
@@ -34853,6 +35130,7 @@ pub struct ResizeVolumeResponse {
     )]
     pub volume: ::buffa::MessageField<Volume, ::buffa::Inline<Volume>>,
 }
+crate::json::object!(ResizeVolumeResponse);
 impl ::core::fmt::Debug for ResizeVolumeResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ResizeVolumeResponse").field("volume", &self.volume).finish()
@@ -34965,6 +35243,7 @@ pub const __RESIZE_VOLUME_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct AttachVolumeRequest {
     /// UUID
@@ -34986,6 +35265,7 @@ pub struct AttachVolumeRequest {
     )]
     pub volume: ::buffa::MessageField<VolumeMount, ::buffa::Inline<VolumeMount>>,
 }
+crate::json::object!(AttachVolumeRequest);
 impl ::core::fmt::Debug for AttachVolumeRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("AttachVolumeRequest")
@@ -35115,6 +35395,7 @@ pub const __ATTACH_VOLUME_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct AttachVolumeResponse {
     /// Field 1: `attachment`
@@ -35127,6 +35408,7 @@ pub struct AttachVolumeResponse {
         ::buffa::Inline<VolumeAttachment>,
     >,
 }
+crate::json::object!(AttachVolumeResponse);
 impl ::core::fmt::Debug for AttachVolumeResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("AttachVolumeResponse")
@@ -35241,6 +35523,7 @@ pub const __ATTACH_VOLUME_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DetachVolumeRequest {
     /// UUID
@@ -35272,6 +35555,7 @@ pub struct DetachVolumeRequest {
     )]
     pub force_detach: bool,
 }
+crate::json::object!(DetachVolumeRequest);
 impl ::core::fmt::Debug for DetachVolumeRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DetachVolumeRequest")
@@ -35402,8 +35686,10 @@ pub const __DETACH_VOLUME_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DetachVolumeResponse {}
+crate::json::object!(DetachVolumeResponse);
 impl ::core::fmt::Debug for DetachVolumeResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DetachVolumeResponse").finish()
@@ -35487,6 +35773,7 @@ pub const __DETACH_VOLUME_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ExecuteCommandRequest {
     /// UUID
@@ -35543,6 +35830,7 @@ pub struct ExecuteCommandRequest {
     )]
     pub stream_output: bool,
 }
+crate::json::object!(ExecuteCommandRequest);
 impl ::core::fmt::Debug for ExecuteCommandRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ExecuteCommandRequest")
@@ -35745,6 +36033,7 @@ pub const __EXECUTE_COMMAND_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ExecuteCommandResponse {
     /// Field 1: `execution`
@@ -35757,6 +36046,7 @@ pub struct ExecuteCommandResponse {
         ::buffa::Inline<CommandExecution>,
     >,
 }
+crate::json::object!(ExecuteCommandResponse);
 impl ::core::fmt::Debug for ExecuteCommandResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ExecuteCommandResponse")
@@ -35871,6 +36161,7 @@ pub const __EXECUTE_COMMAND_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct StreamCommandOutputRequest {
     /// UUID
@@ -35894,6 +36185,7 @@ pub struct StreamCommandOutputRequest {
     )]
     pub execution_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(StreamCommandOutputRequest);
 impl ::core::fmt::Debug for StreamCommandOutputRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("StreamCommandOutputRequest")
@@ -36009,6 +36301,7 @@ pub const __STREAM_COMMAND_OUTPUT_REQUEST_JSON_ANY: ::buffa::type_registry::Json
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct StreamCommandOutputResponse {
     /// Field 1: `execution_id`
@@ -36067,6 +36360,7 @@ pub struct StreamCommandOutputResponse {
     )]
     pub timed_out: bool,
 }
+crate::json::object!(StreamCommandOutputResponse);
 impl ::core::fmt::Debug for StreamCommandOutputResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("StreamCommandOutputResponse")
@@ -37126,6 +37420,7 @@ pub mod dial_response {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DialOpened {
     /// Field 1: `sandbox_address`
@@ -37137,6 +37432,7 @@ pub struct DialOpened {
     )]
     pub sandbox_address: ::buffa::alloc::string::String,
 }
+crate::json::object!(DialOpened);
 impl ::core::fmt::Debug for DialOpened {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DialOpened")
@@ -37239,6 +37535,7 @@ pub const __DIAL_OPENED_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buffa
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DialClosed {
     /// Field 1: `reason`
@@ -37263,6 +37560,7 @@ pub struct DialClosed {
     )]
     pub errno: i32,
 }
+crate::json::object!(DialClosed);
 impl ::core::fmt::Debug for DialClosed {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DialClosed")
@@ -37945,6 +38243,7 @@ pub mod run_request {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct RunStart {
     /// UUID
@@ -38014,6 +38313,7 @@ pub struct RunStart {
     )]
     pub privileged: bool,
 }
+crate::json::object!(RunStart);
 impl ::core::fmt::Debug for RunStart {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("RunStart")
@@ -38232,6 +38532,7 @@ pub const __RUN_START_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buffa::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct RunSignal {
     /// Field 1: `signal`
@@ -38242,6 +38543,7 @@ pub struct RunSignal {
     )]
     pub signal: ::buffa::EnumValue<run_signal::Sig>,
 }
+crate::json::object!(RunSignal);
 impl ::core::fmt::Debug for RunSignal {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("RunSignal").field("signal", &self.signal).finish()
@@ -38945,6 +39247,7 @@ pub mod run_response {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct RunStarted {
     /// Field 1: `pid`
@@ -38963,6 +39266,7 @@ pub struct RunStarted {
     )]
     pub stdin_window_bytes: u32,
 }
+crate::json::object!(RunStarted);
 impl ::core::fmt::Debug for RunStarted {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("RunStarted")
@@ -39080,6 +39384,7 @@ pub const __RUN_STARTED_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buffa
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct RunExit {
     /// Field 1: `exit_code`
@@ -39128,6 +39433,7 @@ pub struct RunExit {
     )]
     pub errno: i32,
 }
+crate::json::object!(RunExit);
 impl ::core::fmt::Debug for RunExit {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("RunExit")
@@ -39303,6 +39609,7 @@ pub const __RUN_EXIT_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buffa::t
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct RunFlowControl {
     /// Field 1: `stdin_grant_bytes`
@@ -39314,6 +39621,7 @@ pub struct RunFlowControl {
     )]
     pub stdin_grant_bytes: u32,
 }
+crate::json::object!(RunFlowControl);
 impl ::core::fmt::Debug for RunFlowControl {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("RunFlowControl")
@@ -39416,6 +39724,7 @@ pub const __RUN_FLOW_CONTROL_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct OpenCodeProviderConfig {
     /// Field 1: `base_url`
@@ -39434,6 +39743,7 @@ pub struct OpenCodeProviderConfig {
     )]
     pub npm: ::buffa::alloc::string::String,
 }
+crate::json::object!(OpenCodeProviderConfig);
 impl ::core::fmt::Debug for OpenCodeProviderConfig {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("OpenCodeProviderConfig")
@@ -39549,6 +39859,7 @@ pub const __OPEN_CODE_PROVIDER_CONFIG_JSON_ANY: ::buffa::type_registry::JsonAnyE
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CostBreakdownEntry {
     /// Field 1: `agent`
@@ -39614,6 +39925,7 @@ pub struct CostBreakdownEntry {
     )]
     pub total_cost: f64,
 }
+crate::json::object!(CostBreakdownEntry);
 impl ::core::fmt::Debug for CostBreakdownEntry {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CostBreakdownEntry")
@@ -39825,6 +40137,7 @@ pub const __COST_BREAKDOWN_ENTRY_JSON_ANY: ::buffa::type_registry::JsonAnyEntry 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GitOperationRequest {
     /// UUID
@@ -39857,6 +40170,7 @@ pub struct GitOperationRequest {
         ::buffa::alloc::string::String,
     >,
 }
+crate::json::object!(GitOperationRequest);
 impl ::core::fmt::Debug for GitOperationRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GitOperationRequest")
@@ -39996,6 +40310,7 @@ pub const __GIT_OPERATION_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GitOperationResponse {
     /// Field 1: `output`
@@ -40006,6 +40321,7 @@ pub struct GitOperationResponse {
     )]
     pub output: ::buffa::alloc::string::String,
 }
+crate::json::object!(GitOperationResponse);
 impl ::core::fmt::Debug for GitOperationResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GitOperationResponse").field("output", &self.output).finish()
@@ -40104,6 +40420,7 @@ pub const __GIT_OPERATION_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WriteFileRequest {
     /// UUID
@@ -40133,6 +40450,7 @@ pub struct WriteFileRequest {
     )]
     pub content: ::buffa::bytes::Bytes,
 }
+crate::json::object!(WriteFileRequest);
 impl ::core::fmt::Debug for WriteFileRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WriteFileRequest")
@@ -40263,6 +40581,7 @@ pub const __WRITE_FILE_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WriteFileResponse {
     /// Field 1: `path`
@@ -40281,6 +40600,7 @@ pub struct WriteFileResponse {
     )]
     pub size_bytes: i64,
 }
+crate::json::object!(WriteFileResponse);
 impl ::core::fmt::Debug for WriteFileResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WriteFileResponse")
@@ -40396,6 +40716,7 @@ pub const __WRITE_FILE_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry =
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ReadFileRequest {
     /// UUID
@@ -40418,6 +40739,7 @@ pub struct ReadFileRequest {
     )]
     pub path: ::buffa::alloc::string::String,
 }
+crate::json::object!(ReadFileRequest);
 impl ::core::fmt::Debug for ReadFileRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ReadFileRequest")
@@ -40533,6 +40855,7 @@ pub const __READ_FILE_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = :
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ReadFileResponse {
     /// Field 1: `path`
@@ -40550,6 +40873,7 @@ pub struct ReadFileResponse {
     )]
     pub content: ::buffa::bytes::Bytes,
 }
+crate::json::object!(ReadFileResponse);
 impl ::core::fmt::Debug for ReadFileResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ReadFileResponse")
@@ -40665,6 +40989,7 @@ pub const __READ_FILE_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ReadFileStreamRequest {
     /// UUID
@@ -40709,6 +41034,7 @@ pub struct ReadFileStreamRequest {
     )]
     pub chunk_bytes: u32,
 }
+crate::json::object!(ReadFileStreamRequest);
 impl ::core::fmt::Debug for ReadFileStreamRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ReadFileStreamRequest")
@@ -40869,6 +41195,7 @@ pub const __READ_FILE_STREAM_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ReadFileStreamResponse {
     /// Field 1: `data`
@@ -40894,6 +41221,7 @@ pub struct ReadFileStreamResponse {
     )]
     pub total_size: i64,
 }
+crate::json::object!(ReadFileStreamResponse);
 impl ::core::fmt::Debug for ReadFileStreamResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ReadFileStreamResponse")
@@ -41276,6 +41604,7 @@ pub mod write_file_stream_request {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WriteFileStreamStart {
     /// UUID
@@ -41319,6 +41648,7 @@ pub struct WriteFileStreamStart {
     )]
     pub sync: bool,
 }
+crate::json::object!(WriteFileStreamStart);
 impl ::core::fmt::Debug for WriteFileStreamStart {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WriteFileStreamStart")
@@ -41479,6 +41809,7 @@ pub const __WRITE_FILE_STREAM_START_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WriteFileStreamResponse {
     /// Field 1: `bytes_written`
@@ -41497,6 +41828,7 @@ pub struct WriteFileStreamResponse {
     )]
     pub path: ::buffa::alloc::string::String,
 }
+crate::json::object!(WriteFileStreamResponse);
 impl ::core::fmt::Debug for WriteFileStreamResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WriteFileStreamResponse")
@@ -41612,6 +41944,7 @@ pub const __WRITE_FILE_STREAM_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAny
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct StatRequest {
     /// UUID
@@ -41634,6 +41967,7 @@ pub struct StatRequest {
     )]
     pub path: ::buffa::alloc::string::String,
 }
+crate::json::object!(StatRequest);
 impl ::core::fmt::Debug for StatRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("StatRequest")
@@ -41749,6 +42083,7 @@ pub const __STAT_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buff
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct StatResponse {
     /// Field 1: `exists`
@@ -41805,6 +42140,7 @@ pub struct StatResponse {
     )]
     pub symlink_target: ::buffa::alloc::string::String,
 }
+crate::json::object!(StatResponse);
 impl ::core::fmt::Debug for StatResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("StatResponse")
@@ -41999,6 +42335,7 @@ pub const __STAT_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buf
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct MkdirRequest {
     /// UUID
@@ -42035,6 +42372,7 @@ pub struct MkdirRequest {
     )]
     pub recursive: bool,
 }
+crate::json::object!(MkdirRequest);
 impl ::core::fmt::Debug for MkdirRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("MkdirRequest")
@@ -42180,6 +42518,7 @@ pub const __MKDIR_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buf
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct MkdirResponse {
     /// Field 1: `modified_unix_ns`
@@ -42191,6 +42530,7 @@ pub struct MkdirResponse {
     )]
     pub modified_unix_ns: i64,
 }
+crate::json::object!(MkdirResponse);
 impl ::core::fmt::Debug for MkdirResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("MkdirResponse")
@@ -42293,6 +42633,7 @@ pub const __MKDIR_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::bu
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct RemoveRequest {
     /// UUID
@@ -42322,6 +42663,7 @@ pub struct RemoveRequest {
     )]
     pub recursive: bool,
 }
+crate::json::object!(RemoveRequest);
 impl ::core::fmt::Debug for RemoveRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("RemoveRequest")
@@ -42452,6 +42794,7 @@ pub const __REMOVE_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::bu
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct RemoveResponse {
     /// Field 1: `removed`
@@ -42470,6 +42813,7 @@ pub struct RemoveResponse {
     )]
     pub entries_removed: i64,
 }
+crate::json::object!(RemoveResponse);
 impl ::core::fmt::Debug for RemoveResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("RemoveResponse")
@@ -42586,6 +42930,7 @@ pub const __REMOVE_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::b
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListRequest {
     /// UUID
@@ -42616,6 +42961,7 @@ pub struct ListRequest {
     )]
     pub include_hidden: bool,
 }
+crate::json::object!(ListRequest);
 impl ::core::fmt::Debug for ListRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListRequest")
@@ -42746,6 +43092,7 @@ pub const __LIST_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buff
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListResponse {
     /// Field 1: `entries`
@@ -42756,6 +43103,7 @@ pub struct ListResponse {
     )]
     pub entries: ::buffa::alloc::vec::Vec<ListEntry>,
 }
+crate::json::object!(ListResponse);
 impl ::core::fmt::Debug for ListResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListResponse").field("entries", &self.entries).finish()
@@ -42869,6 +43217,7 @@ pub const __LIST_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buf
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListEntry {
     /// Field 1: `name`
@@ -42909,6 +43258,7 @@ pub struct ListEntry {
     )]
     pub modified_unix_ns: i64,
 }
+crate::json::object!(ListEntry);
 impl ::core::fmt::Debug for ListEntry {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListEntry")
@@ -43071,6 +43421,7 @@ pub const __LIST_ENTRY_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buffa:
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct PauseSessionRequest {
     /// UUID
@@ -43084,6 +43435,7 @@ pub struct PauseSessionRequest {
     )]
     pub session_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(PauseSessionRequest);
 impl ::core::fmt::Debug for PauseSessionRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("PauseSessionRequest")
@@ -43184,6 +43536,7 @@ pub const __PAUSE_SESSION_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct PauseSessionResponse {
     /// Field 1: `session`
@@ -43193,6 +43546,7 @@ pub struct PauseSessionResponse {
     )]
     pub session: ::buffa::MessageField<SandboxSession, ::buffa::Inline<SandboxSession>>,
 }
+crate::json::object!(PauseSessionResponse);
 impl ::core::fmt::Debug for PauseSessionResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("PauseSessionResponse").field("session", &self.session).finish()
@@ -43305,6 +43659,7 @@ pub const __PAUSE_SESSION_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ResumeSessionRequest {
     /// UUID
@@ -43318,6 +43673,7 @@ pub struct ResumeSessionRequest {
     )]
     pub session_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(ResumeSessionRequest);
 impl ::core::fmt::Debug for ResumeSessionRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ResumeSessionRequest")
@@ -43418,6 +43774,7 @@ pub const __RESUME_SESSION_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ResumeSessionResponse {
     /// Field 1: `session`
@@ -43427,6 +43784,7 @@ pub struct ResumeSessionResponse {
     )]
     pub session: ::buffa::MessageField<SandboxSession, ::buffa::Inline<SandboxSession>>,
 }
+crate::json::object!(ResumeSessionResponse);
 impl ::core::fmt::Debug for ResumeSessionResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ResumeSessionResponse").field("session", &self.session).finish()
@@ -43539,6 +43897,7 @@ pub const __RESUME_SESSION_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TerminateSessionRequest {
     /// UUID
@@ -43552,6 +43911,7 @@ pub struct TerminateSessionRequest {
     )]
     pub session_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(TerminateSessionRequest);
 impl ::core::fmt::Debug for TerminateSessionRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TerminateSessionRequest")
@@ -43652,6 +44012,7 @@ pub const __TERMINATE_SESSION_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyE
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TerminateSessionResponse {
     /// Field 1: `session`
@@ -43661,6 +44022,7 @@ pub struct TerminateSessionResponse {
     )]
     pub session: ::buffa::MessageField<SandboxSession, ::buffa::Inline<SandboxSession>>,
 }
+crate::json::object!(TerminateSessionResponse);
 impl ::core::fmt::Debug for TerminateSessionResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TerminateSessionResponse")
@@ -43775,6 +44137,7 @@ pub const __TERMINATE_SESSION_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAny
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TerminateSessionsRequest {
     /// each a UUID; 1 to 100 items
@@ -43788,6 +44151,7 @@ pub struct TerminateSessionsRequest {
     )]
     pub session_ids: ::buffa::alloc::vec::Vec<::buffa::alloc::string::String>,
 }
+crate::json::object!(TerminateSessionsRequest);
 impl ::core::fmt::Debug for TerminateSessionsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TerminateSessionsRequest")
@@ -43892,6 +44256,7 @@ pub const __TERMINATE_SESSIONS_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAny
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TerminateSessionsResponse {
     /// Field 1: `sessions`
@@ -43909,6 +44274,7 @@ pub struct TerminateSessionsResponse {
     )]
     pub failures: ::buffa::alloc::vec::Vec<TerminateSessionFailure>,
 }
+crate::json::object!(TerminateSessionsResponse);
 impl ::core::fmt::Debug for TerminateSessionsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TerminateSessionsResponse")
@@ -44054,6 +44420,7 @@ pub const __TERMINATE_SESSIONS_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TerminateSessionFailure {
     /// Field 1: `session_id`
@@ -44072,6 +44439,7 @@ pub struct TerminateSessionFailure {
     )]
     pub message: ::buffa::alloc::string::String,
 }
+crate::json::object!(TerminateSessionFailure);
 impl ::core::fmt::Debug for TerminateSessionFailure {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TerminateSessionFailure")
@@ -44187,6 +44555,7 @@ pub const __TERMINATE_SESSION_FAILURE_JSON_ANY: ::buffa::type_registry::JsonAnyE
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ExtendSessionRequest {
     /// UUID
@@ -44212,6 +44581,7 @@ pub struct ExtendSessionRequest {
         ::buffa::Inline<::buffa_types::google::protobuf::Duration>,
     >,
 }
+crate::json::object!(ExtendSessionRequest);
 impl ::core::fmt::Debug for ExtendSessionRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ExtendSessionRequest")
@@ -44341,6 +44711,7 @@ pub const __EXTEND_SESSION_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ExtendSessionResponse {
     /// Field 1: `session`
@@ -44350,6 +44721,7 @@ pub struct ExtendSessionResponse {
     )]
     pub session: ::buffa::MessageField<SandboxSession, ::buffa::Inline<SandboxSession>>,
 }
+crate::json::object!(ExtendSessionResponse);
 impl ::core::fmt::Debug for ExtendSessionResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ExtendSessionResponse").field("session", &self.session).finish()
@@ -44462,6 +44834,7 @@ pub const __EXTEND_SESSION_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetArtifactUploadUrlRequest {
     /// UUID
@@ -44492,6 +44865,7 @@ pub struct GetArtifactUploadUrlRequest {
     )]
     pub content_type: ::buffa::alloc::string::String,
 }
+crate::json::object!(GetArtifactUploadUrlRequest);
 impl ::core::fmt::Debug for GetArtifactUploadUrlRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetArtifactUploadUrlRequest")
@@ -44622,6 +44996,7 @@ pub const __GET_ARTIFACT_UPLOAD_URL_REQUEST_JSON_ANY: ::buffa::type_registry::Js
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetArtifactUploadUrlResponse {
     /// Field 1: `artifact_id`
@@ -44651,6 +45026,7 @@ pub struct GetArtifactUploadUrlResponse {
         ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
     >,
 }
+crate::json::object!(GetArtifactUploadUrlResponse);
 impl ::core::fmt::Debug for GetArtifactUploadUrlResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetArtifactUploadUrlResponse")
@@ -44795,6 +45171,7 @@ pub const __GET_ARTIFACT_UPLOAD_URL_RESPONSE_JSON_ANY: ::buffa::type_registry::J
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetArtifactDownloadUrlRequest {
     /// UUID
@@ -44808,6 +45185,7 @@ pub struct GetArtifactDownloadUrlRequest {
     )]
     pub artifact_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(GetArtifactDownloadUrlRequest);
 impl ::core::fmt::Debug for GetArtifactDownloadUrlRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetArtifactDownloadUrlRequest")
@@ -44908,6 +45286,7 @@ pub const __GET_ARTIFACT_DOWNLOAD_URL_REQUEST_JSON_ANY: ::buffa::type_registry::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetArtifactDownloadUrlResponse {
     /// Field 1: `download_url`
@@ -44929,6 +45308,7 @@ pub struct GetArtifactDownloadUrlResponse {
         ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
     >,
 }
+crate::json::object!(GetArtifactDownloadUrlResponse);
 impl ::core::fmt::Debug for GetArtifactDownloadUrlResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetArtifactDownloadUrlResponse")
@@ -45058,6 +45438,7 @@ pub const __GET_ARTIFACT_DOWNLOAD_URL_RESPONSE_JSON_ANY: ::buffa::type_registry:
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ExposePortRequest {
     /// UUID
@@ -45093,6 +45474,7 @@ pub struct ExposePortRequest {
     #[serde(rename = "slug", skip_serializing_if = "::core::option::Option::is_none")]
     pub slug: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(ExposePortRequest);
 impl ::core::fmt::Debug for ExposePortRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ExposePortRequest")
@@ -45255,6 +45637,7 @@ pub const __EXPOSE_PORT_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry =
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ExposePortResponse {
     /// Field 1: `host_address`
@@ -45303,6 +45686,7 @@ pub struct ExposePortResponse {
     #[serde(rename = "slug", skip_serializing_if = "::core::option::Option::is_none")]
     pub slug: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(ExposePortResponse);
 impl ::core::fmt::Debug for ExposePortResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ExposePortResponse")
@@ -45952,6 +46336,7 @@ pub mod host_port_tunnel_request {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct HostPortTunnelOpen {
     /// UUID
@@ -45991,6 +46376,7 @@ pub struct HostPortTunnelOpen {
     )]
     pub host_dial_target_label: ::buffa::alloc::string::String,
 }
+crate::json::object!(HostPortTunnelOpen);
 impl ::core::fmt::Debug for HostPortTunnelOpen {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("HostPortTunnelOpen")
@@ -46142,6 +46528,7 @@ pub const __HOST_PORT_TUNNEL_OPEN_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct HostPortTunnelData {
     /// Field 1: `sub_stream_id`
@@ -46160,6 +46547,7 @@ pub struct HostPortTunnelData {
     )]
     pub payload: ::buffa::bytes::Bytes,
 }
+crate::json::object!(HostPortTunnelData);
 impl ::core::fmt::Debug for HostPortTunnelData {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("HostPortTunnelData")
@@ -46275,6 +46663,7 @@ pub const __HOST_PORT_TUNNEL_DATA_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct HostPortTunnelHalfClose {
     /// Field 1: `sub_stream_id`
@@ -46294,6 +46683,7 @@ pub struct HostPortTunnelHalfClose {
     )]
     pub client_to_server: bool,
 }
+crate::json::object!(HostPortTunnelHalfClose);
 impl ::core::fmt::Debug for HostPortTunnelHalfClose {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("HostPortTunnelHalfClose")
@@ -46409,6 +46799,7 @@ pub const __HOST_PORT_TUNNEL_HALF_CLOSE_JSON_ANY: ::buffa::type_registry::JsonAn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct HostPortTunnelClose {
     /// Field 1: `sub_stream_id`
@@ -46427,6 +46818,7 @@ pub struct HostPortTunnelClose {
     )]
     pub reason: ::buffa::alloc::string::String,
 }
+crate::json::object!(HostPortTunnelClose);
 impl ::core::fmt::Debug for HostPortTunnelClose {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("HostPortTunnelClose")
@@ -46542,6 +46934,7 @@ pub const __HOST_PORT_TUNNEL_CLOSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct HostPortTunnelKeepalivePong {
     /// Field 1: `ping_id`
@@ -46553,6 +46946,7 @@ pub struct HostPortTunnelKeepalivePong {
     )]
     pub ping_id: i64,
 }
+crate::json::object!(HostPortTunnelKeepalivePong);
 impl ::core::fmt::Debug for HostPortTunnelKeepalivePong {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("HostPortTunnelKeepalivePong")
@@ -47229,6 +47623,7 @@ pub mod host_port_tunnel_response {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct HostPortTunnelOpened {
     /// Field 1: `sandbox_port`
@@ -47248,6 +47643,7 @@ pub struct HostPortTunnelOpened {
     )]
     pub sandbox_address: ::buffa::alloc::string::String,
 }
+crate::json::object!(HostPortTunnelOpened);
 impl ::core::fmt::Debug for HostPortTunnelOpened {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("HostPortTunnelOpened")
@@ -47365,6 +47761,7 @@ pub const __HOST_PORT_TUNNEL_OPENED_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct HostPortTunnelAccept {
     /// Field 1: `sub_stream_id`
@@ -47384,6 +47781,7 @@ pub struct HostPortTunnelAccept {
     )]
     pub source_address: ::buffa::alloc::string::String,
 }
+crate::json::object!(HostPortTunnelAccept);
 impl ::core::fmt::Debug for HostPortTunnelAccept {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("HostPortTunnelAccept")
@@ -47501,6 +47899,7 @@ pub const __HOST_PORT_TUNNEL_ACCEPT_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct HostPortTunnelKeepalivePing {
     /// Field 1: `ping_id`
@@ -47512,6 +47911,7 @@ pub struct HostPortTunnelKeepalivePing {
     )]
     pub ping_id: i64,
 }
+crate::json::object!(HostPortTunnelKeepalivePing);
 impl ::core::fmt::Debug for HostPortTunnelKeepalivePing {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("HostPortTunnelKeepalivePing")
@@ -47612,6 +48012,7 @@ pub const __HOST_PORT_TUNNEL_KEEPALIVE_PING_JSON_ANY: ::buffa::type_registry::Js
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct HostPortTunnelTerminated {
     /// Field 1: `reason`
@@ -47636,6 +48037,7 @@ pub struct HostPortTunnelTerminated {
     )]
     pub errno: i32,
 }
+crate::json::object!(HostPortTunnelTerminated);
 impl ::core::fmt::Debug for HostPortTunnelTerminated {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("HostPortTunnelTerminated")
@@ -47969,6 +48371,7 @@ pub mod host_port_tunnel_terminated {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct OpenPreviewRequest {
     /// UUID
@@ -48001,6 +48404,7 @@ pub struct OpenPreviewRequest {
         ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
     >,
 }
+crate::json::object!(OpenPreviewRequest);
 impl ::core::fmt::Debug for OpenPreviewRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("OpenPreviewRequest")
@@ -48145,6 +48549,7 @@ pub const __OPEN_PREVIEW_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct OpenPreviewResponse {
     /// Field 1: `port`
@@ -48181,6 +48586,7 @@ pub struct OpenPreviewResponse {
     )]
     pub viewer_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(OpenPreviewResponse);
 impl ::core::fmt::Debug for OpenPreviewResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("OpenPreviewResponse")
@@ -48340,6 +48746,7 @@ pub const __OPEN_PREVIEW_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TouchPreviewRequest {
     /// not empty
@@ -48353,6 +48760,7 @@ pub struct TouchPreviewRequest {
     )]
     pub preview_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(TouchPreviewRequest);
 impl ::core::fmt::Debug for TouchPreviewRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TouchPreviewRequest")
@@ -48454,6 +48862,7 @@ pub const __TOUCH_PREVIEW_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct TouchPreviewResponse {
     /// Field 1: `last_accessed_at`
@@ -48467,6 +48876,7 @@ pub struct TouchPreviewResponse {
         ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
     >,
 }
+crate::json::object!(TouchPreviewResponse);
 impl ::core::fmt::Debug for TouchPreviewResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("TouchPreviewResponse")
@@ -48581,6 +48991,7 @@ pub const __TOUCH_PREVIEW_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ReportSessionActivityRequest {
     /// UUID
@@ -48594,6 +49005,7 @@ pub struct ReportSessionActivityRequest {
     )]
     pub session_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(ReportSessionActivityRequest);
 impl ::core::fmt::Debug for ReportSessionActivityRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ReportSessionActivityRequest")
@@ -48694,6 +49106,7 @@ pub const __REPORT_SESSION_ACTIVITY_REQUEST_JSON_ANY: ::buffa::type_registry::Js
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ReportSessionActivityResponse {
     /// Field 1: `last_activity_at`
@@ -48707,6 +49120,7 @@ pub struct ReportSessionActivityResponse {
         ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
     >,
 }
+crate::json::object!(ReportSessionActivityResponse);
 impl ::core::fmt::Debug for ReportSessionActivityResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ReportSessionActivityResponse")
@@ -48821,6 +49235,7 @@ pub const __REPORT_SESSION_ACTIVITY_RESPONSE_JSON_ANY: ::buffa::type_registry::J
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UnexposePortRequest {
     /// UUID
@@ -48843,6 +49258,7 @@ pub struct UnexposePortRequest {
     )]
     pub port: i32,
 }
+crate::json::object!(UnexposePortRequest);
 impl ::core::fmt::Debug for UnexposePortRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UnexposePortRequest")
@@ -48958,8 +49374,10 @@ pub const __UNEXPOSE_PORT_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UnexposePortResponse {}
+crate::json::object!(UnexposePortResponse);
 impl ::core::fmt::Debug for UnexposePortResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UnexposePortResponse").finish()
@@ -49043,6 +49461,7 @@ pub const __UNEXPOSE_PORT_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListExposedPortsRequest {
     /// UUID
@@ -49056,6 +49475,7 @@ pub struct ListExposedPortsRequest {
     )]
     pub session_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListExposedPortsRequest);
 impl ::core::fmt::Debug for ListExposedPortsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListExposedPortsRequest")
@@ -49156,6 +49576,7 @@ pub const __LIST_EXPOSED_PORTS_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAny
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct PortExposure {
     /// Field 1: `port`
@@ -49196,6 +49617,7 @@ pub struct PortExposure {
     #[serde(rename = "slug", skip_serializing_if = "::core::option::Option::is_none")]
     pub slug: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(PortExposure);
 impl ::core::fmt::Debug for PortExposure {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("PortExposure")
@@ -49378,6 +49800,7 @@ pub const __PORT_EXPOSURE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buf
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListExposedPortsResponse {
     /// Field 1: `ports`
@@ -49388,6 +49811,7 @@ pub struct ListExposedPortsResponse {
     )]
     pub ports: ::buffa::alloc::vec::Vec<PortExposure>,
 }
+crate::json::object!(ListExposedPortsResponse);
 impl ::core::fmt::Debug for ListExposedPortsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListExposedPortsResponse").field("ports", &self.ports).finish()
@@ -49501,6 +49925,7 @@ pub const __LIST_EXPOSED_PORTS_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CreatePreviewUrlRequest {
     /// UUID; or empty
@@ -49562,6 +49987,7 @@ pub struct CreatePreviewUrlRequest {
         ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
     >,
 }
+crate::json::object!(CreatePreviewUrlRequest);
 impl ::core::fmt::Debug for CreatePreviewUrlRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CreatePreviewUrlRequest")
@@ -49763,6 +50189,7 @@ pub const __CREATE_PREVIEW_URL_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAny
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CreatePreviewUrlResponse {
     /// Field 1: `preview_url`
@@ -49773,6 +50200,7 @@ pub struct CreatePreviewUrlResponse {
     )]
     pub preview_url: ::buffa::MessageField<PreviewUrl, ::buffa::Inline<PreviewUrl>>,
 }
+crate::json::object!(CreatePreviewUrlResponse);
 impl ::core::fmt::Debug for CreatePreviewUrlResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CreatePreviewUrlResponse")
@@ -49887,6 +50315,7 @@ pub const __CREATE_PREVIEW_URL_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DeletePreviewUrlRequest {
     /// UUID
@@ -49900,6 +50329,7 @@ pub struct DeletePreviewUrlRequest {
     )]
     pub preview_url_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(DeletePreviewUrlRequest);
 impl ::core::fmt::Debug for DeletePreviewUrlRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DeletePreviewUrlRequest")
@@ -50002,8 +50432,10 @@ pub const __DELETE_PREVIEW_URL_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAny
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DeletePreviewUrlResponse {}
+crate::json::object!(DeletePreviewUrlResponse);
 impl ::core::fmt::Debug for DeletePreviewUrlResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DeletePreviewUrlResponse").finish()
@@ -50087,6 +50519,7 @@ pub const __DELETE_PREVIEW_URL_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct BindPreviewUrlRequest {
     /// UUID
@@ -50131,6 +50564,7 @@ pub struct BindPreviewUrlRequest {
         ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
     >,
 }
+crate::json::object!(BindPreviewUrlRequest);
 impl ::core::fmt::Debug for BindPreviewUrlRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("BindPreviewUrlRequest")
@@ -50292,6 +50726,7 @@ pub const __BIND_PREVIEW_URL_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct BindPreviewUrlResponse {
     /// Field 1: `preview_url`
@@ -50302,6 +50737,7 @@ pub struct BindPreviewUrlResponse {
     )]
     pub preview_url: ::buffa::MessageField<PreviewUrl, ::buffa::Inline<PreviewUrl>>,
 }
+crate::json::object!(BindPreviewUrlResponse);
 impl ::core::fmt::Debug for BindPreviewUrlResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("BindPreviewUrlResponse")
@@ -50416,6 +50852,7 @@ pub const __BIND_PREVIEW_URL_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyE
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UnbindPreviewUrlRequest {
     /// UUID
@@ -50429,6 +50866,7 @@ pub struct UnbindPreviewUrlRequest {
     )]
     pub preview_url_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(UnbindPreviewUrlRequest);
 impl ::core::fmt::Debug for UnbindPreviewUrlRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UnbindPreviewUrlRequest")
@@ -50531,6 +50969,7 @@ pub const __UNBIND_PREVIEW_URL_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAny
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UnbindPreviewUrlResponse {
     /// Field 1: `preview_url`
@@ -50541,6 +50980,7 @@ pub struct UnbindPreviewUrlResponse {
     )]
     pub preview_url: ::buffa::MessageField<PreviewUrl, ::buffa::Inline<PreviewUrl>>,
 }
+crate::json::object!(UnbindPreviewUrlResponse);
 impl ::core::fmt::Debug for UnbindPreviewUrlResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UnbindPreviewUrlResponse")
@@ -50655,6 +51095,7 @@ pub const __UNBIND_PREVIEW_URL_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListPreviewUrlsRequest {
     /// UUID; or empty
@@ -50706,6 +51147,7 @@ pub struct ListPreviewUrlsRequest {
     )]
     pub session_id: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(ListPreviewUrlsRequest);
 impl ::core::fmt::Debug for ListPreviewUrlsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListPreviewUrlsRequest")
@@ -50876,6 +51318,7 @@ pub const __LIST_PREVIEW_URLS_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyE
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListPreviewUrlsResponse {
     /// Field 1: `preview_urls`
@@ -50895,6 +51338,7 @@ pub struct ListPreviewUrlsResponse {
     )]
     pub next_page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListPreviewUrlsResponse);
 impl ::core::fmt::Debug for ListPreviewUrlsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListPreviewUrlsResponse")
@@ -51251,6 +51695,7 @@ pub mod get_preview_url_request {
 }
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetPreviewUrlResponse {
     /// Field 1: `preview_url`
@@ -51261,6 +51706,7 @@ pub struct GetPreviewUrlResponse {
     )]
     pub preview_url: ::buffa::MessageField<PreviewUrl, ::buffa::Inline<PreviewUrl>>,
 }
+crate::json::object!(GetPreviewUrlResponse);
 impl ::core::fmt::Debug for GetPreviewUrlResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetPreviewUrlResponse")
@@ -51375,6 +51821,7 @@ pub const __GET_PREVIEW_URL_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ResolvePreviewTokenRequest {
     /// not empty
@@ -51387,6 +51834,7 @@ pub struct ResolvePreviewTokenRequest {
     )]
     pub token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ResolvePreviewTokenRequest);
 impl ::core::fmt::Debug for ResolvePreviewTokenRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ResolvePreviewTokenRequest").field("token", &self.token).finish()
@@ -51485,6 +51933,7 @@ pub const __RESOLVE_PREVIEW_TOKEN_REQUEST_JSON_ANY: ::buffa::type_registry::Json
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ResolvePreviewTokenResponse {
     /// Field 1: `session_id`
@@ -51536,6 +51985,7 @@ pub struct ResolvePreviewTokenResponse {
     )]
     pub is_offline: bool,
 }
+crate::json::object!(ResolvePreviewTokenResponse);
 impl ::core::fmt::Debug for ResolvePreviewTokenResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ResolvePreviewTokenResponse")
@@ -51725,6 +52175,7 @@ pub const __RESOLVE_PREVIEW_TOKEN_RESPONSE_JSON_ANY: ::buffa::type_registry::Jso
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateSSHAuthorizedKeysRequest {
     /// UUID
@@ -51748,6 +52199,7 @@ pub struct UpdateSSHAuthorizedKeysRequest {
     )]
     pub ssh_authorized_keys: ::buffa::alloc::vec::Vec<::buffa::alloc::string::String>,
 }
+crate::json::object!(UpdateSSHAuthorizedKeysRequest);
 impl ::core::fmt::Debug for UpdateSSHAuthorizedKeysRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateSSHAuthorizedKeysRequest")
@@ -51867,8 +52319,10 @@ pub const __UPDATE_SSH_AUTHORIZED_KEYS_REQUEST_JSON_ANY: ::buffa::type_registry:
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateSSHAuthorizedKeysResponse {}
+crate::json::object!(UpdateSSHAuthorizedKeysResponse);
 impl ::core::fmt::Debug for UpdateSSHAuthorizedKeysResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateSSHAuthorizedKeysResponse").finish()
@@ -51952,6 +52406,7 @@ pub const __UPDATE_SSH_AUTHORIZED_KEYS_RESPONSE_JSON_ANY: ::buffa::type_registry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CreateSnapshotRequest {
     /// UUID
@@ -51992,6 +52447,7 @@ pub struct CreateSnapshotRequest {
     )]
     pub r#async: bool,
 }
+crate::json::object!(CreateSnapshotRequest);
 impl ::core::fmt::Debug for CreateSnapshotRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CreateSnapshotRequest")
@@ -52171,6 +52627,7 @@ pub const __CREATE_SNAPSHOT_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct CreateSnapshotResponse {
     /// Field 1: `snapshot`
@@ -52180,6 +52637,7 @@ pub struct CreateSnapshotResponse {
     )]
     pub snapshot: ::buffa::MessageField<Snapshot, ::buffa::Inline<Snapshot>>,
 }
+crate::json::object!(CreateSnapshotResponse);
 impl ::core::fmt::Debug for CreateSnapshotResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("CreateSnapshotResponse")
@@ -52294,6 +52752,7 @@ pub const __CREATE_SNAPSHOT_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetSnapshotRequest {
     /// UUID
@@ -52307,6 +52766,7 @@ pub struct GetSnapshotRequest {
     )]
     pub snapshot_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(GetSnapshotRequest);
 impl ::core::fmt::Debug for GetSnapshotRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetSnapshotRequest")
@@ -52407,6 +52867,7 @@ pub const __GET_SNAPSHOT_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetSnapshotResponse {
     /// Field 1: `snapshot`
@@ -52416,6 +52877,7 @@ pub struct GetSnapshotResponse {
     )]
     pub snapshot: ::buffa::MessageField<Snapshot, ::buffa::Inline<Snapshot>>,
 }
+crate::json::object!(GetSnapshotResponse);
 impl ::core::fmt::Debug for GetSnapshotResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetSnapshotResponse").field("snapshot", &self.snapshot).finish()
@@ -52528,6 +52990,7 @@ pub const __GET_SNAPSHOT_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetSnapshotDownloadURLRequest {
     /// UUID
@@ -52541,6 +53004,7 @@ pub struct GetSnapshotDownloadURLRequest {
     )]
     pub snapshot_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(GetSnapshotDownloadURLRequest);
 impl ::core::fmt::Debug for GetSnapshotDownloadURLRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetSnapshotDownloadURLRequest")
@@ -52641,6 +53105,7 @@ pub const __GET_SNAPSHOT_DOWNLOAD_URL_REQUEST_JSON_ANY: ::buffa::type_registry::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetSnapshotDownloadURLResponse {
     /// Field 1: `url`
@@ -52661,6 +53126,7 @@ pub struct GetSnapshotDownloadURLResponse {
         ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
     >,
 }
+crate::json::object!(GetSnapshotDownloadURLResponse);
 impl ::core::fmt::Debug for GetSnapshotDownloadURLResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetSnapshotDownloadURLResponse")
@@ -52790,6 +53256,7 @@ pub const __GET_SNAPSHOT_DOWNLOAD_URL_RESPONSE_JSON_ANY: ::buffa::type_registry:
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListSnapshotsRequest {
     /// 0 to 100
@@ -52811,6 +53278,7 @@ pub struct ListSnapshotsRequest {
     )]
     pub page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListSnapshotsRequest);
 impl ::core::fmt::Debug for ListSnapshotsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListSnapshotsRequest")
@@ -52926,6 +53394,7 @@ pub const __LIST_SNAPSHOTS_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListSnapshotsResponse {
     /// Field 1: `snapshots`
@@ -52944,6 +53413,7 @@ pub struct ListSnapshotsResponse {
     )]
     pub next_page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListSnapshotsResponse);
 impl ::core::fmt::Debug for ListSnapshotsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListSnapshotsResponse")
@@ -53076,6 +53546,7 @@ pub const __LIST_SNAPSHOTS_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListSessionSnapshotsRequest {
     /// UUID
@@ -53107,6 +53578,7 @@ pub struct ListSessionSnapshotsRequest {
     )]
     pub page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListSessionSnapshotsRequest);
 impl ::core::fmt::Debug for ListSessionSnapshotsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListSessionSnapshotsRequest")
@@ -53237,6 +53709,7 @@ pub const __LIST_SESSION_SNAPSHOTS_REQUEST_JSON_ANY: ::buffa::type_registry::Jso
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListSessionSnapshotsResponse {
     /// Field 1: `snapshots`
@@ -53255,6 +53728,7 @@ pub struct ListSessionSnapshotsResponse {
     )]
     pub next_page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListSessionSnapshotsResponse);
 impl ::core::fmt::Debug for ListSessionSnapshotsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListSessionSnapshotsResponse")
@@ -53387,6 +53861,7 @@ pub const __LIST_SESSION_SNAPSHOTS_RESPONSE_JSON_ANY: ::buffa::type_registry::Js
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListDanglingSnapshotsRequest {
     /// 0 to 100
@@ -53408,6 +53883,7 @@ pub struct ListDanglingSnapshotsRequest {
     )]
     pub page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListDanglingSnapshotsRequest);
 impl ::core::fmt::Debug for ListDanglingSnapshotsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListDanglingSnapshotsRequest")
@@ -53523,6 +53999,7 @@ pub const __LIST_DANGLING_SNAPSHOTS_REQUEST_JSON_ANY: ::buffa::type_registry::Js
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListDanglingSnapshotsResponse {
     /// Field 1: `snapshots`
@@ -53541,6 +54018,7 @@ pub struct ListDanglingSnapshotsResponse {
     )]
     pub next_page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListDanglingSnapshotsResponse);
 impl ::core::fmt::Debug for ListDanglingSnapshotsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListDanglingSnapshotsResponse")
@@ -53673,6 +54151,7 @@ pub const __LIST_DANGLING_SNAPSHOTS_RESPONSE_JSON_ANY: ::buffa::type_registry::J
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListWorkspaceSnapshotsRequest {
     /// UUID; or empty
@@ -53704,6 +54183,7 @@ pub struct ListWorkspaceSnapshotsRequest {
     )]
     pub page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListWorkspaceSnapshotsRequest);
 impl ::core::fmt::Debug for ListWorkspaceSnapshotsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListWorkspaceSnapshotsRequest")
@@ -53834,6 +54314,7 @@ pub const __LIST_WORKSPACE_SNAPSHOTS_REQUEST_JSON_ANY: ::buffa::type_registry::J
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListWorkspaceSnapshotsResponse {
     /// Field 1: `snapshots`
@@ -53852,6 +54333,7 @@ pub struct ListWorkspaceSnapshotsResponse {
     )]
     pub next_page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListWorkspaceSnapshotsResponse);
 impl ::core::fmt::Debug for ListWorkspaceSnapshotsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListWorkspaceSnapshotsResponse")
@@ -53984,6 +54466,7 @@ pub const __LIST_WORKSPACE_SNAPSHOTS_RESPONSE_JSON_ANY: ::buffa::type_registry::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListProjectSnapshotsRequest {
     /// UUID
@@ -54024,6 +54507,7 @@ pub struct ListProjectSnapshotsRequest {
     )]
     pub workspace_id: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(ListProjectSnapshotsRequest);
 impl ::core::fmt::Debug for ListProjectSnapshotsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListProjectSnapshotsRequest")
@@ -54174,6 +54658,7 @@ pub const __LIST_PROJECT_SNAPSHOTS_REQUEST_JSON_ANY: ::buffa::type_registry::Jso
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListProjectSnapshotsResponse {
     /// Field 1: `snapshots`
@@ -54192,6 +54677,7 @@ pub struct ListProjectSnapshotsResponse {
     )]
     pub next_page_token: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListProjectSnapshotsResponse);
 impl ::core::fmt::Debug for ListProjectSnapshotsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListProjectSnapshotsResponse")
@@ -54324,6 +54810,7 @@ pub const __LIST_PROJECT_SNAPSHOTS_RESPONSE_JSON_ANY: ::buffa::type_registry::Js
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetWorkspaceSandboxUsageRequest {
     /// UUID; or empty
@@ -54346,6 +54833,7 @@ pub struct GetWorkspaceSandboxUsageRequest {
     )]
     pub project_id: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(GetWorkspaceSandboxUsageRequest);
 impl ::core::fmt::Debug for GetWorkspaceSandboxUsageRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetWorkspaceSandboxUsageRequest")
@@ -54466,6 +54954,7 @@ pub const __GET_WORKSPACE_SANDBOX_USAGE_REQUEST_JSON_ANY: ::buffa::type_registry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetWorkspaceSandboxUsageResponse {
     /// Field 1: `limits`
@@ -54476,6 +54965,7 @@ pub struct GetWorkspaceSandboxUsageResponse {
     )]
     pub limits: ::buffa::alloc::vec::Vec<WorkspaceSandboxUsageLimit>,
 }
+crate::json::object!(GetWorkspaceSandboxUsageResponse);
 impl ::core::fmt::Debug for GetWorkspaceSandboxUsageResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetWorkspaceSandboxUsageResponse")
@@ -54591,6 +55081,7 @@ pub const __GET_WORKSPACE_SANDBOX_USAGE_RESPONSE_JSON_ANY: ::buffa::type_registr
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetWorkspaceSandboxSettingsRequest {
     /// UUID
@@ -54604,6 +55095,7 @@ pub struct GetWorkspaceSandboxSettingsRequest {
     )]
     pub workspace_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(GetWorkspaceSandboxSettingsRequest);
 impl ::core::fmt::Debug for GetWorkspaceSandboxSettingsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetWorkspaceSandboxSettingsRequest")
@@ -54706,6 +55198,7 @@ pub const __GET_WORKSPACE_SANDBOX_SETTINGS_REQUEST_JSON_ANY: ::buffa::type_regis
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetWorkspaceSandboxSettingsResponse {
     /// Field 1: `settings`
@@ -54718,6 +55211,7 @@ pub struct GetWorkspaceSandboxSettingsResponse {
         ::buffa::Inline<WorkspaceSandboxSettings>,
     >,
 }
+crate::json::object!(GetWorkspaceSandboxSettingsResponse);
 impl ::core::fmt::Debug for GetWorkspaceSandboxSettingsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetWorkspaceSandboxSettingsResponse")
@@ -54834,6 +55328,7 @@ pub const __GET_WORKSPACE_SANDBOX_SETTINGS_RESPONSE_JSON_ANY: ::buffa::type_regi
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateWorkspaceSandboxSettingsRequest {
     /// UUID
@@ -55027,6 +55522,7 @@ pub struct UpdateWorkspaceSandboxSettingsRequest {
     )]
     pub clear_max_preview_urls_per_workspace: bool,
 }
+crate::json::object!(UpdateWorkspaceSandboxSettingsRequest);
 impl ::core::fmt::Debug for UpdateWorkspaceSandboxSettingsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateWorkspaceSandboxSettingsRequest")
@@ -55500,6 +55996,7 @@ pub const __UPDATE_WORKSPACE_SANDBOX_SETTINGS_REQUEST_JSON_ANY: ::buffa::type_re
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateWorkspaceSandboxSettingsResponse {
     /// Field 1: `settings`
@@ -55512,6 +56009,7 @@ pub struct UpdateWorkspaceSandboxSettingsResponse {
         ::buffa::Inline<WorkspaceSandboxSettings>,
     >,
 }
+crate::json::object!(UpdateWorkspaceSandboxSettingsResponse);
 impl ::core::fmt::Debug for UpdateWorkspaceSandboxSettingsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateWorkspaceSandboxSettingsResponse")
@@ -55630,6 +56128,7 @@ pub const __UPDATE_WORKSPACE_SANDBOX_SETTINGS_RESPONSE_JSON_ANY: ::buffa::type_r
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetWorkspaceSnapshotRetentionSettingsRequest {
     /// UUID
@@ -55643,6 +56142,7 @@ pub struct GetWorkspaceSnapshotRetentionSettingsRequest {
     )]
     pub workspace_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(GetWorkspaceSnapshotRetentionSettingsRequest);
 impl ::core::fmt::Debug for GetWorkspaceSnapshotRetentionSettingsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetWorkspaceSnapshotRetentionSettingsRequest")
@@ -55748,6 +56248,7 @@ pub const __GET_WORKSPACE_SNAPSHOT_RETENTION_SETTINGS_REQUEST_JSON_ANY: ::buffa:
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct GetWorkspaceSnapshotRetentionSettingsResponse {
     /// Field 1: `settings`
@@ -55760,6 +56261,7 @@ pub struct GetWorkspaceSnapshotRetentionSettingsResponse {
         ::buffa::Inline<WorkspaceSnapshotRetentionSettings>,
     >,
 }
+crate::json::object!(GetWorkspaceSnapshotRetentionSettingsResponse);
 impl ::core::fmt::Debug for GetWorkspaceSnapshotRetentionSettingsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("GetWorkspaceSnapshotRetentionSettingsResponse")
@@ -55879,6 +56381,7 @@ pub const __GET_WORKSPACE_SNAPSHOT_RETENTION_SETTINGS_RESPONSE_JSON_ANY: ::buffa
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateWorkspaceSnapshotRetentionSettingsRequest {
     /// UUID
@@ -55928,6 +56431,7 @@ pub struct UpdateWorkspaceSnapshotRetentionSettingsRequest {
     )]
     pub clear_snapshot_retention: bool,
 }
+crate::json::object!(UpdateWorkspaceSnapshotRetentionSettingsRequest);
 impl ::core::fmt::Debug for UpdateWorkspaceSnapshotRetentionSettingsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateWorkspaceSnapshotRetentionSettingsRequest")
@@ -56121,6 +56625,7 @@ pub const __UPDATE_WORKSPACE_SNAPSHOT_RETENTION_SETTINGS_REQUEST_JSON_ANY: ::buf
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateWorkspaceSnapshotRetentionSettingsResponse {
     /// Field 1: `settings`
@@ -56133,6 +56638,7 @@ pub struct UpdateWorkspaceSnapshotRetentionSettingsResponse {
         ::buffa::Inline<WorkspaceSnapshotRetentionSettings>,
     >,
 }
+crate::json::object!(UpdateWorkspaceSnapshotRetentionSettingsResponse);
 impl ::core::fmt::Debug for UpdateWorkspaceSnapshotRetentionSettingsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateWorkspaceSnapshotRetentionSettingsResponse")
@@ -56252,6 +56758,7 @@ pub const __UPDATE_WORKSPACE_SNAPSHOT_RETENTION_SETTINGS_RESPONSE_JSON_ANY: ::bu
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DeleteSnapshotRequest {
     /// UUID
@@ -56265,6 +56772,7 @@ pub struct DeleteSnapshotRequest {
     )]
     pub snapshot_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(DeleteSnapshotRequest);
 impl ::core::fmt::Debug for DeleteSnapshotRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DeleteSnapshotRequest")
@@ -56365,6 +56873,7 @@ pub const __DELETE_SNAPSHOT_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct DeleteSnapshotResponse {
     /// Field 1: `snapshot`
@@ -56374,6 +56883,7 @@ pub struct DeleteSnapshotResponse {
     )]
     pub snapshot: ::buffa::MessageField<Snapshot, ::buffa::Inline<Snapshot>>,
 }
+crate::json::object!(DeleteSnapshotResponse);
 impl ::core::fmt::Debug for DeleteSnapshotResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("DeleteSnapshotResponse")
@@ -56488,6 +56998,7 @@ pub const __DELETE_SNAPSHOT_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateSnapshotRequest {
     /// UUID
@@ -56541,6 +57052,7 @@ pub struct UpdateSnapshotRequest {
     )]
     pub clear_expires_at: bool,
 }
+crate::json::object!(UpdateSnapshotRequest);
 impl ::core::fmt::Debug for UpdateSnapshotRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateSnapshotRequest")
@@ -56737,6 +57249,7 @@ pub const __UPDATE_SNAPSHOT_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateSnapshotResponse {
     /// Field 1: `snapshot`
@@ -56746,6 +57259,7 @@ pub struct UpdateSnapshotResponse {
     )]
     pub snapshot: ::buffa::MessageField<Snapshot, ::buffa::Inline<Snapshot>>,
 }
+crate::json::object!(UpdateSnapshotResponse);
 impl ::core::fmt::Debug for UpdateSnapshotResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateSnapshotResponse")
@@ -56860,8 +57374,10 @@ pub const __UPDATE_SNAPSHOT_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WhoAmIRequest {}
+crate::json::object!(WhoAmIRequest);
 impl ::core::fmt::Debug for WhoAmIRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WhoAmIRequest").finish()
@@ -56945,6 +57461,7 @@ pub const __WHO_AM_I_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WhoAmIResponse {
     /// Field 1: `owner_type`
@@ -56971,6 +57488,7 @@ pub struct WhoAmIResponse {
     )]
     pub workspaces: ::buffa::alloc::vec::Vec<WhoAmIWorkspace>,
 }
+crate::json::object!(WhoAmIResponse);
 impl ::core::fmt::Debug for WhoAmIResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WhoAmIResponse")
@@ -57116,6 +57634,7 @@ pub const __WHO_AM_I_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = :
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WhoAmIWorkspace {
     /// Field 1: `workspace_id`
@@ -57141,6 +57660,7 @@ pub struct WhoAmIWorkspace {
     )]
     pub projects: ::buffa::alloc::vec::Vec<WhoAmIProject>,
 }
+crate::json::object!(WhoAmIWorkspace);
 impl ::core::fmt::Debug for WhoAmIWorkspace {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WhoAmIWorkspace")
@@ -57286,6 +57806,7 @@ pub const __WHO_AM_I_WORKSPACE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WhoAmIProject {
     /// Field 1: `project_id`
@@ -57304,6 +57825,7 @@ pub struct WhoAmIProject {
     )]
     pub name: ::buffa::alloc::string::String,
 }
+crate::json::object!(WhoAmIProject);
 impl ::core::fmt::Debug for WhoAmIProject {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WhoAmIProject")
@@ -57419,6 +57941,7 @@ pub const __WHO_AM_I_PROJECT_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct IssueSandboxSSHCertRequest {
     /// UUID
@@ -57462,6 +57985,7 @@ pub struct IssueSandboxSSHCertRequest {
     )]
     pub source_addresses: ::buffa::alloc::vec::Vec<::buffa::alloc::string::String>,
 }
+crate::json::object!(IssueSandboxSSHCertRequest);
 impl ::core::fmt::Debug for IssueSandboxSSHCertRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("IssueSandboxSSHCertRequest")
@@ -57625,6 +58149,7 @@ pub const __ISSUE_SANDBOX_SSH_CERT_REQUEST_JSON_ANY: ::buffa::type_registry::Jso
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct IssueSandboxSSHCertResponse {
     /// Field 1: `ssh_cert`
@@ -57681,6 +58206,7 @@ pub struct IssueSandboxSSHCertResponse {
         ::buffa::Inline<SSHCertPermissions>,
     >,
 }
+crate::json::object!(IssueSandboxSSHCertResponse);
 impl ::core::fmt::Debug for IssueSandboxSSHCertResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("IssueSandboxSSHCertResponse")
@@ -57898,6 +58424,7 @@ pub const __ISSUE_SANDBOX_SSH_CERT_RESPONSE_JSON_ANY: ::buffa::type_registry::Js
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SSHCertPermissions {
     /// Field 1: `allow_pty`
@@ -57941,6 +58468,7 @@ pub struct SSHCertPermissions {
     )]
     pub allow_x11_forwarding: bool,
 }
+crate::json::object!(SSHCertPermissions);
 impl ::core::fmt::Debug for SSHCertPermissions {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SSHCertPermissions")
@@ -58101,6 +58629,7 @@ pub const __SSH_CERT_PERMISSIONS_JSON_ANY: ::buffa::type_registry::JsonAnyEntry 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListActiveSSHGatewaysRequest {
     /// Field 1: `region`
@@ -58111,6 +58640,7 @@ pub struct ListActiveSSHGatewaysRequest {
     )]
     pub region: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListActiveSSHGatewaysRequest);
 impl ::core::fmt::Debug for ListActiveSSHGatewaysRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListActiveSSHGatewaysRequest")
@@ -58211,6 +58741,7 @@ pub const __LIST_ACTIVE_SSH_GATEWAYS_REQUEST_JSON_ANY: ::buffa::type_registry::J
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListActiveSSHGatewaysResponse {
     /// Field 1: `gateways`
@@ -58221,6 +58752,7 @@ pub struct ListActiveSSHGatewaysResponse {
     )]
     pub gateways: ::buffa::alloc::vec::Vec<ActiveSSHGateway>,
 }
+crate::json::object!(ListActiveSSHGatewaysResponse);
 impl ::core::fmt::Debug for ListActiveSSHGatewaysResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListActiveSSHGatewaysResponse")
@@ -58336,6 +58868,7 @@ pub const __LIST_ACTIVE_SSH_GATEWAYS_RESPONSE_JSON_ANY: ::buffa::type_registry::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ActiveSSHGateway {
     /// Field 1: `gateway_id`
@@ -58395,6 +58928,7 @@ pub struct ActiveSSHGateway {
     )]
     pub ws_bridge_endpoint: ::buffa::alloc::string::String,
 }
+crate::json::object!(ActiveSSHGateway);
 impl ::core::fmt::Debug for ActiveSSHGateway {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ActiveSSHGateway")

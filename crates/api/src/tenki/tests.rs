@@ -118,6 +118,34 @@ async fn post_json(rpc: &str, body: Value) -> (u16, Value) {
     (status, serde_json::from_slice(&body).expect("JSON"))
 }
 
+/// Protobuf's JSON has objects for messages. The derived code would also take their fields' values in a row.
+#[test]
+fn an_array_is_no_message_at_any_depth() {
+    let read = |text: &str| serde_json::from_str::<v1::CreateSessionRequest>(text);
+    let good =
+        r#"{"ownerId": "self", "runtime": [], "volumes": [{"mountPath": "/a"}], "egress": {"allowDomains": ["a"]}}"#;
+    let message = read(good).unwrap();
+    assert_eq!((message.owner_id.as_str(), message.volumes.len()), ("self", 1));
+    for bad in [
+        "[]",
+        r#"["self", "USER"]"#,
+        r#"{"egress": []}"#,
+        r#"{"egress": [["a"]]}"#,
+        r#"{"volumes": [["id", "/a"]]}"#,
+        "null",
+        "1",
+        r#""self""#,
+    ] {
+        assert!(read(bad).is_err(), "{bad}");
+    }
+    for empty in ["[]", "[1]"] {
+        assert!(serde_json::from_str::<v1::WhoAmIRequest>(empty).is_err());
+    }
+    assert!(serde_json::from_str::<v1::WhoAmIRequest>("{}").is_ok());
+    let text = serde_json::to_string(&message).unwrap();
+    assert_eq!(read(&text).unwrap(), message, "written as it is read");
+}
+
 #[test]
 fn every_rpc_has_a_route() {
     assert_eq!(router().methods().count(), 91);

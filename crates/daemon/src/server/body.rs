@@ -16,6 +16,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use super::lifecycle::Busy;
 use crate::tenki::reframe::Reframed;
+use crate::tenki::transport;
 
 /// Flag byte and length of a gRPC message.
 const GRPC_HEADER_BYTES: usize = 5;
@@ -246,7 +247,16 @@ impl Body for ResponseBody {
 
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, CutOff>>> {
         match &mut self.get_mut().content {
-            Content::Rpc(body) => Pin::new(body).poll_frame(context).map_err(|never| match never {}),
+            Content::Rpc(body) => {
+                let polled = Pin::new(body).poll_frame(context).map_err(|never| match never {});
+                polled.map_ok(|frame| match frame.into_trailers() {
+                    Ok(mut trailers) => {
+                        transport::bound(&mut trailers);
+                        Frame::trailers(trailers)
+                    }
+                    Err(other) => other,
+                })
+            }
             Content::Text(body) => Pin::new(body).poll_frame(context).map_err(|never| match never {}),
             Content::Disk(disk) => disk.poll_part(context),
             Content::Preview(body) => Pin::new(body).poll_frame(context).map_err(|error| {

@@ -11,6 +11,7 @@ use hyper::body::Incoming;
 use nagaya_api::error::{Code, Error};
 use nagaya_engine::Engine;
 use nagaya_gateway::preview::{Proxy, Viewer};
+use nagaya_gateway::strict::Refusal;
 
 use super::body::ResponseBody;
 use super::lifecycle::{Lifecycle, Phase};
@@ -109,6 +110,11 @@ impl Routes {
             json(status, error.code.name(), &error.wire_text())
         })
     }
+}
+
+/// The answer to a request that could mean two things, or nothing.
+pub(crate) fn refuse(refusal: &Refusal) -> Response<ResponseBody> {
+    json(refusal.status, "invalid_argument", refusal.reason)
 }
 
 fn text(status: StatusCode, text: impl Into<Bytes>) -> Response<ResponseBody> {

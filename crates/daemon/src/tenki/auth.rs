@@ -7,7 +7,7 @@ use nagaya_api::error::{Code, Error};
 pub(crate) const CERTIFICATE_HEADER: &str = "x-tenki-session-cert";
 const SESSION_TOKEN_HEADER: &str = "x-session-token";
 /// The name that the clients send, and the one that the vendor's documents have.
-const COOKIE_NAMES: [&str; 2] = ["tenki_session", "ory_kratos_session"];
+pub(crate) const COOKIE_NAMES: [&str; 2] = ["tenki_session", "ory_kratos_session"];
 
 /// The control plane's token. Clients choose the header by the token's form, so every header is
 /// accepted with every token; the first one present counts.

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use connectrpc::RequestContext;
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{SessionId, WorkspaceId};
+use nagaya_api::ids::{SessionId, SnapshotId, WorkspaceId};
 use nagaya_api::limits::TERMINATE_BATCH_MAX;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{Session, SessionState};
@@ -123,7 +123,7 @@ impl Tenki {
         };
         let page_size = page_size(list.page_size)?;
         let list = ListSessions {
-            workspace_id: workspace(&list.workspace_id, &list.project_id)?,
+            workspace_id: workspace(list.workspace_id.as_deref(), list.project_id.as_deref())?,
             owner_id,
             state: convert::state_filter(list.state)?,
             tags: list.tags,
@@ -259,7 +259,7 @@ impl Tenki {
         caller: &Caller,
         request: wire::GetWorkspaceSandboxUsageRequest,
     ) -> Result<wire::GetWorkspaceSandboxUsageResponse, Error> {
-        let asked = workspace(&request.workspace_id, request.project_id.as_deref().unwrap_or_default())?;
+        let asked = workspace(convert::or_none(&request.workspace_id), request.project_id.as_deref())?;
         let usage = self.engine.usage(caller, asked).await?;
         let limit =
             |key: &str, label: &str, unit: wire::SandboxUsageUnit, current: u64, max: Option<u64>, help: &str| {
@@ -326,8 +326,9 @@ impl Tenki {
 /// What the list rpcs ask for.
 #[derive(Default)]
 pub(super) struct List {
-    pub(super) workspace_id: String,
-    pub(super) project_id: String,
+    /// Absent, or an id.
+    pub(super) workspace_id: Option<String>,
+    pub(super) project_id: Option<String>,
     pub(super) owner_id: String,
     pub(super) state: buffa::EnumValue<wire::SessionState>,
     pub(super) tags: Vec<String>,
@@ -342,7 +343,7 @@ pub(super) fn page_size(asked: i32) -> Result<u32, Error> {
 }
 
 /// The workspace that was named, under either of its two names.
-pub(super) fn workspace(workspace_id: &str, project_id: &str) -> Result<Option<WorkspaceId>, Error> {
+pub(super) fn workspace(workspace_id: Option<&str>, project_id: Option<&str>) -> Result<Option<WorkspaceId>, Error> {
     let workspace = convert::optional_id::<WorkspaceId>(workspace_id, "workspace_id")?;
     let project = convert::optional_id::<WorkspaceId>(project_id, "project_id")?;
     match (workspace, project) {
@@ -366,10 +367,7 @@ fn new_session(request: wire::CreateSessionRequest) -> Result<NewSession, Error>
         .map(|minutes| u32::try_from(minutes).map_err(|_| invalid("idle_timeout_minutes must not be negative")))
         .transpose()?;
     Ok(NewSession {
-        workspace_id: workspace(
-            request.workspace_id.as_deref().unwrap_or_default(),
-            request.project_id.as_deref().unwrap_or_default(),
-        )?,
+        workspace_id: workspace(request.workspace_id.as_deref(), request.project_id.as_deref())?,
         max_duration_ms: milliseconds(request.max_duration.as_option(), "max_duration")?,
         pause_retention_ms: milliseconds(request.pause_retention.as_option(), "pause_retention")?,
         name: request.name,
@@ -385,13 +383,15 @@ fn new_session(request: wire::CreateSessionRequest) -> Result<NewSession, Error>
         ssh_authorized_keys: request.ssh_authorized_keys,
         sticky: request.sticky,
         idle_timeout_minutes,
-        snapshot_id: convert::optional_id(request.snapshot_id.as_deref().unwrap_or_default(), "snapshot_id")?,
+        snapshot_id: convert::optional_id(request.snapshot_id.as_deref(), "snapshot_id")?,
         mounts: request.volumes.into_iter().map(volumes::mount).collect::<Result<_, _>>()?,
     })
 }
 
 /// A session begins with one thing: an image, a snapshot or a template.
 fn check_source(request: &wire::CreateSessionRequest) -> Result<(), Error> {
+    // Templates have no type of their own yet; an id is an id.
+    convert::optional_id::<SnapshotId>(request.template_spec_id.as_deref(), "template_spec_id")?;
     let named = |source: &Option<String>| source.as_deref().is_some_and(|source| !source.is_empty());
     let sources = [&request.registry_ref, &request.snapshot_id, &request.template_spec_id];
     match sources.into_iter().filter(|source| named(source)).count() {

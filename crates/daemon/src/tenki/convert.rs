@@ -16,8 +16,8 @@ use nagaya_engine::ports::{ExitStatus, GuestError, Signal};
 
 use super::egress;
 
-/// Sessions are owned by a key, which the contract has no word for; `SERVICE` comes closest.
-pub(super) const OWNER_TYPE: &str = "SERVICE";
+/// The kind of the key that owns sessions. All keys of this server are personal ones: whoever holds one is a user.
+pub(super) const OWNER_TYPE: &str = "USER";
 
 /// The image below every disk, so far.
 const BASE_IMAGE: &str = "sandbox";
@@ -74,12 +74,17 @@ pub(super) fn id<T: std::str::FromStr<Err = ParseIdError>>(text: &str, field: &s
     text.parse().map_err(|_| Error::new(Code::InvalidId, field))
 }
 
-/// Like [`id`], where an empty text stands for none.
+/// An id in a field that need not be there. One that is there and empty is no id.
 pub(super) fn optional_id<T: std::str::FromStr<Err = ParseIdError>>(
-    text: &str,
+    text: Option<&str>,
     field: &str,
 ) -> Result<Option<T>, Error> {
-    if text.is_empty() { Ok(None) } else { id(text, field).map(Some) }
+    text.map(|text| id(text, field)).transpose()
+}
+
+/// The text of a field in which the contract lets an empty text stand for none.
+pub(super) fn or_none(text: &str) -> Option<&str> {
+    Some(text).filter(|text| !text.is_empty())
 }
 
 /// A count that the wire has as signed. Negative ones become 0, which every such field refuses.

@@ -135,7 +135,14 @@ async fn run(open: &OpenSession, operation: &str, command: Command) -> Result<St
         return Ok(if stdout.bytes.is_empty() { stderr.text() } else { stdout.text() });
     }
     match status.signal.as_str() {
-        "" => Err(failure(operation, status.code, &stderr.text())),
+        "" => {
+            let said = stderr.text();
+            let failure = failure(operation, status.code, &said);
+            if failure.is_cut() {
+                open.commands.git_failed(execution, operation, status.code, said.trim()).await;
+            }
+            Err(failure)
+        }
         signal => Err(failure(operation, KILLED, &format!("git was ended by {signal}"))),
     }
 }

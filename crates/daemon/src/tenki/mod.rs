@@ -25,6 +25,7 @@ mod services;
 mod settings;
 mod snapshots;
 mod ssh;
+pub(crate) mod transport;
 mod tunnel;
 mod volumes;
 mod wait;
@@ -54,9 +55,11 @@ use crate::metrics::Metrics;
 use crate::server::body::{self, ReadLimits, RequestBody, ResponseBody};
 use crate::server::lifecycle::{Lifecycle, Phase};
 use crate::server::routes::Origin;
+pub(crate) use auth::COOKIE_NAMES;
 use direct::Direct;
 use observe::Observed;
 use reframe::Reframed;
+use transport::Outcome;
 
 const CONTROL_PLANE: &str = "tenki.sandbox.v1.SandboxService";
 const DATA_PLANE: &str = "tenki.sandbox.v1.SandboxSessionDataPlaneService";
@@ -182,9 +185,10 @@ impl Facade {
             _ => Some(self.lifecycle.enter()),
         };
 
+        let outcome = Outcome::of(&parts);
         let admitted = match self.admit(path, method, &parts, origin) {
             Ok(admitted) => admitted,
-            Err(error) => return self.refuse(error, method, &parts, incoming),
+            Err(error) => return outcome.tell(self.refuse(error, method, &parts, incoming)),
         };
         let streams =
             matches!(method.map(|method| method.kind), Some(MethodKind::ClientStreaming | MethodKind::BidiStreaming));
@@ -195,12 +199,12 @@ impl Facade {
         } else {
             match body::read_whole(&mut incoming, &parts.headers, self.read_limits).await {
                 Ok(message) => RequestBody::Whole(Full::new(message)),
-                Err(error) => return self.refuse(error, method, &parts, incoming),
+                Err(error) => return outcome.tell(self.refuse(error, method, &parts, incoming)),
             }
         };
         parts.extensions.insert(admitted);
         match self.service.clone().call(Request::from_parts(parts, body)).await {
-            Ok(response) => response.map(|body| ResponseBody::rpc(body, busy)),
+            Ok(response) => outcome.tell(response.map(|body| ResponseBody::rpc(body, busy))),
             Err(never) => match never {},
         }
     }
@@ -221,6 +225,7 @@ impl Facade {
         if method.is_none() {
             return Err(Error::new(Code::Unimplemented, "the service has no method of this name"));
         }
+        Outcome::of(parts).check()?;
         let caller = if path.starts_with(DATA_PLANE) {
             self.tenki.engine.certified_session(auth::certificate(&parts.headers)?)?;
             None

@@ -27,8 +27,7 @@ impl Tenki {
         caller: &Caller,
         request: wire::CreatePreviewUrlRequest,
     ) -> Result<wire::PreviewUrl, Error> {
-        let session_id = request.session_id.filter(|id| !id.is_empty());
-        let binding = match (session_id, request.port.filter(|port| *port != 0)) {
+        let binding = match (request.session_id, request.port.filter(|port| *port != 0)) {
             (None, None) => None,
             (Some(session_id), Some(number)) => Some(binding(&session_id, number)?),
             _ => return Err(invalid("session_id and port must be given together, or neither of them")),
@@ -37,7 +36,7 @@ impl Tenki {
             slug: request.slug,
             binding,
             expires_at: moment(request.expires_at.as_option())?,
-            workspace_id: workspace(request.workspace_id.as_deref().unwrap_or_default(), &request.project_id)?,
+            workspace_id: workspace(request.workspace_id.as_deref(), convert::or_none(&request.project_id))?,
         };
         self.engine.create_preview(caller, new).await.map(preview_url)
     }
@@ -61,12 +60,8 @@ impl Tenki {
         request: wire::ListPreviewUrlsRequest,
     ) -> Result<wire::ListPreviewUrlsResponse, Error> {
         let list = ListPreviews {
-            workspace_id: workspace(request.workspace_id.as_deref().unwrap_or_default(), &request.project_id)?,
-            session_id: request
-                .session_id
-                .filter(|id| !id.is_empty())
-                .map(|id| convert::id(&id, "session_id"))
-                .transpose()?,
+            workspace_id: workspace(request.workspace_id.as_deref(), convert::or_none(&request.project_id))?,
+            session_id: convert::optional_id(request.session_id.as_deref(), "session_id")?,
             page_size: page_size(request.page_size)?,
             page_token: request.page_token,
         };

@@ -91,7 +91,7 @@ impl wire::SandboxService for ControlPlane {
         request: wire::ListWorkspaceSandboxesRequest,
     ) -> ServiceResult<wire::ListWorkspaceSandboxesResponse> {
         let list = List {
-            workspace_id: request.workspace_id,
+            workspace_id: convert::or_none(&request.workspace_id).map(str::to_owned),
             state: request.state,
             tags: request.tags,
             sticky: request.sticky,
@@ -110,8 +110,8 @@ impl wire::SandboxService for ControlPlane {
         request: wire::ListProjectSandboxesRequest,
     ) -> ServiceResult<wire::ListProjectSandboxesResponse> {
         let list = List {
-            workspace_id: request.workspace_id.unwrap_or_default(),
-            project_id: request.project_id,
+            workspace_id: request.workspace_id,
+            project_id: Some(request.project_id),
             state: request.state,
             tags: request.tags,
             sticky: request.sticky,
@@ -270,7 +270,8 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::ListWorkspaceSnapshotsRequest,
     ) -> ServiceResult<wire::ListWorkspaceSnapshotsResponse> {
-        let scope = Scope { workspace_id: workspace(&request.workspace_id, "")?, ..Scope::default() };
+        let scope =
+            Scope { workspace_id: workspace(convert::or_none(&request.workspace_id), None)?, ..Scope::default() };
         let caller = self.0.caller(&context)?;
         let page = self.0.list_snapshots(&caller, scope, request.page_size, request.page_token);
         let (snapshots, next_page_token) = page.await?;
@@ -283,7 +284,7 @@ impl wire::SandboxService for ControlPlane {
         request: wire::ListProjectSnapshotsRequest,
     ) -> ServiceResult<wire::ListProjectSnapshotsResponse> {
         let scope = Scope {
-            workspace_id: workspace(request.workspace_id.as_deref().unwrap_or_default(), &request.project_id)?,
+            workspace_id: workspace(request.workspace_id.as_deref(), Some(&request.project_id))?,
             ..Scope::default()
         };
         let caller = self.0.caller(&context)?;
@@ -354,7 +355,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::ListVolumesRequest,
     ) -> ServiceResult<wire::ListVolumesResponse> {
-        let workspace = workspace(&request.workspace_id, "")?;
+        let workspace = workspace(convert::or_none(&request.workspace_id), None)?;
         let caller = self.0.caller(&context)?;
         let page = self.0.list_volumes(&caller, workspace, request.page_size, request.page_token);
         let (volumes, next_page_token) = page.await?;
@@ -366,7 +367,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::ListProjectVolumesRequest,
     ) -> ServiceResult<wire::ListProjectVolumesResponse> {
-        let workspace = workspace(request.workspace_id.as_deref().unwrap_or_default(), &request.project_id)?;
+        let workspace = workspace(request.workspace_id.as_deref(), Some(&request.project_id))?;
         let caller = self.0.caller(&context)?;
         let page = self.0.list_volumes(&caller, workspace, request.page_size, request.page_token);
         let (volumes, next_page_token) = page.await?;

@@ -15,7 +15,7 @@ impl Tenki {
         caller: &Caller,
         workspace_id: &str,
     ) -> Result<wire::WorkspaceSandboxSettings, Error> {
-        let asked = convert::optional_id(workspace_id, "workspace_id")?;
+        let asked = Some(convert::id(workspace_id, "workspace_id")?);
         let (id, settings) = self.engine.settings(caller, asked).await?;
         Ok(answer(id, settings))
     }
@@ -57,7 +57,7 @@ impl Tenki {
                 "max_preview_urls_per_workspace",
             )?,
         };
-        let asked = convert::optional_id(&request.workspace_id, "workspace_id")?;
+        let asked = Some(convert::id(&request.workspace_id, "workspace_id")?);
         let (id, settings) = self.engine.update_settings(caller, asked, update).await?;
         Ok(answer(id, settings))
     }

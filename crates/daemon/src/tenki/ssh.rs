@@ -11,7 +11,7 @@ use hyper_util::rt::TokioIo;
 use nagaya_api::error::{Code, Error};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::ports::Clock;
-use nagaya_engine::{Caller, SessionUpdate, Visit};
+use nagaya_engine::{Caller, SessionUpdate, Visit, validate};
 use nagaya_gateway::preview::Viewer;
 use nagaya_gateway::ssh::{self, Permissions, Place, WebSocket};
 
@@ -49,7 +49,8 @@ impl Tenki {
         request: wire::IssueSandboxSSHCertRequest,
     ) -> Result<wire::IssueSandboxSSHCertResponse, Error> {
         let id = convert::id(&request.session_id, "session_id")?;
-        if !PUBLIC_KEY_BYTES.contains(&request.public_key.len()) {
+        let public_key = validate::ssh_key_line(&request.public_key);
+        if !PUBLIC_KEY_BYTES.contains(&public_key.len()) {
             return Err(invalid("public_key must have 32 to 8192 characters"));
         }
         if request.source_addresses.len() > SOURCE_ADDRESSES_MAX {
@@ -57,7 +58,7 @@ impl Tenki {
         }
         let ttl = milliseconds(request.requested_ttl.as_option(), "requested_ttl")?;
         let ttl = ttl.filter(|ttl| *ttl > 0).map(Duration::from_millis);
-        let issued = self.ssh.issue(caller, id, &request.public_key, ttl, &request.source_addresses).await?;
+        let issued = self.ssh.issue(caller, id, public_key, ttl, &request.source_addresses).await?;
         let now = HostClock.now();
         let expires_at = issued.expires_at_seconds.saturating_mul(1000);
         Ok(wire::IssueSandboxSSHCertResponse {
@@ -76,9 +77,6 @@ impl Tenki {
         request: wire::UpdateSSHAuthorizedKeysRequest,
     ) -> Result<wire::UpdateSSHAuthorizedKeysResponse, Error> {
         let id = convert::id(&request.session_id, "session_id")?;
-        if request.ssh_authorized_keys.iter().any(String::is_empty) {
-            return Err(invalid("ssh_authorized_keys must not hold empty lines"));
-        }
         let update =
             SessionUpdate { ssh_authorized_keys: Some(request.ssh_authorized_keys), ..SessionUpdate::default() };
         self.engine.update_session(caller, id, update).await?;
@@ -147,14 +145,33 @@ impl Facade {
     }
 }
 
-/// A page of another site must not use what a browser knows of its user. Programs send no origin, or ours.
+/// A page of another site must not use what a browser knows of its user. Programs send no origin, or ours. Another port
+/// is another site: previews may be there.
 fn refuse_other_sites(headers: &HeaderMap) -> Result<(), Error> {
-    let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
-    let Some(origin) = text(header::ORIGIN) else { return Ok(()) };
-    let authority = |text: &str| text.parse::<Authority>().ok();
-    let of_origin = origin.split_once("://").and_then(|(_, rest)| authority(rest));
-    match (of_origin, text(header::HOST).and_then(authority)) {
-        (Some(origin), Some(host)) if origin.host() == host.host() => Ok(()),
+    let mut origins = headers.get_all(header::ORIGIN).iter();
+    let Some(origin) = origins.next() else { return Ok(()) };
+    let is_ours = |origin: &str| {
+        let (scheme, rest) = origin.split_once("://")?;
+        // The server may be behind something that ends TLS, so that only the browser knows what the port is by default.
+        let default = match scheme {
+            "http" => 80,
+            "https" => 443,
+            _ => return None,
+        };
+        let place = |text: &str| {
+            let authority: Authority = text.parse().ok().filter(|of: &Authority| !of.as_str().contains('@'))?;
+            let port = match authority.as_str().strip_prefix(authority.host())? {
+                "" => default,
+                _ => authority.port_u16()?,
+            };
+            Some((authority.host().to_ascii_lowercase(), port))
+        };
+        let mut hosts = headers.get_all(header::HOST).iter();
+        let host = hosts.next().filter(|_| hosts.next().is_none())?.to_str().ok()?;
+        Some(place(rest)? == place(host)?)
+    };
+    match (origin.to_str().ok().and_then(is_ours), origins.next()) {
+        (Some(true), None) => Ok(()),
         _ => Err(Error::new(Code::PermissionDenied, "pages of other sites may not open SSH connections")),
     }
 }
@@ -186,4 +203,50 @@ fn refusal(error: &Error) -> Response<ResponseBody> {
     let kind = HeaderValue::from_static("text/plain; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn allowed(host: &str, origins: &[&str]) -> bool {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::HOST, host.parse().unwrap());
+        for origin in origins {
+            headers.append(header::ORIGIN, origin.parse().unwrap());
+        }
+        refuse_other_sites(&headers).is_ok()
+    }
+
+    #[test]
+    fn only_pages_of_this_very_place_may_open_connections() {
+        for (host, origins) in [
+            ("a.example", &[][..]),
+            ("a.example", &["https://a.example"]),
+            ("a.example", &["http://a.example:80"]),
+            ("A.example:443", &["https://a.EXAMPLE"]),
+            ("127.0.0.1:7070", &["http://127.0.0.1:7070"]),
+            ("[::1]:7070", &["http://[::1]:7070"]),
+        ] {
+            assert!(allowed(host, origins), "{host} {origins:?}");
+        }
+        for (host, origins) in [
+            ("127.0.0.1:7070", &["http://127.0.0.1:20000"][..]),
+            ("127.0.0.1:7070", &["http://127.0.0.1"]),
+            ("a.example", &["https://a.example:8443"]),
+            ("a.example:7070", &["https://a.example"]),
+            ("a.example:80", &["https://a.example"]),
+            ("a.example", &["https://b.example"]),
+            ("a.example", &["https://web.a.example"]),
+            ("a.example", &["null"]),
+            ("a.example", &[""]),
+            ("a.example", &["ftp://a.example"]),
+            ("a.example", &["https://a.example@b.example"]),
+            ("a.example", &["https://x@a.example"]),
+            ("a.example", &["https://a.example:99999"]),
+            ("a.example", &["https://a.example", "https://b.example"]),
+        ] {
+            assert!(!allowed(host, origins), "{host} {origins:?}");
+        }
+    }
 }

@@ -35,9 +35,8 @@ impl Tenki {
         request: wire::CreateVolumeRequest,
     ) -> Result<wire::Volume, Error> {
         named(&request.name)?;
-        let project_id = request.project_id.as_deref().unwrap_or_default();
         let new = NewVolume {
-            workspace_id: workspace(&request.workspace_id, project_id)?,
+            workspace_id: workspace(convert::or_none(&request.workspace_id), request.project_id.as_deref())?,
             name: request.name,
             size_bytes: size(request.size_bytes),
         };

@@ -44,7 +44,7 @@ async fn a_bad_token_or_none_is_unauthenticated() {
 async fn the_caller_learns_its_workspace_and_that_it_has_one_project() {
     let world = World::new().await;
     let me = world.control().who_am_i(Default::default()).await.unwrap();
-    assert_eq!(me.owner_type, "SERVICE");
+    assert_eq!(me.owner_type, "USER", "every key is a personal one");
     let [workspace] = &me.workspaces[..] else { panic!("one workspace") };
     assert_eq!(workspace.name, "default");
     assert_eq!(workspace.projects.len(), 1);
@@ -189,5 +189,57 @@ async fn all_three_protocols_give_the_same_answer() {
             let missing = client.get_session(wire::GetSessionRequest { session_id: "x".into() }).await;
             assert_eq!(code(missing), ErrorCode::InvalidArgument);
         }
+    }
+}
+
+/// Where the contract asks for an id, an empty text is none, and JSON has objects for messages.
+#[tokio::test]
+async fn what_is_no_id_and_what_is_no_message_is_an_invalid_argument() {
+    let world = World::new().await;
+    let owner = || serde_json::json!({ "ownerId": "self", "ownerType": "USER" });
+    let with = |name: &str, value: serde_json::Value| {
+        let mut message = owner();
+        message[name] = value;
+        message
+    };
+    for (method, message) in [
+        ("GetSession", serde_json::json!({ "sessionId": "" })),
+        ("GetSession", serde_json::json!({})),
+        ("CreateSession", with("workspaceId", "".into())),
+        ("CreateSession", with("projectId", "".into())),
+        ("CreateSession", with("snapshotId", "".into())),
+        ("CreateSession", with("templateSpecId", "".into())),
+        ("CreateVolume", serde_json::json!({ "name": "v", "sizeBytes": "1048576", "projectId": "" })),
+        ("ListProjectVolumes", serde_json::json!({})),
+        ("ListProjectSandboxes", serde_json::json!({ "projectId": "" })),
+        ("ListProjectSnapshots", serde_json::json!({})),
+        ("ListPreviewUrls", serde_json::json!({ "sessionId": "" })),
+        ("ListPreviewUrls", serde_json::json!({ "workspaceId": "" })),
+        ("CreatePreviewUrl", serde_json::json!({ "slug": "web", "sessionId": "", "port": 80 })),
+        ("GetWorkspaceSandboxUsage", serde_json::json!({ "projectId": "" })),
+        ("GetWorkspaceSandboxSettings", serde_json::json!({ "workspaceId": "" })),
+        ("UpdateWorkspaceSandboxSettings", serde_json::json!({})),
+        ("TerminateSessions", serde_json::json!({ "sessionIds": [""] })),
+        ("WhoAmI", serde_json::json!([])),
+        ("GetSession", serde_json::json!(["0190a8f0-0000-7000-8000-000000000000"])),
+        ("CreateSession", serde_json::json!(["self", "USER"])),
+        ("CreateSession", with("egress", serde_json::json!([["a.example"]]))),
+        ("CreateSession", with("volumes", serde_json::json!([["0190a8f0-0000-7000-8000-000000000000", "/data"]]))),
+    ] {
+        let (status, answer) = world.json(method, message.clone()).await;
+        assert_eq!((status, answer["code"].as_str()), (400, Some("invalid_argument")), "{method} {message}: {answer}");
+    }
+    assert!(world.fakes.store.all_sessions().is_empty());
+    // Where the contract lets it be empty, or it is absent.
+    for (method, message) in [
+        ("ListWorkspaceSandboxes", serde_json::json!({ "workspaceId": "" })),
+        ("ListVolumes", serde_json::json!({})),
+        ("ListWorkspaceSnapshots", serde_json::json!({ "workspaceId": "" })),
+        ("ListPreviewUrls", serde_json::json!({ "projectId": "" })),
+        ("GetWorkspaceSandboxUsage", serde_json::json!({ "workspaceId": "" })),
+        ("WhoAmI", serde_json::json!({})),
+    ] {
+        let (status, answer) = world.json(method, message.clone()).await;
+        assert_eq!(status, 200, "{method} {message}: {answer}");
     }
 }

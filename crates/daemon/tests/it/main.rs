@@ -15,5 +15,6 @@ mod run;
 mod sessions;
 mod snapshots;
 mod support;
+mod transports;
 mod tunnel;
 mod volumes;

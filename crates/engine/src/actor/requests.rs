@@ -71,8 +71,7 @@ impl Actor {
             if keys.is_empty() {
                 return Err(Error::new(Code::InvalidArgument, "ssh_authorized_keys must name at least one key"));
             }
-            validate::ssh_authorized_keys(&keys, &self.engine.config)?;
-            session.ssh_authorized_keys = keys;
+            session.ssh_authorized_keys = validate::ssh_authorized_keys(keys, &self.engine.config)?;
         }
         Ok(session)
     }
@@ -98,9 +97,11 @@ impl Actor {
         if additional_ms == 0 {
             return invalid("additional_duration must be longer than zero");
         }
-        // While it is stopped its time stands still.
-        let now = self.session.pause.as_ref().map_or_else(|| self.engine.clock.now(), |pause| pause.paused_at);
-        let from = self.session.timeout_at.unwrap_or(now);
+        if additional_ms > self.engine.config.max_duration_max_ms {
+            return invalid("additional_duration is longer than max_duration_max_ms");
+        }
+        // What has no end cannot be made to end later, and whoever asks for more time does not mean less.
+        let Some(from) = self.session.timeout_at else { return Ok((self.session.clone(), Vec::new())) };
         let latest = self.session.created_at.saturating_add(self.engine.config.max_duration_max_ms);
         match from.checked_add(additional_ms) {
             Some(timeout_at) if timeout_at <= latest => {

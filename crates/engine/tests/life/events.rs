@@ -5,7 +5,7 @@ use nagaya_api::ids::{KeyId, SessionId, WorkspaceId};
 use nagaya_engine::events::{EndReason, Event, Fact, Origin, PauseReason, RestoreMode};
 use nagaya_engine::model::{Connection, Egress};
 use nagaya_engine::ports::{Command, DriverError, Load, Process, ProcessEvent, ProcessInput, Signal};
-use nagaya_engine::{Caller, EngineConfig, Fork, NewExecution, NewSession, NewSnapshot, OpenSession};
+use nagaya_engine::{Caller, EngineConfig, Fork, NewExecution, NewSession, NewSnapshot, OpenSession, SessionUpdate};
 
 use crate::support::{World, code, idle, mount};
 
@@ -61,6 +61,8 @@ async fn a_life_is_remembered_from_its_beginning_to_its_end() {
     world.engine.detach_volume(caller, id, volume_id, false).await.unwrap();
     world.pause(id).await;
     world.resume(id).await;
+    let hour = SessionUpdate { max_duration_ms: Some(3_600_000), ..SessionUpdate::default() };
+    world.engine.update_session(caller, id, hour).await.unwrap();
     let timeout_at_ms = world.engine.extend_session(caller, id, 5_000).await.unwrap().timeout_at.unwrap();
     let fork = world.engine.fork_session(caller, id, Fork { count: 1, name: None }).await.unwrap()[0].id;
     world.settled(fork).await;

@@ -487,18 +487,18 @@ async fn what_was_paused_by_request_stays_paused() {
     let (world, id, web) = asleep(WakeOnVisit::Idle).await;
     world.pause(id).await;
     let refusal = world.engine.enter_preview(&web.preview.label, None).await.err().unwrap();
-    assert_eq!(refusal.to_string(), "session not RUNNING: (state=PAUSED)");
+    assert_eq!(refusal.to_string(), "the sandbox behind this preview is paused: (state=PAUSED)");
     world.resume(id).await;
     world.visit(&web).await;
     world.pause(id).await;
-    assert_eq!(world.refusal(&web).await, Code::SessionNotRunning);
+    assert_eq!(world.refusal(&web).await, Code::PreviewPaused);
     assert_eq!(world.session(id).await.state, SessionState::Paused);
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_operator_decides_who_is_woken() {
     let (world, id, web) = asleep(WakeOnVisit::Never).await;
-    assert_eq!(world.refusal(&web).await, Code::SessionNotRunning);
+    assert_eq!(world.refusal(&web).await, Code::PreviewPaused);
     world.resume(id).await;
     let (world, id, web) = asleep(WakeOnVisit::Always).await;
     world.pause(id).await;

@@ -209,7 +209,7 @@ fn entered(world: &World, answer: Result<bool, Error>) -> Outcome {
     };
     let absent = [Code::PreviewNotFound, Code::PreviewUnbound, Code::InboundDisabled];
     // Visitors wake sessions, and then the driver may have no room.
-    let asleep = [Code::ResumeFailed, Code::CapacityUnavailable];
+    let asleep = [Code::PreviewPaused, Code::ResumeFailed, Code::CapacityUnavailable];
     allow(answer, &[&absent[..], &asleep, &UNUSABLE].concat())
 }
 

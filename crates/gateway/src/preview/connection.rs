@@ -19,6 +19,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::BoxFuture;
 use super::body::Upload;
+use crate::strict;
 use crate::traffic::{Counted, Side, Traffic};
 
 /// What hyper may hold of a message's header, and of a body at a time.
@@ -56,7 +57,11 @@ impl Connection {
     /// `sweeper` is notified when something happens on it while it is idle.
     pub(super) async fn open(stream: BoxStream, traffic: &Arc<Traffic>, sweeper: &Arc<Notify>) -> hyper::Result<Self> {
         let stream = TokioIo::new(Counted::new(stream, Side::Sandbox, traffic));
-        let (sender, connection) = http1::Builder::new().max_buf_size(BUFFER_BYTES_MAX).handshake(stream).await?;
+        let (sender, connection) = http1::Builder::new()
+            .max_buf_size(BUFFER_BYTES_MAX)
+            .max_headers(strict::FIELDS_MAX)
+            .handshake(stream)
+            .await?;
         let wakes =
             Arc::new(Wakes { state: AtomicU8::new(MUTED), user: AtomicWaker::new(), sweeper: Arc::clone(sweeper) });
         let waker = Waker::from(Arc::clone(&wakes));

@@ -83,6 +83,31 @@ pub(super) fn to_viewer(headers: &mut HeaderMap, upgrade: Option<HeaderValue>) {
     }
 }
 
+/// Leaves a service's answer one length at most: with two nobody knows where it ends, and what comes then.
+pub(super) fn one_length(headers: &mut HeaderMap, no_body: bool) -> Result<(), &'static str> {
+    if !no_body && headers.contains_key(header::TRANSFER_ENCODING) && headers.contains_key(header::CONTENT_LENGTH) {
+        return Err("its answer has both Content-Length and Transfer-Encoding, and only one of them may be there");
+    }
+    let values = headers.get_all(header::CONTENT_LENGTH).iter().filter_map(|value| value.to_str().ok());
+    let lengths: Vec<Option<u64>> =
+        values.flat_map(|value| value.split(',')).map(|length| length.trim().parse().ok()).collect();
+    let given = headers.get_all(header::CONTENT_LENGTH).iter().count();
+    match lengths.split_first() {
+        Some((Some(length), same)) if same.iter().all(|other| *other == Some(*length)) => {
+            if given > 1 || !same.is_empty() {
+                headers.insert(header::CONTENT_LENGTH, HeaderValue::from(*length));
+            }
+        }
+        _ if given == 0 => {}
+        // Of a body that does not come nothing depends on it.
+        _ if no_body => {
+            headers.remove(header::CONTENT_LENGTH);
+        }
+        _ => return Err("the Content-Length of its answer is not one number"),
+    }
+    Ok(())
+}
+
 /// Whether a list in these fields has this token, in any case.
 pub(super) fn has_token(headers: &HeaderMap, name: HeaderName, token: &str) -> bool {
     tokens(headers, &name).any(|found| found.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(token))

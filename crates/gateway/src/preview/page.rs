@@ -59,6 +59,8 @@ fn status(code: Code) -> StatusCode {
     match code {
         Code::InboundDisabled => StatusCode::FORBIDDEN,
         Code::SessionTerminated => StatusCode::GONE,
+        // It comes back under the same address; until then clients of the contract expect that there is nothing.
+        Code::PreviewPaused => StatusCode::NOT_FOUND,
         Code::SessionNotRunning
         | Code::PreviewUnbound
         | Code::ResumeFailed

@@ -21,9 +21,10 @@ pub(super) struct Shown {
     pub(super) in_url: bool,
 }
 
-/// Takes all tokens out of a request; the one in the URL is the newest.
-pub(super) fn take(parts: &mut Parts, label: &str) -> Option<Shown> {
-    let in_cookie = take_cookies(&mut parts.headers, label).map(|token| Shown { token, in_url: false });
+/// Takes all tokens out of a request, and the cookies that open the server itself, which a browser may send along where
+/// both are below one domain. The token in the URL is the newest.
+pub(super) fn take(parts: &mut Parts, label: &str, own_cookies: &[&str]) -> Option<Shown> {
+    let in_cookie = take_cookies(&mut parts.headers, label, own_cookies).map(|token| Shown { token, in_url: false });
     let in_url = take_parameter(&mut parts.uri).map(|token| Shown { token, in_url: true });
     in_url.or(in_cookie).filter(|shown| {
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte);
@@ -38,8 +39,8 @@ pub(super) fn cookie(label: &str, token: &str, secure: bool) -> Option<HeaderVal
 }
 
 /// Removes what a service sets under our names.
-pub(super) fn strip_set_cookies(headers: &mut HeaderMap) {
-    let ours = |value: &HeaderValue| value.as_bytes().trim_ascii_start().starts_with(COOKIE_PREFIX.as_bytes());
+pub(super) fn strip_set_cookies(headers: &mut HeaderMap, own_cookies: &[&str]) {
+    let ours = |value: &HeaderValue| is_ours(value.as_bytes().split(|byte| *byte == b';').next(), own_cookies);
     if !headers.get_all(header::SET_COOKIE).iter().any(ours) {
         return;
     }
@@ -51,23 +52,31 @@ pub(super) fn strip_set_cookies(headers: &mut HeaderMap) {
     }
 }
 
+/// Whether a pair of a cookie's name and value is one of ours. A browser takes the value of one without a name for the
+/// whole pair, so that `=name=value` comes back as `name=value`.
+fn is_ours(pair: Option<&[u8]>, own_cookies: &[&str]) -> bool {
+    let blank = |byte: &u8| *byte == b' ' || *byte == b'\t' || *byte == b'=';
+    let pair = pair.unwrap_or_default();
+    let pair = &pair[pair.iter().position(|byte| !blank(byte)).unwrap_or(pair.len())..];
+    let name = pair.split(|byte| *byte == b'=').next().unwrap_or_default().trim_ascii_end();
+    name.starts_with(COOKIE_PREFIX.as_bytes()) || own_cookies.iter().any(|own| own.as_bytes() == name)
+}
+
 /// Removes our cookies, those of other previews included; returns the one of this label.
-fn take_cookies(headers: &mut HeaderMap, label: &str) -> Option<String> {
-    let has_ours = |value: &HeaderValue| {
-        value.as_bytes().windows(COOKIE_PREFIX.len()).any(|window| window == COOKIE_PREFIX.as_bytes())
-    };
+fn take_cookies(headers: &mut HeaderMap, label: &str, own_cookies: &[&str]) -> Option<String> {
+    let has_ours =
+        |value: &HeaderValue| value.as_bytes().split(|byte| *byte == b';').any(|pair| is_ours(Some(pair), own_cookies));
     if !headers.get_all(header::COOKIE).iter().any(has_ours) {
         return None;
     }
     let (mut token, mut kept) = (None, Vec::new());
     for value in headers.get_all(header::COOKIE) {
         for pair in value.as_bytes().split(|byte| *byte == b';').map(<[u8]>::trim_ascii) {
-            match pair.strip_prefix(COOKIE_PREFIX.as_bytes()) {
-                None => kept.push(pair),
-                Some(rest) => {
-                    let value = rest.strip_prefix(label.as_bytes()).and_then(|rest| rest.strip_prefix(b"="));
-                    token = value.and_then(|value| String::from_utf8(value.to_vec()).ok()).or(token);
-                }
+            if !is_ours(Some(pair), own_cookies) {
+                kept.push(pair);
+            } else if let Some(rest) = pair.strip_prefix(COOKIE_PREFIX.as_bytes()) {
+                let value = rest.strip_prefix(label.as_bytes()).and_then(|rest| rest.strip_prefix(b"="));
+                token = value.and_then(|value| String::from_utf8(value.to_vec()).ok()).or(token);
             }
         }
     }
@@ -101,13 +110,15 @@ mod tests {
 
     use super::*;
 
+    const OWN: &[&str] = &["api_session"];
+
     fn taken(uri: &str, cookies: &[&str]) -> (Option<Shown>, String, Vec<String>) {
         let mut request = Request::get(uri);
         for cookie in cookies {
             request = request.header("cookie", *cookie);
         }
         let mut parts = request.body(()).unwrap().into_parts().0;
-        let shown = take(&mut parts, "web");
+        let shown = take(&mut parts, "web", OWN);
         let left = parts.headers.get_all("cookie").iter().map(|value| value.to_str().unwrap().to_owned()).collect();
         (shown, parts.uri.to_string(), left)
     }
@@ -134,6 +145,11 @@ mod tests {
         assert_eq!(left, ["a=1; b=2"]);
         assert_eq!(taken("/", &["nagaya-viewer-web2=t"]), (None, "/".into(), vec![]));
         assert_eq!(taken("/", &["a=1; b=2"]).2, ["a=1; b=2"]);
+        // The server's own key, however it is written, and nothing that only looks like it.
+        assert_eq!(taken("/", &["api_session=k; a=1", "b=2;api_session = k"]).2, ["a=1; b=2"]);
+        assert_eq!(taken("/", &["a=1; =api_session=k", "api_session"]).2, ["a=1"]);
+        let others = ["api_sessions=1; my_api_session=2; a=api_session=3"];
+        assert_eq!(taken("/", &others).2, others);
     }
 
     #[test]
@@ -145,10 +161,20 @@ mod tests {
     #[test]
     fn services_cannot_set_our_cookies() {
         let mut headers = HeaderMap::new();
-        for value in ["a=1; Path=/", " nagaya-viewer-web=stolen", "b=2"] {
+        for value in [
+            "a=1; Path=/",
+            " nagaya-viewer-web=stolen",
+            "b=2",
+            "api_session=forged; Domain=p.example",
+            "\tapi_session\t=forged",
+            "=api_session=forged",
+            " = =nagaya-viewer-web=forged",
+            "api_session",
+            "api_session; Path=/",
+        ] {
             headers.append("set-cookie", value.parse().unwrap());
         }
-        strip_set_cookies(&mut headers);
+        strip_set_cookies(&mut headers, OWN);
         let left: Vec<_> = headers.get_all("set-cookie").iter().map(|value| value.to_str().unwrap()).collect();
         assert_eq!(left, ["a=1; Path=/", "b=2"]);
     }

@@ -148,6 +148,7 @@ async fn what_goes_wrong_is_told_to_browsers_and_programs() {
         (Code::InboundDisabled, 403),
         (Code::SessionTerminated, 410),
         (Code::SessionNotRunning, 503),
+        (Code::PreviewPaused, 404),
         (Code::PreviewUnbound, 503),
         (Code::ResumeFailed, 503),
         (Code::Draining, 503),

@@ -15,6 +15,7 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::ExecutionId;
 use nagaya_engine::ports::*;
 use nagaya_gateway::preview::{Entrance, Proxy, Settings, Viewer, Visit};
+use nagaya_gateway::strict::{self, Strict};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -197,6 +198,8 @@ impl Entrance for Door {
     }
 }
 
+type Answered = http_body_util::combinators::UnsyncBoxBody<Bytes, Box<dyn std::error::Error + Send + Sync>>;
+
 pub struct World {
     pub address: SocketAddr,
     pub door: Arc<Door>,
@@ -210,6 +213,7 @@ pub fn settings() -> Settings {
         exchanges_max: 1000,
         idle_connections_max: 8,
         idle_timeout: PATIENCE,
+        own_cookies: &["api_session"],
     }
 }
 
@@ -271,19 +275,37 @@ impl World {
 async fn serve(stream: TcpStream, peer: IpAddr, label: Option<Arc<str>>, proxy: Arc<Proxy<Door>>) {
     let mut start = [0; 3];
     let viewer = Arc::new(Viewer::new(label, peer, false, Arc::new(())));
-    let service = service_fn(move |request| {
-        let (proxy, viewer) = (Arc::clone(&proxy), Arc::clone(&viewer));
-        async move { Ok::<_, std::convert::Infallible>(proxy.answer(request, &viewer).await) }
-    });
     let read = stream.peek(&mut start).await.unwrap_or(0);
     if start[..read] == b"PRI"[..read] && read > 0 {
+        let service = service_fn(move |request| {
+            let (proxy, viewer) = (Arc::clone(&proxy), Arc::clone(&viewer));
+            async move { Ok::<_, std::convert::Infallible>(proxy.answer(request, &viewer).await) }
+        });
         let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
             .enable_connect_protocol()
             .serve_connection(TokioIo::new(stream), service);
         let _ = connection.await;
     } else {
+        // As the server's own listener does it.
+        let (stream, watch) = Strict::new(stream, 64 * 1024);
+        let watch = Arc::new(watch);
+        let service = service_fn(move |request| {
+            let (proxy, viewer, watch) = (Arc::clone(&proxy), Arc::clone(&viewer), Arc::clone(&watch));
+            async move {
+                if let Err(refusal) = watch.next() {
+                    let answer = Response::builder().status(refusal.status);
+                    return Ok(answer
+                        .body(Full::from(refusal.reason).map_err(|never| match never {}).boxed_unsync())
+                        .unwrap());
+                }
+                let answer = proxy.answer(request, &viewer).await;
+                watch.answered(answer.status() == http::StatusCode::SWITCHING_PROTOCOLS);
+                Ok::<Response<Answered>, std::convert::Infallible>(answer.map(BodyExt::boxed_unsync))
+            }
+        });
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
+            .max_headers(strict::FIELDS_MAX)
             .serve_connection(TokioIo::new(stream), service)
             .with_upgrades();
         let _ = connection.await;

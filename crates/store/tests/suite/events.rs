@@ -64,6 +64,7 @@ async fn every_fact_comes_back_as_it_was_written(store: &dyn Store) {
         Fact::CommandKilled { program: program.clone(), signal },
         Fact::CommandTimedOut { program: program.clone(), after_ms: 1_000 },
         Fact::CommandNotFound { program: program.clone() },
+        Fact::GitFailed { operation: "diff".into(), exit_code: 129, said: "usage: git\n  diff".into() },
         Fact::OutOfMemory { program, limit_mb: 128 },
         Fact::Refused { request: "resuming".into(), limit: "sessions_max is 1".into() },
         Fact::Terminated { reason: EndReason::MaxDuration, cause },

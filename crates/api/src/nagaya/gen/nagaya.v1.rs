@@ -2,6 +2,7 @@
 
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ForkSessionRequest {
     /// The session whose disk is copied: RUNNING, PAUSED or USER_SHUTDOWN. It is not changed.
@@ -33,6 +34,7 @@ pub struct ForkSessionRequest {
     #[serde(rename = "name", skip_serializing_if = "::core::option::Option::is_none")]
     pub name: ::core::option::Option<::buffa::alloc::string::String>,
 }
+crate::json::object!(ForkSessionRequest);
 impl ::core::fmt::Debug for ForkSessionRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ForkSessionRequest")
@@ -166,6 +168,7 @@ pub const __FORK_SESSION_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEntry 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ForkSessionResponse {
     /// Machine, environment, metadata and tags are the source's; identity is new. Volumes stay with
@@ -188,6 +191,7 @@ pub struct ForkSessionResponse {
     )]
     pub memory_carried: ::core::option::Option<bool>,
 }
+crate::json::object!(ForkSessionResponse);
 impl ::core::fmt::Debug for ForkSessionResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ForkSessionResponse")
@@ -320,6 +324,7 @@ pub const __FORK_SESSION_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEntry
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateSessionEgressRequest {
     /// UUID
@@ -344,6 +349,7 @@ pub struct UpdateSessionEgressRequest {
         ::buffa::Inline<crate::tenki::v1::SessionEgressPolicy>,
     >,
 }
+crate::json::object!(UpdateSessionEgressRequest);
 impl ::core::fmt::Debug for UpdateSessionEgressRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateSessionEgressRequest")
@@ -473,6 +479,7 @@ pub const __UPDATE_SESSION_EGRESS_REQUEST_JSON_ANY: ::buffa::type_registry::Json
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct UpdateSessionEgressResponse {
     /// Field 1: `session`
@@ -485,6 +492,7 @@ pub struct UpdateSessionEgressResponse {
         ::buffa::Inline<crate::tenki::v1::SandboxSession>,
     >,
 }
+crate::json::object!(UpdateSessionEgressResponse);
 impl ::core::fmt::Debug for UpdateSessionEgressResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("UpdateSessionEgressResponse")
@@ -599,6 +607,7 @@ pub const __UPDATE_SESSION_EGRESS_RESPONSE_JSON_ANY: ::buffa::type_registry::Jso
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListSessionConnectionsRequest {
     /// UUID
@@ -612,6 +621,7 @@ pub struct ListSessionConnectionsRequest {
     )]
     pub session_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(ListSessionConnectionsRequest);
 impl ::core::fmt::Debug for ListSessionConnectionsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListSessionConnectionsRequest")
@@ -712,6 +722,7 @@ pub const __LIST_SESSION_CONNECTIONS_REQUEST_JSON_ANY: ::buffa::type_registry::J
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListSessionConnectionsResponse {
     /// Oldest first. The last ones only, and those since the server was started.
@@ -724,6 +735,7 @@ pub struct ListSessionConnectionsResponse {
     )]
     pub connections: ::buffa::alloc::vec::Vec<SessionConnection>,
 }
+crate::json::object!(ListSessionConnectionsResponse);
 impl ::core::fmt::Debug for ListSessionConnectionsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListSessionConnectionsResponse")
@@ -839,6 +851,7 @@ pub const __LIST_SESSION_CONNECTIONS_RESPONSE_JSON_ANY: ::buffa::type_registry::
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SessionConnection {
     /// Field 1: `started_at`
@@ -913,6 +926,7 @@ pub struct SessionConnection {
     )]
     pub reason: ::buffa::alloc::string::String,
 }
+crate::json::object!(SessionConnection);
 impl ::core::fmt::Debug for SessionConnection {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SessionConnection")
@@ -1132,6 +1146,7 @@ pub const __SESSION_CONNECTION_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = 
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListSessionEventsRequest {
     /// UUID
@@ -1164,6 +1179,7 @@ pub struct ListSessionEventsRequest {
     )]
     pub page_size: i32,
 }
+crate::json::object!(ListSessionEventsRequest);
 impl ::core::fmt::Debug for ListSessionEventsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListSessionEventsRequest")
@@ -1294,6 +1310,7 @@ pub const __LIST_SESSION_EVENTS_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAn
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ListSessionEventsResponse {
     /// The server keeps the last events_per_session_max of a session, 1,000 by default.
@@ -1316,6 +1333,7 @@ pub struct ListSessionEventsResponse {
     )]
     pub next_after: i64,
 }
+crate::json::object!(ListSessionEventsResponse);
 impl ::core::fmt::Debug for ListSessionEventsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ListSessionEventsResponse")
@@ -1446,6 +1464,7 @@ pub const __LIST_SESSION_EVENTS_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonA
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WatchSessionEventsRequest {
     /// UUID
@@ -1468,6 +1487,7 @@ pub struct WatchSessionEventsRequest {
     )]
     pub after: i64,
 }
+crate::json::object!(WatchSessionEventsRequest);
 impl ::core::fmt::Debug for WatchSessionEventsRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WatchSessionEventsRequest")
@@ -1583,6 +1603,7 @@ pub const __WATCH_SESSION_EVENTS_REQUEST_JSON_ANY: ::buffa::type_registry::JsonA
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct WatchSessionEventsResponse {
     /// Field 1: `event`
@@ -1592,6 +1613,7 @@ pub struct WatchSessionEventsResponse {
     )]
     pub event: ::buffa::MessageField<SessionEvent, ::buffa::Inline<SessionEvent>>,
 }
+crate::json::object!(WatchSessionEventsResponse);
 impl ::core::fmt::Debug for WatchSessionEventsResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("WatchSessionEventsResponse").field("event", &self.event).finish()
@@ -1705,6 +1727,7 @@ pub const __WATCH_SESSION_EVENTS_RESPONSE_JSON_ANY: ::buffa::type_registry::Json
 /// Something that happened to a session. Of commands only the program's name is recorded, no arguments and no environment.
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct SessionEvent {
     /// Counts the session's events from 1; one that is missing was pushed out by newer ones.
@@ -1766,6 +1789,7 @@ pub struct SessionEvent {
     )]
     pub execution_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(SessionEvent);
 impl ::core::fmt::Debug for SessionEvent {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("SessionEvent")
@@ -1964,6 +1988,7 @@ pub const __SESSION_EVENT_JSON_ANY: ::buffa::type_registry::JsonAnyEntry = ::buf
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ExplainSessionRequest {
     /// UUID
@@ -1977,6 +2002,7 @@ pub struct ExplainSessionRequest {
     )]
     pub session_id: ::buffa::alloc::string::String,
 }
+crate::json::object!(ExplainSessionRequest);
 impl ::core::fmt::Debug for ExplainSessionRequest {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ExplainSessionRequest")
@@ -2077,6 +2103,7 @@ pub const __EXPLAIN_SESSION_REQUEST_JSON_ANY: ::buffa::type_registry::JsonAnyEnt
 };
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct ExplainSessionResponse {
     /// The most important first; at least one, which is `healthy` when there is nothing to say.
@@ -2089,6 +2116,7 @@ pub struct ExplainSessionResponse {
     )]
     pub findings: ::buffa::alloc::vec::Vec<Finding>,
 }
+crate::json::object!(ExplainSessionResponse);
 impl ::core::fmt::Debug for ExplainSessionResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ExplainSessionResponse")
@@ -2205,6 +2233,7 @@ pub const __EXPLAIN_SESSION_RESPONSE_JSON_ANY: ::buffa::type_registry::JsonAnyEn
 /// One reason why a session is as it is.
 #[derive(Clone, PartialEq, Default)]
 #[derive(::serde::Serialize, ::serde::Deserialize)]
+#[serde(remote = "Self")]
 #[serde(default)]
 pub struct Finding {
     /// A stable word such as out_of_memory. More may come.
@@ -2255,6 +2284,7 @@ pub struct Finding {
         ::buffa::Inline<::buffa_types::google::protobuf::Timestamp>,
     >,
 }
+crate::json::object!(Finding);
 impl ::core::fmt::Debug for Finding {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("Finding")
