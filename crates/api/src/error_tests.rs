@@ -144,6 +144,8 @@ fn intended(code: Code) -> Option<&'static str> {
         | Code::Unimplemented
         | Code::SnapshotFailed
         | Code::VolumeFailed
+        | Code::RecordsMissing
+        | Code::StoreDamaged
         | Code::Internal => return None,
     })
 }
