@@ -6,8 +6,8 @@
 pub mod error;
 pub mod ids;
 pub mod limits;
-pub mod names;
 #[cfg(feature = "tenki")]
 pub mod nagaya;
+pub mod names;
 #[cfg(feature = "tenki")]
 pub mod tenki;

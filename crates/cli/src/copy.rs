@@ -55,9 +55,7 @@ pub struct Copy {
 impl Copy {
     pub async fn run(self) -> Result<(), Failure> {
         let (session, job) = match (self.source, self.target) {
-            (Place::Local(from), Place::Sandbox { session, path }) => {
-                (session, Job::In { from, to: path })
-            }
+            (Place::Local(from), Place::Sandbox { session, path }) => (session, Job::In { from, to: path }),
             (Place::Sandbox { session, path }, Place::Local(to)) => (session, Job::Out { from: path, to }),
             _ => {
                 let what = "one side is in a sandbox and the other is not";

@@ -6,8 +6,8 @@ use buffa::Message;
 use nagaya_api::error::Code;
 
 use super::command::{Control, Sink, supervise};
-use super::failure::Failure;
 use super::directories::Listing;
+use super::failure::Failure;
 use super::{Agent, blocking, directories, files, program, save, sockets};
 use crate::frame::MESSAGE_BYTES_MAX;
 use crate::messages::{self, Command, Entries, Event, Outcome, Request, Started, encode, request};

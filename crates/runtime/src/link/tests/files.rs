@@ -266,9 +266,8 @@ async fn saving_keeps_the_file_and_all_that_leads_to_it() {
     std::fs::hard_link(&file, &other).unwrap();
     let reader = std::fs::File::open(&file).unwrap();
     // An entry of a user, which the mode does not tell: version 2, owner, user 1234, group, mask, others.
-    let entry = |tag: u16, rights: u16, id: u32| {
-        [&tag.to_le_bytes()[..], &rights.to_le_bytes(), &id.to_le_bytes()].concat()
-    };
+    let entry =
+        |tag: u16, rights: u16, id: u32| [&tag.to_le_bytes()[..], &rights.to_le_bytes(), &id.to_le_bytes()].concat();
     let none = u32::MAX;
     let list = [
         2u32.to_le_bytes().to_vec(),
@@ -320,10 +319,9 @@ async fn whoever_watches_a_directory_sees_saves_of_files_and_no_other_names() {
         (names, kinds)
     };
     for length in LENGTHS {
-        for (name, expected) in [
-            ("new", ReadFlags::CREATE | ReadFlags::CLOSE_WRITE),
-            ("new", ReadFlags::MODIFY | ReadFlags::CLOSE_WRITE),
-        ] {
+        for (name, expected) in
+            [("new", ReadFlags::CREATE | ReadFlags::CLOSE_WRITE), ("new", ReadFlags::MODIFY | ReadFlags::CLOSE_WRITE)]
+        {
             write(&link, name, NEW, &vec![1; length]).await.unwrap();
             let (names, kinds) = events();
             assert!(names.iter().all(|seen| seen.as_deref() == Some(name)), "{length}: {names:?}");
