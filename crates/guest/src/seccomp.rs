@@ -14,6 +14,7 @@ const AUDIT_ARCH: u32 = 0xc000_00b7;
 
 const RETURN_ALLOW: u32 = 0x7fff_0000;
 const RETURN_ERRNO: u32 = 0x0005_0000;
+const RETURN_NOTIFY: u32 = 0x7fc0_0000;
 
 /// Offsets in `struct seccomp_data`.
 const DATA_NUMBER: u32 = 0;
@@ -115,6 +116,8 @@ const REFUSED_IOCTLS: &[u32] = &[libc::TIOCSTI as u32, libc::TIOCLINUX as u32];
 enum Verdict {
     Allow,
     Errno(i32),
+    /// Somebody else answers.
+    Notify,
     /// Refuse when the first argument has any of these bits.
     RefuseBits(u32),
     /// Allow only when the first argument is one of [`SOCKET_FAMILIES`], or netlink with one of
@@ -148,6 +151,7 @@ fn leaf(verdict: Verdict) -> Vec<sock_filter> {
     match verdict {
         Verdict::Allow => vec![give(RETURN_ALLOW)],
         Verdict::Errno(number) => vec![give(errno(number))],
+        Verdict::Notify => vec![give(RETURN_NOTIFY)],
         Verdict::RefuseBits(bits) => {
             vec![load(DATA_ARGUMENT_0), jump(BPF_JSET, bits, 0, 1), give(errno(libc::EPERM)), give(RETURN_ALLOW)]
         }
@@ -175,7 +179,7 @@ fn one_of(argument: u32, values: &[u32], hit: u32, miss: u32) -> Vec<sock_filter
 }
 
 /// Runs of numbers with one verdict, as (first number, verdict), ascending, from 0.
-fn table() -> Vec<(u32, Verdict)> {
+fn table(sysinfo: Verdict) -> Vec<(u32, Verdict)> {
     let mut verdicts = vec![Verdict::Allow; LAST_KNOWN as usize + 1];
     for number in REFUSED {
         verdicts[*number as usize] = Verdict::Errno(libc::EPERM);
@@ -190,6 +194,7 @@ fn table() -> Vec<(u32, Verdict)> {
     verdicts[libc::SYS_socket as usize] = Verdict::Families;
     verdicts[libc::SYS_socketpair as usize] = Verdict::Families;
     verdicts[libc::SYS_ioctl as usize] = Verdict::Ioctls;
+    verdicts[libc::SYS_sysinfo as usize] = sysinfo;
 
     let mut runs: Vec<(u32, Verdict)> = Vec::new();
     for (number, verdict) in verdicts.into_iter().enumerate() {
@@ -216,8 +221,9 @@ fn search(runs: &[(u32, Verdict)]) -> Vec<sock_filter> {
     leaf(*only)
 }
 
-/// The compiled filter.
-pub fn program() -> Vec<sock_filter> {
+/// The compiled filter. Either whoever installs it listens to calls of `sysinfo` and answers them, or they tell the
+/// host's memory.
+pub fn program(answers_sysinfo: bool) -> Vec<sock_filter> {
     let mut program = vec![
         load(DATA_ARCH),
         jump(BPF_JEQ, AUDIT_ARCH, 1, 0),
@@ -226,7 +232,7 @@ pub fn program() -> Vec<sock_filter> {
         jump(BPF_JGE, X32_START, 0, 1),
         give(errno(libc::ENOSYS)),
     ];
-    program.extend(search(&table()));
+    program.extend(search(&table(if answers_sysinfo { Verdict::Notify } else { Verdict::Allow })));
     program
 }
 
@@ -263,12 +269,12 @@ mod tests {
     }
 
     fn native(number: i64, [first, second]: [u32; 2]) -> u32 {
-        verdict(&program(), AUDIT_ARCH, number as u32, [first, second, 0])
+        verdict(&program(true), AUDIT_ARCH, number as u32, [first, second, 0])
     }
 
     #[test]
     fn every_listed_call_gets_its_verdict_and_all_others_are_allowed() {
-        let program = program();
+        let program = program(true);
         for number in 0..=LAST_KNOWN {
             let special = [
                 libc::SYS_clone,
@@ -277,6 +283,7 @@ mod tests {
                 libc::SYS_socket,
                 libc::SYS_socketpair,
                 libc::SYS_ioctl,
+                libc::SYS_sysinfo,
             ];
             if special.contains(&i64::from(number)) {
                 continue;
@@ -294,7 +301,7 @@ mod tests {
 
     #[test]
     fn other_interfaces_and_unknown_calls_do_not_exist() {
-        let program = program();
+        let program = program(true);
         assert_eq!(verdict(&program, 0x4000_0003, 1, [0, 0, 0]), errno(libc::ENOSYS));
         for number in [LAST_KNOWN + 1, X32_START, X32_START | libc::SYS_mount as u32, u32::MAX] {
             assert_eq!(verdict(&program, AUDIT_ARCH, number, [0, 0, 0]), errno(libc::ENOSYS));
@@ -332,7 +339,7 @@ mod tests {
 
     #[test]
     fn netlink_tells_of_addresses_and_sockets_and_of_nothing_else() {
-        let program = program();
+        let program = program(true);
         let open = |protocol: i32| {
             let arguments = [libc::AF_NETLINK as u32, libc::SOCK_RAW as u32, protocol as u32];
             verdict(&program, AUDIT_ARCH, libc::SYS_socket as u32, arguments)
@@ -344,6 +351,12 @@ mod tests {
         {
             assert_eq!(open(protocol), errno(libc::EPROTONOSUPPORT));
         }
+    }
+
+    #[test]
+    fn sysinfo_is_answered_by_somebody_else_where_somebody_listens() {
+        assert_eq!(native(libc::SYS_sysinfo, [0, 0]), RETURN_NOTIFY);
+        assert_eq!(verdict(&program(false), AUDIT_ARCH, libc::SYS_sysinfo as u32, [0, 0, 0]), RETURN_ALLOW);
     }
 
     #[test]

@@ -21,6 +21,9 @@ pub const SPAWNER_AGENT_FD: i32 = 4;
 /// Host uids and gids of one sandbox: 0 to 65,535 inside.
 pub const IDS_PER_SANDBOX: u32 = 65_536;
 
+/// What `/proc/cpuinfo` has on a processor lies at its number times this in the file that agents get.
+pub const PROCESSOR_TEXT_BYTES: usize = 8192;
+
 /// More than any message has.
 const DESCRIPTORS_MAX: usize = 64;
 const MESSAGE_BYTES_MAX: usize = 16 * 1024;
@@ -78,7 +81,8 @@ pub enum MountOutcome {
 
 /// Descriptors, in this order: error pipe (write end), leash pipe (read end), the socket for the [`Disk`], user
 /// namespace, network namespace, one detached mount for each of `layers`, `agent_cgroups` files,
-/// `command_cgroups` files, and the files of memory usage and memory limit.
+/// `command_cgroups` files, and the files of memory usage, memory limit and memory
+/// statistics.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Sandbox {
     /// Directories below the root that have a layer and an overlay of their own, such as `usr`.

@@ -223,7 +223,7 @@ impl Factory {
         let layers: Vec<OwnedFd> = layers.collect::<Result<_, _>>()?;
         let agent_files = group.join_files(Part::Agent)?;
         let command_files = group.join_files(Part::Commands)?;
-        let (memory_usage, memory_limit) = (group.memory_usage_file()?, group.memory_limit_file()?);
+        let memory_files = [group.memory_usage_file()?, group.memory_limit_file()?, group.memory_statistics_file()?];
         let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| on("make a pipe")(errno.into()));
         let (error, error_write) = pipe()?;
         let (leash_read, leash) = pipe()?;
@@ -241,7 +241,7 @@ impl Factory {
             vec![error_write.as_fd(), leash_read.as_fd(), disk_read.as_fd(), user.as_fd(), network.as_fd()];
         fds.extend(layers.iter().map(AsFd::as_fd));
         fds.extend(agent_files.iter().chain(&command_files).map(File::as_fd));
-        fds.extend([memory_usage.as_fd(), memory_limit.as_fd()]);
+        fds.extend(memory_files.iter().map(File::as_fd));
         let (pid, pidfd) = self.spawner.sandbox(order, &fds)?;
         Ok(Ground { number, group, user, disk, started: Started { pid, pidfd, error, leash } })
     }
