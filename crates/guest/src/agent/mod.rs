@@ -86,6 +86,7 @@ pub fn main(arguments: impl Iterator<Item = String>) -> Result<(), String> {
     sys::close_on_exec_from(3);
     sys::reset_signals();
     sys::drop_groups();
+    sysinfo::use_power(false);
     sys::tune_heap();
     if !is_first_process() {
         sys::become_subreaper();

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::thread::CapabilitySet;
 use rustix::time::Timespec;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -74,6 +75,16 @@ pub async fn answer(agent: Arc<Agent>, listener: OwnedFd) {
     }
 }
 
+/// Whether this thread may look into the sandbox's processes. It may not while anything else is done: what is asked of
+/// the agent through the API is not to be done with that right. Threads begin with what the first one has then.
+pub fn use_power(now: bool) {
+    if let Ok(mut sets) = rustix::thread::capabilities(None) {
+        sets.effective.set(CapabilitySet::SYS_PTRACE, now && sets.permitted.contains(CapabilitySet::SYS_PTRACE));
+        // Laying it down is always allowed, and so is taking up what is permitted.
+        let _ = rustix::thread::set_capabilities(None, sets);
+    }
+}
+
 /// Whether there is a question: receiving one would wait for it.
 fn is_waiting(listener: &AsyncFd<OwnedFd>) -> bool {
     let mut waiting = [PollFd::new(listener.get_ref(), PollFlags::IN)];
@@ -82,7 +93,9 @@ fn is_waiting(listener: &AsyncFd<OwnedFd>) -> bool {
 
 fn tell(agent: &Agent, listener: &AsyncFd<OwnedFd>, question: &Question) -> Answer {
     let answer = |error: i32, flags: u32| Answer { id: question.id, value: 0, error, flags };
+    use_power(true);
     let memory = OpenOptions::new().write(true).open(format!("/proc/{}/mem", question.pid));
+    use_power(false);
     // What cannot be answered here is answered by the kernel. The number could be another process's by now, unless
     // the question still stands after its memory was opened.
     let mut id = question.id;
