@@ -16,6 +16,7 @@ const RETURN_ALLOW: u32 = 0x7fff_0000;
 const RETURN_ERRNO: u32 = 0x0005_0000;
 /// Error 0: the call is not made, and answered with success.
 const DONE_NOTHING: u32 = RETURN_ERRNO;
+const RETURN_NOTIFY: u32 = 0x7fc0_0000;
 
 /// Offsets in `struct seccomp_data`.
 const DATA_NUMBER: u32 = 0;
@@ -139,6 +140,8 @@ const REFUSED_FILE_COMMANDS: &[u32] = &[libc::F_OFD_SETLK as u32, libc::F_OFD_SE
 enum Verdict {
     Allow,
     Errno(i32),
+    /// Somebody else answers.
+    Notify,
     /// Refuse when the argument at that offset has any of these bits.
     RefuseBits {
         argument: u32,
@@ -188,6 +191,7 @@ fn leaf(verdict: Verdict) -> Vec<sock_filter> {
     match verdict {
         Verdict::Allow => vec![give(RETURN_ALLOW)],
         Verdict::Errno(number) => vec![give(errno(number))],
+        Verdict::Notify => vec![give(RETURN_NOTIFY)],
         Verdict::RefuseBits { argument, bits, errno: number } => {
             vec![load(argument), jump(BPF_JSET, bits, 0, 1), give(errno(number)), give(RETURN_ALLOW)]
         }
@@ -243,7 +247,7 @@ fn one_of(argument: u32, values: &[u32], hit: u32, miss: u32) -> Vec<sock_filter
 }
 
 /// Runs of numbers with one verdict, as (first number, verdict), ascending, from 0.
-fn table(pin_cores: bool) -> Vec<(u32, Verdict)> {
+fn table(pin_cores: bool, sysinfo: Verdict) -> Vec<(u32, Verdict)> {
     let mut verdicts = vec![Verdict::Allow; LAST_KNOWN as usize + 1];
     for number in REFUSED {
         verdicts[*number as usize] = Verdict::Errno(libc::EPERM);
@@ -267,6 +271,7 @@ fn table(pin_cores: bool) -> Vec<(u32, Verdict)> {
     verdicts[libc::SYS_socketpair as usize] = Verdict::Families;
     verdicts[libc::SYS_ioctl as usize] = Verdict::Ioctls;
     verdicts[libc::SYS_fcntl as usize] = Verdict::FileCommands;
+    verdicts[libc::SYS_sysinfo as usize] = sysinfo;
 
     let mut runs: Vec<(u32, Verdict)> = Vec::new();
     for (number, verdict) in verdicts.into_iter().enumerate() {
@@ -293,8 +298,9 @@ fn search(runs: &[(u32, Verdict)]) -> Vec<sock_filter> {
     leaf(*only)
 }
 
-/// The compiled filter; with `pin_cores` the limit of core files stays what it is.
-pub fn program(pin_cores: bool) -> Vec<sock_filter> {
+/// The compiled filter; with `pin_cores` the limit of core files stays what it is. Either whoever installs it listens to
+/// calls of `sysinfo` and answers them, or they tell the host's memory.
+pub fn program(pin_cores: bool, answers_sysinfo: bool) -> Vec<sock_filter> {
     let mut program = vec![
         load(DATA_ARCH),
         jump(BPF_JEQ, AUDIT_ARCH, 1, 0),
@@ -303,7 +309,7 @@ pub fn program(pin_cores: bool) -> Vec<sock_filter> {
         jump(BPF_JGE, X32_START, 0, 1),
         give(errno(libc::ENOSYS)),
     ];
-    program.extend(search(&table(pin_cores)));
+    program.extend(search(&table(pin_cores, if answers_sysinfo { Verdict::Notify } else { Verdict::Allow })));
     program
 }
 
@@ -346,12 +352,12 @@ mod tests {
     }
 
     fn native(number: i64, [first, second]: [u32; 2]) -> u32 {
-        verdict(&program(false), AUDIT_ARCH, number as u32, [first, second, 0, 0])
+        verdict(&program(false, true), AUDIT_ARCH, number as u32, [first, second, 0, 0])
     }
 
     #[test]
     fn every_listed_call_gets_its_verdict_and_all_others_are_allowed() {
-        let program = program(false);
+        let program = program(false, true);
         for number in 0..=LAST_KNOWN {
             let special = [
                 libc::SYS_clone,
@@ -362,6 +368,7 @@ mod tests {
                 libc::SYS_ioctl,
                 libc::SYS_setsockopt,
                 libc::SYS_fcntl,
+                libc::SYS_sysinfo,
             ];
             if special.contains(&i64::from(number)) {
                 continue;
@@ -379,7 +386,7 @@ mod tests {
 
     #[test]
     fn other_interfaces_and_unknown_calls_do_not_exist() {
-        let program = program(false);
+        let program = program(false, true);
         assert_eq!(verdict(&program, 0x4000_0003, 1, [0, 0, 0, 0]), errno(libc::ENOSYS));
         for number in [LAST_KNOWN + 1, X32_START, X32_START | libc::SYS_mount as u32, u32::MAX] {
             assert_eq!(verdict(&program, AUDIT_ARCH, number, [0, 0, 0, 0]), errno(libc::ENOSYS));
@@ -417,7 +424,7 @@ mod tests {
 
     #[test]
     fn netlink_tells_of_addresses_and_sockets_and_of_nothing_else() {
-        let program = program(false);
+        let program = program(false, true);
         let open = |protocol: i32| {
             let arguments = [libc::AF_NETLINK as u32, libc::SOCK_RAW as u32, protocol as u32, 0];
             verdict(&program, AUDIT_ARCH, libc::SYS_socket as u32, arguments)
@@ -434,7 +441,7 @@ mod tests {
     #[test]
     fn the_limit_of_core_files_stays_only_where_it_is_pinned() {
         let core = u64::from(libc::RLIMIT_CORE);
-        let program = |pin_cores| super::program(pin_cores);
+        let program = |pin_cores| super::program(pin_cores, true);
         let prlimit = |pin_cores, arguments: [u64; 4]| {
             verdict_of(&program(pin_cores), AUDIT_ARCH, libc::SYS_prlimit64 as u32, arguments)
         };
@@ -454,7 +461,7 @@ mod tests {
 
     #[test]
     fn huge_pages_are_the_hosts() {
-        let program = program(false);
+        let program = program(false, true);
         for (number, argument, bits) in HUGE_PAGES {
             let mut arguments = [0; 4];
             assert_eq!(verdict(&program, AUDIT_ARCH, *number as u32, arguments), RETURN_ALLOW);
@@ -475,7 +482,7 @@ mod tests {
 
     #[test]
     fn no_programs_are_attached_to_sockets() {
-        let program = program(false);
+        let program = program(false, true);
         let set = |level: i32, option: i32| {
             let arguments = [3, level as u32, option as u32, 0];
             verdict(&program, AUDIT_ARCH, libc::SYS_setsockopt as u32, arguments)
@@ -485,6 +492,12 @@ mod tests {
             assert_eq!(set(libc::IPPROTO_TCP, option), RETURN_ALLOW);
         }
         assert_eq!(set(libc::SOL_SOCKET, libc::SO_REUSEADDR), RETURN_ALLOW);
+    }
+
+    #[test]
+    fn sysinfo_is_answered_by_somebody_else_where_somebody_listens() {
+        assert_eq!(native(libc::SYS_sysinfo, [0, 0]), RETURN_NOTIFY);
+        assert_eq!(verdict(&program(false, false), AUDIT_ARCH, libc::SYS_sysinfo as u32, [0, 0, 0, 0]), RETURN_ALLOW);
     }
 
     #[test]

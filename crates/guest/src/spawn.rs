@@ -23,6 +23,8 @@ pub const IDS_PER_SANDBOX: u32 = 65_536;
 
 /// Pseudo-terminals of one sandbox. The host has one number for all, which the server raises.
 pub const TERMINALS_MAX: u32 = 256;
+/// What `/proc/cpuinfo` has on a processor lies at its number times this in the file that agents get.
+pub const PROCESSOR_TEXT_BYTES: usize = 8192;
 
 /// More than any message has.
 const DESCRIPTORS_MAX: usize = 64;
@@ -82,7 +84,7 @@ pub enum MountOutcome {
 /// Descriptors, in this order: error pipe (write end), leash pipe (read end), the socket for the [`Disk`], user
 /// namespace, network namespace, one detached mount for each of `layers`, `agent_cgroups` files,
 /// `command_cgroups` files, for each of `command_groups` as many files and one that reads as the number of its
-/// processes, and the files of memory usage and memory limit.
+/// processes, and the files of memory usage, memory limit and memory statistics.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Sandbox {
     /// Directories below the root that have a layer and an overlay of their own, such as `usr`.

@@ -112,7 +112,9 @@ impl Files {
     pub(super) fn write(&mut self, path: &str, content: Vec<u8>, options: &WriteOptions) -> Result<(), GuestError> {
         self.check_writable(path)?;
         let path = absolute(path)?;
-        self.make_directory(parent(&path), 0, true)?;
+        if !self.0.contains_key(parent(&path)) {
+            self.make_directory(parent(&path), 0, true)?;
+        }
         let new_mode = if options.mode == 0 { 0o644 } else { options.mode };
         let node = self.0.entry(path).or_insert(Node { content: Some(Bytes::new()), mode: new_mode });
         let mut bytes = content;

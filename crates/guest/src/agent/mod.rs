@@ -20,6 +20,7 @@ use crate::mux::{Mux, Role};
 use clock::Clock;
 use detached::Executions;
 use failure::Failure;
+use machine::Machine;
 use paths::Root;
 use power::Power;
 pub use program::{SFTP, SHELL};
@@ -37,9 +38,11 @@ mod failure;
 mod files;
 mod groups;
 mod limits;
-mod meminfo;
+mod machine;
+mod memory;
 mod paths;
 mod power;
+mod processes;
 mod program;
 mod reaper;
 mod save;
@@ -50,6 +53,7 @@ mod settings;
 mod signals;
 mod sockets;
 mod sys;
+mod sysinfo;
 mod syslog;
 mod terminal;
 
@@ -77,6 +81,7 @@ pub struct Agent {
     clock: Arc<Clock>,
     power: Power,
     peers: Peers,
+    machine: Machine,
     /// Notified when a command starts.
     busy: Notify,
     /// Notified when a request has been answered.
@@ -90,6 +95,7 @@ pub fn main(arguments: impl Iterator<Item = String>) -> Result<(), String> {
     sys::close_on_exec_from(3);
     sys::reset_signals();
     sys::drop_groups();
+    sysinfo::use_power(false);
     sys::tune_heap();
     if !is_first_process() {
         sys::become_subreaper();
@@ -135,6 +141,7 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
         clock: Arc::default(),
         power: Power::default(),
         peers: Peers::default(),
+        machine: Machine::default(),
         busy: Notify::new(),
         answered: Notify::new(),
         settings,
@@ -144,7 +151,8 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
         power::obey(&agent)?;
         syslog::start();
     }
-    meminfo::maintain(agent.clone());
+    machine::answer_sysinfo(&agent);
+    machine::maintain(agent.clone());
     tokio::spawn(tidy_up(agent.clone()));
     let keeper = agent.clone();
     tokio::spawn(async move { keeper.executions.sweep(&keeper.clock).await });
@@ -172,7 +180,7 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
         if let Some(leash) = leash.take() {
             leash.abort();
         }
-        show_machine(&agent);
+        machine::show(&agent);
         let (agent, newest) = (agent.clone(), newest.clone());
         tokio::spawn(async move {
             let handshake = Handshake { powered_off: agent.power.is_off(), ..Handshake::default() };
@@ -208,17 +216,6 @@ async fn end_with(leash: OwnedFd) {
     if let Ok(mut leash) = tokio::net::unix::pipe::Receiver::from_owned_fd(leash) {
         let _ = tokio::io::AsyncReadExt::read_u8(&mut leash).await;
         std::process::exit(0);
-    }
-}
-
-/// Shows the sandbox its limits, which a server sets before it connects.
-fn show_machine(agent: &Agent) {
-    meminfo::write(agent);
-    if let (Some(file), Ok(set)) = (&agent.settings.processors, rustix::thread::sched_getaffinity(None)) {
-        let numbers = (0..rustix::thread::CpuSet::MAX_CPU).filter(|number| set.is_set(*number));
-        let list = numbers.map(|number| number.to_string()).collect::<Vec<_>>().join(",") + "\n";
-        let _ = rustix::fs::ftruncate(file, list.len() as u64);
-        let _ = rustix::io::pwrite(file, list.as_bytes(), 0);
     }
 }
 

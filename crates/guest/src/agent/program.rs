@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nagaya_api::error::Code;
+use nagaya_api::names;
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 use rustix::process::WaitStatus;
@@ -15,6 +16,7 @@ use tokio::time::Instant;
 use super::account::Account;
 use super::failure::Failure;
 use super::groups;
+use super::machine;
 use super::sys::{self, SpawnError, Step};
 use super::{Agent, terminal};
 use crate::messages::{Command, Terminal};
@@ -50,6 +52,7 @@ pub struct Running {
 /// Starts a command. All that can be wrong with it is found here.
 pub async fn start(agent: &Arc<Agent>, command: Command) -> Result<Running, Failure> {
     agent.power.require_on()?;
+    machine::freshen(agent);
     let agent = agent.clone();
     let hang_up = command.hang_up;
     // Loading a program may wait for the disk, and the process being made may be stopped by others.
@@ -210,7 +213,12 @@ fn strings(agent: &Agent, command: &Command, account: &Account) -> Result<String
         // A command without a wish still runs when somebody removed the home directory.
         "" if !std::path::Path::new(home).is_dir() => c_string("/")?,
         "" => c_string(home)?,
-        path => sys::c_string(agent.root.absolute(path)?).ok_or_else(|| invalid("NUL byte"))?,
+        path => {
+            let path = names::to_bytes(path);
+            let home = agent.settings.home.as_bytes();
+            let absolute = if path.starts_with(b"/") { path.into_owned() } else { [home, b"/", &path].concat() };
+            sys::c_string(absolute).ok_or_else(|| invalid("NUL byte"))?
+        }
     };
     Ok(Strings { candidates, argv, env, cwd })
 }

@@ -252,8 +252,11 @@ impl Save {
             rustix::fs::fsync(&draft.file)?;
         }
         let Place { directory, name, .. } = place;
-        match draft.name.take() {
-            Some((from, draft)) => rustix::fs::renameat(from, draft, directory, name)?,
+        match &draft.name {
+            Some((from, old_name)) => {
+                rustix::fs::renameat(from, old_name, directory, name)?;
+                draft.name = None;
+            }
             None => {
                 // A name can only be taken over by renaming, so the draft needs one for a moment.
                 let passing = draft_name();

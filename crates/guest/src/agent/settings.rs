@@ -24,10 +24,22 @@ pub struct Settings {
     pub meminfo: Option<OwnedFd>,
     /// Reads as the bytes that may be used; anything but a number is no limit.
     pub memory_limit: Option<OwnedFd>,
-    /// What the sandbox sees as `/sys/devices/system/cpu/online`.
+    /// Reads as the kernel's statistics of that memory.
+    pub memory_statistics: Option<OwnedFd>,
+    /// The directory that the sandbox sees as `/sys/devices/system/cpu`.
     pub processors: Option<OwnedFd>,
     /// This process's own `/proc/self/oom_score_adj`, which it may not open.
     pub oom_score: Option<OwnedFd>,
+    /// The directory that the sandbox sees as `/sys/fs/cgroup`.
+    pub cgroup: Option<OwnedFd>,
+    /// What the sandbox sees as `/proc/stat`, `/proc/loadavg` and `/proc/cpuinfo`.
+    pub stat: Option<OwnedFd>,
+    pub loadavg: Option<OwnedFd>,
+    pub cpuinfo: Option<OwnedFd>,
+    /// The host's `/proc/cpuinfo`, see [`crate::spawn::PROCESSOR_TEXT_BYTES`].
+    pub processor_texts: Option<OwnedFd>,
+    /// Where calls of `sysinfo(2)` wait for an answer.
+    pub sysinfo: Option<OwnedFd>,
     /// Until the first server connects, the end of this pipe is the end of the agent: a prepared
     /// sandbox goes with the server that prepared it.
     pub leash: Option<OwnedFd>,
@@ -97,6 +109,13 @@ impl Settings {
                 "--memory-limit-fd" => settings.memory_limit = Some(take(&argument, value)?),
                 "--oom-score-fd" => settings.oom_score = Some(take(&argument, value)?),
                 "--processors-fd" => settings.processors = Some(take(&argument, value)?),
+                "--memory-statistics-fd" => settings.memory_statistics = Some(take(&argument, value)?),
+                "--cgroup-fd" => settings.cgroup = Some(take(&argument, value)?),
+                "--stat-fd" => settings.stat = Some(take(&argument, value)?),
+                "--loadavg-fd" => settings.loadavg = Some(take(&argument, value)?),
+                "--cpuinfo-fd" => settings.cpuinfo = Some(take(&argument, value)?),
+                "--processor-texts-fd" => settings.processor_texts = Some(take(&argument, value)?),
+                "--sysinfo-fd" => settings.sysinfo = Some(take(&argument, value)?),
                 "--leash-fd" => settings.leash = Some(take(&argument, value)?),
                 "--kept-output-bytes-max" => settings.kept_bytes = Some(number(&argument, value)?),
                 "--kept-output-seconds-max" => settings.kept_seconds = Some(number(&argument, value)?),
@@ -114,6 +133,13 @@ impl Settings {
             memory_limit: settings.memory_limit,
             processors: settings.processors,
             oom_score: settings.oom_score,
+            memory_statistics: settings.memory_statistics,
+            cgroup: settings.cgroup,
+            stat: settings.stat,
+            loadavg: settings.loadavg,
+            cpuinfo: settings.cpuinfo,
+            processor_texts: settings.processor_texts,
+            sysinfo: settings.sysinfo,
             leash: settings.leash,
             control: settings.control,
             home: settings.home.unwrap_or_else(|| "/home/tenki".into()),
@@ -134,6 +160,13 @@ struct PartialSettings {
     memory_limit: Option<OwnedFd>,
     processors: Option<OwnedFd>,
     oom_score: Option<OwnedFd>,
+    memory_statistics: Option<OwnedFd>,
+    cgroup: Option<OwnedFd>,
+    stat: Option<OwnedFd>,
+    loadavg: Option<OwnedFd>,
+    cpuinfo: Option<OwnedFd>,
+    processor_texts: Option<OwnedFd>,
+    sysinfo: Option<OwnedFd>,
     leash: Option<OwnedFd>,
     control: Option<OwnedFd>,
     home: Option<String>,

@@ -229,6 +229,8 @@ extern "C" fn child(plan: *mut c_void) -> c_int {
     }
 }
 
+const CAP_SYS_PTRACE: libc::c_ulong = 19;
+
 /// # Safety
 /// Only for [`child`].
 unsafe fn prepare(plan: &Plan) -> Result<(), Step> {
@@ -256,6 +258,9 @@ unsafe fn prepare(plan: &Plan) -> Result<(), Step> {
             check(libc::ioctl(0, libc::TIOCSCTTY, 0).into(), Step::Prepare)?;
         }
         check(libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32), Step::Prepare)?;
+        // The agent's, for its answers to `sysinfo`; commands have no power over each other. Without the right to
+        // give it up there is none to be had.
+        libc::prctl(libc::PR_CAPBSET_DROP, CAP_SYS_PTRACE, 0, 0, 0);
         libc::umask(plan.umask);
         let groups = libc::syscall(libc::SYS_setgroups, plan.groups.0, plan.groups.1);
         if let Some((uid, gid)) = plan.user {

@@ -5,13 +5,14 @@
 
 use std::fs;
 use std::os::fd::AsFd;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt, symlink};
 
 use rustix::fs::{CWD, FileType, Mode};
 use rustix::mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags};
 
 use super::{Step, StepError, process};
 use crate::mount;
+use crate::spawn::PROCESSOR_TEXT_BYTES;
 
 /// Where a sandbox's disk, base layer, further layers and finished root are attached.
 pub(super) const DISK: &str = "/disk";
@@ -24,6 +25,10 @@ pub(super) const DEVICES: &str = "/dev";
 pub(super) const SYSTEM: &str = "/sys";
 /// Where a sandbox's small files are made that cover others.
 pub(super) const COVERS: &str = "/covers";
+/// Files of `/proc` that are the same in every sandbox.
+pub(super) const FIXED: &str = "/fixed";
+/// What `/proc/cpuinfo` has on each processor.
+pub(super) const PROCESSOR_TEXTS: &str = "/processors";
 pub(super) const LAYERS_MAX: usize = 16;
 pub(super) const PARTS: [&str; 3] = ["dev", "proc", "sys"];
 
@@ -42,7 +47,7 @@ pub(super) fn prepare() -> Result<(), StepError> {
     // Any directory will do: the mount moves to the top at once.
     mount::attach(root.as_fd(), "/proc").step("attach the spawner's root")?;
     std::env::set_current_dir("/proc").step("enter the spawner's root")?;
-    for directory in ["proc", "disk", "base", "layers", "root", "ready", "dev", "sys", "covers"] {
+    for directory in ["proc", "disk", "base", "layers", "root", "ready", "dev", "sys", "covers", "fixed"] {
         fs::create_dir(directory).step("fill the spawner's root")?;
     }
     for index in 0..LAYERS_MAX {
@@ -56,7 +61,35 @@ pub(super) fn prepare() -> Result<(), StepError> {
     rustix::mount::unmount(".", UnmountFlags::DETACH).step("leave the host's root")?;
     std::env::set_current_dir("/").step("enter the new root")?;
     make_devices()?;
-    make_system()
+    make_system()?;
+    for (name, text) in FIXED_FILES {
+        fs::write(format!("{FIXED}/{name}"), text).step("make files of /proc")?;
+    }
+    keep_processor_texts().step("keep what is known of processors")
+}
+
+/// A machine without swap on which nothing was counted yet.
+const FIXED_FILES: [(&str, &str); 2] = [
+    ("swaps", "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"),
+    ("vmstat", "pgpgin 0\npgpgout 0\npswpin 0\npswpout 0\npgfault 0\npgmajfault 0\noom_kill 0\n"),
+];
+
+/// Reading this of a large host takes longer than making a sandbox, so it is read once.
+fn keep_processor_texts() -> std::io::Result<()> {
+    let file = fs::File::create(PROCESSOR_TEXTS)?;
+    for text in fs::read_to_string("/proc/cpuinfo")?.split_inclusive("\n\n") {
+        let text = text.trim_end_matches('\n');
+        let number = text.strip_prefix("processor").and_then(|rest| {
+            let (_, rest) = rest.split_once(": ")?;
+            rest.lines().next()?.trim().parse::<usize>().ok()
+        });
+        // Some architectures have a part on the machine, too.
+        let Some(number) = number else { continue };
+        let text = format!("{text}\n");
+        let end = text.len().min(PROCESSOR_TEXT_BYTES);
+        file.write_all_at(&text.as_bytes()[..end], (number * PROCESSOR_TEXT_BYTES) as u64)?;
+    }
+    Ok(())
 }
 
 fn make_devices() -> Result<(), StepError> {
@@ -86,15 +119,10 @@ fn make_devices() -> Result<(), StepError> {
     Ok(())
 }
 
-/// The `/sys` of all sandboxes: a directory for each of the host's processors, and the place where
-/// the list of a sandbox's own is shown.
+/// The `/sys` of all sandboxes: places for what is a sandbox's own.
 fn make_system() -> Result<(), StepError> {
-    let set = rustix::thread::sched_getaffinity(None).step("count processors")?;
-    let directory = format!("{SYSTEM}/devices/system/cpu");
-    fs::create_dir_all(&directory).step("make /sys")?;
-    for processor in (0..rustix::thread::CpuSet::MAX_CPU).filter(|number| set.is_set(*number)) {
-        fs::create_dir(format!("{directory}/cpu{processor}")).step("make /sys")?;
+    for directory in ["devices/system/cpu", "fs/cgroup"] {
+        fs::create_dir_all(format!("{SYSTEM}/{directory}")).step("make /sys")?;
     }
-    fs::write(format!("{directory}/online"), "").step("make /sys")?;
-    fs::create_dir_all(format!("{SYSTEM}/fs/cgroup")).step("make /sys")
+    Ok(())
 }

@@ -10,14 +10,16 @@
 use std::ffi::CStr;
 use std::fs;
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, UnmountFlags};
 use rustix::thread::{CapabilitySet, LinkNameSpaceType};
 
 use super::process::{self, Clone, Exit};
-use super::root::{BASE, COVERS, DEVICES, DISK, LAYERS, LAYERS_MAX, NEW_ROOT, PARTS, READY, SYSTEM};
+use super::root::{
+    BASE, COVERS, DEVICES, DISK, FIXED, LAYERS, LAYERS_MAX, NEW_ROOT, PARTS, PROCESSOR_TEXTS, READY, SYSTEM,
+};
 use super::{Step, StepError, limits};
 use crate::mount::{self, NO_DEVICES, NO_EXEC, NO_SUID, READ_ONLY};
 use crate::seccomp;
@@ -37,14 +39,16 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::NET_BIND_SERVICE)
     .union(CapabilitySet::SYS_CHROOT)
     .union(CapabilitySet::AUDIT_WRITE)
-    .union(CapabilitySet::SETFCAP);
+    .union(CapabilitySet::SETFCAP)
+    // The agent's only: it takes it from everything that it starts.
+    .union(CapabilitySet::SYS_PTRACE);
 
 /// What /dev/shm may hold before the server has told how much memory the sandbox has.
 const SHARED_MEMORY: [(&str, Option<&str>); 2] = [("size", Some("1m")), ("nr_inodes", Some("64"))];
 
 /// What is left of /proc beside its processes. All else tells of the host and of whoever else is on it, or acts on them,
 /// and is shown empty: also what a later kernel adds.
-const SHOWN_IN_PROC: [&str; 18] = [
+const SHOWN_IN_PROC: [&str; 20] = [
     "cpuinfo",
     "crypto",
     "devices",
@@ -57,13 +61,18 @@ const SHOWN_IN_PROC: [&str; 18] = [
     "net",
     "self",
     "stat",
+    "swaps",
     "sys",
     "sysvipc",
     "thread-self",
     "tty",
     "uptime",
     "version",
+    "vmstat",
 ];
+/// Files of /proc that the agent writes, and those that are the same in every sandbox.
+const SHOWN_FILES: [&str; 4] = ["meminfo", "stat", "loadavg", "cpuinfo"];
+const FIXED_FILES: [&str; 2] = ["swaps", "vmstat"];
 /// Files below /proc/sys that count what the whole host has.
 const COUNTED_FOR_ALL: [&str; 6] =
     ["fs/aio-nr", "fs/dentry-state", "fs/file-nr", "fs/inode-nr", "fs/inode-state", "kernel/pty/nr"];
@@ -84,6 +93,7 @@ struct Parts<'a> {
     command_groups: Vec<(Vec<BorrowedFd<'a>>, BorrowedFd<'a>)>,
     memory_usage: BorrowedFd<'a>,
     memory_limit: BorrowedFd<'a>,
+    memory_statistics: BorrowedFd<'a>,
 }
 
 impl<'a> Parts<'a> {
@@ -105,6 +115,7 @@ impl<'a> Parts<'a> {
                 .collect::<Option<_>>()?,
             memory_usage: rest.next()?,
             memory_limit: rest.next()?,
+            memory_statistics: rest.next()?,
         };
         (rest.next().is_none() && order.layers.len() <= LAYERS_MAX).then_some(parts)
     }
@@ -141,6 +152,7 @@ fn become_sandbox(
         rustix::io::write(cgroup, b"0").step("join the cgroup")?;
     }
     process::unshare(libc::CLONE_NEWCGROUP).step("unshare the cgroup namespace")?;
+    enter_time_namespace().step("start the sandbox's clock")?;
     let pin_cores = limits::forbid_foreign_core_dumps()?;
     let (shown, sizes) = make_ready(order, parts)?;
     let descriptors = [sizes.shared_memory.as_fd(), sizes.segments.as_fd()];
@@ -162,8 +174,8 @@ fn become_sandbox(
     rustix::process::setsid().step("start a session")?;
     // The spawner's standard error is the server's; standard input is /dev/null already.
     rustix::stdio::dup2_stderr(rustix::stdio::stdin()).step("close standard error")?;
-    install_filter(pin_cores).step("install the system call filter")?;
-    run_agent(order, parts, listen.as_fd(), &shown, agent)
+    let sysinfo = install_filter(pin_cores).step("install the system call filter")?;
+    run_agent(order, parts, listen.as_fd(), &shown, sysinfo, agent)
 }
 
 /// Waits for the disk, the base layer under it, and the socket to listen on. A server that ended sends none, and
@@ -185,14 +197,41 @@ fn lost(step: &'static str, error: ChannelError) -> StepError {
     }
 }
 
+/// Lets the clocks that count from the host's start count from now on: uptime, and the age of processes.
+fn enter_time_namespace() -> Result<(), Errno> {
+    const CLONE_NEWTIME: i32 = 0x80;
+    let namespace = "/proc/self/ns/time_for_children";
+    // A kernel without such namespaces tells the host's uptime.
+    if !fs::exists(namespace).unwrap_or(false) {
+        return Ok(());
+    }
+    process::unshare(CLONE_NEWTIME)?;
+    // The smaller of the two, so that neither begins before 0.
+    let since = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic).tv_sec;
+    let offsets = format!("monotonic -{since} 0\nboottime -{since} 0\n");
+    // A server in a container may lack the right; then the clocks are the host's.
+    let _ = fs::write("/proc/self/timens_offsets", offsets);
+    let namespace = fs::File::open(namespace).map_err(errno_of)?;
+    rustix::thread::move_into_link_name_space(namespace.as_fd(), None)
+}
+
+fn errno_of(error: std::io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+}
+
 /// Files that the agent writes: what the sandbox sees as its share of what the kernel tells of the host, and one more.
 struct Shown {
     /// Its `/proc/1/oom_score_adj`, which it has no right to open.
     oom_score: OwnedFd,
-    /// As `/proc/meminfo`.
-    memory: OwnedFd,
-    /// As `/sys/devices/system/cpu/online`.
+    meminfo: OwnedFd,
+    stat: OwnedFd,
+    loadavg: OwnedFd,
+    cpuinfo: OwnedFd,
+    /// The directories `/sys/devices/system/cpu` and `/sys/fs/cgroup`.
     processors: OwnedFd,
+    cgroup: OwnedFd,
+    /// What there is to be told of processors.
+    processor_texts: OwnedFd,
 }
 
 /// What follows from the sandbox's memory, which is not known yet; see [`spawn::Sizes`].
@@ -212,7 +251,7 @@ fn make_ready(order: &Sandbox, parts: &Parts<'_>) -> Result<(Shown, Sizes), Step
     let tree = mount::clone_tree(rustix::fs::CWD, SYSTEM, false).step("copy /sys")?;
     mount::set_attributes(tree.as_fd(), READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC, None).step("protect /sys")?;
     mount::attach(tree.as_fd(), &ready("sys")).step("attach /sys")?;
-    Ok((build_proc()?, Sizes { shared_memory, segments }))
+    Ok((build_proc(order)?, Sizes { shared_memory, segments }))
 }
 
 /// Where a part of the root is made.
@@ -305,7 +344,7 @@ fn build_devices(order: &Sandbox) -> Result<OwnedFd, StepError> {
     Ok(context)
 }
 
-fn build_proc() -> Result<Shown, StepError> {
+fn build_proc(order: &Sandbox) -> Result<Shown, StepError> {
     let quiet =
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC | MountAttrFlags::MOUNT_ATTR_NODEV;
     let proc = mount::new_filesystem("proc", &[], quiet).step("make /proc")?;
@@ -328,7 +367,7 @@ fn build_proc() -> Result<Shown, StepError> {
             read_only(&path, &path)?;
         }
     }
-    let empty = mount::new_filesystem("tmpfs", &[("size", Some("64k")), ("mode", Some("0555"))], quiet)
+    let empty = mount::new_filesystem("tmpfs", &[("size", Some("256k")), ("mode", Some("0555"))], quiet)
         .step("make an empty place")?;
     // Linux before 6.15 copies no parts of a mount that is attached nowhere.
     mount::attach(empty.as_fd(), COVERS).step("attach an empty place")?;
@@ -338,10 +377,27 @@ fn build_proc() -> Result<Shown, StepError> {
     };
     let nothing = make("nothing").step("make an empty file")?;
     rustix::fs::mkdirat(&empty, "directory", rustix::fs::Mode::from_raw_mode(0o555)).step("make an empty directory")?;
+    // The agent fills these, as the sandbox's root.
+    let owner = Some(rustix::fs::Uid::from_raw(order.first_id));
+    for name in ["cpu", "cgroup"] {
+        rustix::fs::mkdirat(&empty, name, rustix::fs::Mode::from_raw_mode(0o755)).step("make a directory of /sys")?;
+        rustix::fs::chownat(&empty, name, owner, None, rustix::fs::AtFlags::empty())
+            .step("give a directory of /sys away")?;
+    }
+    let open = |directory: BorrowedFd<'_>, path: &str, flags: rustix::fs::OFlags| {
+        rustix::fs::openat(directory, path, flags | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())
+    };
+    let made = |name: &str| make(name).step("make a file of /proc");
     let shown = Shown {
         oom_score: oom_score.into(),
-        memory: make("meminfo").step("make /proc/meminfo")?,
-        processors: make("online").step("make the list of processors")?,
+        meminfo: made("meminfo")?,
+        stat: made("stat")?,
+        loadavg: made("loadavg")?,
+        cpuinfo: made("cpuinfo")?,
+        processors: open(empty.as_fd(), "cpu", rustix::fs::OFlags::DIRECTORY).step("open a directory of /sys")?,
+        cgroup: open(empty.as_fd(), "cgroup", rustix::fs::OFlags::DIRECTORY).step("open a directory of /sys")?,
+        processor_texts: open(rustix::fs::CWD, PROCESSOR_TEXTS, rustix::fs::OFlags::RDONLY)
+            .step("open what is known of processors")?,
     };
     drop(nothing);
     // A boot of its own, as by this name machines are told apart.
@@ -349,9 +405,8 @@ fn build_proc() -> Result<Shown, StepError> {
     let random = fs::read("/proc/sys/kernel/random/uuid").step("make a boot id")?;
     boot_id.write_all(&random).step("make a boot id")?;
     drop(boot_id);
-    let show = |name: &str, target: &str| -> Result<(), StepError> {
-        let file =
-            mount::clone_tree(rustix::fs::CWD, &format!("{COVERS}/{name}"), false).step("copy an empty place")?;
+    let show = |path: &str, target: &str| -> Result<(), StepError> {
+        let file = mount::clone_tree(rustix::fs::CWD, path, false).step("copy an empty place")?;
         mount::set_attributes(file.as_fd(), READ_ONLY, None).step("protect an empty place")?;
         mount::attach(file.as_fd(), target).step("cover a part of /proc")
     };
@@ -362,18 +417,27 @@ fn build_proc() -> Result<Shown, StepError> {
         let is_process = name.bytes().all(|byte| byte.is_ascii_digit());
         if !is_process && !SHOWN_IN_PROC.contains(&&*name) {
             let is_directory = entry.file_type().step("look into /proc")?.is_dir();
-            show(if is_directory { "directory" } else { "nothing" }, &ready(&format!("proc/{name}")))?;
+            let cover = if is_directory { "directory" } else { "nothing" };
+            show(&format!("{COVERS}/{cover}"), &ready(&format!("proc/{name}")))?;
         }
     }
     for name in COUNTED_FOR_ALL {
         let path = ready(&format!("proc/sys/{name}"));
         if fs::exists(&path).step("look into /proc/sys")? {
-            show("nothing", &path)?;
+            show(&format!("{COVERS}/nothing"), &path)?;
         }
     }
-    show("boot_id", &ready("proc/sys/kernel/random/boot_id"))?;
-    show("meminfo", &ready("proc/meminfo"))?;
-    show("online", &ready("sys/devices/system/cpu/online"))?;
+    show(&format!("{COVERS}/boot_id"), &ready("proc/sys/kernel/random/boot_id"))?;
+    for (place, names) in [(COVERS, &SHOWN_FILES[..]), (FIXED, &FIXED_FILES[..])] {
+        for name in names {
+            let path = ready(&format!("proc/{name}"));
+            if fs::exists(&path).step("look into /proc")? {
+                show(&format!("{place}/{name}"), &path)?;
+            }
+        }
+    }
+    show(&format!("{COVERS}/cpu"), &ready("sys/devices/system/cpu"))?;
+    show(&format!("{COVERS}/cgroup"), &ready("sys/fs/cgroup"))?;
     Ok(shown)
 }
 
@@ -416,13 +480,22 @@ fn limit_capabilities() -> Result<(), Errno> {
     Ok(())
 }
 
-/// Exec keeps, of what root has, only what the bounding set allows: no step for that is needed.
-fn install_filter(pin_cores: bool) -> Result<(), Errno> {
-    let program = seccomp::program(pin_cores);
+/// Exec keeps, of what root has, only what the bounding set allows: no step for that is needed. What is returned is
+/// where calls of `sysinfo` wait for an answer.
+fn install_filter(pin_cores: bool) -> Result<Option<OwnedFd>, Errno> {
+    match install(&seccomp::program(pin_cores, true), libc::SECCOMP_FILTER_FLAG_NEW_LISTENER) {
+        // Whoever started the server listens to such calls already, and there can be one only.
+        Err(Errno::BUSY) => install(&seccomp::program(pin_cores, false), 0).map(|_| None),
+        // SAFETY: on success the kernel made a new descriptor that nobody else owns.
+        other => other.map(|listener| Some(unsafe { OwnedFd::from_raw_fd(listener as RawFd) })),
+    }
+}
+
+fn install(program: &[libc::sock_filter], flags: libc::c_ulong) -> Result<libc::c_long, Errno> {
     let header = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
     // SAFETY: the header points to `program`, which outlives the call; the kernel copies it.
-    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const header) };
-    if result == 0 { Ok(()) } else { Err(mount::last_errno()) }
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const header) };
+    if result >= 0 { Ok(result) } else { Err(mount::last_errno()) }
 }
 
 fn run_agent(
@@ -430,6 +503,7 @@ fn run_agent(
     parts: &Parts<'_>,
     listen: BorrowedFd<'_>,
     shown: &Shown,
+    sysinfo: Option<OwnedFd>,
     agent: BorrowedFd<'_>,
 ) -> Result<std::convert::Infallible, StepError> {
     let named = [
@@ -437,10 +511,17 @@ fn run_agent(
         ("listen", listen),
         ("memory-usage", parts.memory_usage),
         ("memory-limit", parts.memory_limit),
-        ("meminfo", shown.memory.as_fd()),
+        ("memory-statistics", parts.memory_statistics),
         ("oom-score", shown.oom_score.as_fd()),
+        ("meminfo", shown.meminfo.as_fd()),
+        ("stat", shown.stat.as_fd()),
+        ("loadavg", shown.loadavg.as_fd()),
+        ("cpuinfo", shown.cpuinfo.as_fd()),
         ("processors", shown.processors.as_fd()),
+        ("cgroup", shown.cgroup.as_fd()),
+        ("processor-texts", shown.processor_texts.as_fd()),
     ];
+    let sysinfo = sysinfo.iter().map(|fd| ("sysinfo", fd.as_fd()));
     let cgroups = parts.command_cgroups.iter().map(|fd| ("cgroup-procs", *fd));
     let groups = parts.command_groups.iter().flat_map(|(join, processes)| {
         join.iter().map(|fd| ("group-procs", *fd)).chain([("group-processes", *processes)])
@@ -450,7 +531,7 @@ fn run_agent(
         format!("--kept-output-bytes-max={}", order.kept_output_bytes_max),
         format!("--kept-output-seconds-max={}", order.kept_output_seconds_max),
     ];
-    for (name, fd) in named.into_iter().chain(cgroups).chain(groups) {
+    for (name, fd) in named.into_iter().chain(sysinfo).chain(cgroups).chain(groups) {
         arguments.push(format!("--{name}-fd={}", fd.as_raw_fd()));
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).step("keep a descriptor")?;
     }

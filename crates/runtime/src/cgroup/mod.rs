@@ -406,6 +406,11 @@ impl Group {
         self.memory_file("memory.max", "memory.limit_in_bytes")
     }
 
+    /// A file with the kernel's statistics of the memory in use.
+    pub fn memory_statistics_file(&self) -> Result<File, CgroupError> {
+        self.memory_file("memory.stat", "memory.stat")
+    }
+
     fn memory_file(&self, unified: &str, split: &str) -> Result<File, CgroupError> {
         let name = match self.cgroups.layout {
             Layout::Unified(_) => unified,

@@ -255,7 +255,7 @@ impl Factory {
         let layers: Vec<OwnedFd> = layers.collect::<Result<_, _>>()?;
         let agent_files = group.agent_files()?;
         let command_files = group.command_files()?;
-        let (memory_usage, memory_limit) = (group.memory_usage_file()?, group.memory_limit_file()?);
+        let memory_files = [group.memory_usage_file()?, group.memory_limit_file()?, group.memory_statistics_file()?];
         let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| on("make a pipe")(errno.into()));
         let (error, error_write) = pipe()?;
         let (leash_read, leash) = pipe()?;
@@ -282,7 +282,7 @@ impl Factory {
         for group in &command_files.groups {
             fds.extend(group.join.iter().chain([&group.processes]).map(File::as_fd));
         }
-        fds.extend([memory_usage.as_fd(), memory_limit.as_fd()]);
+        fds.extend(memory_files.iter().map(File::as_fd));
         let (pid, pidfd) = self.spawner.sandbox(order, &fds)?;
         Ok(Ground { number, group, user, disk, started: Started { pid, pidfd, error, leash } })
     }

@@ -214,6 +214,8 @@ pub async fn files_are_whole_or_absent_and_listed_in_order(place: &mut Place) ->
     let large: Vec<u8> = (0..3_000_000u32).map(|number| number as u8).collect();
     assert_eq!(write(&*guest, "large", &large).await.unwrap(), large.len() as u64);
     assert_eq!(read(&*guest, "large").await.unwrap(), large);
+    assert_eq!(write(&*guest, "/tmp/not/yet/there", b"x").await.unwrap(), 1);
+    assert!(guest.stat("/tmp/not/yet").await.unwrap().unwrap().is_dir);
     driver.destroy(id).await.unwrap();
     place.settled().await;
     Ok(())

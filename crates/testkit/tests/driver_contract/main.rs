@@ -7,6 +7,7 @@ mod inside;
 mod life;
 mod life_inside;
 mod limits;
+mod machine;
 mod place;
 mod streams;
 mod streams_inside;
@@ -105,6 +106,12 @@ fn main() -> ExitCode {
             processor_time_is_limited_to_the_cores_asked_for,
             the_tools_inside_show_the_sandboxs_own_limits,
             what_is_used_is_told_in_figures,
+        );
+        behaviours!(suite, "namespace", namespace, machine:
+            every_source_tells_of_the_sandboxs_own_memory,
+            every_source_tells_of_the_sandboxs_own_processors,
+            every_source_tells_of_the_sandboxs_own_time_and_load,
+            commands_cannot_look_into_each_other,
         );
         behaviours!(suite, "namespace", namespace, inside:
             commands_run_as_tenki_and_privileged_ones_as_root,

@@ -147,15 +147,18 @@ async fn an_agent_that_nobody_took_ends_with_its_leash() {
 #[tokio::test]
 async fn an_agent_that_was_taken_lives_on_without_its_leash() {
     let directory = TempDir::new().unwrap();
-    let processors = file(&directory, "processors", "");
+    let meminfo = file(&directory, "meminfo", "");
+    std::fs::create_dir(directory.path().join("processors")).unwrap();
+    let processors = File::open(directory.path().join("processors")).unwrap();
     let (leash, held) = std::io::pipe().unwrap();
-    let agent = Agent::start_with(&[("leash", leash.as_fd()), ("processors", processors.as_fd())]);
+    let shown = [("meminfo", meminfo.as_fd()), ("processors", processors.as_fd())];
+    let agent = Agent::start_with(&[&[("leash", leash.as_fd())], &shown[..]].concat());
     let link = agent.connect().await;
     drop((leash, held));
     assert_eq!(link.stat("/nowhere").await.unwrap(), None);
     drop(link);
     let again = agent.connect().await;
     assert_eq!(again.stat("/nowhere").await.unwrap(), None);
-    let shown = std::fs::read_to_string(directory.path().join("processors")).unwrap();
+    let shown = std::fs::read_to_string(directory.path().join("processors/online")).unwrap();
     assert!(shown.starts_with(|first: char| first.is_ascii_digit()) && shown.ends_with('\n'), "{shown:?}");
 }
