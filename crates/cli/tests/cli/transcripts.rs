@@ -114,7 +114,7 @@ fn a_sandboxs_life() {
           state: paused
         ");
         insta::assert_snapshot!(said("tenki sandbox resume web"), @"[id] is running");
-        insta::assert_snapshot!(said("tenki sandbox extend web 30m"), @"[id] ends at [time]");
+        insta::assert_snapshot!(said("tenki sandbox extend web 30m"), @"[id] has no end");
         insta::assert_snapshot!(said("tenki sandbox update web --name site --tag c"), @r"
         id:  [id]
         name:  site
@@ -128,7 +128,6 @@ fn a_sandboxs_life() {
         metadata: owner=alice restore_degraded=false restore_mode=memory
         created:  [time]
         ready:  [time]
-        ends:  [time]
         ");
         insta::assert_snapshot!(said("tenki sandbox fork site --count 2"), @r"
         ID  NAME  STATE
@@ -151,7 +150,7 @@ fn a_sandboxs_life() {
         insta::assert_snapshot!(said("tenki whoami"), @r"
         server:  http://127.0.0.1:[port]
         key from:  [directory]/api-key
-        owner:  service [id]
+        owner:  user [id]
         workspaces: [id] (default)
         ");
     });

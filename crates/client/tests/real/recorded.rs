@@ -18,7 +18,8 @@ async fn kinds(session: &Session) -> Vec<String> {
 }
 
 async fn what_happened_is_told(world: &World) {
-    let session = world.client.create(small()).await.unwrap();
+    let options = CreateOptions { max_duration: Some(Duration::from_secs(600)), ..small() };
+    let session = world.client.create(options).await.unwrap();
     session.extend(Duration::from_secs(60)).await.unwrap();
     session.pause().await.unwrap();
     session.resume().await.unwrap();
