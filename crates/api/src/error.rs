@@ -246,6 +246,8 @@ codes! {
     SnapshotFailed => "snapshot_failed", Internal, "the snapshot failed", "The session is as it was; remove the cause that the message names and take it again.";
     VolumeRefused => "volume_refused", FailedPrecondition, "the host cannot change this volume now", "Its content is intact; the message names the cause and what to do.";
     VolumeFailed => "volume_failed", Internal, "the volume could not be changed", "Its content is intact; the message names the cause.";
+    RecordsMissing => "records_missing", FailedPrecondition, "the data directory holds what its database does not name", "Nothing was removed. `nagaya recover` puts the records back from the copies beside the database, or restore a backup of it first; `nagaya serve --discard` removes what has no record, for good.";
+    StoreDamaged => "store_damaged", Internal, "the server's records are damaged", "Stop the server and run `nagaya recover`: it sets the damaged database aside and rebuilds the records from their copies in the data directory; a backup may be restored before that.";
     Internal => "internal", Internal, "internal error", "This is a bug in Nagaya; please report it with the server's log.";
 }
 

@@ -131,6 +131,8 @@ pub(crate) struct Actor {
     attempted: Option<oneshot::Sender<()>>,
     /// Pauses between attempts to adopt.
     adoption: Backoff,
+    /// An attempt to adopt failed: until one succeeds there is nothing that the driver could be asked.
+    unadopted: bool,
     _running: Running,
 }
 
@@ -211,6 +213,7 @@ impl Inner {
             waiting: Vec::new(),
             attempted: None,
             adoption: self.backoff(),
+            unadopted: false,
             _running: running,
         };
         tokio::spawn(actor.run(birth));
@@ -304,7 +307,12 @@ impl Actor {
             () = self.live.alarm.notified() => self.due().await,
             Some(message) = self.mailbox.recv() => self.handle(message).await,
             // Nothing else begins while somebody waits for a volume to come or go.
-            Some(job) = self.jobs.recv(), if self.work.is_none() && self.asked.is_empty() => {
+            Some(job) = self.jobs.recv(), if self.unadopted || self.work.is_none() && self.asked.is_empty() => {
+                if self.unadopted {
+                    let detail = "the server could not take the sandbox over yet, and keeps trying";
+                    ending::refuse_job(job, &Error::new(Code::GuestUnreachable, detail));
+                    return Flow::Continue;
+                }
                 self.take_up(job).await;
                 self.due().await
             }
@@ -490,6 +498,7 @@ pub(crate) fn store_error(error: StoreError) -> Error {
     tracing::error!(%error, "the store failed");
     match error {
         StoreError::Full => Error::new(Code::CapacityUnavailable, "space on the host's disk"),
+        StoreError::Damaged(_) => Code::StoreDamaged.into(),
         StoreError::Failed(_) => Error::new(Code::Internal, "the server could not read or write its records"),
     }
 }

@@ -59,6 +59,10 @@ pub struct EngineConfig {
     /// Pause before a failed step is tried again; doubles up to `retry_max_ms`.
     pub retry_first_ms: u64,
     pub retry_max_ms: u64,
+    /// How long the end of a session waits for what its driver is doing for it; then it ends the sandbox all the same.
+    pub step_timeout_ms: u64,
+    /// How long a start waits for sandboxes that do not answer, after the last one that did. They are tried again later.
+    pub recovery_patience_ms: u64,
     /// Names and values of a session's or command's environment together.
     pub env_bytes_max: usize,
     /// Keys and values of a session's metadata together.
@@ -66,6 +70,9 @@ pub struct EngineConfig {
     /// Arguments of one command together.
     pub argv_bytes_max: usize,
     pub ssh_authorized_keys_max: usize,
+    /// Remove sandboxes and volumes that no record names, not even as ended. For one start, and never from a file.
+    #[serde(skip)]
+    pub discard_unrecorded: bool,
 }
 
 impl Default for EngineConfig {
@@ -92,10 +99,13 @@ impl Default for EngineConfig {
             activity_flush_ms: 30_000,
             retry_first_ms: 100,
             retry_max_ms: 30_000,
+            step_timeout_ms: 60_000,
+            recovery_patience_ms: 3_000,
             env_bytes_max: 128 * 1024,
             metadata_bytes_max: 64 * 1024,
             argv_bytes_max: 1024 * 1024,
             ssh_authorized_keys_max: 32,
+            discard_unrecorded: false,
         }
     }
 }

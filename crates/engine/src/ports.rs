@@ -32,6 +32,9 @@ pub enum StoreError {
     /// There is no space to write to; nothing was changed.
     #[error("store: no space left on the host's disk")]
     Full,
+    /// What is on the disk is not what was written.
+    #[error("store: {0}")]
+    Damaged(String),
     #[error("store: {0}")]
     Failed(String),
 }

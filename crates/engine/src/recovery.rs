@@ -1,9 +1,12 @@
 //! Bringing records and world together when the engine starts.
 //!
 //! Every live record gets its task, which adopts the sandbox, rolls back a creation or finishes an
-//! ending; see [`crate::actor`]. What the driver has and no live record names is destroyed. No
+//! ending; see [`crate::actor`]. What the driver still has of a session that is recorded as ended is destroyed. No
 //! caller is served before each of these has been tried once, and previews are reachable again. Snapshots and volumes go on where
-//! they stopped, images, volumes and blobs that no record names are removed; that goes on beside.
+//! they stopped, images and blobs that no record names are removed; that goes on beside.
+//!
+//! Every sandbox and every volume has a record before it exists, and as long as it exists. One without is not a leftover but has lost its
+//! record: it is left alone, unless whoever started the server gave it up.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -11,6 +14,7 @@ use std::sync::Arc;
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{ImageId, SessionId, VolumeId};
 use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 
 use crate::actor::{Birth, store_error};
 use crate::inner::Inner;
@@ -43,7 +47,13 @@ pub(crate) async fn recover(engine: &Arc<Inner>, records: Records) -> Result<(),
     let sandboxes = engine.driver.list().await.map_err(|error| unknown("sandboxes", error))?;
     let images = engine.driver.images().await.map_err(|error| unknown("images", error))?;
     let volumes = engine.driver.volumes().await.map_err(|error| unknown("volumes", error))?;
-    remove_nameless(engine, &records, images, volumes);
+    let mut unrecorded = Vec::new();
+    for id in volumes.into_iter().filter(|id| !records.volumes.iter().any(|volume| volume.id == *id)) {
+        if engine.give_up("volume", &id) {
+            unrecorded.push(id);
+        }
+    }
+    remove_nameless(engine, &records, images, unrecorded);
 
     let live: BTreeSet<SessionId> = records.sessions.iter().map(|session| session.id).collect();
     let mut attempts = Vec::new();
@@ -55,14 +65,14 @@ pub(crate) async fn recover(engine: &Arc<Inner>, records: Records) -> Result<(),
         attempts.push(attempt);
     }
     for id in sandboxes.into_iter().filter(|id| !live.contains(id)) {
+        if engine.store.session(id).await.map_err(store_error)?.is_none() && !engine.give_up("sandbox", &id) {
+            continue;
+        }
         let (attempted, attempt) = oneshot::channel();
         tokio::spawn(sweep(engine.clone(), id, attempted, engine.tasks.enter()?));
         attempts.push(attempt);
     }
-    for attempt in attempts {
-        // Tasks drop their end when they have tried; there is nothing to receive.
-        let _ = attempt.await;
-    }
+    engine.await_attempts(attempts).await;
     engine.recover_previews(records.previews).await;
     records.volumes.into_iter().for_each(|volume| engine.recover_volume(volume));
     records.snapshots.into_iter().for_each(|snapshot| engine.recover_snapshot(snapshot));
@@ -73,19 +83,52 @@ pub(crate) async fn recover(engine: &Arc<Inner>, records: Records) -> Result<(),
     Ok(())
 }
 
-/// Removes images and volumes that no record names.
+impl Inner {
+    /// Whether something without a record is to be removed.
+    fn give_up(&self, what: &str, id: &dyn std::fmt::Display) -> bool {
+        let discard = self.config.discard_unrecorded;
+        if discard {
+            tracing::warn!(%id, "a {what} that no record names is removed, as was asked for");
+        } else {
+            tracing::error!(%id, "a {what} that no record names is left alone; `nagaya recover` gives it a record");
+        }
+        discard
+    }
+}
+
+impl Inner {
+    /// Waits until all have been tried once, or until what is left shows no sign for a while: one sandbox that hangs shall not
+    /// keep the others from their callers.
+    async fn await_attempts(&self, attempts: Vec<oneshot::Receiver<()>>) {
+        // Tasks drop their end when they have tried; there is nothing to receive.
+        let tried = |attempt: oneshot::Receiver<()>| async { drop(attempt.await) };
+        let mut waiting: JoinSet<()> = attempts.into_iter().map(tried).collect();
+        loop {
+            let patience = self.clock.sleep_until(self.clock.now() + self.config.recovery_patience_ms);
+            tokio::select! {
+                biased;
+                next = waiting.join_next() => if next.is_none() { return },
+                () = patience => {
+                    tracing::warn!(sandboxes = waiting.len(), "some do not answer; they are tried again while others are served");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Removes images that no record names, and volumes that are given up.
 fn remove_nameless(engine: &Arc<Inner>, records: &Records, images: Vec<ImageId>, volumes: Vec<VolumeId>) {
     // Sessions in creation remove their images themselves, with all the rest of them.
     let of_sessions = records.sessions.iter().filter_map(|session| session.source_image_id);
     let unfinished = records.snapshots.iter().filter(|of| of.state == SnapshotState::Creating && of.copied);
     let named: BTreeSet<ImageId> = of_sessions.chain(unfinished.map(|of| of.image_id)).collect();
-    let known: BTreeSet<VolumeId> = records.volumes.iter().map(|volume| volume.id).collect();
     let removing = engine.clone();
     engine.background(async move {
         for image in images.into_iter().filter(|image| !named.contains(image)) {
             removing.remove_image(image).await;
         }
-        for id in volumes.into_iter().filter(|id| !known.contains(id)) {
+        for id in volumes {
             let what = "a volume that no record names could not be removed";
             removing.insist(what, || removing.driver.remove_volume(id)).await;
         }

@@ -242,6 +242,26 @@ impl Directory {
     }
 }
 
+/// The manifests of every image in a directory of blobs, with their digests. One that is damaged is left out, and told of in
+/// the log.
+pub fn manifests(root: &Path) -> Result<Vec<(String, Manifest)>, BlobError> {
+    let directory = Directory { root: root.to_path_buf(), shares_blocks: false, incoming: AtomicU64::new(0) };
+    let entries = match fs::read_dir(root.join(Kind::Manifest.name())) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(|error| failed("list the images", &error))?,
+    };
+    let (mut found, mut bytes) = (Vec::new(), Vec::new());
+    for entry in entries.flatten() {
+        let Some(Ok(digest)) = entry.file_name().to_str().map(str::parse::<Digest>) else { continue };
+        let read = directory.read(Kind::Manifest, digest, &mut bytes);
+        match read.and_then(|_| parse_manifest(digest, &bytes)) {
+            Ok(manifest) => found.push((digest.to_string(), manifest)),
+            Err(error) => tracing::warn!(%error, "an image cannot be used"),
+        }
+    }
+    Ok(found)
+}
+
 /// Lets the disk begin to write what was written to a file, so that waiting for it later is short.
 pub(crate) fn begin_to_flush(file: &File, offset: u64, length: u64) {
     // Advice that is not taken costs time only.

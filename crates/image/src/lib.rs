@@ -16,6 +16,7 @@ mod store;
 mod workers;
 
 pub use digest::Digest;
+pub use directory::manifests;
 pub use manifest::{BlockMap, Chunk, Manifest, ManifestError};
 pub use remote::{S3Config, S3Credentials};
 pub use store::BlobStore;

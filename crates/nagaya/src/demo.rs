@@ -45,8 +45,8 @@ pub fn run() -> anyhow::Result<ExitCode> {
         let purged = purge(&config).await;
         shown?;
         purged?;
-        println!("  everything removed");
-        println!("It works. Next: `nagaya serve`, and the README's first five minutes.");
+        crate::say("  everything removed");
+        crate::say("It works. Next: `nagaya serve`, and the README's first five minutes.");
         Ok(ExitCode::SUCCESS)
     })
 }
@@ -61,7 +61,7 @@ async fn show(config: Config) -> anyhow::Result<()> {
 async fn timed<T, E: Into<anyhow::Error>>(what: &str, work: impl Future<Output = Result<T, E>>) -> anyhow::Result<T> {
     let start = Instant::now();
     let result = work.await.map_err(Into::into).with_context(|| what.to_owned())?;
-    println!("  {what} ({:.1} ms)", start.elapsed().as_secs_f64() * 1e3);
+    crate::say(format_args!("  {what} ({:.1} ms)", start.elapsed().as_secs_f64() * 1e3));
     Ok(result)
 }
 
@@ -98,7 +98,7 @@ async fn use_sandbox(server: &Server) -> anyhow::Result<()> {
 
     let output = timed("Python program run in it", run_python(&data, &id)).await?;
     for line in output.lines() {
-        println!("    │ {line}");
+        crate::say(format_args!("    │ {line}"));
     }
     let content = b"what is written is read".to_vec();
     let write =
@@ -115,7 +115,7 @@ async fn use_sandbox(server: &Server) -> anyhow::Result<()> {
     let expose = v1::ExposePortRequest { session_id: id.clone(), port: PORT, ..Default::default() };
     let exposed = timed("port opened", control.expose_port(expose)).await?;
     let page = timed("page fetched through its preview URL", fetch(&exposed.preview_url)).await?;
-    println!("    │ {}: {page}", exposed.preview_url);
+    crate::say(format_args!("    │ {}: {page}", exposed.preview_url));
 
     let terminate = v1::TerminateSessionRequest { session_id: id };
     timed("sandbox terminated", control.terminate_session(terminate)).await?;

@@ -14,17 +14,17 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
             (Err(text), Weight::Required) => ("MISSING", text),
             (Err(text), Weight::Optional) => ("absent", text),
         };
-        println!("{mark:8} {:19} {text}", finding.name);
+        crate::say(format_args!("{mark:8} {:19} {text}", finding.name));
         if finding.outcome.is_err() && !finding.remedy.is_empty() {
-            println!("{:8} {:19} → {}", "", "", finding.remedy);
+            crate::say(format_args!("{:8} {:19} → {}", "", "", finding.remedy));
         }
         unusable |= finding.outcome.is_err() && finding.weight == Weight::Required;
     }
-    println!();
+    crate::say("");
     if unusable {
-        println!("driver namespace: cannot run here until what is MISSING is mended");
+        crate::say("driver namespace: cannot run here until what is MISSING is mended");
         return Ok(ExitCode::FAILURE);
     }
-    println!("driver namespace: ready");
+    crate::say("driver namespace: ready");
     Ok(ExitCode::SUCCESS)
 }

@@ -1,17 +1,23 @@
 //! The one binary of Nagaya.
 
+mod backup;
 mod demo;
 mod doctor;
+mod guard;
+mod output;
 mod purge;
+mod recover;
 mod serve;
 mod server;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use nagaya_daemon::config::{Config, Overrides};
+pub use output::say;
 use tracing_subscriber::EnvFilter;
 
 /// A sandbox cloud that anyone can run: isolated Linux machines in milliseconds.
@@ -33,11 +39,26 @@ enum Verb {
 #[derive(Subcommand)]
 enum ServerVerb {
     /// Run the server. Sandboxes live on when it stops; the next start takes them over.
-    Serve(Settings),
+    Serve {
+        #[command(flatten)]
+        settings: Settings,
+        /// Remove sandboxes, volumes and snapshots that the database does not name, for good; without this, a start that would is refused.
+        #[arg(long)]
+        discard: bool,
+    },
     /// Show that it works: one sandbox, a program in it, a file written and read, all removed.
     Demo,
     /// Tell what this host can do, what is missing, and what mends it.
     Doctor(Settings),
+    /// Write a consistent copy of the records to a new file, also while the server runs.
+    Backup {
+        /// The file to write; it must not exist.
+        file: PathBuf,
+        #[command(flatten)]
+        settings: Settings,
+    },
+    /// Give records again to what lies in a data directory whose database is missing, damaged or older. The server must not run.
+    Recover(Settings),
     /// Remove every sandbox of a data directory, and the directory's content.
     Purge(Settings),
 }
@@ -91,21 +112,34 @@ fn serve_or_report(verb: ServerVerb) -> ExitCode {
     let filter =
         EnvFilter::try_from_env("NAGAYA_LOG").unwrap_or_else(|_| EnvFilter::new(if quiet { "error" } else { "info" }));
     let colour = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(colour)
+        // It would be told on standard error, with a panic when that fails too.
+        .log_internal_errors(false)
+        .with_writer(output::start_log())
+        .init();
     let done = match verb {
-        ServerVerb::Serve(settings) => settings.load().and_then(serve::run),
+        ServerVerb::Serve { settings, discard } => settings.load().and_then(|mut config| {
+            config.engine.discard_unrecorded = discard;
+            serve::run(config)
+        }),
+        ServerVerb::Backup { file, settings } => settings.load().and_then(|config| backup::run(&config, &file)),
+        ServerVerb::Recover(settings) => settings.load().and_then(recover::run),
         ServerVerb::Demo => demo::run(),
         ServerVerb::Doctor(settings) => settings.load().and_then(|config| doctor::run(&config)),
         ServerVerb::Purge(settings) => settings.load().and_then(purge::run),
     };
-    match done {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("nagaya: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let code = done.unwrap_or_else(|error| {
+        output::complain(format_args!("nagaya: {error:#}"));
+        ExitCode::FAILURE
+    });
+    output::flush_log();
+    code
 }
+
+/// How long the program's end waits for work that blocks.
+const RUNTIME_END_MAX: Duration = Duration::from_secs(5);
 
 /// The threads of the server; nothing is started before the configuration was read.
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {

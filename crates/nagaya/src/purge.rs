@@ -9,29 +9,29 @@ use anyhow::Context;
 use nagaya_daemon::config::Config;
 use nagaya_engine::ports::Driver;
 use nagaya_runtime::namespace::{NETWORK_FILE, NamespaceDriver, PoolChoice, storage_root};
-use nagaya_store::SqliteStore;
+use nagaya_store::DirectoryLock;
 
 use crate::server::{ADDRESS_FILE, BLOBS, DATABASE, KEY_FILE, driver_settings, open_blobs};
 
 /// Everything that a server may have put into its data directory.
-const DIRECTORIES: [&str; 7] = ["sandboxes", "pool", "images", "templates", "disks", "volumes", BLOBS];
+const DIRECTORIES: [&str; 8] = ["sandboxes", "pool", "images", "templates", "disks", "volumes", "records", BLOBS];
 const FILES: [&str; 7] =
     [DATABASE, "nagaya.db-wal", "nagaya.db-shm", "nagaya.db.lock", NETWORK_FILE, KEY_FILE, ADDRESS_FILE];
 
 pub fn run(config: Config) -> anyhow::Result<ExitCode> {
     if !config.data_dir.is_dir() {
-        println!("{} does not exist: nothing to remove", config.data_dir.display());
+        crate::say(format_args!("{} does not exist: nothing to remove", config.data_dir.display()));
         return Ok(ExitCode::SUCCESS);
     }
     let removed = crate::runtime()?.block_on(purge(&config))?;
-    println!("removed {removed} sandboxes and the content of {}", config.data_dir.display());
+    crate::say(format_args!("removed {removed} sandboxes and the content of {}", config.data_dir.display()));
     Ok(ExitCode::SUCCESS)
 }
 
 /// Removes everything; the number of sandboxes that were still there.
 pub async fn purge(config: &Config) -> anyhow::Result<usize> {
     // The store's lock keeps a running server's sandboxes safe from us.
-    let store = SqliteStore::open(&config.data_dir.join(DATABASE)).context("is a server still running here?")?;
+    let lock = DirectoryLock::acquire(&config.data_dir).context("is a server still running here?")?;
     let mut settings = driver_settings(config)?;
     settings.pool_ready = 0;
     settings.pool_ready_isolated = 0;
@@ -57,12 +57,18 @@ pub async fn purge(config: &Config) -> anyhow::Result<usize> {
         "{} is still in use: end what uses it, and repeat this",
         storage.display()
     );
-    drop(store);
+    drop(lock);
     for name in DIRECTORIES {
         remove(fs::remove_dir_all(config.data_dir.join(name)), &config.data_dir.join(name))?;
     }
     for name in FILES {
         remove(fs::remove_file(config.data_dir.join(name)), &config.data_dir.join(name))?;
+    }
+    for entry in fs::read_dir(&config.data_dir)?.flatten() {
+        // Damaged databases that were set aside.
+        if entry.file_name().to_string_lossy().starts_with(&format!("{DATABASE}.damaged-")) {
+            remove(fs::remove_file(entry.path()), &entry.path())?;
+        }
     }
     // Stays when the operator keeps something of their own in it.
     let _ = fs::remove_dir(&config.data_dir);

@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use nagaya_daemon::config::{Config, DiskPool};
@@ -15,7 +16,8 @@ use nagaya_engine::ports::{Blobs, Driver, Entropy, Store};
 use nagaya_engine::{Engine, check_secret};
 use nagaya_image::{BlobStore, S3Config, S3Credentials};
 use nagaya_runtime::namespace::{self, NamespaceDriver, PoolChoice};
-use nagaya_store::SqliteStore;
+
+use crate::guard;
 
 /// Names in the data directory that are not the driver's.
 pub const DATABASE: &str = "nagaya.db";
@@ -23,11 +25,15 @@ pub const KEY_FILE: &str = "api-key";
 pub const ADDRESS_FILE: &str = "address";
 pub const BLOBS: &str = "blobs";
 
+/// How long a step of the server's end may take.
+const STEP_MAX: Duration = Duration::from_secs(8);
+
 pub struct Server {
     daemon: Daemon,
     driver: Arc<NamespaceDriver>,
     tls: bool,
     data_dir: PathBuf,
+    drain_timeout: Duration,
     pub key_file: PathBuf,
     /// The key made at the first start of this data directory.
     pub new_key: Option<String>,
@@ -36,9 +42,18 @@ pub struct Server {
 impl Server {
     pub async fn start(config: Config) -> anyhow::Result<Self> {
         make_data_directory(&config.data_dir)?;
+        let discard = config.engine.discard_unrecorded;
+        if !discard {
+            guard::before_opening(&config.data_dir)?;
+        }
         let key_file = config.data_dir.join(KEY_FILE);
         let (key, new_key) = first_key(&key_file, config.data_dir.join(DATABASE).exists(), config.api_key.as_deref())?;
-        let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&config.data_dir.join(DATABASE))?);
+        let store = guard::open_store(&config.data_dir)?;
+        match discard {
+            true => guard::discard(&store)?,
+            false => guard::after_opening(&store, &config.data_dir).await?,
+        }
+        let store: Arc<dyn Store> = Arc::new(store);
         let settings = driver_settings(&config)?;
         let driver = tokio::task::spawn_blocking(move || NamespaceDriver::start(settings)).await?;
         let driver = Arc::new(driver.context("`nagaya doctor` tells what this host lacks")?);
@@ -51,11 +66,12 @@ impl Server {
             engine.first_start(Some(key)).await?;
         }
         let (tls, data_dir) = (config.tls.is_some(), config.data_dir.clone());
+        let drain_timeout = Duration::from_millis(config.limits.drain_timeout_ms);
         let level = driver.clone();
         let pools: Levels =
             Arc::new(move || level.pool_levels().map(|(name, value)| Level { name: name.into(), value }).to_vec());
         let daemon = Daemon::start(&config, engine, Hooks { pools: Some(pools), front: Some(front) }).await?;
-        let server = Self { daemon, driver, tls, data_dir, key_file, new_key };
+        let server = Self { daemon, driver, tls, data_dir, drain_timeout, key_file, new_key };
         write_private(&server.data_dir.join(ADDRESS_FILE), &server.url())?;
         Ok(server)
     }
@@ -65,13 +81,21 @@ impl Server {
     }
 
     /// Ends the server and leaves the sandboxes running.
+    /// Each step is given up after a while: what it was to give back goes with the process, or is swept by the next start.
     pub async fn stop(self) {
-        self.daemon.shut_down().await;
-        self.driver.settled().await;
+        let _ = fs::remove_file(self.data_dir.join(ADDRESS_FILE));
+        within("finish what is under way", self.drain_timeout + STEP_MAX, self.daemon.shut_down()).await;
+        within("let go of ended sandboxes", STEP_MAX, self.driver.settled()).await;
         let driver = self.driver;
         // Gives back what the pools hold; takes as long as unmounting it.
-        let _ = tokio::task::spawn_blocking(move || driver.shut_down()).await;
-        let _ = fs::remove_file(self.data_dir.join(ADDRESS_FILE));
+        let giving_back = tokio::task::spawn_blocking(move || driver.shut_down());
+        within("give back what was made ahead", STEP_MAX, giving_back).await;
+    }
+}
+
+async fn within<T>(what: &str, limit: Duration, step: impl Future<Output = T>) {
+    if tokio::time::timeout(limit, step).await.is_err() {
+        tracing::warn!(?limit, "stopping: it takes too long to {what}; going on without");
     }
 }
 

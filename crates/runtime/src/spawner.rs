@@ -1,17 +1,26 @@
 //! The server's handle on a spawner process.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use nagaya_guest::spawn::{self, Answer, MountOutcome, Request, SPAWNER_AGENT_FD, SPAWNER_SOCKET_FD};
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::event::{PollFd, PollFlags};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use rustix::pipe::PipeFlags;
+use rustix::time::Timespec;
 
 use crate::{programs, sys};
+
+/// How long a spawner may take for an answer: it only ever makes a process.
+const ANSWER_MAX: Duration = Duration::from_secs(20);
+/// How long a process may take that mounts or unmounts in a sandbox, and may have to wait for the sandbox's disk.
+const MOUNT_MAX: Duration = Duration::from_secs(60);
+/// How long a spawner may take to end.
+const LEAVE_MAX: Duration = Duration::from_secs(1);
 
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
@@ -41,9 +50,17 @@ struct Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Closing the socket ends the spawner; this only collects it.
+        // Closing the socket ends the spawner, and what it made lives on; one that hangs is killed. This only collects it.
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
-        let _ = self.child.wait();
+        let begin = Instant::now();
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if begin.elapsed() > LEAVE_MAX {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -95,8 +112,7 @@ impl Spawner {
         let (answer, _) = self.call(request, &all)?;
         // The end of the process must be the end of what can be read.
         drop(told);
-        let mut text = Vec::new();
-        File::from(outcome).read_to_end(&mut text).map_err(SpawnError::Outcome)?;
+        let text = read_within(outcome, MOUNT_MAX).map_err(SpawnError::Outcome)?;
         match answer {
             Answer::Begun => serde_json::from_slice(&text).map_err(|error| SpawnError::Outcome(error.into())),
             _ => Err(SpawnError::Confused),
@@ -125,6 +141,28 @@ impl Spawner {
     }
 }
 
+/// Reads to the end, which is the end of the process at the other end. What a process does that never ends is waited for no
+/// longer than this.
+fn read_within(pipe: OwnedFd, limit: Duration) -> io::Result<Vec<u8>> {
+    let deadline = Instant::now() + limit;
+    let (mut text, mut piece) = (Vec::new(), [0; 4096]);
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        match rustix::event::poll(&mut [PollFd::new(&pipe, PollFlags::IN)], Some(&left)) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Err(rustix::io::Errno::INTR) => continue,
+            polled => polled?,
+        };
+        match rustix::io::read(&pipe, &mut piece) {
+            Ok(0) => return Ok(text),
+            Ok(length) => text.extend_from_slice(&piece[..length]),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
 impl Process {
     fn start(agent: BorrowedFd<'_>) -> io::Result<Self> {
         let program = programs::spawner()?;
@@ -136,6 +174,8 @@ impl Process {
         let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
         command.arg0("nagaya-spawner").env_clear().stdin(Stdio::null()).stdout(Stdio::null());
         sys::pass_descriptors(&mut command, vec![(theirs, SPAWNER_SOCKET_FD), (agent, SPAWNER_AGENT_FD)]);
+        // A spawner that hangs is taken for dead; a new one takes its place.
+        sockopt::set_socket_timeout(&ours, sockopt::Timeout::Recv, Some(ANSWER_MAX))?;
         let child = command.spawn()?;
         Ok(Self { child, socket: ours })
     }

@@ -5,6 +5,8 @@ use std::path::Path;
 use nagaya_engine::ports::StoreError;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior};
 
+use crate::health;
+
 /// The scripts in order: number 1 is the first. A released script is never edited again.
 const SCRIPTS: &[&str] = &[
     include_str!("../migrations/0001_sessions.sql"),
@@ -23,15 +25,15 @@ const TABLE: &str = "CREATE TABLE IF NOT EXISTS schema_migrations (
 pub(crate) fn check(path: &Path) -> Result<(), StoreError> {
     let database =
         Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX)
-            .map_err(|error| StoreError::Failed(format!("open {}: {error}", path.display())))?;
-    applied(&database).map(|_| ()).map_err(|reason| StoreError::Failed(format!("open {}: {reason}", path.display())))
+            .map_err(|error| health::error(&format!("open {}", path.display()), &error))?;
+    applied(&database).map(|_| ()).map_err(|refusal| refusal.of(&format!("open {}", path.display())))
 }
 
 /// Brings the schema up to date, all steps or none.
 pub(crate) fn run(database: &mut Connection) -> Result<(), StoreError> {
-    let fail = |error: rusqlite::Error| StoreError::Failed(format!("migrate the database: {error}"));
+    let fail = |error: rusqlite::Error| health::error("migrate the database", &error);
     let transaction = database.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fail)?;
-    let done = applied(&transaction).map_err(StoreError::Failed)?;
+    let done = applied(&transaction).map_err(|refusal| refusal.of("migrate the database"))?;
     transaction.execute_batch(TABLE).map_err(fail)?;
     for (script, number) in SCRIPTS.iter().zip(1i64..).skip(done) {
         transaction.execute_batch(script).map_err(fail)?;
@@ -42,9 +44,30 @@ pub(crate) fn run(database: &mut Connection) -> Result<(), StoreError> {
     transaction.commit().map_err(fail)
 }
 
-/// How many scripts have been applied, or why this database cannot be used.
-fn applied(database: &Connection) -> Result<usize, String> {
-    let text = |error: rusqlite::Error| error.to_string();
+/// Why a database cannot be used.
+enum Refusal {
+    Foreign(String),
+    Unreadable(rusqlite::Error),
+}
+
+impl Refusal {
+    fn of(self, action: &str) -> StoreError {
+        match self {
+            Self::Foreign(reason) => StoreError::Failed(format!("{action}: {reason}")),
+            Self::Unreadable(error) => health::error(action, &error),
+        }
+    }
+}
+
+impl From<&str> for Refusal {
+    fn from(reason: &str) -> Self {
+        Self::Foreign(reason.to_owned())
+    }
+}
+
+/// How many scripts have been applied.
+fn applied(database: &Connection) -> Result<usize, Refusal> {
+    let text = Refusal::Unreadable;
     let count = |sql: &str| database.query_row(sql, [], |row| row.get::<_, i64>(0));
     if count("SELECT count(*) FROM sqlite_schema WHERE name = 'schema_migrations'").map_err(text)? == 0 {
         return match count("SELECT count(*) FROM sqlite_schema").map_err(text)? {
@@ -56,10 +79,10 @@ fn applied(database: &Connection) -> Result<usize, String> {
     let known = SCRIPTS.len();
     let newest = usize::try_from(newest).unwrap_or(usize::MAX);
     if newest > known {
-        return Err(format!(
+        return Err(Refusal::Foreign(format!(
             "the database has schema {newest} but this version of nagaya knows schemas up to {known}; \
              start the newer version that wrote it, or choose another data directory"
-        ));
+        )));
     }
     for (script, number) in SCRIPTS[..newest].iter().zip(1i64..) {
         let recorded = database
@@ -69,10 +92,10 @@ fn applied(database: &Connection) -> Result<usize, String> {
             .optional()
             .map_err(text)?;
         if recorded.as_deref() != Some(checksum(script).as_str()) {
-            return Err(format!(
+            return Err(Refusal::Foreign(format!(
                 "schema change {number} was applied in another form than this version of nagaya has; \
                  start the version that wrote the database"
-            ));
+            )));
         }
     }
     Ok(newest)

@@ -1,5 +1,6 @@
 //! [`SqliteStore`]: the store of one server on one machine.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions, Permissions};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
@@ -8,17 +9,18 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use nagaya_api::ids::{ExecutionId, SessionId, SnapshotId, VolumeId};
+use nagaya_api::ids::{ExecutionId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use nagaya_engine::events::Event;
-use nagaya_engine::model::{ApiKey, Execution, Preview, Session, Snapshot, Volume, Workspace};
+use nagaya_engine::model::{ApiKey, Execution, Preview, Session, Snapshot, Volume, Workspace, WorkspaceSettings};
 use nagaya_engine::ports::{Change, PreviewQuery, SessionQuery, SnapshotQuery, Store, StoreError, VolumeQuery};
 use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params_from_iter};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::lock::DirectoryLock;
+use crate::mirror::{Kind, Mirror};
 use crate::writer::{self, Commit};
-use crate::{lists, migrate, rows};
+use crate::{health, lists, migrate, rows};
 
 const READER_THREADS: usize = 2;
 /// Requests that wait for the writer, and for the readers; more callers wait their turn.
@@ -35,6 +37,9 @@ pub struct SqliteStore {
     commits: Option<mpsc::Sender<Commit>>,
     questions: Option<mpsc::Sender<Question>>,
     threads: Vec<JoinHandle<()>>,
+    mirror: Arc<Mirror>,
+    /// Names of records that the second copy had and the database had not when it was opened.
+    lost: BTreeMap<Kind, Vec<String>>,
     // The last field: it is released when the threads are done.
     _lock: DirectoryLock,
 }
@@ -43,7 +48,8 @@ impl SqliteStore {
     /// Opens the database file, making it (mode 0600) and bringing its schema up to date as needed.
     ///
     /// Takes the lock of the file's directory: fails when another process uses that directory, when
-    /// the file is no database of Nagaya's, or when a newer version wrote it. It is unchanged then.
+    /// the file is no database of Nagaya's, when a newer version wrote it, or when it is damaged. It is unchanged then.
+    /// See [`SqliteStore::lost`] for what to look at before anything is done on its word.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let directory = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -55,7 +61,19 @@ impl SqliteStore {
         migrate::check(path)?;
 
         let mut database = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+        health::check(&database, path)?;
         migrate::run(&mut database)?;
+        let copy_failed = |error: std::io::Error| {
+            StoreError::Failed(format!("read the second copy of the records in {}: {error}", directory.display()))
+        };
+        let mirror = Arc::new(Mirror::open(directory).map_err(copy_failed)?);
+        let lost = mirror.lost(&database).map_err(copy_failed)?;
+        // Where records are lost the copy may be all that is known of them, and of others.
+        if lost.is_empty()
+            && let Err(error) = mirror.follow(&database)
+        {
+            tracing::warn!(%error, "the second copy of the records could not be brought up to date");
+        }
         let readers = (0..READER_THREADS)
             .map(|_| connect(path, OpenFlags::SQLITE_OPEN_READ_ONLY))
             .collect::<Result<Vec<_>, _>>()?;
@@ -63,13 +81,61 @@ impl SqliteStore {
         let (commits, commit_queue) = mpsc::channel(QUEUE_LENGTH);
         let (questions, question_queue) = mpsc::channel(QUEUE_LENGTH);
         let question_queue = Arc::new(Mutex::new(question_queue));
-        let mut store = Self { commits: Some(commits), questions: Some(questions), threads: Vec::new(), _lock: lock };
-        store.start("store-writer", move || writer::run(database, commit_queue))?;
+        let mut store = Self {
+            commits: Some(commits),
+            questions: Some(questions),
+            threads: Vec::new(),
+            mirror: mirror.clone(),
+            lost,
+            _lock: lock,
+        };
+        store.start("store-writer", move || writer::run(database, &mirror, commit_queue))?;
         for reader in readers {
             let queue = question_queue.clone();
             store.start("store-reader", move || answer_questions(&reader, &queue))?;
         }
         Ok(store)
+    }
+
+    /// The names of records that were lost: the second copy beside the database has them, the database has not. While
+    /// there are any, nothing may be removed because no record names it.
+    pub fn lost(&self) -> &BTreeMap<Kind, Vec<String>> {
+        &self.lost
+    }
+
+    /// Puts everything of the second copy into the database: what was lost, and what the database has in another form,
+    /// which is older where it was restored. Returns how many records there were, and how many could not be read.
+    pub async fn put_back(&self) -> Result<(usize, usize), StoreError> {
+        let read = self.mirror.read_all();
+        let (records, unreadable) =
+            read.map_err(|error| StoreError::Failed(format!("read the second copy of the records: {error}")))?;
+        let known: BTreeSet<WorkspaceId> = self.workspaces().await?.into_iter().map(|of| of.id).collect();
+        let named = records.iter().filter_map(workspace_of);
+        let described: BTreeSet<WorkspaceId> = records.iter().filter_map(described_workspace).collect();
+        let unknown: BTreeSet<WorkspaceId> =
+            named.filter(|id| !known.contains(id) && !described.contains(id)).collect();
+        let nameless = unknown.into_iter().map(|id| {
+            let settings = WorkspaceSettings::default();
+            Change::Workspace(Workspace { id, name: "recovered".to_owned(), created_at: 0, settings })
+        });
+        let count = records.len();
+        let (alone, together): (Vec<Change>, Vec<Change>) = nameless
+            .chain(records)
+            // Their secrets and labels are unique: who came by one meanwhile keeps it.
+            .partition(|record| matches!(record, Change::ApiKey(_) | Change::Preview(_)));
+        self.commit(together).await?;
+        for record in alone {
+            if let Err(error) = self.commit(vec![record]).await {
+                tracing::warn!(%error, "a key or preview was not put back: another one has its secret or name");
+            }
+        }
+        Ok((count, unreadable))
+    }
+
+    /// Gives up the records that were lost.
+    pub fn discard_lost(&self) -> Result<(), StoreError> {
+        let discarded = self.mirror.discard(&self.lost);
+        discarded.map_err(|error| StoreError::Failed(format!("remove the second copy of lost records: {error}")))
     }
 
     fn start(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), StoreError> {
@@ -93,7 +159,7 @@ impl SqliteStore {
         });
         let questions = self.questions.as_ref().expect("the queue lives as long as the store");
         questions.send(question).await.map_err(|_| stopped())?;
-        answer.await.map_err(|_| stopped())?.map_err(|error| StoreError::Failed(format!("read the database: {error}")))
+        answer.await.map_err(|_| stopped())?.map_err(|error| health::error("read the database", &error))
     }
 }
 
@@ -259,8 +325,26 @@ fn answer_questions(database: &Connection, queue: &Mutex<mpsc::Receiver<Question
     }
 }
 
-fn connect(path: &Path, access: OpenFlags) -> Result<Connection, StoreError> {
-    let fail = |error: rusqlite::Error| StoreError::Failed(format!("open {}: {error}", path.display()));
+fn workspace_of(record: &Change) -> Option<WorkspaceId> {
+    match record {
+        Change::ApiKey(of) => Some(of.workspace_id),
+        Change::Session(of) => Some(of.workspace_id),
+        Change::Volume(of) => Some(of.workspace_id),
+        Change::Snapshot(of) => Some(of.workspace_id),
+        Change::Preview(of) => Some(of.workspace_id),
+        _ => None,
+    }
+}
+
+fn described_workspace(record: &Change) -> Option<WorkspaceId> {
+    match record {
+        Change::Workspace(of) => Some(of.id),
+        _ => None,
+    }
+}
+
+pub(crate) fn connect(path: &Path, access: OpenFlags) -> Result<Connection, StoreError> {
+    let fail = |error: rusqlite::Error| health::error(&format!("open {}", path.display()), &error);
     let database = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX).map_err(fail)?;
     database.busy_timeout(BUSY_TIMEOUT).map_err(fail)?;
     database.set_prepared_statement_cache_capacity(64);

@@ -5,10 +5,11 @@
 //! transaction is on the disk.
 
 use nagaya_engine::ports::{Change, StoreError};
-use rusqlite::{Connection, ErrorCode, TransactionBehavior};
+use rusqlite::{Connection, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::rows;
+use crate::mirror::Mirror;
+use crate::{health, rows};
 
 /// Commits in one transaction, so that a flood cannot grow it without end.
 const GROUP_MAX: usize = 256;
@@ -20,7 +21,7 @@ pub(crate) struct Commit {
 }
 
 /// Writes until the other end of the queue is dropped and everything in it has been written.
-pub(crate) fn run(mut database: Connection, mut queue: mpsc::Receiver<Commit>) {
+pub(crate) fn run(mut database: Connection, mirror: &Mirror, mut queue: mpsc::Receiver<Commit>) {
     let mut group = Vec::new();
     while let Some(first) = queue.blocking_recv() {
         group.push(first);
@@ -29,35 +30,46 @@ pub(crate) fn run(mut database: Connection, mut queue: mpsc::Receiver<Commit>) {
         {
             group.push(next);
         }
-        match write(&mut database, &group) {
-            Ok(()) => group.drain(..).for_each(|commit| answer(commit, Ok(()))),
+        match write(&mut database, mirror, &group) {
+            Ok(()) => acknowledge(mirror, group.drain(..)),
             // Somebody's changes cannot be written. Each commit on its own finds out whose, and
             // nobody else is hurt.
             Err(_) if group.len() > 1 => {
                 for commit in group.drain(..) {
-                    let outcome = write(&mut database, std::slice::from_ref(&commit));
-                    answer(commit, outcome);
+                    match write(&mut database, mirror, std::slice::from_ref(&commit)) {
+                        Ok(()) => acknowledge(mirror, std::iter::once(commit)),
+                        Err(error) => answer(commit.done, Err(error)),
+                    }
                 }
             }
-            Err(error) => group.drain(..).for_each(|commit| answer(commit, Err(error.clone()))),
+            Err(error) => group.drain(..).for_each(|commit| answer(commit.done, Err(error.clone()))),
         }
     }
 }
 
-fn write(database: &mut Connection, group: &[Commit]) -> Result<(), StoreError> {
-    let fail = |error: rusqlite::Error| match error.sqlite_error_code() {
-        Some(ErrorCode::DiskFull) => StoreError::Full,
-        _ => StoreError::Failed(format!("write the database: {error}")),
-    };
+fn write(database: &mut Connection, mirror: &Mirror, group: &[Commit]) -> Result<(), StoreError> {
+    let fail = |error: rusqlite::Error| health::error("write the database", &error);
+    let changes = || group.iter().flat_map(|commit| &commit.changes);
     // Dropped without a commit, a transaction is rolled back.
     let transaction = database.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fail)?;
-    for change in group.iter().flat_map(|commit| &commit.changes) {
+    for change in changes() {
         rows::apply(&transaction, change).map_err(fail)?;
     }
+    mirror.before(changes());
     transaction.commit().map_err(fail)
 }
 
-fn answer(commit: Commit, outcome: Result<(), StoreError>) {
+/// Nobody waits for the second copy.
+fn acknowledge(mirror: &Mirror, group: impl Iterator<Item = Commit>) {
+    let mut changes = Vec::new();
+    for commit in group {
+        answer(commit.done, Ok(()));
+        changes.extend(commit.changes);
+    }
+    mirror.after(changes.iter());
+}
+
+fn answer(done: oneshot::Sender<Result<(), StoreError>>, outcome: Result<(), StoreError>) {
     // A caller that went away has no use for the answer; its changes stay written.
-    let _ = commit.done.send(outcome);
+    let _ = done.send(outcome);
 }

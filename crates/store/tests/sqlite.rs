@@ -249,7 +249,8 @@ fn only_the_owner_can_read_the_files() {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(directory.path()).unwrap() {
         let entry = entry.unwrap();
-        assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{:?}", entry.file_name());
+        let mode = if entry.path().is_dir() { 0o700 } else { 0o600 };
+        assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, mode, "{:?}", entry.file_name());
         names.push(entry.file_name().into_string().unwrap());
     }
     assert!(names.contains(&format!("{FILE}-wal")), "{names:?}");
@@ -391,6 +392,7 @@ fn kill_9_in_the_middle_of_commits_loses_nothing_that_was_acknowledged() {
         assert!(seen >= 20 + 97 * round);
 
         let store = open(directory.path());
+        assert!(store.lost().is_empty(), "the second copy has what the database has not: {:?}", store.lost());
         runtime().block_on(async {
             for number in &acknowledged {
                 let kept = store.session(session(1, *number).id).await.unwrap().unwrap();

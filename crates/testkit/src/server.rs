@@ -46,32 +46,60 @@ impl Server {
         Self::start_in(&std::env::temp_dir(), configuration)
     }
 
+    /// As [`Server::start_with`], with what it prints going there. Ready when it has written down its address.
+    pub fn start_printing(configuration: &str, stdout: Stdio, stderr: Stdio) -> Self {
+        let mut server = Self::prepare(&std::env::temp_dir(), configuration);
+        server.child = Some(server.serve(&[]).stdout(stdout).stderr(stderr).spawn().unwrap());
+        let address = server.data_dir().join("address");
+        let begin = Instant::now();
+        loop {
+            if let Ok(endpoint) = fs::read_to_string(&address) {
+                server.endpoint = endpoint.trim().to_owned();
+                return server;
+            }
+            assert!(begin.elapsed() < START_TIMEOUT, "the server did not become ready");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// As [`Server::start_with`], with the data directory in this one.
     pub fn start_in(parent: &Path, configuration: &str) -> Self {
+        let mut server = Self::prepare(parent, configuration);
+        server.restart();
+        server
+    }
+
+    fn prepare(parent: &Path, configuration: &str) -> Self {
         let data_dir = tempfile::Builder::new().prefix("nagaya-test-").tempdir_in(parent).unwrap();
         let mut configuration = configuration.to_string();
         if !configuration.contains("[network]") {
             configuration.push_str(&format!("[network]\ncidr = \"{}\"\n", free_network()));
         }
         fs::write(data_dir.path().join("test.toml"), configuration).unwrap();
-        let mut server = Self { data_dir, child: None, endpoint: String::new(), log: Arc::default() };
-        server.restart();
-        server
+        Self { data_dir, child: None, endpoint: String::new(), log: Arc::default() }
     }
 
-    /// Starts the server again on the same data, after [`Server::terminate`] or [`Server::kill`].
-    pub fn restart(&mut self) {
-        assert!(self.child.is_none(), "the server is running already");
-        let mut child = Command::new(binary())
+    fn serve(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(binary());
+        command
             .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
             .arg(self.data_dir.path())
             .arg("--config")
             .arg(self.data_dir.path().join("test.toml"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .args(arguments)
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Starts the server again on the same data, after [`Server::terminate`] or [`Server::kill`].
+    pub fn restart(&mut self) {
+        self.restart_with(&[]);
+    }
+
+    /// As [`Server::restart`], with further arguments.
+    pub fn restart_with(&mut self, arguments: &[&str]) {
+        assert!(self.child.is_none(), "the server is running already");
+        let mut child = self.serve(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let stderr = child.stderr.take().unwrap();
         let log = self.log.clone();
         std::thread::spawn(move || collect(stderr, &log));
@@ -90,6 +118,38 @@ impl Server {
             Ok(endpoint) => self.endpoint = endpoint,
             Err(reason) => panic!("the server did not become ready ({reason}):\n{}", self.log()),
         }
+    }
+
+    /// Starts the server in vain; what it says about that.
+    pub fn refused_start(&mut self, arguments: &[&str]) -> String {
+        assert!(self.child.is_none(), "the server is running already");
+        let mut child = self.serve(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let log = Arc::new(Mutex::new(String::new()));
+        let (mut stderr, kept) = (child.stderr.take().unwrap(), log.clone());
+        let reading = std::thread::spawn(move || collect(&mut stderr, &kept));
+        let begin = Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if begin.elapsed() > START_TIMEOUT {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                panic!("a start that should be refused goes on:\n{}", log.lock().unwrap());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        reading.join().unwrap();
+        let said = log.lock().unwrap().clone();
+        assert!(!status.success(), "a start that should be refused ended well:\n{said}");
+        said
+    }
+
+    /// Runs another command of the program on this data directory.
+    pub fn command(&self, verb: &str, arguments: &[&str]) -> std::process::Output {
+        let mut command = Command::new(binary());
+        command.arg(verb).args(arguments).arg("--data-dir").arg(self.data_dir.path());
+        command.arg("--config").arg(self.data_dir.path().join("test.toml")).output().unwrap()
     }
 
     /// `http://HOST:PORT`; another port after every start.

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use nagaya_api::error::{Code, Error};
 
+use super::work::Work;
 use super::{Actor, Backoff, Flow, Job, Message, store_error};
 use crate::deadlines::Sleeper;
 use crate::events::{EndReason, Fact};
@@ -37,7 +38,7 @@ impl Actor {
         if let Some(work) = self.work.take()
             && work.begun.load(Ordering::Acquire)
         {
-            self.meanwhile(work.future).await;
+            self.finish_or_leave(work).await;
         }
         self.live.set_guest(None);
         self.asked.clear();
@@ -48,6 +49,29 @@ impl Actor {
             }
         }
         self.record_end().await
+    }
+
+    /// Waits for what the driver is doing, but not for ever. What it still makes when nobody waits any more is removed then.
+    async fn finish_or_leave(&mut self, work: Work) {
+        let (engine, id) = (self.engine.clone(), self.session.id);
+        let mut future = work.future;
+        let late = engine.clock.sleep_until(engine.clock.now() + engine.config.step_timeout_ms);
+        let finishing = async {
+            tokio::select! {
+                biased;
+                _ = &mut future => true,
+                () = late => false,
+            }
+        };
+        if !self.meanwhile(finishing).await {
+            tracing::warn!(session = %id, "ending a session although its driver is still at something else");
+            let remover = engine.clone();
+            engine.background(async move {
+                future.await;
+                let what = "what a late step made of an ended session could not be removed";
+                remover.insist(what, || remover.driver.destroy(id)).await;
+            });
+        }
     }
 
     /// Destroys the sandbox, waits until what it wrote to its volumes is safe, and removes what its disk was to be
@@ -125,7 +149,7 @@ impl Actor {
         }
         self.jobs.close();
         while let Some(job) = self.jobs.recv().await {
-            refuse_job(job);
+            refuse_job(job, &Code::SessionTerminated.into());
         }
         Flow::Stop
     }
@@ -166,7 +190,7 @@ impl Actor {
                     Message::Terminate { reply } => self.waiting.push(reply),
                     other => refuse(other),
                 },
-                Some(job) = self.jobs.recv() => refuse_job(job),
+                Some(job) = self.jobs.recv() => refuse_job(job, &Code::SessionTerminated.into()),
             }
         }
     }
@@ -205,14 +229,13 @@ fn refuse(message: Message) {
     }
 }
 
-fn refuse_job(job: Job) {
-    let error = || Error::from(Code::SessionTerminated);
+pub(super) fn refuse_job(job: Job, error: &Error) {
     match job {
         Job::Pause { reply } | Job::Resume { reply } | Job::Wake { reply } | Job::Restrict { reply, .. } => {
-            drop(reply.send(Err(error())));
+            drop(reply.send(Err(error.clone())));
         }
-        Job::Copy { reply, .. } => drop(reply.send(Err(error()))),
-        Job::Attach { reply, .. } => drop(reply.send(Err(error()))),
-        Job::Detach { reply, .. } => drop(reply.send(Err(error()))),
+        Job::Copy { reply, .. } => drop(reply.send(Err(error.clone()))),
+        Job::Attach { reply, .. } => drop(reply.send(Err(error.clone()))),
+        Job::Detach { reply, .. } => drop(reply.send(Err(error.clone()))),
     }
 }

@@ -451,11 +451,13 @@ impl Actor {
             Err(AdoptError::Other(reason)) => {
                 tracing::warn!(session = %self.session.id, reason, "a sandbox could not be adopted; trying again");
                 self.attempted = None;
+                self.unadopted = true;
                 let pause_ms = self.adoption.next_ms();
                 self.work = Some(self.adopt(pause_ms));
                 return Flow::Continue;
             }
         };
+        self.unadopted = false;
         match adopted {
             Adopted::Running(guest) | Adopted::Frozen(guest) => self.adopted_alive(guest, executions),
             Adopted::Stopped { powered_off, host_restarted } => {

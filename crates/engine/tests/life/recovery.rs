@@ -1,10 +1,16 @@
 //! What a crash leaves behind, and what the next start makes of it; each at one chosen moment. All moments are the
 //! workflows' and the simulation's.
 
-use nagaya_engine::model::{Durability, SnapshotState};
+use std::time::Duration;
+
+use nagaya_api::error::Code;
+use nagaya_api::ids::{SessionId, VolumeId};
+use nagaya_engine::fake::Fakes;
+use nagaya_engine::model::{Durability, Machine, SnapshotState};
+use nagaya_engine::ports::Driver;
 use nagaya_engine::{NewSession, NewSnapshot};
 
-use crate::support::{World, idle};
+use crate::support::{MIB, World, code, idle};
 
 #[tokio::test(start_paused = true)]
 async fn a_snapshot_taken_before_a_restart_can_be_used_after_it() {
@@ -32,4 +38,69 @@ async fn volumes_keep_their_holders_over_a_restart() {
     world.engine.delete_volume(&world.caller, volume).await.unwrap();
     idle().await;
     assert!(world.fakes.driver.volumes_now().is_empty());
+}
+
+/// A sandbox and a volume of which no record says anything.
+async fn strangers(fakes: &Fakes) -> (SessionId, VolumeId) {
+    let (session, volume) = (SessionId::new(1, [7; 10]), VolumeId::new(1, [7; 10]));
+    let machine = Machine { cpu_cores: 1, memory_mb: 128, disk_gb: 5, outbound: false, egress: None };
+    fakes.driver.create(session, &machine, None).await.unwrap();
+    fakes.driver.create_volume(volume, MIB).await.unwrap();
+    (session, volume)
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_removed_because_no_record_names_it_unless_that_is_asked_for() {
+    let world = World::new().await;
+    let ended = world.running().await;
+    world.engine.terminate_session(&world.caller, ended).await.unwrap();
+    idle().await;
+    let (session, volume) = strangers(&world.fakes).await;
+    let mut world = world.restart(|_| ()).await;
+    assert!(world.fakes.driver.sandboxes().contains_key(&session));
+    assert!(world.fakes.driver.volumes_now().contains_key(&volume));
+    world.config.discard_unrecorded = true;
+    let world = world.restart(|_| ()).await;
+    idle().await;
+    assert!(world.fakes.driver.sandboxes().is_empty());
+    assert!(world.fakes.driver.volumes_now().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_recorded_as_ended_is_removed_as_ever() {
+    let world = World::new().await;
+    let id = world.running().await;
+    world.engine.terminate_session(&world.caller, id).await.unwrap();
+    idle().await;
+    let machine = Machine { cpu_cores: 1, memory_mb: 128, disk_gb: 5, outbound: false, egress: None };
+    world.fakes.driver.create(id, &machine, None).await.unwrap();
+    let world = world.restart(|_| ()).await;
+    assert!(world.fakes.driver.sandboxes().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_needs_the_driver_of_a_sandbox_that_does_not_answer_is_told_and_can_end_it() {
+    let world = World::new().await;
+    let id = world.running().await;
+    let world = world.restart(|fakes| fakes.driver.set_unreachable(true)).await;
+    assert_eq!(code(world.engine.pause_session(&world.caller, id).await), Code::GuestUnreachable);
+    world.engine.terminate_session(&world.caller, id).await.unwrap();
+    idle().await;
+    assert!(world.fakes.driver.sandboxes().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_session_does_not_wait_for_ever_for_what_its_driver_is_at() {
+    let world = World::new().await;
+    world.fakes.driver.hold_creates(true);
+    let id = world.engine.create_session(&world.caller, NewSession::default()).await.unwrap().id;
+    idle().await;
+    let begin = tokio::time::Instant::now();
+    world.engine.terminate_session(&world.caller, id).await.unwrap();
+    let limit = Duration::from_millis(world.config.step_timeout_ms);
+    assert!(begin.elapsed() >= limit && begin.elapsed() < 2 * limit, "{:?}", begin.elapsed());
+    // What the late step makes is removed when it is made.
+    world.fakes.driver.hold_creates(false);
+    idle().await;
+    assert!(world.fakes.driver.sandboxes().is_empty());
 }

@@ -1,5 +1,6 @@
 //! The first process of a sandbox, see `nagaya_guest::agent`; called `sftp`, a file server, see `nagaya_guest::sftp`.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -11,7 +12,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {
-            eprintln!("nagaya-agent: {reason}");
+            // Nobody is left to tell when this cannot be printed.
+            let _ = writeln!(std::io::stderr(), "nagaya-agent: {reason}");
             ExitCode::FAILURE
         }
     }

@@ -11,7 +11,7 @@ use nagaya_guest::messages::{self, ListDirectory, MakeDirectory, ReadFile, Remov
 use nagaya_guest::mux::Incoming;
 use tokio::sync::mpsc;
 
-use super::{Link, event_of, files, finish, guest_error, process, sockets, streams, unexpected};
+use super::{Link, briefly, event_of, files, finish, guest_error, process, sockets, streams, unexpected};
 
 /// What is taken from an agent as the entries of one directory.
 const ENTRIES_MAX: usize = 100_000;
@@ -31,7 +31,7 @@ impl Guest for Link {
         let request =
             messages::RunDetached { execution_id: id.to_string(), command: process::to_message(command).into() };
         let (_sender, mut receiver) = self.open(request).await?;
-        process::started(&mut receiver).await
+        briefly(process::started(&mut receiver)).await
     }
 
     async fn follow(&self, id: ExecutionId) -> Result<mpsc::Receiver<ProcessEvent>, GuestError> {
@@ -40,7 +40,7 @@ impl Guest for Link {
 
     async fn forget(&self, id: ExecutionId) -> Result<(), GuestError> {
         let request = messages::Forget { execution_id: id.to_string() };
-        self.ask(request).await.map(|_| ())
+        self.ask_briefly(request).await.map(|_| ())
     }
 
     async fn read_file(
@@ -58,7 +58,7 @@ impl Guest for Link {
     }
 
     async fn stat(&self, path: &str) -> Result<Option<FileStat>, GuestError> {
-        match self.ask(messages::Stat { path: path.into() }).await? {
+        match self.ask_briefly(messages::Stat { path: path.into() }).await? {
             Some(outcome::Kind::FileStatus(status)) => Ok(status.exists.then_some(FileStat {
                 size: status.size,
                 mode: status.mode,
@@ -72,7 +72,7 @@ impl Guest for Link {
     }
 
     async fn make_directory(&self, path: &str, mode: u32, recursive: bool) -> Result<i64, GuestError> {
-        match self.ask(MakeDirectory { path: path.into(), mode, recursive }).await? {
+        match self.ask_briefly(MakeDirectory { path: path.into(), mode, recursive }).await? {
             Some(outcome::Kind::Made(made)) => Ok(made.modified_unix_ns),
             _ => Err(unexpected_outcome()),
         }

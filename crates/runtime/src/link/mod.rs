@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use nagaya_api::error::Code;
 use nagaya_engine::ports::GuestError;
@@ -132,6 +133,11 @@ impl Link {
         })
     }
 
+    /// Sends a request whose one answer takes no time to speak of.
+    async fn ask_briefly(&self, kind: impl Into<request::Kind>) -> Result<Option<outcome::Kind>, GuestError> {
+        briefly(self.ask(kind)).await
+    }
+
     /// Sends a request that has one answer.
     async fn ask(&self, kind: impl Into<request::Kind>) -> Result<Option<outcome::Kind>, GuestError> {
         let (_sender, mut receiver) = self.open(kind).await?;
@@ -140,6 +146,17 @@ impl Link {
             other => Err(unexpected(other)),
         }
     }
+}
+
+/// How long an agent that works may take to begin with something, on a host that is as busy as can be.
+const ANSWER_MAX: Duration = Duration::from_secs(60);
+
+/// Gives up what an agent does not answer: one that hangs shall not keep callers for ever.
+async fn briefly<T>(answer: impl Future<Output = Result<T, GuestError>>) -> Result<T, GuestError> {
+    let late = |_| {
+        guest_error(Code::GuestUnreachable, "its first process does not answer; terminate the session if it stays so")
+    };
+    tokio::time::timeout(ANSWER_MAX, answer).await.map_err(late)?
 }
 
 impl Drop for Link {

@@ -10,7 +10,7 @@ use nagaya_guest::messages::{self, EnvironmentVariable, Exit, Input, Resize, eve
 use nagaya_guest::mux::{Incoming, Receiver, Sender, charge};
 use tokio::sync::mpsc;
 
-use super::{Counter, Link, event_of, finish, guest_error, unexpected};
+use super::{Counter, Link, briefly, event_of, finish, guest_error, unexpected};
 
 /// Events that wait for their reader, beyond what the stream's window holds.
 const EVENTS_MAX: usize = 4;
@@ -79,7 +79,7 @@ pub(super) async fn run(link: &Link, command: Command) -> Result<Process, GuestE
     let out_of_memory = OutOfMemory::watch(link);
     let message = to_message(command);
     let (sender, mut receiver) = link.open(request::Kind::Run(Box::new(message))).await?;
-    let pid = started(&mut receiver).await?;
+    let pid = briefly(started(&mut receiver)).await?;
     let (input, inputs) = mpsc::channel(INPUTS_MAX);
     let (events, reader) = mpsc::channel(EVENTS_MAX);
     tokio::spawn(attend(sender, receiver, out_of_memory, inputs, events));

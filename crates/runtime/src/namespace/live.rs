@@ -20,7 +20,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::record::Record;
 use super::slots::{Slot, group_name};
-use super::{Inner, failed};
+use super::{Inner, failed, too_long};
 use crate::cgroup::{Cgroups, Group, Limits, Part};
 use crate::link::Link;
 use crate::sys;
@@ -29,6 +29,10 @@ const SOCKET: &str = "agent.sock";
 /// An agent answers within a millisecond; one that is silent for this long is broken.
 const AGENT_ANSWER_MAX: Duration = Duration::from_secs(10);
 const BACKLOG: i32 = 16;
+/// How long killed processes may take to end: one that waits for the host's disk ends only after that.
+const END_MAX: Duration = Duration::from_secs(30);
+
+const HALTED: &str = "the sandbox's first process is stopped: send it SIGCONT, or terminate the session";
 
 /// A process that cannot be confused with a later one of the same number.
 pub(super) struct PidFd(AsyncFd<OwnedFd>);
@@ -56,6 +60,15 @@ impl PidFd {
         has_ended(self.0.get_ref().as_fd())
     }
 
+    /// Whether it stands still because somebody stopped it (SIGSTOP), so that it answers nobody.
+    pub fn is_halted(&self) -> bool {
+        let pid = fs::read_to_string(format!("/proc/self/fdinfo/{}", self.0.get_ref().as_raw_fd())).ok();
+        let pid = pid.as_deref().and_then(|text| text.lines().find_map(|line| line.strip_prefix("Pid:")));
+        let state = pid.and_then(|pid| fs::read_to_string(format!("/proc/{}/stat", pid.trim())).ok());
+        // A process of the same number that came later is no harm: the pidfd would say that this one has ended.
+        state.is_some_and(|state| is_halted(&state))
+    }
+
     pub fn try_clone(&self) -> io::Result<OwnedFd> {
         self.0.get_ref().try_clone()
     }
@@ -67,6 +80,11 @@ impl PidFd {
             Err(errno) => Err(errno.into()),
         }
     }
+}
+
+/// The state is what follows the name, which may hold anything but ends with the last parenthesis.
+fn is_halted(stat: &str) -> bool {
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']))
 }
 
 /// A sandbox that this process watches.
@@ -105,8 +123,10 @@ impl Live {
             kill_part(&group, Part::Commands);
             group.thaw().map_err(|error| failed("thaw the sandbox", &error))?;
         }
-        self.pidfd.ended().await;
-        Ok(())
+        match tokio::time::timeout(END_MAX, self.pidfd.ended()).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(too_long("the sandbox's processes did not end", END_MAX)),
+        }
     }
 
     /// The connection to its agent, as long as that lasts.
@@ -178,12 +198,13 @@ fn set_processors(pid: i32, processors: &[usize]) -> io::Result<()> {
     Ok(())
 }
 
-/// Ends a process and waits for its end. Blocks.
+/// Ends a process and waits for its end, but not for ever. Blocks.
 pub(super) fn kill_and_wait(pidfd: &OwnedFd) {
     // A process that has ended already is what we want.
     let _ = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
     let mut ended = [PollFd::new(pidfd, PollFlags::IN)];
-    while rustix::event::poll(&mut ended, None) == Err(rustix::io::Errno::INTR) {}
+    let limit = Timespec { tv_sec: END_MAX.as_secs() as i64, tv_nsec: 0 };
+    while rustix::event::poll(&mut ended, Some(&limit)) == Err(rustix::io::Errno::INTR) {}
 }
 
 /// Binds the agent's socket in the sandbox's directory, however long its path is.
@@ -209,6 +230,9 @@ fn short_path(directory: &OwnedFd) -> String {
 /// Connects to the agent and exchanges greetings.
 pub(super) async fn connect(directory: &Path, cgroups: &Cgroups, live: &Live) -> Result<Arc<Link>, DriverError> {
     let group = cgroups.group(&group_name(live.slot));
+    if live.pidfd.is_halted() {
+        return Err(DriverError::Failed(HALTED.into()));
+    }
     let process = live.pidfd.try_clone().map_err(|error| failed("name the sandbox's first process", &error))?;
     let place = open_directory(directory).map_err(|error| failed("open the sandbox's directory", &error))?;
     let path = short_path(&place);
@@ -266,5 +290,19 @@ pub(super) fn remove_group(cgroups: &Cgroups, slot: u32) {
             }
             Err(_) => kill_group(&group),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_halted_process_is_told_by_its_state_whatever_its_name_is() {
+        assert!(is_halted("17 (nagaya-agent) T 1 17"));
+        assert!(is_halted("17 (x) R (y) t 1 17"));
+        assert!(!is_halted("17 (a) T b) S 1 17"));
+        assert!(!is_halted("17 (nagaya-agent) D 1 17"));
+        assert!(!is_halted(""));
     }
 }

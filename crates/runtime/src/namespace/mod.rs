@@ -362,6 +362,11 @@ fn failed(step: &str, error: &dyn std::error::Error) -> DriverError {
     DriverError::Failed(text)
 }
 
+/// What is told of a step that was given up.
+fn too_long(what: &str, limit: std::time::Duration) -> DriverError {
+    DriverError::Failed(format!("{what} within {} s", limit.as_secs()))
+}
+
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work).await.expect("blocking work does not panic")
 }

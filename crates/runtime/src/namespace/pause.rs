@@ -1,6 +1,7 @@
 //! Halting a sandbox's processes where they are, and letting them go on.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use nagaya_api::error::Code;
 use nagaya_api::ids::SessionId;
@@ -12,18 +13,18 @@ use super::{Inner, blocking, failed};
 use crate::cgroup::Group;
 use crate::link::Link;
 
+/// How long an agent has for halting clocks; and one that stands still itself, which counts nothing meanwhile.
+const CLOCKS_MAX: Duration = Duration::from_secs(2);
+const CLOCKS_OF_HALTED_MAX: Duration = Duration::from_millis(100);
+
 impl Inner {
     pub(super) async fn freeze(&self, id: SessionId) -> Result<(), DriverError> {
         let live = self.running(id)?;
-        if let Some(link) = live.link() {
-            set_clocks(&link, true).await?;
-        }
+        set_clocks(&live, live.link(), true).await?;
         let group = self.group(&live);
         let frozen = blocking(move || group.freeze()).await;
-        if frozen.is_err()
-            && let Some(link) = live.link()
-        {
-            set_clocks(&link, false).await?;
+        if frozen.is_err() {
+            set_clocks(&live, live.link(), false).await?;
         }
         frozen.map_err(|error| failed("freeze the sandbox", &error))
     }
@@ -32,11 +33,8 @@ impl Inner {
         let live = self.running(id)?;
         let group = self.group(&live);
         blocking(move || group.thaw()).await.map_err(|error| failed("thaw the sandbox", &error))?;
-        match live.link() {
-            Some(link) => set_clocks(&link, false).await,
-            // Whoever connects next sets them going.
-            None => Ok(()),
-        }
+        // Where there is no connection, whoever connects next sets them going.
+        set_clocks(&live, live.link(), false).await
     }
 
     pub(super) fn is_frozen(&self, live: &Live) -> bool {
@@ -55,11 +53,18 @@ impl Inner {
     }
 }
 
-/// Halts the clocks of commands' timeouts, or lets them go on. An agent that is too old for it lets them go on.
-pub(super) async fn set_clocks(link: &Link, halted: bool) -> Result<(), DriverError> {
-    let set = if halted { link.suspend().await } else { link.go_on().await };
-    match set {
-        Err(error) if error.code != Code::CapabilityUnavailable => Err(failed("reach the sandbox's agent", &error)),
-        _ => Ok(()),
+/// Halts the clocks of commands' timeouts, or lets them go on. An agent that is too old for it lets them go on. One that does
+/// not answer is not waited for: it gets the request when it goes on.
+pub(super) async fn set_clocks(live: &Live, link: Option<Arc<Link>>, halted: bool) -> Result<(), DriverError> {
+    let Some(link) = link else { return Ok(()) };
+    let limit = if live.pidfd.is_halted() { CLOCKS_OF_HALTED_MAX } else { CLOCKS_MAX };
+    let asking = async { if halted { link.suspend().await } else { link.go_on().await } };
+    match tokio::time::timeout(limit, asking).await {
+        Ok(Err(error)) if error.code != Code::CapabilityUnavailable => Err(failed("reach the sandbox's agent", &error)),
+        Ok(_) => Ok(()),
+        Err(_) => {
+            tracing::warn!(id = %live.id, halted, "the sandbox's first process does not answer; timeouts of its commands may be off");
+            Ok(())
+        }
     }
 }

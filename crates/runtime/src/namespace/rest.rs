@@ -3,13 +3,19 @@
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nagaya_api::ids::SessionId;
 use nagaya_engine::ports::{Adopted, DriverError};
 
 use super::live::{self, Live, PidFd};
 use super::record::Record;
-use super::{Inner, blocking, disk, failed, images, room};
+use super::{Inner, blocking, disk, failed, images, room, too_long};
+
+/// How long a disk may take to be written back before whoever waits is told; it goes on meanwhile.
+const WRITE_BACK_MAX: Duration = Duration::from_secs(120);
+/// How long a file system that was frozen for a copy may take to go on.
+const THAW_MAX: Duration = Duration::from_secs(30);
 
 impl Inner {
     /// Takes over what an earlier server left, or what this one knows already.
@@ -26,7 +32,7 @@ impl Inner {
                 }
                 let frozen = self.is_frozen(&live);
                 // A server may have been killed between halting the clocks and halting the processes.
-                super::pause::set_clocks(&link, frozen).await?;
+                super::pause::set_clocks(&live, Some(link.clone()), frozen).await?;
                 Ok(Some((frozen, link)))
             };
             let connected = tokio::select! {
@@ -62,8 +68,10 @@ impl Inner {
         if let Some(live) = self.find(id, &record)? {
             // Written back while a failure can still be told, and everything goes on.
             if !live.pidfd.has_ended() {
-                blocking(move || images::sync_disk(&directory))
-                    .await
+                let written =
+                    tokio::time::timeout(WRITE_BACK_MAX, blocking(move || images::sync_disk(&directory))).await;
+                written
+                    .map_err(|_| too_long("the disk was not written back", WRITE_BACK_MAX))?
                     .map_err(|error| room::refusal("write the disk back", &error))?;
             }
             live.end(&self.factory.cgroups).await?;
@@ -152,5 +160,6 @@ async fn thaw_disk(directory: PathBuf) -> Result<(), DriverError> {
     if !images::is_marked_frozen(&directory) {
         return Ok(());
     }
-    blocking(move || images::thaw(&directory)).await.map_err(|error| failed("thaw the disk", &error))
+    let thawed = tokio::time::timeout(THAW_MAX, blocking(move || images::thaw(&directory))).await;
+    thawed.map_err(|_| too_long("the disk was not thawed", THAW_MAX))?.map_err(|error| failed("thaw the disk", &error))
 }

@@ -397,6 +397,8 @@ struct PoolState<P> {
 
 /// How long nobody may have taken a slot before a pool that is more than half full is refilled.
 const REFILL_AFTER: Duration = Duration::from_millis(20);
+/// How long the end of a pool waits for slots that are being made.
+const COMING_MAX: Duration = Duration::from_secs(5);
 /// Making a slot waits for the kernel more than it computes, so several are made at once.
 const MAKERS: usize = 4;
 
@@ -490,7 +492,8 @@ impl<P: Product> Pool<P> {
         }
     }
 
-    /// Takes apart what is ready and what is still being made; on return nothing is left of either.
+    /// Takes apart what is ready and what is still being made; on return nothing is left of either, unless it hangs: the next
+    /// start finds that.
     pub fn close(&self) {
         let ready = {
             let mut state = self.state();
@@ -501,9 +504,10 @@ impl<P: Product> Pool<P> {
         for slot in ready {
             slot.discard(&self.factory);
         }
-        let mut state = self.state();
-        while state.coming > 0 {
-            state = self.changed.wait(state).expect("the pool is changed without panics");
+        let coming = |state: &mut PoolState<P>| state.coming > 0;
+        let waited = self.changed.wait_timeout_while(self.state(), COMING_MAX, coming);
+        if waited.expect("the pool is changed without panics").1.timed_out() {
+            tracing::warn!("a slot that is being made ahead hangs; the next start removes what there is of it");
         }
     }
 }

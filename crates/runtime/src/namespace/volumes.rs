@@ -25,7 +25,7 @@ use rustix::thread::CapabilitySet;
 
 use super::room;
 use super::slots::first_id;
-use super::{Inner, blocking, failed};
+use super::{Inner, blocking, failed, too_long};
 use crate::spawner::Spawner;
 use crate::sys::ext4;
 use crate::sys::loop_device::LoopDevice;
@@ -43,6 +43,8 @@ const GONE_AT_LAST: Duration = Duration::from_secs(10);
 const STEP: Duration = Duration::from_millis(5);
 /// Whoever waits longer for a volume to come back should be told of in the log.
 const SETTLING_IS_SLOW: Duration = Duration::from_secs(10);
+/// Whoever waits is told then; the host may have let go of it the next time.
+const SETTLING_MAX: Duration = Duration::from_secs(60);
 /// Processes that just ended, and programs that this server starts meanwhile, hold on to things for a moment.
 const BUSY_FOR_GOOD: Duration = Duration::from_millis(50);
 
@@ -258,6 +260,9 @@ impl Volumes {
         while !settled(self.path(id)).await? {
             if begin.elapsed() > SETTLING_IS_SLOW && !std::mem::replace(&mut told, true) {
                 tracing::warn!(%id, "a volume is still mounted although nobody should have it");
+            }
+            if begin.elapsed() > SETTLING_MAX {
+                return Err(too_long("the volume was not let go of", SETTLING_MAX));
             }
             tokio::time::sleep(STEP).await;
         }
