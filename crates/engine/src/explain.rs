@@ -68,6 +68,9 @@ codes! {
     PausedIdle => "paused_idle", "the session is paused because nobody used it", "Resume it; create it with a longer idle timeout, or sticky, if it is to go on working by itself.";
     PausedByRequest => "paused_by_request", "the session is paused by request", "Resume it.";
     MemoryReleased => "memory_released", "only the disk of the session is kept", "Resuming boots it again: start what ran in it.";
+    DiskFailed => "disk_failed", "the sandbox's disk takes no more writes", "Free space on the host, then pause and resume the session: its disk is repaired, and it boots from it.";
+    HostDiskFull => "host_disk_full", "the sandbox's disk takes nothing new because the host's is nearly full", "Free space on the host, or end sessions that are not needed; it goes on by itself. Removing files in the sandbox helps too.";
+    Halted => "halted", "the sandbox's first process stands still", "Somebody on the host stopped it: send it SIGCONT, or terminate the session.";
     OutOfMemory => "out_of_memory", "processes were killed because the sandbox's memory was used up", "Use less memory, or create the session with more.";
     DiskNearlyFull => "disk_nearly_full", "the sandbox's disk is nearly full", "Remove files, or create the session with a larger disk.";
     MemoryNearlyFull => "memory_nearly_full", "the sandbox's memory is nearly used up", "Use less memory, or create the session with more, before processes are killed.";
@@ -258,7 +261,23 @@ fn of_events(events: &[Event]) -> Vec<Finding> {
 
 /// What the sandbox uses, of what it may.
 fn of_load(session: &Session, load: &Load, found: &mut Vec<Finding>) {
-    use FindingCode::{CpuBusy, CpuThrottled, DiskNearlyFull, MemoryNearlyFull, OutOfMemory, ProcessesNearlyFull};
+    use FindingCode::{
+        CpuBusy, CpuThrottled, DiskFailed, DiskNearlyFull, Halted, HostDiskFull, MemoryNearlyFull, OutOfMemory,
+        ProcessesNearlyFull,
+    };
+    for (is_so, code, why) in [
+        (load.disk_failed, DiskFailed, "the host could not write for it, most likely because its own disk was full"),
+        (
+            load.disk_held,
+            HostDiskFull,
+            "less than disk_free_mb_min is left on the host, or it uses most of what there was",
+        ),
+        (load.halted, Halted, "it got SIGSTOP"),
+    ] {
+        if is_so {
+            found.push(finding(code, why, None));
+        }
+    }
     if load.memory_kills > 0 && !found.iter().any(|finding| finding.code == OutOfMemory) {
         let (kills, limit) = (load.memory_kills, session.machine.memory_mb);
         found.push(finding(OutOfMemory, format!("{kills} since the sandbox started; its limit is {limit} MB"), None));

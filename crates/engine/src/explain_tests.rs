@@ -194,6 +194,13 @@ fn what_is_nearly_used_up_is_told_with_figures() {
     assert_eq!(with_load(few), one("healthy", "the session is RUNNING"), "too few to tell");
     let busy = Load { cpu_waited_us: 150_000, ..calm.clone() };
     assert_eq!(with_load(busy), one("cpu_busy", "its threads use 60 % of its 2 cores, and wait for another 30 %"));
+    for (load, code) in [
+        (Load { disk_failed: true, ..calm.clone() }, "disk_failed"),
+        (Load { disk_held: true, ..calm.clone() }, "host_disk_full"),
+        (Load { halted: true, ..calm.clone() }, "halted"),
+    ] {
+        assert_eq!(with_load(load)[0].0, code);
+    }
     let killed = Load { memory_kills: 3, ..calm };
     assert_eq!(with_load(killed), one("out_of_memory", "3 since the sandbox started; its limit is 256 MB"));
 }

@@ -239,6 +239,12 @@ pub struct Load {
     pub processes_max: u64,
     pub disk_used_bytes: u64,
     pub disk_size_bytes: u64,
+    /// Its disk had errors, and takes no more writes until it is started again.
+    pub disk_failed: bool,
+    /// Its disk takes nothing new, because the host has no space.
+    pub disk_held: bool,
+    /// Its first process stands still, so that nothing can be asked of the sandbox.
+    pub halted: bool,
 }
 
 /// A technology that runs sandboxes. Every call may be repeated after a crash between any two of

@@ -10,6 +10,7 @@ mod lists;
 mod lock;
 mod migrate;
 mod mirror;
+mod reserve;
 mod rows;
 mod sqlite;
 mod writer;

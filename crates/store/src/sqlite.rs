@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::lock::DirectoryLock;
 use crate::mirror::{Kind, Mirror};
+use crate::reserve::Reserve;
 use crate::writer::{self, Commit};
 use crate::{health, lists, migrate, rows};
 
@@ -78,6 +79,7 @@ impl SqliteStore {
             .map(|_| connect(path, OpenFlags::SQLITE_OPEN_READ_ONLY))
             .collect::<Result<Vec<_>, _>>()?;
 
+        let reserve = Reserve::of(path);
         let (commits, commit_queue) = mpsc::channel(QUEUE_LENGTH);
         let (questions, question_queue) = mpsc::channel(QUEUE_LENGTH);
         let question_queue = Arc::new(Mutex::new(question_queue));
@@ -89,7 +91,7 @@ impl SqliteStore {
             lost,
             _lock: lock,
         };
-        store.start("store-writer", move || writer::run(database, &mirror, commit_queue))?;
+        store.start("store-writer", move || writer::run(database, &mirror, reserve, commit_queue))?;
         for reader in readers {
             let queue = question_queue.clone();
             store.start("store-reader", move || answer_questions(&reader, &queue))?;

@@ -9,6 +9,7 @@ use rusqlite::{Connection, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::mirror::Mirror;
+use crate::reserve::Reserve;
 use crate::{health, rows};
 
 /// Commits in one transaction, so that a flood cannot grow it without end.
@@ -21,7 +22,8 @@ pub(crate) struct Commit {
 }
 
 /// Writes until the other end of the queue is dropped and everything in it has been written.
-pub(crate) fn run(mut database: Connection, mirror: &Mirror, mut queue: mpsc::Receiver<Commit>) {
+pub(crate) fn run(mut database: Connection, mirror: &Mirror, mut reserve: Reserve, mut queue: mpsc::Receiver<Commit>) {
+    reserve.keep();
     let mut group = Vec::new();
     while let Some(first) = queue.blocking_recv() {
         group.push(first);
@@ -44,6 +46,7 @@ pub(crate) fn run(mut database: Connection, mirror: &Mirror, mut queue: mpsc::Re
             }
             Err(error) => group.drain(..).for_each(|commit| answer(commit.done, Err(error.clone()))),
         }
+        reserve.keep();
     }
 }
 

@@ -20,17 +20,13 @@ const FORGOTTEN_AT_ONCE: u32 = 4;
 impl Actor {
     /// Ends the session, whatever that takes: returns when it has ended, or when the engine stops.
     pub(super) async fn end(&mut self, cause: String) -> Flow {
-        if !self.session.state.is_terminal() {
-            let mut session = self.session.clone();
-            session.state = SessionState::Terminating;
-            session.terminal_error = cause;
-            session.attachments.iter_mut().for_each(|of| of.state = AttachmentState::SyncPending);
-            self.moving = None;
-            let mut backoff = self.engine.backoff();
-            while let Err(error) = self.commit(session.clone(), Vec::new()).await {
-                if !self.pause_after(&mut backoff, "its end could not be recorded", error.to_string()).await {
-                    return Flow::Stop;
-                }
+        let mut unrecorded = (!self.session.state.is_terminal()).then(|| self.ending(cause));
+        if let Some(session) = &unrecorded {
+            match self.record_ending(session, true).await {
+                Some(true) => unrecorded = None,
+                // There is no space for the record: the sandbox has some, and is to go anyway.
+                Some(false) => self.show(Some(SessionState::Terminating)),
+                None => return Flow::Stop,
             }
         }
         self.engine.deadlines.set(Sleeper::Session(self.session.id), None);
@@ -48,7 +44,38 @@ impl Actor {
                 return Flow::Stop;
             }
         }
+        if let Some(session) = unrecorded
+            && self.record_ending(&session, false).await.is_none()
+        {
+            return Flow::Stop;
+        }
         self.record_end().await
+    }
+
+    /// The record of a session that is to end.
+    fn ending(&mut self, cause: String) -> Session {
+        let mut session = self.session.clone();
+        session.state = SessionState::Terminating;
+        session.terminal_error = cause;
+        session.attachments.iter_mut().for_each(|of| of.state = AttachmentState::SyncPending);
+        self.moving = None;
+        session
+    }
+
+    /// Records that a session is to end. False, where that may be, when there is no space for it; `None` when the engine
+    /// stops.
+    async fn record_ending(&mut self, session: &Session, may_wait: bool) -> Option<bool> {
+        let mut backoff = self.engine.backoff();
+        while let Err(error) = self.commit(session.clone(), Vec::new()).await {
+            if may_wait && error.code == Code::CapacityUnavailable {
+                tracing::warn!(session = %session.id, "ending a session before it is recorded: there is no space for the record");
+                return Some(false);
+            }
+            if !self.pause_after(&mut backoff, "its end could not be recorded", error.to_string()).await {
+                return None;
+            }
+        }
+        Some(true)
     }
 
     /// Waits for what the driver is doing, but not for ever. What it still makes when nobody waits any more is removed then.

@@ -16,6 +16,7 @@ pub struct FakeStore {
     tables: Mutex<Tables>,
     commits: AtomicU64,
     fail_commits: AtomicBool,
+    full: AtomicBool,
 }
 
 #[derive(Default, Clone)]
@@ -33,7 +34,13 @@ struct Tables {
 
 impl FakeStore {
     pub fn new(faults: Arc<Faults>) -> Self {
-        Self { faults, tables: Mutex::default(), commits: AtomicU64::new(0), fail_commits: AtomicBool::new(false) }
+        Self {
+            faults,
+            tables: Mutex::default(),
+            commits: AtomicU64::new(0),
+            fail_commits: AtomicBool::new(false),
+            full: AtomicBool::new(false),
+        }
     }
 
     fn with<T>(&self, action: impl FnOnce(&mut Tables) -> T) -> T {
@@ -55,6 +62,11 @@ impl FakeStore {
     /// While this is so, nothing can be written.
     pub fn fail_commits(&self, fail: bool) {
         self.fail_commits.store(fail, Ordering::Relaxed);
+    }
+
+    /// While this is so, there is no space to write to.
+    pub fn set_full(&self, full: bool) {
+        self.full.store(full, Ordering::Relaxed);
     }
 
     /// Every session, live or not, without faults.
@@ -224,6 +236,9 @@ impl Store for FakeStore {
     async fn commit(&self, changes: Vec<Change>) -> Result<(), StoreError> {
         if self.faults.effect().await || self.fail_commits.load(Ordering::Relaxed) {
             return Err(StoreError::Failed("a commit failed, as this test asked for".to_owned()));
+        }
+        if self.full.load(Ordering::Relaxed) {
+            return Err(StoreError::Full);
         }
         self.commits.fetch_add(1, Ordering::Relaxed);
         self.with(|tables| changes.into_iter().for_each(|change| tables.apply(change)));

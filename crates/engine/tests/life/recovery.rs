@@ -6,7 +6,7 @@ use std::time::Duration;
 use nagaya_api::error::Code;
 use nagaya_api::ids::{SessionId, VolumeId};
 use nagaya_engine::fake::Fakes;
-use nagaya_engine::model::{Durability, Machine, SnapshotState};
+use nagaya_engine::model::{Durability, Machine, SessionState, SnapshotState};
 use nagaya_engine::ports::Driver;
 use nagaya_engine::{NewSession, NewSnapshot};
 
@@ -103,4 +103,21 @@ async fn the_end_of_a_session_does_not_wait_for_ever_for_what_its_driver_is_at()
     world.fakes.driver.hold_creates(false);
     idle().await;
     assert!(world.fakes.driver.sandboxes().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_can_be_ended_when_there_is_no_space_to_record_it_since_it_takes_space_itself() {
+    let world = World::new().await;
+    let id = world.running().await;
+    world.fakes.store.set_full(true);
+    let (engine, caller) = (world.engine.clone(), world.caller.clone());
+    let ending = tokio::spawn(async move { engine.terminate_session(&caller, id).await });
+    idle().await;
+    assert!(world.fakes.driver.sandboxes().is_empty(), "what it holds is free before its end is recorded");
+    // A server that is killed now finds the record of a session that runs, and nothing of it.
+    world.fakes.store.set_full(false);
+    let _told = ending.await.unwrap();
+    assert_eq!(world.settled(id).await.state, SessionState::Terminated);
+    let world = world.restart(|_| ()).await;
+    assert_eq!(world.session(id).await.state, SessionState::Terminated);
 }

@@ -17,6 +17,7 @@ use nagaya_guest::mount;
 use rustix::fs::{Mode, SeekFrom};
 use rustix::mount::MountAttrFlags;
 
+use super::brake;
 use super::volumes::image::{self, ImageError, Superblock};
 use crate::sys::loop_device::LoopDevice;
 
@@ -163,6 +164,27 @@ fn options(device: &LoopDevice) -> [(&'static str, Option<&str>); 5] {
         // The thread that would read them ahead costs more than reading the few that get used.
         ("no_prefetch_block_bitmaps", None),
     ]
+}
+
+/// Whether the file system that is mounted from a disk had errors, and whether it is held because the host has no space.
+pub(super) fn faults(path: &Path) -> (bool, bool) {
+    let devices = LoopDevice::over(path).unwrap_or_default();
+    let names: Vec<&str> = devices.iter().filter_map(|device| device.path.strip_prefix("/dev/")).collect();
+    let had_errors = |name: &&str| {
+        let count = fs::read_to_string(format!("/sys/fs/ext4/{name}/errors_count"));
+        count.is_ok_and(|count| count.trim().parse::<u64>().is_ok_and(|count| count > 0))
+    };
+    (names.iter().any(had_errors), names.iter().any(|name| brake::is_held(name)))
+}
+
+/// Puts a disk in order that is not in use and had errors. What the kernel can do itself, such as replaying the journal, is
+/// left to it.
+pub(super) fn repair(path: &Path) -> Result<(), DiskError> {
+    let file = at("open", path, File::open(path))?;
+    if Superblock::read(&file)?.has_errors {
+        image::repair(path)?;
+    }
+    Ok(())
 }
 
 /// Grows what is on a disk that is not in use to this size, unless it is as large already.

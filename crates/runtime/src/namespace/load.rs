@@ -8,7 +8,7 @@ use nagaya_api::ids::SessionId;
 use nagaya_engine::ports::{DriverError, Load};
 use tokio::time::Instant;
 
-use super::{Inner, blocking, failed};
+use super::{Inner, blocking, disk, failed};
 use crate::cgroup::{Group, Part};
 
 /// How long processor times are compared: some of the scheduler's periods.
@@ -26,6 +26,9 @@ impl Inner {
         let mut load = blocking(move || read(&group)).await.map_err(|error| failed("look at the disk", &error))?;
         (load.cpu_used_us, load.cpu_waited_us) = between(&before, &after);
         load.cpu_window_us = window.as_micros() as u64;
+        load.halted = live.pidfd.is_halted();
+        let directory = self.directory(id);
+        (load.disk_failed, load.disk_held) = blocking(move || disk::faults(&disk::path(&directory))).await;
         Ok(load)
     }
 }

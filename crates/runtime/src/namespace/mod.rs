@@ -14,6 +14,7 @@
 //! and goes with it, but for files and cgroups of slots, which the next start sweeps.
 
 mod birth;
+mod brake;
 mod disk;
 mod egress;
 mod events;
@@ -48,6 +49,7 @@ pub(crate) use storage::{has_pool, shares_blocks, storage_is_plain};
 
 use crate::cgroup::Cgroups;
 use crate::spawner::Spawner;
+use brake::Brake;
 use images::{CopyError, Images};
 use live::Live;
 use record::Record;
@@ -154,6 +156,7 @@ struct Inner {
     /// Told after each release; one waiter at a time.
     released: Notify,
     events: mpsc::UnboundedSender<DriverEvent>,
+    _brake: Option<Brake>,
     images: Images,
     volumes: Volumes,
     /// Names this run of the host.
@@ -229,6 +232,7 @@ impl NamespaceDriver {
             releasing: Mutex::default(),
             released: Notify::new(),
             events,
+            _brake: Brake::start(root.to_owned(), config.disk_free_mb_min),
             images: Images::open(root, config.disk_free_mb_min, &boot_id)
                 .map_err(on("open the directory of images"))?,
             volumes: Volumes::open(root, config.disk_free_mb_min).map_err(on("open the directory of volumes"))?,

@@ -9,7 +9,7 @@ use nagaya_engine::ports::DriverError;
 
 use super::live::Live;
 use super::slots::group_name;
-use super::{Inner, blocking, failed};
+use super::{Inner, blocking, failed, room};
 use crate::cgroup::Group;
 use crate::link::Link;
 
@@ -31,10 +31,24 @@ impl Inner {
 
     pub(super) async fn thaw(&self, id: SessionId) -> Result<(), DriverError> {
         let live = self.running(id)?;
+        if self.is_frozen(&live) && self.disk_failed(id).await {
+            return self.give_up_memory(&live).await;
+        }
         let group = self.group(&live);
         blocking(move || group.thaw()).await.map_err(|error| failed("thaw the sandbox", &error))?;
         // Where there is no connection, whoever connects next sets them going.
         set_clocks(&live, live.link(), false).await
+    }
+
+    /// A sandbox whose disk takes no more writes can only go on from that, once it is repaired: its processes are ended. As
+    /// long as there is no space to repair it with, it stays as it is.
+    async fn give_up_memory(&self, live: &Live) -> Result<(), DriverError> {
+        if let Some(limit) = room::lacking(&self.config, self.storage.root()) {
+            return Err(DriverError::Exhausted(limit.into()));
+        }
+        tracing::warn!(id = %live.id, "the sandbox's disk had errors: it goes on from its disk, which is repaired first");
+        live.end(&self.factory.cgroups).await?;
+        Err(DriverError::Gone)
     }
 
     pub(super) fn is_frozen(&self, live: &Live) -> bool {

@@ -70,15 +70,26 @@ impl Inner {
             if !live.pidfd.has_ended() {
                 let written =
                     tokio::time::timeout(WRITE_BACK_MAX, blocking(move || images::sync_disk(&directory))).await;
-                written
-                    .map_err(|_| too_long("the disk was not written back", WRITE_BACK_MAX))?
-                    .map_err(|error| room::refusal("write the disk back", &error))?;
+                match written.map_err(|_| too_long("the disk was not written back", WRITE_BACK_MAX))? {
+                    // What could not be written is lost already, and cannot be but on the host's side of the disk.
+                    Err(error) if self.disk_failed(id).await => {
+                        let error = &error as &dyn std::error::Error;
+                        tracing::warn!(error, %id, "stopping a sandbox whose disk had errors; its next start repairs it");
+                    }
+                    written => written.map_err(|error| room::refusal("write the disk back", &error))?,
+                }
             }
             live.end(&self.factory.cgroups).await?;
         }
         self.live().remove(&id);
         let inner = self.clone();
         blocking(move || inner.settle(id)).await
+    }
+
+    /// Whether the disk of a sandbox that is up takes no more writes.
+    pub(super) async fn disk_failed(&self, id: SessionId) -> bool {
+        let disk = disk::path(&self.directory(id));
+        blocking(move || disk::faults(&disk).0).await
     }
 
     /// Ends a sandbox, disk and all. The rest is released in the background.

@@ -259,6 +259,7 @@ impl Factory {
             Home::Kept { directory, base } => {
                 // Of an attempt that failed a moment ago.
                 disk::wait_until_unmounted(&disk::path(directory))?;
+                disk::repair(&disk::path(directory))?;
                 disk::grow(&disk::path(directory), disk_gb)?;
                 (directory.to_owned(), base, disk::attach(&disk::path(directory))?)
             }

@@ -91,10 +91,10 @@ async fn a_start_does_not_wait_for_a_hung_first_process() -> Outcome {
     let first = first_process(&server, &hung.id);
     halt(first);
     server.kill();
-    let begin = Instant::now();
     server.restart();
-    // An agent has ten seconds to answer; a process that is known to stand still has none.
-    assert!(begin.elapsed() < Duration::from_secs(10), "the start waited for {:?}", begin.elapsed());
+    // It was looked at, and not waited for until it should have answered.
+    let log = server.log();
+    assert!(log.contains("first process is stopped") && !log.contains("the agent does not answer"), "{log}");
     let client = Client::of(&server);
     assert_eq!(client.attach(&other.id).await.unwrap().shell("cat kept", false).await, "fine");
     // Whoever asks for what cannot be done now is told, and not kept waiting.

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod full_disk;
 mod hung;
 mod lost_records;
 mod printing;
@@ -26,12 +27,13 @@ macro_rules! cases {
 }
 
 fn main() -> ExitCode {
-    let names = [lost_records::NAMES, hung::NAMES, printing::NAMES].concat();
+    let names = [lost_records::NAMES, hung::NAMES, printing::NAMES, full_disk::NAMES].concat();
     run_in_own_network("faults", names.into_iter(), async |suite| {
         let up = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
         assert!(up.success());
         lost_records::run(suite).await;
         hung::run(suite).await;
         printing::run(suite).await;
+        full_disk::run(suite).await;
     })
 }

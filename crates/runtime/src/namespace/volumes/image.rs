@@ -53,6 +53,8 @@ pub struct Superblock {
     pub journal_bytes: u64,
     /// Was mounted when the host crashed, or has errors.
     pub needs_check: bool,
+    /// Something went wrong while it was mounted.
+    pub has_errors: bool,
 }
 
 impl Superblock {
@@ -69,6 +71,7 @@ impl Superblock {
             bytes: u64::from(four(0x4)) * BLOCK,
             // A copy of the journal's inode stands here; these are its size's lower bits.
             journal_bytes: four(0x14C).into(),
+            has_errors: state & STATE_ERRORS != 0 || four(0x194) != 0,
             needs_check: state & STATE_CLEAN == 0 || state & STATE_ERRORS != 0 || four(0x60) & NEEDS_RECOVERY != 0,
         })
     }
@@ -115,6 +118,19 @@ pub fn mend(path: &Path) -> Result<Superblock, ImageError> {
     run("e2fsck", &["-p"], path, &[])?;
     file.sync_all().map_err(on("sync the volume's image"))?;
     Superblock::read(&file)
+}
+
+/// Repairs a file system that had errors, as far as that takes; what cannot be placed any more is in `lost+found` then.
+pub fn repair(path: &Path) -> Result<(), ImageError> {
+    tracing::warn!(image = %path.display(), "repairing a disk that had errors");
+    let file = File::open(path).map_err(on("open the disk"))?;
+    if let Err(error) = run("e2fsck", &["-fp"], path, &[]) {
+        if matches!(error, ImageError::System { .. }) {
+            return Err(error);
+        }
+        run("e2fsck", &["-fy"], path, &[])?;
+    }
+    file.sync_all().map_err(on("sync the disk"))
 }
 
 /// Grows a file system that nobody has mounted, and that is in order, to that many bytes of its image. The kernel does this

@@ -27,7 +27,10 @@ fn every_size_has_a_journal_an_owner_and_most_of_its_room() {
         format(&path, size).expect("format");
         let found = Superblock::read(&File::open(&path).expect("open")).expect("read");
         let journal_bytes = if size < GIB { 4 * MIB } else { 16 * MIB };
-        assert_eq!(found, Superblock { bytes: size + journal_bytes, journal_bytes, needs_check: false });
+        assert_eq!(
+            found,
+            Superblock { bytes: size + journal_bytes, journal_bytes, needs_check: false, has_errors: false }
+        );
         assert_eq!(fs::metadata(&path).expect("metadata").len(), found.bytes);
         assert_sound(&path);
         let free = free_bytes(&path);
