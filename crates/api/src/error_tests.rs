@@ -94,6 +94,7 @@ fn intended(code: Code) -> Option<&'static str> {
         Code::ArtifactExpired => "SessionExpired",
         Code::SessionTerminated => "SessionTerminated",
         Code::SessionNotRunning
+        | Code::RecordsMissing
         | Code::SnapshotInUse
         | Code::SnapshotNotReady
         | Code::SnapshotDamaged
@@ -144,6 +145,7 @@ fn intended(code: Code) -> Option<&'static str> {
         | Code::Unimplemented
         | Code::SnapshotFailed
         | Code::VolumeFailed
+        | Code::StoreDamaged
         | Code::Internal => return None,
     })
 }
