@@ -14,6 +14,7 @@ use bytes::Bytes;
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use indicatif::{ProgressBar, ProgressStyle};
+use nagaya_api::error::Code;
 use nagaya_api::names;
 use nagaya_client::{CommandStdin, Error as ClientError, Event, FileStat, Running, Session, WriteOptions};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -32,6 +33,7 @@ use crate::unpack;
 const PIECES_AHEAD: usize = 16;
 /// How much of what tar complains about is kept.
 const COMPLAINTS_MAX: usize = 2048;
+const PACK_AS_ROOT: &str = "--privileged packs and unpacks as root there.";
 
 #[derive(Debug, Args)]
 pub struct Copy {
@@ -246,7 +248,10 @@ impl Way<'_> {
     async fn tar(&self, directory: &str, arguments: &[&str]) -> Result<Running, Failure> {
         let words = std::iter::once("tar").chain(arguments.iter().copied());
         let command = self.session.command(words.map(str::to_owned)).cwd(directory).privileged(self.privileged);
-        Ok(command.start().await?)
+        command.start().await.map_err(|error| match error.code() {
+            Some(Code::PermissionDenied) => closed(directory),
+            _ => error.into(),
+        })
     }
 }
 
@@ -323,11 +328,22 @@ fn keep(complaints: &mut Vec<u8>, more: &[u8]) {
     complaints.extend_from_slice(&more[..more.len().min(room)]);
 }
 
+/// The sandbox's user may not enter a directory.
+fn closed(directory: &str) -> Failure {
+    let code = Code::PermissionDenied;
+    Failure::Told {
+        what: format!("{}: permission denied", crate::output::printable(directory)),
+        remedy: PACK_AS_ROOT.to_owned(),
+        code: code.name(),
+        exit: code.exit_code(),
+    }
+}
+
 fn tar_failed(complaints: &[u8], exit_code: i32) -> Failure {
     let said = String::from_utf8_lossy(complaints);
     let first = said.lines().next().map(crate::output::printable).unwrap_or_default();
     let what = format!("tar in the sandbox ended with exit code {exit_code}: {first}");
-    Failure::new(Local::Broken, what, "--privileged packs and unpacks as root there.")
+    Failure::new(Local::Broken, what, PACK_AS_ROOT)
 }
 
 fn broken(what: &str) -> Failure {

@@ -53,7 +53,7 @@ fn directories_arrive_whole() {
     person.get(&format!("tenki sandbox cp tree {id}:copy && tenki sandbox exec -q {id} test -x copy/tree/run"));
     person.get(&format!("tenki sandbox exec -q --privileged {id} mkdir /root/closed"));
     let denied = person.run(&format!("tenki sandbox cp tree {id}:/root/closed/new"));
-    assert_eq!((denied.code, denied.stderr.contains("Permission denied")), (76, true), "{}", denied.stderr);
+    assert_eq!((denied.code, denied.stderr.contains("permission denied")), (77, true), "{}", denied.stderr);
     assert!(denied.stderr.contains("--privileged"), "{}", denied.stderr);
     person.get(&format!("tenki sandbox cp --privileged tree {id}:/root/closed && tenki sandbox cp --privileged {id}:/root/closed/tree two && diff -r tree two"));
     let missing = person.run(&format!("tenki sandbox cp {id}:nowhere x"));
