@@ -92,8 +92,14 @@ describe("what goes wrong", () => {
       await rejection(session.list(path), FileNotFoundError);
       await rejection(readAll(await session.readFileStream(path)), FileNotFoundError);
     }
-    await rejection(session.writeFile("no/such/template/directory/file", "x"), FileNotFoundError);
-    await rejection(session.writeFileStream("no/such/volume/file", streamOf(bytes("x"))), FileNotFoundError);
+  });
+
+  test("writing makes the directories that are missing", async () => {
+    await session.writeFile("no/such/template/directory/file", "one");
+    assert.equal(text(await session.readFile("no/such/template/directory/file")), "one");
+    await session.writeFileStream("no/such/volume/file", streamOf(bytes("two")));
+    assert.equal(text(await session.readFile("no/such/volume/file")), "two");
+    assert.equal(await shell(session, "stat -c %U:%a no/such/volume"), "tenki:755");
   });
 
   test("a directory is no file and a file is no directory", async () => {
