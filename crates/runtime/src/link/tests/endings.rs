@@ -83,7 +83,7 @@ async fn a_run_answers_after_the_kill_though_what_was_set_free_holds_its_output(
     let agent = Agent::start();
     let link = agent.connect().await;
     for terminal in [false, true] {
-        let mut wanted = shell("setsid sleep 1000 & echo $!; wait");
+        let mut wanted = shell("setsid sh -c 'echo $$; exec sleep 1000' & wait");
         wanted.pty = terminal;
         let mut process = link.run(wanted).await.unwrap();
         let free = pids(&mut process, 1).await[0];
