@@ -373,7 +373,8 @@ pub async fn a_host_without_space_keeps_the_sandbox_usable_and_no_image(_place: 
     let place = Place::namespace_with(data, |_| ()).await.unwrap();
     let (driver, id) = (place.driver(), fresh_id());
     let guest = driver.create(id, &machine(), None).await.unwrap();
-    shell(&*guest, "head -c 500M /dev/urandom > large && sync large").await;
+    // As much as leaves too little for a copy, and enough for whoever writes.
+    shell(&*guest, "head -c 350M /dev/urandom > large && sync large").await;
     let image = fresh_image();
     let refused = driver.copy_disk(id, &[image]).await.unwrap_err();
     assert!(matches!(&refused, DriverError::Exhausted(name) if name.contains("disk")), "{refused:?}");
