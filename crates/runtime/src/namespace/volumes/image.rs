@@ -106,8 +106,8 @@ pub fn format(path: &Path, size: u64) -> Result<(), ImageError> {
     file.sync_all().map_err(on("sync the volume's image"))
 }
 
-/// Puts a file system in order that nobody has mounted: replays its journal, and repairs what can be repaired
-/// without losing anything.
+/// Puts a file system in order that nobody has mounted: replays its journal, and repairs what is not in order, such as
+/// what a growth left that the host had no space for.
 pub fn mend(path: &Path) -> Result<Superblock, ImageError> {
     let file = File::open(path).map_err(on("open the volume's image"))?;
     let found = Superblock::read(&file)?;
@@ -115,7 +115,7 @@ pub fn mend(path: &Path) -> Result<Superblock, ImageError> {
         return Ok(found);
     }
     tracing::info!(image = %path.display(), "checking a volume's file system");
-    run("e2fsck", &["-p"], path, &[])?;
+    check(path, "-p")?;
     file.sync_all().map_err(on("sync the volume's image"))?;
     Superblock::read(&file)
 }
@@ -124,13 +124,16 @@ pub fn mend(path: &Path) -> Result<Superblock, ImageError> {
 pub fn repair(path: &Path) -> Result<(), ImageError> {
     tracing::warn!(image = %path.display(), "repairing a disk that had errors");
     let file = File::open(path).map_err(on("open the disk"))?;
-    if let Err(error) = run("e2fsck", &["-fp"], path, &[]) {
-        if matches!(error, ImageError::System { .. }) {
-            return Err(error);
-        }
-        run("e2fsck", &["-fy"], path, &[])?;
-    }
+    check(path, "-fp")?;
     file.sync_all().map_err(on("sync the disk"))
+}
+
+/// Repairs first what can be repaired without losing anything, and all else where that is not enough.
+fn check(path: &Path, first: &str) -> Result<(), ImageError> {
+    match run("e2fsck", &[first], path, &[]) {
+        Err(ImageError::Program { .. }) => run("e2fsck", &["-fy"], path, &[]),
+        other => other,
+    }
 }
 
 /// Grows a file system that nobody has mounted, and that is in order, to that many bytes of its image. The kernel does this
