@@ -285,7 +285,8 @@ pub trait Driver: Send + Sync + 'static {
     async fn stop(&self, id: SessionId) -> Result<(), DriverError>;
     /// Starts a stopped sandbox on its kept disk, without its volumes. After an error `stop` takes away what came up.
     async fn boot(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError>;
-    /// Ends a sandbox. On return none of its processes is alive; its disk and network are being
+    /// Ends a sandbox, also while another call about it hangs: what that still makes is destroyed again when it returns. On
+    /// return none of its processes is alive; its disk and network are being
     /// released in the background and [`Driver::list`] names it until they are. Repeating it, or
     /// naming an unknown sandbox, is no error.
     async fn destroy(&self, id: SessionId) -> Result<(), DriverError>;
