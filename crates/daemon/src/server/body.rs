@@ -264,9 +264,9 @@ struct Parts {
 
 impl Parts {
     /// Takes what is there of an answer, which is all of a unary one.
-    fn of(mut body: ConnectRpcBody) -> Result<Self, ConnectRpcBody> {
+    fn of(mut body: ConnectRpcBody) -> Result<Self, Box<ConnectRpcBody>> {
         if matches!(body, ConnectRpcBody::Streaming(_)) {
-            return Err(body);
+            return Err(Box::new(body));
         }
         let sized = matches!(body, ConnectRpcBody::Full(_));
         let (mut frames, mut bytes) = (VecDeque::new(), 0);
@@ -421,7 +421,7 @@ impl ResponseBody {
     ) -> Result<Self, Error> {
         let parts = match Parts::of(body) {
             Ok(parts) => parts,
-            Err(streamed) => return Ok(Self::rpc(streamed, busy)),
+            Err(streamed) => return Ok(Self::rpc(*streamed, busy)),
         };
         held.reserve(parts.bytes).await?;
         let content = match parts.bytes > UNWATCHED_BYTES_MAX {

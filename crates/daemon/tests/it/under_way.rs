@@ -27,12 +27,8 @@ fn small_budget(limits: &mut Limits) {
 /// A session with a file of three MiB, and what its data plane wants to see.
 async fn with_file(world: &World) -> (String, String) {
     let (id, data) = world.session().await;
-    let request = wire::WriteFileRequest {
-        session_id: id.clone(),
-        path: "file".into(),
-        content: vec![7; 3 * MIB].into(),
-        ..Default::default()
-    };
+    let request =
+        wire::WriteFileRequest { session_id: id.clone(), path: "file".into(), content: vec![7; 3 * MIB].into() };
     data.write_file(wire::SandboxSessionDataPlaneServiceWriteFileRequest { request: request.into() }).await.unwrap();
     (id.clone(), world.certificate(&id).await)
 }

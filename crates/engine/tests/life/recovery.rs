@@ -110,7 +110,7 @@ async fn a_session_can_be_ended_when_there_is_no_space_to_record_it_since_it_tak
     let world = World::new().await;
     let id = world.running().await;
     world.fakes.store.set_full(true);
-    let (engine, caller) = (world.engine.clone(), world.caller.clone());
+    let (engine, caller) = (world.engine.clone(), world.caller);
     let ending = tokio::spawn(async move { engine.terminate_session(&caller, id).await });
     idle().await;
     assert!(world.fakes.driver.sandboxes().is_empty(), "what it holds is free before its end is recorded");

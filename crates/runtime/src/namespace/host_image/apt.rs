@@ -110,7 +110,7 @@ fn is_public(address: &str) -> bool {
 }
 
 fn is_like_a_token(part: &str) -> bool {
-    let has = |kind: fn(&u8) -> bool| part.as_bytes().iter().any(|byte| kind(byte));
+    let has = |kind: fn(&u8) -> bool| part.as_bytes().iter().any(&kind);
     let is_random = has(u8::is_ascii_digit) && has(u8::is_ascii_alphabetic) && !part.contains(['.', ':']);
     part.len() >= TOKEN_CHARS_MIN && is_random
 }
