@@ -1,4 +1,6 @@
-//! Who a command runs as: what a login would find out about the account, read anew for each command.
+//! Who a command runs as: what a login would find out about the account when the command starts.
+//!
+//! What was found out holds as long as the files that it came from are the same, which a look at each tells.
 //!
 //! The files are the sandbox's own and anybody's who is root there. What they say is believed about this sandbox only:
 //! the uid is never theirs to choose, and a file that is missing, no file at all, too large or garbled says nothing.
@@ -6,8 +8,11 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags, Timespec};
+use rustix::time::{ClockId, clock_gettime};
 
 use super::limits::{self, Limit};
 
@@ -20,6 +25,12 @@ const IDS_END: u32 = 65_536;
 /// What the kernel takes.
 const GROUPS_MAX: usize = 65_536;
 const UMASK: u32 = 0o022;
+const PASSWD: &str = "/etc/passwd";
+const GROUP: &str = "/etc/group";
+const LOGIN_DEFS: &str = "/etc/login.defs";
+/// A file that changed more recently may change again without a later time to tell it by: kernels count file times in
+/// ticks, of 10 ms at most.
+const SETTLED: Duration = Duration::from_millis(100);
 
 /// An account as a process of it needs it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,9 +46,87 @@ pub struct Account {
     pub limits: Vec<Limit>,
 }
 
+/// What was found out last about root and about `tenki`.
+#[derive(Debug, Default)]
+pub struct Accounts([Mutex<Option<Known>>; 2]);
+
+#[derive(Debug)]
+struct Known {
+    account: Arc<Account>,
+    sources: Vec<Source>,
+}
+
+/// A file or directory that an account was read from, as it was then.
+#[derive(Debug, PartialEq, Eq)]
+struct Source {
+    path: String,
+    /// `None` where nothing was there.
+    version: Option<Version>,
+}
+
+/// Equal for two looks at a file that has not changed in between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Version {
+    device: u64,
+    inode: u64,
+    changed: Timespec,
+}
+
+impl Accounts {
+    /// The account of root or of `tenki`, as the files of this machine describe it now.
+    pub fn look_up(&self, privileged: bool, home_of_tenki: &str) -> Arc<Account> {
+        let mut known = self.0[usize::from(privileged)].lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = &*known
+            && known.sources.iter().all(Source::is_as_it_was)
+        {
+            return known.account.clone();
+        }
+        // Looked at before they are read: a change in between is seen by the next look.
+        let (files, sources) = sources();
+        let account = Arc::new(Account::read(privileged, home_of_tenki, &files));
+        let settled = sources.iter().all(Source::is_settled);
+        *known = settled.then(|| Known { account: account.clone(), sources });
+        account
+    }
+}
+
+/// The files with limits, and all that an account is read from.
+fn sources() -> (Vec<String>, Vec<Source>) {
+    // The directory first: a file that comes to it later is seen by its time.
+    let mut sources: Vec<_> = [limits::DIRECTORY, PASSWD, GROUP, LOGIN_DEFS].map(Source::look).into();
+    let files = limits::files();
+    sources.extend(files.iter().map(|path| Source::look(path)));
+    (files, sources)
+}
+
+impl Source {
+    fn look(path: &str) -> Self {
+        Self { path: path.to_owned(), version: Version::of(path) }
+    }
+
+    fn is_as_it_was(&self) -> bool {
+        Version::of(&self.path) == self.version
+    }
+
+    fn is_settled(&self) -> bool {
+        self.version.is_none_or(|version| {
+            let (now, then) = (clock_gettime(ClockId::Realtime), version.changed);
+            let since = i128::from(now.tv_sec - then.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec - then.tv_nsec);
+            since > SETTLED.as_nanos() as i128
+        })
+    }
+}
+
+impl Version {
+    fn of(path: &str) -> Option<Self> {
+        let status = rustix::fs::stat(path).ok()?;
+        let changed = Timespec { tv_sec: status.st_ctime, tv_nsec: status.st_ctime_nsec as _ };
+        Some(Self { device: status.st_dev, inode: status.st_ino, changed })
+    }
+}
+
 impl Account {
-    /// The account of root or of `tenki`, as the files of this machine describe it.
-    pub fn look_up(privileged: bool, home_of_tenki: &str) -> Self {
+    fn read(privileged: bool, home_of_tenki: &str, files_of_limits: &[String]) -> Self {
         let (name, uid, home) = if privileged { ("root", 0, "/root") } else { ("tenki", TENKI, home_of_tenki) };
         let mut account = Self {
             name: name.into(),
@@ -49,12 +138,12 @@ impl Account {
             umask: UMASK,
             limits: Vec::new(),
         };
-        let comment = account.take_entry(&read("/etc/passwd", FILE_BYTES_MAX));
-        let groups = read("/etc/group", FILE_BYTES_MAX);
+        let comment = account.take_entry(&read(PASSWD, FILE_BYTES_MAX));
+        let groups = read(GROUP, FILE_BYTES_MAX);
         account.groups = groups_of(&groups, name, account.gid);
-        account.umask = umask(&comment, &read("/etc/login.defs", FILE_BYTES_MAX));
-        account.limits =
-            limits::of(&account, &groups, limits::files().iter().map(|path| read(path, limits::FILE_BYTES_MAX)));
+        account.umask = umask(&comment, &read(LOGIN_DEFS, FILE_BYTES_MAX));
+        let files = files_of_limits.iter().map(|path| read(path, limits::FILE_BYTES_MAX));
+        account.limits = limits::of(&account, &groups, files);
         account
     }
 
@@ -205,6 +294,27 @@ mod tests {
         assert_eq!(umask("Name,room,umask=002", defs), 0o002);
         assert_eq!(umask("umask=9", "UMASK x\n"), UMASK);
         assert_eq!(umask("umask=7777", ""), 0o777);
+    }
+
+    #[test]
+    fn a_file_is_the_same_until_it_changes_and_settled_after_a_while() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        let path = file.to_str().unwrap();
+        let absent = Source::look(path);
+        assert!(absent.version.is_none() && absent.is_as_it_was() && absent.is_settled());
+        std::fs::write(&file, "a").unwrap();
+        assert!(!absent.is_as_it_was());
+        let written = Source::look(path);
+        assert!(written.is_as_it_was() && !written.is_settled());
+        // Another file of the same size in its place, with the same time of modification.
+        let modified = std::fs::metadata(&file).unwrap().modified().unwrap();
+        let other = directory.path().join("other");
+        std::fs::write(&other, "b").unwrap();
+        File::options().write(true).open(&other).unwrap().set_modified(modified).unwrap();
+        std::fs::rename(&other, &file).unwrap();
+        assert!(!written.is_as_it_was());
+        assert!(Source::look("/usr").is_settled());
     }
 
     #[test]

@@ -9,9 +9,9 @@ use libc::c_int;
 use super::account::{self, Account};
 
 const FILE: &str = "/etc/security/limits.conf";
-const DIRECTORY: &str = "/etc/security/limits.d";
-/// Files of the directory that are read, of so many that are looked at. All this is done for every command, outside of the
-/// sandbox's limits.
+pub const DIRECTORY: &str = "/etc/security/limits.d";
+/// Files of the directory that are read, of so many that are looked at. All this is done outside of the sandbox's limits, for
+/// every command where the files keep changing.
 const FILES_MAX: usize = 16;
 const ENTRIES_MAX: usize = 256;
 /// The rest of a larger file is not looked at, bytes.

@@ -17,6 +17,7 @@ use tokio::sync::{Mutex, Notify};
 
 use crate::handshake::Handshake;
 use crate::mux::{Mux, Role};
+use account::Accounts;
 use clock::Clock;
 use detached::Executions;
 use failure::Failure;
@@ -76,6 +77,7 @@ pub struct Agent {
     null: OwnedFd,
     reaper: Arc<Reaper>,
     turn: groups::Turn,
+    accounts: Accounts,
     executions: Executions,
     /// What all waiting on behalf of commands goes by.
     clock: Arc<Clock>,
@@ -137,6 +139,7 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
         null: rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?,
         reaper: Reaper::start()?,
         turn: groups::Turn::default(),
+        accounts: Accounts::default(),
         executions: Executions::new(settings.kept_max),
         clock: Arc::default(),
         power: Power::default(),

@@ -84,7 +84,7 @@ struct Spawned {
 }
 
 fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
-    let account = Account::look_up(command.privileged, &agent.settings.home);
+    let account = agent.accounts.look_up(command.privileged, &agent.settings.home);
     let Strings { candidates, argv, env, cwd } = strings(agent, command, &account)?;
     let cgroup_procs = groups::choose(&agent.settings, &agent.turn);
     let program = |streams: [BorrowedFd<'_>; 3], terminal: bool| {
