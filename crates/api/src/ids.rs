@@ -83,7 +83,7 @@ id!(
 );
 id!(
     /// A disk image at rest, on its way into or out of a sandbox.
-    ImageId
+    DiskImageId
 );
 id!(
     /// A name under which a port of a sandbox is reached from outside.

@@ -36,7 +36,7 @@ pub use server::{Front, ListenError};
 pub struct Hooks {
     /// Read at every scrape of `/metrics`: how many resources are ready in each pool.
     pub pools: Option<Levels>,
-    /// Whose edge the engine was given. Without it the server opens its own, and previews are not reached.
+    /// Whose ingress the engine was given. Without it the server opens its own, and previews are not reached.
     pub front: Option<Front>,
     /// Called a moment after large messages.
     pub give_back: Option<GiveBack>,

@@ -7,7 +7,7 @@
 
 mod ending;
 mod mounts;
-mod moves;
+mod pause_resume;
 mod requests;
 mod restrict;
 mod work;
@@ -17,73 +17,30 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{AttachmentId, ImageId, SnapshotId, VolumeId};
+use nagaya_api::ids::AttachmentId;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::calls::{NewExecution, NewMount, SessionUpdate};
+use crate::backoff::Backoff;
 use crate::deadlines::Sleeper;
-use crate::events::{Fact, MAX_DURATION_REACHED, Origin, PAUSE_RETENTION_EXPIRED};
-use crate::executions::{Executions, Started};
-use crate::inner::Inner;
-use crate::live::{Activity, Exit, Live, Slot};
-use crate::model::{Attachment, Egress, Session, SessionState, UnixMs};
-use crate::ports::{Change, StoreError};
+use crate::engine_core::EngineCore;
+use crate::executions::Executions;
+use crate::handle::{Activity, Exit, Job, Message, Reply, SessionHandle, Slot};
+use crate::model::{
+    DiskSource, EventKind, MAX_DURATION_REACHED, PAUSE_RETENTION_EXPIRED, Session, SessionState, UnixMs,
+};
+use crate::ports::Change;
 use crate::session::{Request, Verdict, accept};
 use crate::tasks::Running;
 
-pub(crate) use work::Source;
+pub(crate) use work::DiskPreparation;
 use work::{Done, Work};
 
-pub(crate) type Reply<T> = oneshot::Sender<Result<T, Error>>;
-
-/// What callers may ask of the task at any time.
-pub(crate) enum Message {
-    Update { update: SessionUpdate, reply: Reply<Session> },
-    Extend { additional_ms: u64, reply: Reply<Session> },
-    Terminate { reply: Reply<Session> },
-    Execute { new: NewExecution, reply: Reply<Started> },
-}
-
-/// What callers may ask of the task that needs the driver.
-pub(crate) enum Job {
-    Pause {
-        reply: Reply<Session>,
-    },
-    Resume {
-        reply: Reply<Session>,
-    },
-    /// Resume it for a visitor, if visitors may wake it.
-    Wake {
-        reply: Reply<Session>,
-    },
-    /// Copy the disk; where a pause is named only while that lasts. The answer is how long the source stood still.
-    Copy {
-        images: Vec<ImageId>,
-        pause: Option<SnapshotId>,
-        reply: Reply<u64>,
-    },
-    Attach {
-        mount: NewMount,
-        reply: Reply<Attachment>,
-    },
-    Detach {
-        volume_id: VolumeId,
-        force: bool,
-        reply: Reply<()>,
-    },
-    /// Name the only destinations that the sandbox reaches, or lift that.
-    Restrict {
-        egress: Option<Egress>,
-        reply: Reply<Session>,
-    },
-}
-
 /// How the task starts.
-pub(crate) enum Birth {
+pub(crate) enum StartMode {
     /// The record is new: commit it, answer, create the sandbox.
-    New { source: Source, reply: Reply<Session> },
+    New { source: DiskPreparation, reply: Reply<Session> },
     /// The record is being committed together with others. The sender is dropped if that fails.
-    Recorded { source: Source, recorded: oneshot::Receiver<()> },
+    Recorded { source: DiskPreparation, recorded: oneshot::Receiver<()> },
     /// The record is from before the start: bring it and the world together. The sender is dropped
     /// once the first attempt at that is over.
     Recovered { attempted: oneshot::Sender<()> },
@@ -93,8 +50,8 @@ pub(crate) enum Birth {
 const MAILBOX_MAX: usize = 64;
 
 pub(crate) struct Actor {
-    engine: Arc<Inner>,
-    live: Arc<Live>,
+    engine: Arc<EngineCore>,
+    live: Arc<SessionHandle>,
     /// As last committed.
     session: Session,
     /// The state that is shown instead of the committed one while the driver moves the sandbox.
@@ -114,7 +71,7 @@ pub(crate) struct Actor {
     /// The record says that only the disk is kept; the driver has not been told yet, or failed.
     stop_owed: bool,
     /// Who waits for an attachment to come or go.
-    asked: BTreeMap<AttachmentId, mounts::Asked>,
+    asked: BTreeMap<AttachmentId, mounts::PendingMount>,
     /// Attachments to be taken away even from processes that use them.
     forced: BTreeSet<AttachmentId>,
     /// Pauses between attempts at what nobody waits for, and when the next one is.
@@ -145,37 +102,13 @@ enum Flow {
     Stop,
 }
 
-/// Pauses that double.
-#[derive(Clone, Copy)]
-pub(crate) struct Backoff {
-    next_ms: u64,
-    max_ms: u64,
-}
-
-impl Backoff {
-    pub(crate) fn next_ms(&mut self) -> u64 {
-        let pause = self.next_ms;
-        self.next_ms = pause.saturating_mul(2).min(self.max_ms);
-        pause
-    }
-}
-
-impl Inner {
-    pub(crate) fn backoff(&self) -> Backoff {
-        let first = self.config.retry_first_ms.max(1);
-        Backoff { next_ms: first, max_ms: self.config.retry_max_ms.max(first) }
-    }
-
-    pub(crate) async fn write(&self, changes: Vec<Change>) -> Result<(), Error> {
-        self.store.commit(changes).await.map_err(store_error)
-    }
-
+impl EngineCore {
     /// Starts the task of a session and makes the session known.
-    pub(crate) fn spawn(self: &Arc<Self>, session: Session, slot: Option<Slot>, birth: Birth, running: Running) {
+    pub(crate) fn spawn(self: &Arc<Self>, session: Session, slot: Option<Slot>, start: StartMode, running: Running) {
         let (sender, mailbox) = mpsc::channel(MAILBOX_MAX);
         let (jobs_sender, jobs) = mpsc::channel(MAILBOX_MAX);
         let published = watch::Sender::new(session.clone());
-        let live = Arc::new(Live {
+        let live = Arc::new(SessionHandle {
             id: session.id,
             workspace_id: session.workspace_id,
             mailbox: sender,
@@ -199,7 +132,7 @@ impl Inner {
             jobs,
             slot,
             executions: Executions::new(),
-            executions_known: !matches!(birth, Birth::Recovered { .. }),
+            executions_known: !matches!(start, StartMode::Recovered { .. }),
             work: None,
             ended: None,
             stop_owed: false,
@@ -216,13 +149,13 @@ impl Inner {
             unadopted: false,
             _running: running,
         };
-        tokio::spawn(actor.run(birth));
+        tokio::spawn(actor.run(start));
     }
 }
 
 impl Actor {
-    async fn run(mut self, birth: Birth) {
-        let Some(mut flow) = self.begin_life(birth).await else { return };
+    async fn run(mut self, start: StartMode) {
+        let Some(mut flow) = self.begin_life(start).await else { return };
         self.schedule();
         loop {
             flow = match flow {
@@ -234,14 +167,14 @@ impl Actor {
     }
 
     /// `None` when the record could not be written: nothing happened, and nobody has heard of the session.
-    async fn begin_life(&mut self, birth: Birth) -> Option<Flow> {
-        match birth {
-            Birth::New { source, reply } => {
+    async fn begin_life(&mut self, start: StartMode) -> Option<Flow> {
+        match start {
+            StartMode::New { source, reply } => {
                 let origin = match self.session.source_snapshot_id {
-                    Some(snapshot_id) => Origin::Snapshot { snapshot_id },
-                    None => Origin::Fresh,
+                    Some(snapshot_id) => DiskSource::Snapshot { snapshot_id },
+                    None => DiskSource::Fresh,
                 };
-                if let Err(error) = self.commit_with(self.session.clone(), vec![Fact::Created(origin)]).await {
+                if let Err(error) = self.commit_with(self.session.clone(), vec![EventKind::Created(origin)]).await {
                     self.forget();
                     let _ = reply.send(Err(error));
                     return None;
@@ -251,7 +184,7 @@ impl Actor {
                 self.work = Some(self.create(source));
                 Some(Flow::Continue)
             }
-            Birth::Recorded { source, recorded } => {
+            StartMode::Recorded { source, recorded } => {
                 if recorded.await.is_err() {
                     self.forget();
                     return None;
@@ -259,7 +192,7 @@ impl Actor {
                 self.work = Some(self.create(source));
                 Some(Flow::Continue)
             }
-            Birth::Recovered { attempted } => {
+            StartMode::Recovered { attempted } => {
                 self.attempted = Some(attempted);
                 Some(self.recover())
             }
@@ -363,7 +296,7 @@ impl Actor {
             return Flow::End(MAX_DURATION_REACHED.to_owned());
         }
         let expires_at = self.session.pause.as_ref().and_then(|pause| pause.expires_at);
-        if is_due(expires_at) && accept(state, Request::Retire) == Verdict::Do {
+        if is_due(expires_at) && accept(state, Request::RetentionExpired) == Verdict::Do {
             return Flow::End(PAUSE_RETENTION_EXPIRED.to_owned());
         }
         if self.work.is_none() && self.retry_at.is_none_or(|at| at <= now) {
@@ -390,8 +323,8 @@ impl Actor {
         {
             self.record_exit(exit).await;
         }
-        if self.work.is_none() && self.park_at(now).is_some_and(|(at, _)| at <= now) {
-            self.park(now).await;
+        if self.work.is_none() && self.release_memory_at(now).is_some_and(|(at, _)| at <= now) {
+            self.release_memory(now).await;
         }
         if self.work.is_some() || self.retry_at.is_some() {
             return;
@@ -423,11 +356,11 @@ impl Actor {
         // What waits for work to end is looked at when it does.
         let own = self.work.is_none().then(|| match self.retry_at {
             Some(at) => Some(at),
-            None => [self.park_at(now).map(|(at, _)| at), self.idle_at(now)].into_iter().flatten().min(),
+            None => [self.release_memory_at(now).map(|(at, _)| at), self.idle_at(now)].into_iter().flatten().min(),
         });
         let next = [
             when(Request::Expire, self.session.timeout_at),
-            when(Request::Retire, expires_at),
+            when(Request::RetentionExpired, expires_at),
             own.flatten(),
             self.flush_at,
         ];
@@ -449,12 +382,12 @@ impl Actor {
     }
 
     /// Commits the record with what happened, then publishes it.
-    async fn commit_with(&mut self, session: Session, facts: Vec<Fact>) -> Result<(), Error> {
+    async fn commit_with(&mut self, session: Session, facts: Vec<EventKind>) -> Result<(), Error> {
         let events = facts.into_iter().map(|fact| self.event(fact)).collect();
         self.commit(session, events).await
     }
 
-    fn event(&self, fact: Fact) -> Change {
+    fn event(&self, fact: EventKind) -> Change {
         self.engine.event(self.session.id, fact)
     }
 
@@ -490,15 +423,5 @@ impl Actor {
     fn show(&mut self, moving: Option<SessionState>) {
         self.moving = moving;
         self.publish();
-    }
-}
-
-/// The store's own words stay in the log: they may name files of the host.
-pub(crate) fn store_error(error: StoreError) -> Error {
-    tracing::error!(%error, "the store failed");
-    match error {
-        StoreError::Full => Error::new(Code::CapacityUnavailable, "space on the host's disk"),
-        StoreError::Damaged(_) => Code::StoreDamaged.into(),
-        StoreError::Failed(_) => Error::new(Code::Internal, "the server could not read or write its records"),
     }
 }

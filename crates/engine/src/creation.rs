@@ -4,20 +4,20 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{ImageId, SessionId, SnapshotId};
+use nagaya_api::ids::{DiskImageId, SessionId, SnapshotId};
 use nagaya_api::limits::NAME_CHARS_MAX;
 use tokio::sync::oneshot;
 
-use crate::actor::{Birth, Job, Source};
-use crate::calls::{Fork, NewSession};
-use crate::events::{Fact, Origin};
-use crate::inner::Inner;
-use crate::live::Live;
-use crate::model::{Session, SessionState, Snapshot, SnapshotKind, SnapshotState};
+use crate::access::Caller;
+use crate::actor::{DiskPreparation, StartMode};
+use crate::engine_core::{Engine, EngineCore};
+use crate::handle::{Job, SessionHandle};
+use crate::model::{DiskSource, EventKind, Session, SessionState, Snapshot, SnapshotKind, SnapshotState};
 use crate::ports::Change;
+use crate::requests::{Fork, NewSession};
 use crate::session::Request;
 use crate::snapshots::not_ready;
-use crate::{Caller, Engine, egress, validate};
+use crate::{egress, validate};
 
 impl Engine {
     /// Records a new session and starts to create its sandbox. Returns when the record is durable,
@@ -28,7 +28,7 @@ impl Engine {
         inner.access.workspace(caller, new.workspace_id)?;
         // Until the session is known, its snapshot must stay and nobody else may become sticky.
         let quiet = match new.snapshot_id.is_some() || new.sticky {
-            true => Some(inner.library.quiet.lock().await),
+            true => Some(inner.snapshots.quiet.lock().await),
             false => None,
         };
         let snapshot = match new.snapshot_id {
@@ -45,7 +45,7 @@ impl Engine {
         // From here on the session's own task does everything, so that a caller who goes away
         // leaves nothing half done.
         let (reply, answer) = oneshot::channel();
-        inner.spawn(session, Some(slot), Birth::New { source, reply }, running);
+        inner.spawn(session, Some(slot), StartMode::New { source, reply }, running);
         drop(quiet);
         answer.await.unwrap_or_else(|_| Err(Code::Draining.into()))
     }
@@ -67,7 +67,7 @@ impl Engine {
     }
 }
 
-impl Inner {
+impl EngineCore {
     /// A snapshot that sessions can be made from.
     async fn usable_snapshot(&self, caller: &Caller, id: SnapshotId) -> Result<Snapshot, Error> {
         let snapshot = self.find_snapshot(caller.workspace_id, id).await?;
@@ -81,16 +81,16 @@ impl Inner {
     }
 
     /// What the session's disk is made from.
-    fn source(&self, session: &mut Session, snapshot: Option<Snapshot>) -> Result<Source, Error> {
-        let Some(snapshot) = snapshot else { return Ok(Source::Fresh) };
-        let image = ImageId::new(self.clock.now(), self.random());
+    fn source(&self, session: &mut Session, snapshot: Option<Snapshot>) -> Result<DiskPreparation, Error> {
+        let Some(snapshot) = snapshot else { return Ok(DiskPreparation::Fresh) };
+        let image = DiskImageId::new(self.clock.now(), self.random());
         session.source_snapshot_id = Some(snapshot.id);
         session.source_image_id = Some(image);
         if snapshot.kind != SnapshotKind::Pause {
-            return Ok(Source::Snapshot { manifest: snapshot.manifest, image });
+            return Ok(DiskPreparation::Snapshot { manifest: snapshot.manifest, image });
         }
         let paused = self.registry.get(snapshot.session_id).ok_or(Code::SnapshotNotFound)?;
-        Ok(Source::Pause { session: paused, snapshot_id: snapshot.id, image })
+        Ok(DiskPreparation::Pause { session: paused, snapshot_id: snapshot.id, image })
     }
 
     fn new_session(&self, caller: &Caller, new: NewSession, snapshot: Option<&Snapshot>) -> Result<Session, Error> {
@@ -155,14 +155,19 @@ impl Inner {
     }
 
     /// Copies the disk once for each fork, records all of them at once, and lets them be created.
-    async fn fork(self: &Arc<Self>, caller: &Caller, live: Arc<Live>, fork: Fork) -> Result<Vec<Session>, Error> {
+    async fn fork(
+        self: &Arc<Self>,
+        caller: &Caller,
+        live: Arc<SessionHandle>,
+        fork: Fork,
+    ) -> Result<Vec<Session>, Error> {
         let parent = live.published.borrow().clone();
         let forks: Vec<Session> = (1..=fork.count).map(|n| self.forked(caller, &parent, &fork, n)).collect();
         let mut slots = Vec::new();
         for session in &forks {
             slots.push(self.reserve(session.workspace_id, &session.machine)?);
         }
-        let images: Vec<ImageId> = forks.iter().filter_map(|session| session.source_image_id).collect();
+        let images: Vec<DiskImageId> = forks.iter().filter_map(|session| session.source_image_id).collect();
         let copy = |reply| Job::Copy { images: images.clone(), pause: None, reply };
         if let Err(error) = live.ask_job(copy).await {
             self.discard_images(images);
@@ -172,18 +177,18 @@ impl Inner {
         for ((session, slot), image) in forks.iter().zip(slots).zip(&images) {
             let Ok(running) = self.tasks.enter() else { break };
             let (sender, receiver) = oneshot::channel();
-            let birth = Birth::Recorded { source: Source::Image(*image), recorded: receiver };
-            self.spawn(session.clone(), Some(slot), birth, running);
+            let start = StartMode::Recorded { source: DiskPreparation::Image(*image), recorded: receiver };
+            self.spawn(session.clone(), Some(slot), start, running);
             recorded.push(sender);
         }
         if recorded.len() < forks.len() {
             self.discard_images(images);
             return Err(Code::Draining.into());
         }
-        let mut changes = vec![self.event(live.id, Fact::Forked { sessions: fork.count })];
+        let mut changes = vec![self.event(live.id, EventKind::Forked { sessions: fork.count })];
         for session in &forks {
             changes.push(Change::Session(session.clone()));
-            changes.push(self.event(session.id, Fact::Created(Origin::Fork { session_id: live.id })));
+            changes.push(self.event(session.id, EventKind::Created(DiskSource::Fork { session_id: live.id })));
         }
         if let Err(error) = self.write(changes).await {
             self.discard_images(images);
@@ -198,7 +203,7 @@ impl Inner {
     }
 
     /// Removes images that nothing names. Those that a stopping engine leaves are swept at the next start.
-    fn discard_images(self: &Arc<Self>, images: Vec<ImageId>) {
+    fn discard_images(self: &Arc<Self>, images: Vec<DiskImageId>) {
         let engine = self.clone();
         self.background(async move {
             for image in images {
@@ -226,7 +231,7 @@ impl Inner {
             last_activity_at: now,
             driver: String::new(),
             source_snapshot_id: None,
-            source_image_id: Some(ImageId::new(now, self.random())),
+            source_image_id: Some(DiskImageId::new(now, self.random())),
             pause: None,
             last_resume_error: String::new(),
             attachments: Vec::new(),

@@ -6,11 +6,12 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::SessionId;
 use nagaya_api::limits::{EGRESS_CIDR_CHARS_MAX, EGRESS_CIDRS_MAX, EGRESS_DOMAIN_CHARS_MAX, EGRESS_DOMAINS_MAX};
 
-use crate::actor::Job;
+use crate::access::Caller;
+use crate::engine_core::Engine;
+use crate::handle::Job;
 use crate::model::{Connection, Egress, Session};
 use crate::ports::DriverError;
 use crate::session::Request;
-use crate::{Caller, Engine};
 
 impl Engine {
     /// Names the only destinations that a session reaches from now on; `None` lifts that. When it is answered,

@@ -5,34 +5,34 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{ExecutionId, KeyId, SessionId, WorkspaceId};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::access::{self, Access, Caller};
-use crate::actor::{Job, Message, store_error};
-use crate::calls::{Certificate, InUse, ListSessions, NewExecution, OpenSession, SessionUpdate, Usage};
 use crate::config::EngineConfig;
-use crate::deadlines::Deadlines;
-use crate::events::CommandLog;
-use crate::executions::guest_error;
-use crate::inner::{Found, Inner, certificate_key};
-use crate::model::{ApiKey, Execution, ExecutionStatus, Session, SessionState, UnixMs, Workspace, WorkspaceSettings};
-use crate::ports::{Blobs, Change, Clock, Driver, Edge, Entropy, ProcessEvent, SessionQuery, Store};
-use crate::previews::Previews;
+use crate::deadlines::{Deadlines, Sleeper};
+use crate::engine_core::{Engine, EngineCore, Found, certificate_key};
+use crate::errors::{guest_error, store_error};
+use crate::event_log::CommandLog;
+use crate::handle::{Exit, InUse, Job, Message, SessionHandle};
+use crate::model::{
+    ApiKey, EventKind, Execution, ExecutionStatus, Session, SessionState, UnixMs, Workspace, WorkspaceSettings,
+};
+use crate::open::OpenSession;
+use crate::ports::{Blobs, Change, Clock, Driver, DriverEvent, Entropy, Ingress, ProcessEvent, SessionQuery, Store};
+use crate::preview_table::Previews;
+use crate::requests::{Certificate, ListSessions, NewExecution, SessionUpdate, Usage};
 use crate::session::{Request, check};
-use crate::snapshots::Library;
+use crate::snapshot_locks::SnapshotLocks;
 use crate::tasks::Tasks;
-use crate::volumes::Volumes;
+use crate::volume_table::Volumes;
 use crate::{query, recovery};
 
-/// The engine. Clones share it.
-#[derive(Clone)]
-pub struct Engine(pub(crate) Arc<Inner>);
-
 impl Engine {
-    /// Starts the engine: recovers everything recorded, then serves. The edge is asked to publish before this returns;
+    /// Starts the engine: recovers everything recorded, then serves. The ingress is asked to publish before this returns;
     /// visitors who come so early have to wait for it.
     #[allow(clippy::too_many_arguments)] // one for each port
     pub async fn start(
@@ -40,7 +40,7 @@ impl Engine {
         store: Arc<dyn Store>,
         driver: Arc<dyn Driver>,
         blobs: Arc<dyn Blobs>,
-        edge: Arc<dyn Edge>,
+        ingress: Arc<dyn Ingress>,
         clock: Arc<dyn Clock>,
         entropy: Arc<dyn Entropy>,
     ) -> Result<Self, Error> {
@@ -48,18 +48,18 @@ impl Engine {
         let workspaces = store.workspaces().await.map_err(store_error)?;
         let keys = store.api_keys().await.map_err(store_error)?;
         let records = recovery::read(&*store).await?;
-        let inner = Arc::new(Inner {
+        let inner = Arc::new(EngineCore {
             creates: Semaphore::new(config.creates_concurrent_max.max(1) as usize),
             config,
             store,
             driver,
             blobs,
-            edge,
+            ingress,
             clock,
             entropy,
             access: Access::new(workspaces, keys, key),
             registry: Arc::default(),
-            library: Library::default(),
+            snapshots: SnapshotLocks::default(),
             volumes: Volumes::load(&records.volumes, &records.sessions),
             previews: Previews::load(&records.previews),
             deadlines: Deadlines::new(),
@@ -192,7 +192,7 @@ impl Engine {
         let live = self.0.find_live(caller, id, Request::Change).await?;
         let _quiet = match update.sticky {
             Some(true) => {
-                let quiet = self.0.library.quiet.lock().await;
+                let quiet = self.0.snapshots.quiet.lock().await;
                 self.0.check_sticky(live.workspace_id, Some(id))?;
                 Some(quiet)
             }
@@ -366,5 +366,72 @@ impl Engine {
         self.execution(caller, id, execution_id).await?;
         let guest = live.guest().ok_or(Code::GuestUnreachable)?;
         guest.follow(execution_id).await.map_err(guest_error)
+    }
+}
+
+impl EngineCore {
+    /// Passes on what the driver tells.
+    pub(crate) fn spawn_events(
+        self: &Arc<Self>,
+        mut events: mpsc::UnboundedReceiver<DriverEvent>,
+    ) -> Result<(), Error> {
+        let (engine, running) = (self.clone(), self.tasks.enter()?);
+        tokio::spawn(async move {
+            let _running = running;
+            loop {
+                let event = tokio::select! {
+                    biased;
+                    () = engine.tasks.stopping() => return,
+                    Some(event) = events.recv() => event,
+                };
+                match event {
+                    DriverEvent::Ended { id, powered_off, cause } => {
+                        if let Some(live) = engine.registry.get(id) {
+                            live.set_exit(Exit { cause, powered_off, host_restarted: false });
+                            live.alarm.notify_one();
+                        }
+                    }
+                    DriverEvent::MemoryLow => engine.release_longest_paused(),
+                    DriverEvent::Refused { id, request, limit } => {
+                        if engine.registry.get(id).is_some() {
+                            engine.record(id, EventKind::Refused { request, limit }, None).await;
+                        }
+                    }
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// Asks for the memory of the session that has been paused for longest.
+    fn release_longest_paused(&self) {
+        let in_memory = |live: &Arc<SessionHandle>| {
+            let session = live.published.borrow();
+            let pause = session.pause.as_ref().filter(|pause| pause.in_memory && session.state == SessionState::Paused);
+            pause.map(|pause| (pause.paused_at, live.id)).filter(|_| !live.memory_low.load(Ordering::Acquire))
+        };
+        let longest = self.registry.all().into_iter().filter_map(|live| Some((in_memory(&live)?, live)));
+        if let Some((_, live)) = longest.min_by_key(|(since, _)| *since) {
+            live.memory_low.store(true, Ordering::Release);
+            live.alarm.notify_one();
+        }
+    }
+
+    pub(crate) fn spawn_timer(self: &Arc<Self>) -> Result<(), Error> {
+        let (engine, running) = (self.clone(), self.tasks.enter()?);
+        tokio::spawn(async move {
+            let _running = running;
+            let wake = |sleeper| match sleeper {
+                Sleeper::Session(id) => {
+                    if let Some(live) = engine.registry.get(id) {
+                        live.alarm.notify_one();
+                    }
+                }
+                Sleeper::Snapshot(id) => engine.expire_snapshot(id),
+                Sleeper::Preview(id) => engine.expire_preview(id),
+            };
+            engine.deadlines.run(&*engine.clock, &engine.tasks, wake).await;
+        });
+        Ok(())
     }
 }

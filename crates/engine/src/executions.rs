@@ -8,22 +8,17 @@ use nagaya_api::ids::ExecutionId;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::actor::{Backoff, Reply};
+use crate::backoff::Backoff;
+use crate::errors::guest_error;
+use crate::handle::{Reply, Started};
 use crate::model::{Execution, ExecutionStatus, UnixMs};
-use crate::ports::{Clock, Command, ExitStatus, Guest, GuestError, ProcessEvent};
+use crate::ports::{Clock, Command, ExitStatus, Guest, ProcessEvent};
 
 /// The executions of one live session. All their records are written by the session's task.
 pub(crate) struct Executions {
     /// Ids are version 7, so the order is the order of their starts.
     known: BTreeMap<ExecutionId, watch::Sender<Execution>>,
     tasks: JoinSet<Ended>,
-}
-
-/// What the caller of an execution gets once the command runs.
-pub(crate) struct Started {
-    /// As it was when it started.
-    pub(crate) execution: Execution,
-    pub(crate) published: watch::Receiver<Execution>,
 }
 
 /// What the task of an execution comes back with.
@@ -203,9 +198,4 @@ async fn follow(id: ExecutionId, guest: Arc<dyn Guest>, clock: Arc<dyn Clock>, m
         }
         clock.sleep_until(clock.now() + backoff.next_ms()).await;
     }
-}
-
-/// A guest's error in the words of the table.
-pub(crate) fn guest_error(error: GuestError) -> Error {
-    Error::new(error.code, error.detail)
 }

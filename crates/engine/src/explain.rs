@@ -5,11 +5,11 @@
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::SessionId;
 
-use crate::events::{EndReason, Event, Fact};
-use crate::inner::{Found, Inner};
-use crate::model::{CONNECTIONS_USED_UP, Connection, Session, SessionState, UnixMs};
-use crate::ports::Load;
-use crate::{Caller, Engine, actor::store_error};
+use crate::access::Caller;
+use crate::engine_core::{Engine, EngineCore, Found};
+use crate::errors::store_error;
+use crate::model::{CONNECTIONS_USED_UP, Connection, EndReason, Event, EventKind, Session, SessionState, UnixMs};
+use crate::ports::ResourceUsage;
 
 /// A creation that takes longer than this is worth a word.
 const CREATION_SLOW_MS: u64 = 10_000;
@@ -116,15 +116,15 @@ impl Engine {
 /// What can be seen of a sandbox that runs; empty where it cannot be seen, which explains nothing.
 #[derive(Default)]
 struct Now {
-    load: Option<Load>,
+    load: Option<ResourceUsage>,
     connections: Vec<Connection>,
 }
 
-impl Inner {
+impl EngineCore {
     async fn seen_now(&self, id: SessionId) -> Now {
         let logged = |error| tracing::debug!(session = %id, %error, "a sandbox could not be looked at");
         Now {
-            load: self.driver.load(id).await.map_err(logged).ok(),
+            load: self.driver.usage(id).await.map_err(logged).ok(),
             connections: self.driver.connections(id).await.map_err(logged).unwrap_or_default(),
         }
     }
@@ -239,12 +239,12 @@ fn of_events(events: &[Event]) -> Vec<Finding> {
         FindingCode::SnapshotFailed,
     ];
     let code_of = |event: &Event| match event.fact {
-        Fact::OutOfMemory { .. } => Some(FindingCode::OutOfMemory),
-        Fact::Refused { .. } => Some(FindingCode::LimitReached),
-        Fact::CommandTimedOut { .. } => Some(FindingCode::CommandTimedOut),
-        Fact::CommandKilled { .. } => Some(FindingCode::CommandKilled),
-        Fact::CommandNotFound { .. } => Some(FindingCode::CommandNotFound),
-        Fact::SnapshotFailed { .. } => Some(FindingCode::SnapshotFailed),
+        EventKind::OutOfMemory { .. } => Some(FindingCode::OutOfMemory),
+        EventKind::Refused { .. } => Some(FindingCode::LimitReached),
+        EventKind::CommandTimedOut { .. } => Some(FindingCode::CommandTimedOut),
+        EventKind::CommandKilled { .. } => Some(FindingCode::CommandKilled),
+        EventKind::CommandNotFound { .. } => Some(FindingCode::CommandNotFound),
+        EventKind::SnapshotFailed { .. } => Some(FindingCode::SnapshotFailed),
         _ => None,
     };
     let of_code = |code: FindingCode| {
@@ -260,7 +260,7 @@ fn of_events(events: &[Event]) -> Vec<Finding> {
 }
 
 /// What the sandbox uses, of what it may.
-fn of_load(session: &Session, load: &Load, found: &mut Vec<Finding>) {
+fn of_load(session: &Session, load: &ResourceUsage, found: &mut Vec<Finding>) {
     use FindingCode::{
         CpuBusy, CpuThrottled, DiskFailed, DiskNearlyFull, Halted, HostDiskFull, MemoryNearlyFull, OutOfMemory,
         ProcessesNearlyFull,
@@ -295,8 +295,8 @@ fn of_load(session: &Session, load: &Load, found: &mut Vec<Finding>) {
     of_all(DiskNearlyFull, load.disk_used_bytes >> 20, load.disk_size_bytes >> 20, &format!(" MB are used{kept}"));
     of_all(MemoryNearlyFull, load.memory_bytes >> 20, load.memory_limit_bytes >> 20, " MB are used");
     of_all(ProcessesNearlyFull, load.processes, load.processes_max, " processes and threads exist");
-    if load.cpu_spans >= SPANS_MIN && is_percent(load.cpu_spans_throttled, load.cpu_spans, THROTTLED_PERCENT) {
-        let percent = load.cpu_spans_throttled * 100 / load.cpu_spans;
+    if load.cpu_periods >= SPANS_MIN && is_percent(load.cpu_periods_throttled, load.cpu_periods, THROTTLED_PERCENT) {
+        let percent = load.cpu_periods_throttled * 100 / load.cpu_periods;
         let (halted, cores) = (seconds(load.cpu_throttled_us / 1_000), session.machine.cpu_cores);
         let detail =
             format!("it was halted in {percent} % of the time it worked, for {halted} in all; it has {cores} cores");

@@ -56,7 +56,7 @@ fn ended(cause: &str, ready: bool) -> Session {
     Session { terminal_error: cause.into(), terminated_at: Some(NOW), ready_at, ..before }
 }
 
-fn event(sequence: u64, fact: Fact) -> Event {
+fn event(sequence: u64, fact: EventKind) -> Event {
     Event { session_id: SessionId::new(1, [1; 10]), sequence, at: NOW - 500 + sequence, fact, execution_id: None }
 }
 
@@ -81,7 +81,7 @@ fn of_session(session: &Session) -> Vec<(&'static str, String)> {
     told(session, &[], &Now::default())
 }
 
-fn with_load(load: Load) -> Vec<(&'static str, String)> {
+fn with_load(load: ResourceUsage) -> Vec<(&'static str, String)> {
     told(&session(SessionState::Running), &[], &Now { load: Some(load), connections: Vec::new() })
 }
 
@@ -133,16 +133,16 @@ fn what_the_host_lacked_is_named() {
 
 #[test]
 fn of_what_happened_the_last_of_each_kind_is_told() {
-    let memory = |program: &str| Fact::OutOfMemory { program: program.into(), limit_mb: 256 };
+    let memory = |program: &str| EventKind::OutOfMemory { program: program.into(), limit_mb: 256 };
     let events = [
         event(1, memory("make")),
-        event(2, Fact::Ready { after_ms: 3 }),
-        event(3, Fact::CommandTimedOut { program: "sleep".into(), after_ms: 1_000 }),
+        event(2, EventKind::Ready { after_ms: 3 }),
+        event(3, EventKind::CommandTimedOut { program: "sleep".into(), after_ms: 1_000 }),
         event(4, memory("python3")),
-        event(5, Fact::CommandKilled { program: "sh".into(), signal: "SIGKILL".into() }),
-        event(6, Fact::CommandNotFound { program: "nope".into() }),
-        event(7, Fact::Refused { request: "resuming the session".into(), limit: "sessions_max is 1".into() }),
-        event(8, Fact::SnapshotFailed { snapshot_id: SnapshotId::new(1, [1; 10]), cause: "full".into() }),
+        event(5, EventKind::CommandKilled { program: "sh".into(), signal: "SIGKILL".into() }),
+        event(6, EventKind::CommandNotFound { program: "nope".into() }),
+        event(7, EventKind::Refused { request: "resuming the session".into(), limit: "sessions_max is 1".into() }),
+        event(8, EventKind::SnapshotFailed { snapshot_id: SnapshotId::new(1, [1; 10]), cause: "full".into() }),
     ];
     let found = findings(&session(SessionState::Running), &events, &Now::default(), NOW);
     let codes: Vec<&str> = found.iter().map(|finding| finding.code.name()).collect();
@@ -164,47 +164,47 @@ fn of_what_happened_the_last_of_each_kind_is_told() {
 
 #[test]
 fn what_is_nearly_used_up_is_told_with_figures() {
-    assert_eq!(with_load(Load::default()), one("healthy", "the session is RUNNING"), "nothing is known");
+    assert_eq!(with_load(ResourceUsage::default()), one("healthy", "the session is RUNNING"), "nothing is known");
     let mb = |mb: u64| mb << 20;
-    let calm = Load {
+    let calm = ResourceUsage {
         memory_bytes: mb(229),
         memory_limit_bytes: mb(256),
         processes: 89,
         processes_max: 100,
         disk_used_bytes: mb(89),
         disk_size_bytes: mb(100),
-        cpu_spans: 1_000,
-        cpu_spans_throttled: 99,
+        cpu_periods: 1_000,
+        cpu_periods_throttled: 99,
         cpu_window_us: 250_000,
         cpu_used_us: 300_000,
         cpu_waited_us: 99_000,
-        ..Load::default()
+        ..ResourceUsage::default()
     };
     assert_eq!(with_load(calm.clone()), one("healthy", "the session is RUNNING"));
-    let memory = Load { memory_bytes: mb(240), ..calm.clone() };
+    let memory = ResourceUsage { memory_bytes: mb(240), ..calm.clone() };
     assert_eq!(with_load(memory), one("memory_nearly_full", "240 of 256 MB are used"));
-    let disk = Load { disk_used_bytes: mb(90), ..calm.clone() };
-    let kept = Load { kept_output_bytes: 30 << 20, ..disk.clone() };
+    let disk = ResourceUsage { disk_used_bytes: mb(90), ..calm.clone() };
+    let kept = ResourceUsage { kept_output_bytes: 30 << 20, ..disk.clone() };
     assert_eq!(with_load(disk), one("disk_nearly_full", "90 of 100 MB are used"));
     let detail = "90 of 100 MB are used, 30 MB of it by output of commands that is kept for its readers";
     assert_eq!(with_load(kept), one("disk_nearly_full", detail));
-    let processes = Load { processes: 90, ..calm.clone() };
+    let processes = ResourceUsage { processes: 90, ..calm.clone() };
     assert_eq!(with_load(processes), one("processes_nearly_full", "90 of 100 processes and threads exist"));
-    let throttled = Load { cpu_spans_throttled: 500, cpu_throttled_us: 2_340_000, ..calm.clone() };
+    let throttled = ResourceUsage { cpu_periods_throttled: 500, cpu_throttled_us: 2_340_000, ..calm.clone() };
     let detail = "it was halted in 50 % of the time it worked, for 2.3 s in all; it has 2 cores";
     assert_eq!(with_load(throttled), one("cpu_throttled", detail));
-    let few = Load { cpu_spans: 9, cpu_spans_throttled: 9, ..calm.clone() };
+    let few = ResourceUsage { cpu_periods: 9, cpu_periods_throttled: 9, ..calm.clone() };
     assert_eq!(with_load(few), one("healthy", "the session is RUNNING"), "too few to tell");
-    let busy = Load { cpu_waited_us: 150_000, ..calm.clone() };
+    let busy = ResourceUsage { cpu_waited_us: 150_000, ..calm.clone() };
     assert_eq!(with_load(busy), one("cpu_busy", "its threads use 60 % of its 2 cores, and wait for another 30 %"));
     for (load, code) in [
-        (Load { disk_failed: true, ..calm.clone() }, "disk_failed"),
-        (Load { disk_held: true, ..calm.clone() }, "host_disk_full"),
-        (Load { halted: true, ..calm.clone() }, "halted"),
+        (ResourceUsage { disk_failed: true, ..calm.clone() }, "disk_failed"),
+        (ResourceUsage { disk_held: true, ..calm.clone() }, "host_disk_full"),
+        (ResourceUsage { halted: true, ..calm.clone() }, "halted"),
     ] {
         assert_eq!(with_load(load)[0].0, code);
     }
-    let killed = Load { memory_kills: 3, ..calm };
+    let killed = ResourceUsage { memory_kills: 3, ..calm };
     assert_eq!(with_load(killed), one("out_of_memory", "3 since the sandbox started; its limit is 256 MB"));
 }
 

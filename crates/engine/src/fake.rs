@@ -7,10 +7,10 @@ mod blobs;
 mod clock;
 mod disks;
 mod driver;
-mod edge;
 mod faults;
 mod files;
 mod guest;
+mod ingress;
 mod programs;
 mod sockets;
 mod store;
@@ -21,13 +21,15 @@ pub use blobs::FakeBlobs;
 pub use clock::FakeClock;
 pub use disks::FakeVolume;
 pub use driver::FakeDriver;
-pub use edge::FakeEdge;
 pub use faults::{Faults, Rng};
 pub use guest::FakeGuest;
+pub use ingress::FakeIngress;
 pub use store::FakeStore;
 
+use crate::access::Caller;
+use crate::config::EngineConfig;
+use crate::engine_core::Engine;
 use crate::ports::Entropy;
-use crate::{Caller, Engine, EngineConfig};
 
 /// Randomness that a seed repeats.
 pub struct FakeEntropy(Mutex<Rng>);
@@ -53,7 +55,7 @@ pub struct Fakes {
     pub store: Arc<FakeStore>,
     pub driver: Arc<FakeDriver>,
     pub blobs: Arc<FakeBlobs>,
-    pub edge: Arc<FakeEdge>,
+    pub ingress: Arc<FakeIngress>,
     pub clock: Arc<FakeClock>,
     pub entropy: Arc<FakeEntropy>,
 }
@@ -67,7 +69,7 @@ impl Fakes {
             store: Arc::new(FakeStore::new(faults.clone())),
             driver: Arc::new(FakeDriver::new(faults.clone(), images.clone())),
             blobs: Arc::new(FakeBlobs::new(faults.clone(), images)),
-            edge: Arc::new(FakeEdge::new(faults.clone())),
+            ingress: Arc::new(FakeIngress::new(faults.clone())),
             clock: Arc::new(FakeClock::new(1_767_225_600_000)),
             entropy: Arc::new(FakeEntropy::new(seed)),
             faults,
@@ -78,15 +80,15 @@ impl Fakes {
     pub fn disconnect(&self) {
         self.driver.disconnect();
         self.blobs.disconnect();
-        self.edge.disconnect();
+        self.ingress.disconnect();
     }
 
     /// Starts an engine in this world; again after it was shut down or dropped with its runtime.
     pub async fn start(&self, config: EngineConfig) -> Result<Engine, nagaya_api::error::Error> {
         self.disconnect();
         let (store, driver, blobs) = (self.store.clone(), self.driver.clone(), self.blobs.clone());
-        let (edge, clock, entropy) = (self.edge.clone(), self.clock.clone(), self.entropy.clone());
-        Engine::start(config, store, driver, blobs, edge, clock, entropy).await
+        let (ingress, clock, entropy) = (self.ingress.clone(), self.clock.clone(), self.entropy.clone());
+        Engine::start(config, store, driver, blobs, ingress, clock, entropy).await
     }
 }
 

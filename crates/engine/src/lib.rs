@@ -9,41 +9,48 @@
 
 mod access;
 mod actor;
-mod calls;
+mod backoff;
 mod config;
 mod creation;
 mod deadlines;
 mod egress;
 mod engine;
-pub mod events;
+mod engine_core;
+mod errors;
+pub mod event_log;
 mod executions;
 mod explain;
 #[cfg(feature = "fake")]
 pub mod fake;
-mod inner;
-mod live;
+mod handle;
 pub mod model;
+mod open;
 pub mod ports;
+mod preview_access;
+mod preview_table;
 mod previews;
 mod query;
 mod recovery;
+mod requests;
 pub mod session;
 mod settings;
+mod snapshot_locks;
 mod snapshots;
 mod ssh;
 mod tasks;
 pub mod validate;
-mod visits;
+mod volume_table;
 mod volumes;
 mod waking;
 
 pub use access::{Caller, check_secret};
-pub use calls::{
-    Certificate, Fork, ListPreviews, ListSessions, ListSnapshots, ListVolumes, NewExecution, NewExposure, NewMount,
-    NewPreview, NewSession, NewSnapshot, NewVolume, OpenPreview, OpenSession, PreviewTarget, PreviewUrl, PreviewVisit,
-    SessionUpdate, SnapshotUpdate, Usage, VolumeUpdate, WorkspaceSettingsUpdate,
-};
 pub use config::{EngineConfig, WakeOnVisit};
-pub use engine::Engine;
+pub use engine_core::Engine;
 pub use explain::{Finding, FindingCode};
-pub use ssh::Visit;
+pub use open::{OpenSession, PreviewConnection};
+pub use requests::{
+    Certificate, Fork, ListPreviews, ListSessions, ListSnapshots, ListVolumes, NewExecution, NewExposure, NewMount,
+    NewPreview, NewSession, NewSnapshot, NewVolume, OpenPreview, PreviewTarget, PreviewUrl, SessionUpdate,
+    SnapshotUpdate, Usage, VolumeUpdate, WorkspaceSettingsUpdate,
+};
+pub use ssh::SshSession;

@@ -1,119 +1,31 @@
 //! Previews: names under which ports of sandboxes are reached from outside.
 //!
 //! ```text
-//!   recorded as MAKING ─── the edge publishes it ──▶ recorded as LIVE ─── answered
+//!   recorded as MAKING ─── the ingress publishes it ──▶ recorded as LIVE ─── answered
 //!        └── it cannot ──▶ forgotten                  │   ▲
 //!                               bind, unbind, expiry ─┴───┘ (named ones)
 //!                               unexpose, expiry, end of the session, delete ──▶ forgotten ──▶ withdrawn
 //! ```
 //!
-//! Rows are written first and the edge is asked afterwards, so that what is published is what is recorded: what is not
+//! Rows are written first and the ingress is asked afterwards, so that what is published is what is recorded: what is not
 //! forgotten is published again by the next start, under the port it had. Sessions know nothing of their previews; a visit
 //! looks at the session when it comes. A named preview stays bound to a session that has ended, and says so to visitors,
 //! until it is bound elsewhere.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{PreviewId, SessionId};
 
-use crate::actor::store_error;
-use crate::calls::{ListPreviews, NewExposure, NewPreview, PreviewUrl};
+use crate::access::Caller;
 use crate::deadlines::Sleeper;
-use crate::inner::{Found, Inner};
+use crate::engine_core::{Engine, EngineCore, Found};
+use crate::errors::store_error;
 use crate::model::{Binding, Preview, PreviewKind, PreviewState, UnixMs};
 use crate::ports::{Change, PreviewQuery};
+use crate::requests::{ListPreviews, NewExposure, NewPreview, PreviewUrl};
 use crate::session::Request;
-use crate::{Caller, Engine, query, validate};
-
-/// All previews of the server.
-#[derive(Default)]
-pub(crate) struct Previews {
-    table: Mutex<Table>,
-    /// Held from a look at the table to the edge's answer, by whoever makes, changes or removes a preview.
-    quiet: tokio::sync::Mutex<()>,
-}
-
-#[derive(Default)]
-struct Table {
-    known: BTreeMap<PreviewId, Known>,
-    by_label: BTreeMap<String, PreviewId>,
-}
-
-#[derive(Clone)]
-struct Known {
-    /// As last committed.
-    preview: Preview,
-    /// Empty until the edge has published it.
-    url: String,
-    /// The last visit that somebody saw to being written down.
-    noted_at: UnixMs,
-}
-
-impl Previews {
-    /// What was recorded before the start.
-    pub(crate) fn load(previews: &[Preview]) -> Self {
-        let table = Self::default();
-        previews.iter().for_each(|preview| table.put(preview.clone()));
-        table
-    }
-
-    fn with<T>(&self, action: impl FnOnce(&mut Table) -> T) -> T {
-        action(&mut self.table.lock().expect("no holder of this lock panics"))
-    }
-
-    pub(crate) fn get(&self, id: PreviewId) -> Option<Preview> {
-        self.with(|table| table.known.get(&id).map(|known| known.preview.clone()))
-    }
-
-    pub(crate) fn labelled(&self, label: &str) -> Option<Preview> {
-        self.with(|table| table.by_label.get(label).and_then(|id| table.known.get(id)).map(|of| of.preview.clone()))
-    }
-
-    fn url(&self, id: PreviewId) -> String {
-        self.with(|table| table.known.get(&id).map(|known| known.url.clone()).unwrap_or_default())
-    }
-
-    fn filter(&self, wanted: impl Fn(&Preview) -> bool) -> Vec<Preview> {
-        self.with(|table| table.known.values().map(|of| &of.preview).filter(|of| wanted(of)).cloned().collect())
-    }
-
-    fn bound_to(&self, session_id: SessionId) -> Vec<Preview> {
-        self.filter(|of| of.binding.is_some_and(|binding| binding.session_id == session_id))
-    }
-
-    pub(crate) fn put(&self, preview: Preview) {
-        self.with(|table| {
-            table.by_label.insert(preview.label.clone(), preview.id);
-            let accessed_at = preview.last_accessed_at.unwrap_or_default();
-            let (url, noted_at) = match table.known.get(&preview.id) {
-                Some(known) => (known.url.clone(), known.noted_at.max(accessed_at)),
-                None => (String::new(), accessed_at),
-            };
-            table.known.insert(preview.id, Known { preview, url, noted_at });
-        });
-    }
-
-    /// Whether a visit now is to be written down, because the last one that was is this long ago. Asked once for each.
-    pub(crate) fn note_visit(&self, id: PreviewId, now: UnixMs, every_ms: u64) -> bool {
-        self.with(|table| {
-            let known = table.known.get_mut(&id).filter(|known| now.saturating_sub(known.noted_at) >= every_ms);
-            known.map(|known| known.noted_at = now).is_some()
-        })
-    }
-
-    fn set_url(&self, id: PreviewId, url: String) {
-        self.with(|table| table.known.get_mut(&id).map(|known| known.url = url));
-    }
-
-    fn remove(&self, preview: &Preview) {
-        self.with(|table| {
-            table.known.remove(&preview.id);
-            table.by_label.remove(&preview.label);
-        });
-    }
-}
+use crate::{query, validate};
 
 impl Engine {
     /// Makes a port reachable from outside, or changes until when it is.
@@ -262,7 +174,7 @@ impl Engine {
     }
 }
 
-impl Inner {
+impl EngineCore {
     /// A session that has not ended, and lets itself be reached from outside.
     pub(crate) async fn find_inbound(&self, caller: &Caller, id: SessionId) -> Result<(), Error> {
         let live = self.find_live(caller, id, Request::Change).await?;
@@ -291,7 +203,7 @@ impl Inner {
             label,
             binding: None,
             expires_at: None,
-            edge_port: 0,
+            ingress_port: 0,
             created_at: now,
             updated_at: now,
             last_accessed_at: None,
@@ -379,10 +291,10 @@ impl Inner {
 
     /// Makes a recorded preview reachable, and records the port that it got.
     async fn publish_preview(&self, mut preview: Preview) -> Result<Preview, Error> {
-        let published = self.edge.publish(&preview.label, preview.edge_port).await;
+        let published = self.ingress.publish(&preview.label, preview.ingress_port).await;
         let published = published.map_err(|reason| Error::new(Code::PreviewFailed, reason))?;
-        if preview.state == PreviewState::Making || preview.edge_port != published.port {
-            (preview.state, preview.edge_port) = (PreviewState::Live, published.port);
+        if preview.state == PreviewState::Making || preview.ingress_port != published.port {
+            (preview.state, preview.ingress_port) = (PreviewState::Live, published.port);
             // What is told must be what the next start publishes.
             self.write(vec![Change::Preview(preview.clone())]).await?;
             self.previews.put(preview.clone());
@@ -423,7 +335,7 @@ impl Inner {
     async fn withdraw(&self, preview: &Preview) {
         self.deadlines.set(Sleeper::Preview(preview.id), None);
         self.previews.remove(preview);
-        self.edge.withdraw(&preview.label).await;
+        self.ingress.withdraw(&preview.label).await;
     }
 
     /// Forgets a preview that nobody was told of, or that leads nowhere any more. Until then its label is not free.

@@ -12,12 +12,13 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{ImageId, SessionId, VolumeId};
+use nagaya_api::ids::{DiskImageId, SessionId, VolumeId};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
-use crate::actor::{Birth, store_error};
-use crate::inner::Inner;
+use crate::actor::StartMode;
+use crate::engine_core::EngineCore;
+use crate::errors::store_error;
 use crate::model::{Preview, Session, SessionState, Snapshot, SnapshotState, Volume};
 use crate::ports::{DriverError, Store};
 use crate::tasks::Running;
@@ -39,7 +40,7 @@ pub(crate) async fn read(store: &dyn Store) -> Result<Records, Error> {
     })
 }
 
-pub(crate) async fn recover(engine: &Arc<Inner>, records: Records) -> Result<(), Error> {
+pub(crate) async fn recover(engine: &Arc<EngineCore>, records: Records) -> Result<(), Error> {
     let unknown = |what: &str, error: DriverError| {
         tracing::error!(%error, "the driver could not tell which {what} exist");
         Error::new(Code::Internal, format!("the driver could not tell which {what} exist"))
@@ -61,7 +62,7 @@ pub(crate) async fn recover(engine: &Arc<Inner>, records: Records) -> Result<(),
         let stopped = matches!(session.state, SessionState::Paused | SessionState::UserShutdown);
         let slot = (!stopped).then(|| engine.registry.take(session.workspace_id, &session.machine));
         let (attempted, attempt) = oneshot::channel();
-        engine.spawn(session, slot, Birth::Recovered { attempted }, engine.tasks.enter()?);
+        engine.spawn(session, slot, StartMode::Recovered { attempted }, engine.tasks.enter()?);
         attempts.push(attempt);
     }
     for id in sandboxes.into_iter().filter(|id| !live.contains(id)) {
@@ -83,7 +84,7 @@ pub(crate) async fn recover(engine: &Arc<Inner>, records: Records) -> Result<(),
     Ok(())
 }
 
-impl Inner {
+impl EngineCore {
     /// Whether something without a record is to be removed.
     fn give_up(&self, what: &str, id: &dyn std::fmt::Display) -> bool {
         let discard = self.config.discard_unrecorded;
@@ -96,7 +97,7 @@ impl Inner {
     }
 }
 
-impl Inner {
+impl EngineCore {
     /// Waits until all have been tried once, or until what is left shows no sign for a while: one sandbox that hangs shall not
     /// keep the others from their callers.
     async fn await_attempts(&self, attempts: Vec<oneshot::Receiver<()>>) {
@@ -118,11 +119,11 @@ impl Inner {
 }
 
 /// Removes images that no record names, and volumes that are given up.
-fn remove_nameless(engine: &Arc<Inner>, records: &Records, images: Vec<ImageId>, volumes: Vec<VolumeId>) {
+fn remove_nameless(engine: &Arc<EngineCore>, records: &Records, images: Vec<DiskImageId>, volumes: Vec<VolumeId>) {
     // Sessions in creation remove their images themselves, with all the rest of them.
     let of_sessions = records.sessions.iter().filter_map(|session| session.source_image_id);
     let unfinished = records.snapshots.iter().filter(|of| of.state == SnapshotState::Creating && of.copied);
-    let named: BTreeSet<ImageId> = of_sessions.chain(unfinished.map(|of| of.image_id)).collect();
+    let named: BTreeSet<DiskImageId> = of_sessions.chain(unfinished.map(|of| of.image_id)).collect();
     let removing = engine.clone();
     engine.background(async move {
         for image in images.into_iter().filter(|image| !named.contains(image)) {
@@ -136,7 +137,7 @@ fn remove_nameless(engine: &Arc<Inner>, records: &Records, images: Vec<ImageId>,
 }
 
 /// Destroys a sandbox that no live record names, however long that takes.
-async fn sweep(engine: Arc<Inner>, id: SessionId, attempted: oneshot::Sender<()>, _running: Running) {
+async fn sweep(engine: Arc<EngineCore>, id: SessionId, attempted: oneshot::Sender<()>, _running: Running) {
     let mut attempted = Some(attempted);
     let mut backoff = engine.backoff();
     while let Err(error) = engine.driver.destroy(id).await {

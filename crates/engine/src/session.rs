@@ -58,7 +58,7 @@ pub enum Request {
     /// Nobody has used it for as long as it allows.
     Idle,
     /// It has been stopped for as long as it is kept.
-    Retire,
+    RetentionExpired,
     /// Its sandbox ended by itself.
     Exit,
 }
@@ -75,7 +75,7 @@ impl Request {
         Self::Terminate,
         Self::Expire,
         Self::Idle,
-        Self::Retire,
+        Self::RetentionExpired,
         Self::Exit,
     ];
 }
@@ -96,7 +96,9 @@ pub const fn accept(state: SessionState, request: Request) -> Verdict {
     use Request as R;
     use SessionState as S;
     match (state, request) {
-        (S::Terminating | S::Terminated, R::Terminate | R::Expire | R::Idle | R::Retire | R::Exit) => Verdict::Nothing,
+        (S::Terminating | S::Terminated, R::Terminate | R::Expire | R::Idle | R::RetentionExpired | R::Exit) => {
+            Verdict::Nothing
+        }
         (S::Terminating | S::Terminated, _) => Verdict::Refuse(Code::SessionTerminated),
         (_, R::Change | R::Activity | R::Terminate) => Verdict::Do,
         (S::Running, R::Use | R::Mount) => Verdict::Do,
@@ -106,10 +108,10 @@ pub const fn accept(state: SessionState, request: Request) -> Verdict {
         (_, R::Pause | R::Resume | R::Copy) => Verdict::Do,
         (S::Creating | S::Running, R::Expire) => Verdict::Do,
         (S::Running, R::Idle) => Verdict::Do,
-        (S::Paused | S::UserShutdown, R::Retire) => Verdict::Do,
+        (S::Paused | S::UserShutdown, R::RetentionExpired) => Verdict::Do,
         // A sandbox that dies while it is created or moved makes that fail.
         (S::Running | S::Paused, R::Exit) => Verdict::Do,
-        (_, R::Expire | R::Idle | R::Retire | R::Exit) => Verdict::Nothing,
+        (_, R::Expire | R::Idle | R::RetentionExpired | R::Exit) => Verdict::Nothing,
     }
 }
 

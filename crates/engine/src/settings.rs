@@ -3,10 +3,11 @@
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::WorkspaceId;
 
-use crate::calls::WorkspaceSettingsUpdate;
+use crate::access::Caller;
+use crate::engine_core::Engine;
 use crate::model::WorkspaceSettings;
 use crate::ports::Change;
-use crate::{Caller, Engine};
+use crate::requests::WorkspaceSettingsUpdate;
 
 impl Engine {
     pub async fn settings(
@@ -29,7 +30,7 @@ impl Engine {
         let caller = *caller;
         self.0
             .detached(async move {
-                let _quiet = inner.library.quiet.lock().await;
+                let _quiet = inner.snapshots.quiet.lock().await;
                 let mut workspace = inner.access.workspace(&caller, workspace_id)?;
                 apply(&mut workspace.settings, update)?;
                 inner.write(vec![Change::Workspace(workspace.clone())]).await?;

@@ -8,40 +8,28 @@
 //! One task carries a snapshot through its steps, each recorded when it is done, so that the next start goes on
 //! where the last one stopped. Only the copy needs the session, and asks its task for it.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{ImageId, SessionId, SnapshotId, WorkspaceId};
+use nagaya_api::ids::{DiskImageId, SessionId, SnapshotId, WorkspaceId};
 use tokio::sync::oneshot;
 
-use crate::actor::{Job, Reply, store_error};
-use crate::calls::{ListSnapshots, NewSnapshot, SnapshotUpdate};
+use crate::access::Caller;
 use crate::deadlines::Sleeper;
-use crate::events::Fact;
-use crate::inner::{Inner, spawn_running};
-use crate::live::Live;
-use crate::model::{Durability, Session, Snapshot, SnapshotKind, SnapshotState};
+use crate::engine_core::{Engine, EngineCore, spawn_running};
+use crate::errors::store_error;
+use crate::handle::{Job, Reply, SessionHandle};
+use crate::model::{Durability, EventKind, Session, Snapshot, SnapshotKind, SnapshotState};
 use crate::ports::{BlobError, Change, ImageReader, SnapshotQuery, StoredImage};
+use crate::requests::{ListSnapshots, NewSnapshot, SnapshotUpdate};
 use crate::session::Request;
-use crate::{Caller, Engine, query, validate};
+use crate::{query, validate};
 
 /// A blocking creation waits this long for its snapshot to become durable as well, which is at once where the
 /// durable place is this machine.
 const DURABLE_WAIT_MS: u64 = 100;
 /// Times kept for [`Engine::take_source_stops`]; later ones are dropped until they are taken.
 const SOURCE_STOPS_MAX: usize = 10_000;
-
-/// What the work on snapshots shares.
-#[derive(Default)]
-pub(crate) struct Library {
-    /// Held while limits of a workspace are checked and what counts against them is recorded, and while
-    /// a snapshot's record is read and changed.
-    pub(crate) quiet: tokio::sync::Mutex<()>,
-    /// Read by those who store blobs until they are recorded, written by who removes those not recorded.
-    blobs: tokio::sync::RwLock<()>,
-    /// How long sources stood still, microseconds.
-    source_stops_us: Mutex<Vec<u64>>,
-}
 
 impl Engine {
     /// Takes a snapshot of the session's disk, whether it runs or is stopped. Answered when it is recorded, or
@@ -138,7 +126,7 @@ impl Engine {
 
     /// How long snapshots stopped their sources since the last call, microseconds.
     pub fn take_source_stops(&self) -> Vec<u64> {
-        std::mem::take(&mut self.0.library.source_stops_us.lock().expect("no holder of this lock panics"))
+        std::mem::take(&mut self.0.snapshots.source_stops_us.lock().expect("no holder of this lock panics"))
     }
 }
 
@@ -147,12 +135,12 @@ fn in_use(detail: &str) -> Error {
 }
 
 /// What its session is to remember of a change of a snapshot.
-fn outcome(before: SnapshotState, snapshot: &Snapshot) -> Option<Fact> {
+fn outcome(before: SnapshotState, snapshot: &Snapshot) -> Option<EventKind> {
     let snapshot_id = snapshot.id;
     match (before, snapshot.state) {
-        (SnapshotState::Creating, SnapshotState::Ready) => Some(Fact::SnapshotCreated { snapshot_id }),
+        (SnapshotState::Creating, SnapshotState::Ready) => Some(EventKind::SnapshotCreated { snapshot_id }),
         (SnapshotState::Creating, SnapshotState::Failed) => {
-            Some(Fact::SnapshotFailed { snapshot_id, cause: snapshot.failure_reason.clone() })
+            Some(EventKind::SnapshotFailed { snapshot_id, cause: snapshot.failure_reason.clone() })
         }
         _ => None,
     }
@@ -175,7 +163,7 @@ pub(crate) fn blob_error(error: BlobError) -> Error {
     }
 }
 
-impl Inner {
+impl EngineCore {
     pub(crate) async fn find_snapshot(&self, workspace_id: WorkspaceId, id: SnapshotId) -> Result<Snapshot, Error> {
         let snapshot = self.store.snapshot(id).await.map_err(store_error)?;
         snapshot.filter(|of| of.workspace_id == workspace_id).ok_or_else(|| Code::SnapshotNotFound.into())
@@ -199,7 +187,7 @@ impl Inner {
             durable_at: None,
             machine: session.machine.clone(),
             env: session.env.clone(),
-            image_id: ImageId::new(now, self.random()),
+            image_id: DiskImageId::new(now, self.random()),
             copied: false,
             source_stopped_us: 0,
             manifest: String::new(),
@@ -217,7 +205,7 @@ impl Inner {
         id: SnapshotId,
         change: impl FnOnce(&mut Snapshot) -> Result<(), Error>,
     ) -> Result<Snapshot, Error> {
-        let _quiet = self.library.quiet.lock().await;
+        let _quiet = self.snapshots.quiet.lock().await;
         let snapshot = self.store.snapshot(id).await.map_err(store_error)?;
         let mut snapshot = snapshot
             .filter(|of| of.state != SnapshotState::Deleting)
@@ -245,7 +233,13 @@ impl Inner {
         self.insist("a snapshot's progress could not be recorded", step).await
     }
 
-    async fn take_snapshot(self: Arc<Self>, live: Arc<Live>, snapshot: Snapshot, wait: bool, reply: Reply<Snapshot>) {
+    async fn take_snapshot(
+        self: Arc<Self>,
+        live: Arc<SessionHandle>,
+        snapshot: Snapshot,
+        wait: bool,
+        reply: Reply<Snapshot>,
+    ) {
         if let Err(error) = self.record_snapshot(&snapshot).await {
             let _ = reply.send(Err(error));
             return;
@@ -274,7 +268,7 @@ impl Inner {
 
     /// Records a snapshot to be taken, if its workspace may have one more.
     async fn record_snapshot(&self, snapshot: &Snapshot) -> Result<(), Error> {
-        let _quiet = self.library.quiet.lock().await;
+        let _quiet = self.snapshots.quiet.lock().await;
         let settings = self.access.settings(snapshot.workspace_id);
         if settings.snapshots_max.is_some() || settings.bytes_max.is_some() {
             let others = self.snapshots_of(snapshot.workspace_id).await?;
@@ -304,10 +298,15 @@ impl Inner {
         stored.saturating_add(self.volumes.bytes_of(workspace_id))
     }
 
-    async fn copy_and_store(&self, live: &Live, id: SnapshotId, image: ImageId) -> Result<StoredImage, Error> {
+    async fn copy_and_store(
+        &self,
+        live: &SessionHandle,
+        id: SnapshotId,
+        image: DiskImageId,
+    ) -> Result<StoredImage, Error> {
         let stopped_us = live.ask_job(|reply| Job::Copy { images: vec![image], pause: None, reply }).await?;
         {
-            let mut stops = self.library.source_stops_us.lock().expect("no holder of this lock panics");
+            let mut stops = self.snapshots.source_stops_us.lock().expect("no holder of this lock panics");
             if stops.len() < SOURCE_STOPS_MAX {
                 stops.push(stopped_us);
             }
@@ -323,9 +322,9 @@ impl Inner {
     }
 
     /// Stores the copy of the disk as blobs, and removes it.
-    async fn store_copy(&self, id: SnapshotId, image: ImageId) -> Result<StoredImage, Error> {
+    async fn store_copy(&self, id: SnapshotId, image: DiskImageId) -> Result<StoredImage, Error> {
         let stored = {
-            let _gate = self.library.blobs.read().await;
+            let _gate = self.snapshots.blobs.read().await;
             let stored = self.blobs.store(&self.driver.image_path(image)).await.map_err(blob_error)?;
             let now = self.clock.now();
             let ready = |snapshot: &mut Snapshot| {
@@ -346,7 +345,7 @@ impl Inner {
         Ok(stored)
     }
 
-    pub(crate) async fn remove_image(&self, image: ImageId) {
+    pub(crate) async fn remove_image(&self, image: DiskImageId) {
         self.insist("a disk image could not be removed", || self.driver.remove_image(image)).await;
     }
 
@@ -368,7 +367,7 @@ impl Inner {
     }
 
     /// Removes what a snapshot that failed has left.
-    async fn clean_up(&self, id: SnapshotId, image: ImageId) {
+    async fn clean_up(&self, id: SnapshotId, image: DiskImageId) {
         self.remove_image(image).await;
         // Part of it may have been stored.
         self.insist("blobs that no snapshot needs could not be removed", || self.free_blobs()).await;
@@ -426,7 +425,7 @@ impl Inner {
 
     /// Records that a snapshot is to go, unless something needs it.
     async fn begin_delete(&self, id: SnapshotId, may: impl FnOnce(&Snapshot) -> bool) -> Result<Snapshot, Error> {
-        let _quiet = self.library.quiet.lock().await;
+        let _quiet = self.snapshots.quiet.lock().await;
         let snapshot = self.store.snapshot(id).await.map_err(store_error)?;
         let mut snapshot = snapshot.filter(may).ok_or_else(|| Error::from(Code::SnapshotNotFound))?;
         match (snapshot.kind, snapshot.state) {
@@ -435,7 +434,7 @@ impl Inner {
             (SnapshotKind::Pause, _) => return Err(in_use("it is that of a pause")),
             _ => {}
         }
-        let uses = |live: &Arc<Live>| {
+        let uses = |live: &Arc<SessionHandle>| {
             let session = live.published.borrow();
             session.source_snapshot_id == Some(id) && !session.state.is_terminal()
         };
@@ -451,13 +450,13 @@ impl Inner {
     /// Frees the space that only this snapshot needs, then forgets it. Can be repeated.
     async fn finish_delete(&self, id: SnapshotId) -> Result<(), Error> {
         self.free_blobs().await?;
-        let _quiet = self.library.quiet.lock().await;
+        let _quiet = self.snapshots.quiet.lock().await;
         self.write(vec![Change::ForgetSnapshot(id)]).await
     }
 
     /// Removes every blob that no snapshot needs.
     pub(crate) async fn free_blobs(&self) -> Result<(), Error> {
-        let _gate = self.library.blobs.write().await;
+        let _gate = self.snapshots.blobs.write().await;
         let snapshots = self.store.all_snapshots().await.map_err(store_error)?;
         let kept = snapshots.into_iter().filter(|of| of.state != SnapshotState::Deleting && !of.manifest.is_empty());
         let manifests: Vec<String> = kept.map(|of| of.manifest).collect();

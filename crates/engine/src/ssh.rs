@@ -4,16 +4,16 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::SessionId;
 use tokio::sync::watch;
 
-use crate::actor::store_error;
-use crate::calls::OpenSession;
-use crate::events::CommandLog;
-use crate::inner::lasting_secret;
+use crate::access::Caller;
+use crate::engine_core::{Engine, lasting_secret};
+use crate::errors::store_error;
+use crate::event_log::CommandLog;
 use crate::model::{Session, SessionState};
+use crate::open::OpenSession;
 use crate::session::Request;
-use crate::{Caller, Engine};
 
 /// A running sandbox, open for a connection that may last. While it lives the session is in use.
-pub struct Visit {
+pub struct SshSession {
     pub session_id: SessionId,
     pub open: OpenSession,
     /// Lines of an `authorized_keys` file, as they were when the visit began.
@@ -21,7 +21,7 @@ pub struct Visit {
     published: watch::Receiver<Session>,
 }
 
-impl Visit {
+impl SshSession {
     /// Completes when what was running is not there any more: the session has ended, or only its disk is kept.
     /// The text says which, for the visitor. Never completes while the engine stops: the sandbox lives on.
     pub fn ended(&self) -> impl Future<Output = &'static str> + Send + 'static {
@@ -58,14 +58,14 @@ impl Engine {
     }
 
     /// Opens a session for a caller who wants to stay; one that does not run is woken where visits may.
-    pub async fn visit(&self, caller: &Caller, id: SessionId) -> Result<Visit, Error> {
+    pub async fn visit(&self, caller: &Caller, id: SessionId) -> Result<SshSession, Error> {
         self.0.tasks.check()?;
         self.0.find(caller, id).await?;
         self.visit_certified(id).await
     }
 
     /// The same for somebody whose right to this very session was proved to the server by a certificate of its own.
-    pub async fn visit_certified(&self, id: SessionId) -> Result<Visit, Error> {
+    pub async fn visit_certified(&self, id: SessionId) -> Result<SshSession, Error> {
         let inner = &*self.0;
         inner.tasks.check()?;
         let Some(live) = inner.registry.get(id) else {
@@ -76,7 +76,7 @@ impl Engine {
         let (in_use, guest) = inner.reach(&live).await?;
         let session = live.published.borrow().clone();
         let commands = CommandLog { engine: self.0.clone(), session_id: id, memory_mb: session.machine.memory_mb };
-        Ok(Visit {
+        Ok(SshSession {
             session_id: id,
             open: OpenSession { guest, env: session.env, commands, _activity: Some(in_use) },
             ssh_authorized_keys: session.ssh_authorized_keys,

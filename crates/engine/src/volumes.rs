@@ -1,108 +1,19 @@
 //! Volumes: made, grown, deleted, and who has them. A volume has one writer or any number of readers.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{SessionId, VolumeId, WorkspaceId};
-use tokio::sync::OwnedMutexGuard;
 
-use crate::actor::{Job, store_error};
-use crate::calls::{ListVolumes, NewMount, NewVolume, VolumeUpdate};
-use crate::inner::Inner;
+use crate::access::Caller;
+use crate::engine_core::{Engine, EngineCore};
+use crate::errors::store_error;
+use crate::handle::Job;
 use crate::model::{Attachment, AttachmentState, Session, Volume, VolumeState};
 use crate::ports::{Change, DriverError, VolumeQuery};
+use crate::requests::{ListVolumes, NewMount, NewVolume, VolumeUpdate};
 use crate::session::Request;
-use crate::{Caller, Engine, query, validate};
-
-/// All volumes of the server, and which sessions have them.
-#[derive(Default)]
-pub(crate) struct Volumes(Mutex<BTreeMap<VolumeId, Known>>);
-
-struct Known {
-    /// As last committed, but for its state, which changes a moment earlier.
-    volume: Volume,
-    /// Sessions it is attached to, on its way into or out of, with whether that is read-only.
-    holders: BTreeMap<SessionId, bool>,
-    /// Held while something is done to the volume itself.
-    quiet: Arc<tokio::sync::Mutex<()>>,
-}
-
-impl Volumes {
-    /// What was recorded before the start.
-    pub(crate) fn load(volumes: &[Volume], sessions: &[Session]) -> Self {
-        let known = |volume: &Volume| Known { volume: volume.clone(), holders: BTreeMap::new(), quiet: Arc::default() };
-        let mut table: BTreeMap<_, _> = volumes.iter().map(|volume| (volume.id, known(volume))).collect();
-        for session in sessions {
-            for attachment in &session.attachments {
-                if let Some(known) = table.get_mut(&attachment.volume_id) {
-                    known.holders.insert(session.id, attachment.readonly);
-                }
-            }
-        }
-        Self(Mutex::new(table))
-    }
-
-    fn with<T>(&self, action: impl FnOnce(&mut BTreeMap<VolumeId, Known>) -> T) -> T {
-        action(&mut self.0.lock().expect("no holder of this lock panics"))
-    }
-
-    fn get(&self, workspace_id: WorkspaceId, id: VolumeId) -> Result<Volume, Error> {
-        let found = self.with(|table| table.get(&id).map(|known| known.volume.clone()));
-        found
-            .filter(|volume| volume.workspace_id == workspace_id && volume.state != VolumeState::Deleting)
-            .ok_or_else(|| Code::VolumeNotFound.into())
-    }
-
-    /// One that something can be done to: not while it is made, which ends in a moment.
-    fn usable(&self, workspace_id: WorkspaceId, id: VolumeId) -> Result<Volume, Error> {
-        let volume = self.get(workspace_id, id)?;
-        match volume.state {
-            VolumeState::Available => Ok(volume),
-            VolumeState::Creating | VolumeState::Deleting => {
-                Err(Error::new(Code::VolumeNotFound, "it is still being made"))
-            }
-        }
-    }
-
-    fn put(&self, volume: Volume) {
-        self.with(|table| match table.get_mut(&volume.id) {
-            Some(known) => known.volume = volume,
-            None => {
-                let known = Known { volume, holders: BTreeMap::new(), quiet: Arc::default() };
-                table.insert(known.volume.id, known);
-            }
-        });
-    }
-
-    fn holders(&self, id: VolumeId) -> Vec<SessionId> {
-        self.with(|table| table.get(&id).map(|known| known.holders.keys().copied().collect()).unwrap_or_default())
-    }
-
-    /// Gives up a session's hold; others may have the volume from now on.
-    pub(crate) fn release(&self, id: VolumeId, session_id: SessionId) {
-        self.with(|table| table.get_mut(&id).and_then(|known| known.holders.remove(&session_id)));
-    }
-
-    /// Waits until nothing else is done to the volume.
-    pub(crate) async fn quiet(&self, id: VolumeId) -> OwnedMutexGuard<()> {
-        let lock = self.with(|table| table.get(&id).map(|known| known.quiet.clone()));
-        lock.unwrap_or_default().lock_owned().await
-    }
-
-    /// Sizes of a workspace's volumes together, with what those that grow will have.
-    pub(crate) fn bytes_of(&self, workspace_id: WorkspaceId) -> u64 {
-        let size = |volume: &Volume| volume.size_bytes.max(volume.growing_to_bytes.unwrap_or_default());
-        self.with(|table| {
-            let mine = table.values().filter(|known| known.volume.workspace_id == workspace_id);
-            mine.map(|known| size(&known.volume)).fold(0, u64::saturating_add)
-        })
-    }
-
-    fn count_of(&self, workspace_id: WorkspaceId) -> usize {
-        self.with(|table| table.values().filter(|known| known.volume.workspace_id == workspace_id).count())
-    }
-}
+use crate::{query, validate};
 
 /// What the caller of a volume operation is told about the driver's refusal.
 fn volume_error(error: DriverError) -> Error {
@@ -215,7 +126,7 @@ impl Engine {
     }
 }
 
-impl Inner {
+impl EngineCore {
     fn attachment(&self, session_id: SessionId, id: VolumeId) -> Option<Attachment> {
         let live = self.registry.get(session_id)?;
         let session = live.published.borrow();
@@ -266,7 +177,7 @@ impl Inner {
         Ok(())
     }
 
-    /// Refuses this many more volumes and bytes where the workspace has a limit. For holders of the library's lock.
+    /// Refuses this many more volumes and bytes where the workspace has a limit. For holders of the snapshots' lock.
     async fn check_volume_limits(&self, workspace_id: WorkspaceId, more: usize, more_bytes: u64) -> Result<(), Error> {
         let settings = self.access.settings(workspace_id);
         let count = self.volumes.count_of(workspace_id) + more;
@@ -285,7 +196,7 @@ impl Inner {
     async fn make_volume(self: &Arc<Self>, mut volume: Volume) -> Result<Volume, Error> {
         let id = volume.id;
         {
-            let _library = self.library.quiet.lock().await;
+            let _library = self.snapshots.quiet.lock().await;
             self.check_volume_limits(volume.workspace_id, 1, volume.size_bytes).await?;
             self.record_volume(&mut volume).await?;
         }
@@ -315,7 +226,7 @@ impl Inner {
             return Err(Error::new(Code::InvalidArgument, "volumes cannot be made smaller"));
         }
         {
-            let _library = self.library.quiet.lock().await;
+            let _library = self.snapshots.quiet.lock().await;
             self.check_volume_limits(workspace_id, 0, size_bytes - volume.size_bytes).await?;
             volume.growing_to_bytes = Some(size_bytes);
             self.record_volume(&mut volume).await?;

@@ -4,20 +4,18 @@ use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
 
-use crate::actor::Job;
-use crate::calls::InUse;
 use crate::config::WakeOnVisit;
-use crate::inner::Inner;
-use crate::live::Live;
+use crate::engine_core::EngineCore;
+use crate::handle::{InUse, Job, SessionHandle};
 use crate::model::{Session, SessionState};
 use crate::ports::Guest;
 
 /// A running sandbox, and what keeps it running.
 type Entered = (InUse, Arc<dyn Guest>);
 
-impl Inner {
+impl EngineCore {
     /// Waits until the session runs, and wakes it where visits may. From then on it is in use.
-    pub(crate) async fn reach(&self, live: &Arc<Live>) -> Result<Entered, Error> {
+    pub(crate) async fn reach(&self, live: &Arc<SessionHandle>) -> Result<Entered, Error> {
         if let Some(running) = self.enter_running(live)? {
             return Ok(running);
         }
@@ -31,7 +29,7 @@ impl Inner {
     }
 
     /// `None` when it does not run just now.
-    fn enter_running(&self, live: &Arc<Live>) -> Result<Option<Entered>, Error> {
+    fn enter_running(&self, live: &Arc<SessionHandle>) -> Result<Option<Entered>, Error> {
         if live.state() != SessionState::Running {
             return Ok(None);
         }
@@ -44,7 +42,7 @@ impl Inner {
         }
     }
 
-    async fn wake(&self, live: &Arc<Live>) -> Result<Entered, Error> {
+    async fn wake(&self, live: &Arc<SessionHandle>) -> Result<Entered, Error> {
         loop {
             if let Some(running) = self.enter_running(live)? {
                 return Ok(running);

@@ -6,8 +6,8 @@
 
 use nagaya_api::error::Code;
 use nagaya_api::ids::SessionId;
-use nagaya_engine::events::Fact;
 use nagaya_engine::fake::{self, Fakes};
+use nagaya_engine::model::EventKind;
 use nagaya_engine::model::{ExecutionStatus, Session, SessionState};
 use nagaya_engine::ports::{Clock, Command, DriverError, Entropy, ExitStatus, ProcessEvent, Store};
 use nagaya_engine::{Caller, Engine, EngineConfig, ListSessions, NewExecution, NewSession, SessionUpdate};
@@ -232,7 +232,7 @@ async fn what_has_no_deadline_is_given_none_by_an_extension() {
         assert!(!engine.session(&caller, id).await.unwrap().state.is_terminal(), "{id}");
     }
     let told = engine.events(&caller, plain, 0, 0).await.unwrap().0;
-    assert!(!told.iter().any(|event| matches!(event.fact, Fact::Extended { .. })), "nothing was moved: {told:?}");
+    assert!(!told.iter().any(|event| matches!(event.fact, EventKind::Extended { .. })), "nothing was moved: {told:?}");
 }
 
 /// A deadline in the past of a stopped session is moved from where it stands.

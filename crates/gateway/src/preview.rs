@@ -11,10 +11,10 @@
 
 mod body;
 mod connection;
-mod edge;
 mod exchange;
 mod headers;
 mod host;
+mod ingress;
 mod page;
 mod pool;
 mod token;
@@ -38,8 +38,8 @@ use nagaya_engine::ports::Guest;
 use tokio::sync::watch;
 
 pub use body::ResponseBody;
-pub use edge::{Arrival, DomainEdge, LoopbackEdge};
 use host::{Below, Host};
+pub use ingress::{Arrival, DomainIngress, LoopbackIngress};
 use page::Asker;
 use pool::{Lease, Services};
 pub use token::PARAMETER as VIEWER_TOKEN_PARAMETER;

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::SessionId;
-use nagaya_engine::{Caller, Engine, Visit};
+use nagaya_engine::{Caller, Engine, SshSession};
 use russh::keys::{Certificate, HashAlg, PrivateKey};
 use russh::{Disconnect, MethodKind, MethodSet, Preferred, SshId, cipher, kex, server};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -158,7 +158,7 @@ impl SshServer {
     }
 
     /// Serves a client that has shown a key of the API for this session.
-    pub async fn serve_visit<S>(&self, stream: S, visit: Visit, peer: Option<SocketAddr>, place: Place)
+    pub async fn serve_visit<S>(&self, stream: S, visit: SshSession, peer: Option<SocketAddr>, place: Place)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use nagaya_api::ids::{ImageId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
+use nagaya_api::ids::{DiskImageId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use nagaya_api::limits;
 use nagaya_daemon::config::Config;
 use nagaya_daemon::host::HostEntropy;
@@ -208,7 +208,7 @@ fn snapshot(digest: String, manifest: &Manifest, workspace_id: WorkspaceId, now:
         durable_at: None,
         machine: machine(manifest.image_size),
         env: Default::default(),
-        image_id: ImageId::new(now, random()),
+        image_id: DiskImageId::new(now, random()),
         copied: false,
         source_stopped_us: 0,
         manifest: digest,

@@ -62,7 +62,7 @@ impl Server {
         let (clock, entropy) = (Arc::new(HostClock), Arc::new(HostEntropy));
         let front = Front::open(&config).await?;
         driver.keep_reachable(front.local_addr().port());
-        let engine = Engine::start(config.engine.clone(), store, port, blobs, front.edge(), clock, entropy).await?;
+        let engine = Engine::start(config.engine.clone(), store, port, blobs, front.ingress(), clock, entropy).await?;
         for key in [key.as_deref(), config.api_key.as_deref()].into_iter().flatten() {
             engine.first_start(Some(key)).await?;
         }

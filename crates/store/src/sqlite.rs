@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use nagaya_api::ids::{ExecutionId, SessionId, SnapshotId, VolumeId, WorkspaceId};
-use nagaya_engine::events::Event;
+use nagaya_engine::model::Event;
 use nagaya_engine::model::{ApiKey, Execution, Preview, Session, Snapshot, Volume, Workspace, WorkspaceSettings};
 use nagaya_engine::ports::{Change, PreviewQuery, SessionQuery, SnapshotQuery, Store, StoreError, VolumeQuery};
 use rusqlite::types::Value;

@@ -3,21 +3,21 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use nagaya_engine::ports::Edge;
-use nagaya_gateway::preview::{Arrival, DomainEdge, LoopbackEdge};
+use nagaya_engine::ports::Ingress;
+use nagaya_gateway::preview::{Arrival, DomainIngress, LoopbackIngress};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
 use super::ListenError;
 use crate::config::Config;
 
-/// The listener and the edge. The engine needs the edge to start; who connects meanwhile waits.
+/// The listener and the ingress. The engine needs the ingress to start; who connects meanwhile waits.
 pub struct Front {
     pub(super) listener: TcpListener,
     pub(super) local_addr: SocketAddr,
     /// Connections to the ports that previews have of their own.
     pub(super) arrivals: Option<mpsc::Receiver<Arrival>>,
-    edge: Arc<dyn Edge>,
+    ingress: Arc<dyn Ingress>,
 }
 
 impl Front {
@@ -26,17 +26,17 @@ impl Front {
         let bind = |source| ListenError::Bind { address: config.listen, source };
         let listener = TcpListener::bind(config.listen).await.map_err(bind)?;
         let local_addr = listener.local_addr().map_err(bind)?;
-        let (edge, arrivals): (Arc<dyn Edge>, _) = match &config.preview_domain {
+        let (ingress, arrivals): (Arc<dyn Ingress>, _) = match &config.preview_domain {
             Some(domain) => {
                 let (secure, port) = outside(config, local_addr.port());
-                (Arc::new(DomainEdge::new(domain, secure, port)), None)
+                (Arc::new(DomainIngress::new(domain, secure, port)), None)
             }
             None => {
-                let (edge, arrivals) = LoopbackEdge::new(config.previews.loopback);
-                (edge, Some(arrivals))
+                let (ingress, arrivals) = LoopbackIngress::new(config.previews.loopback);
+                (ingress, Some(arrivals))
             }
         };
-        Ok(Self { listener, local_addr, arrivals, edge })
+        Ok(Self { listener, local_addr, arrivals, ingress })
     }
 
     pub fn local_addr(&self) -> SocketAddr {
@@ -44,8 +44,8 @@ impl Front {
     }
 
     /// Where the engine's previews are reached.
-    pub fn edge(&self) -> Arc<dyn Edge> {
-        Arc::clone(&self.edge)
+    pub fn ingress(&self) -> Arc<dyn Ingress> {
+        Arc::clone(&self.ingress)
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use buffa_types::google::protobuf::{Duration, Timestamp};
 use connectrpc::ConnectError;
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{ImageId, ParseIdError, SessionId};
+use nagaya_api::ids::{DiskImageId, ParseIdError, SessionId};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::Certificate;
 use nagaya_engine::model::{
@@ -178,7 +178,7 @@ fn pause_snapshot(session: &Session) -> Option<Snapshot> {
         durable_at: None,
         machine: session.machine.clone(),
         env: BTreeMap::new(),
-        image_id: ImageId::from_uuid(*pause.snapshot_id.as_uuid()),
+        image_id: DiskImageId::from_uuid(*pause.snapshot_id.as_uuid()),
         copied: false,
         source_stopped_us: 0,
         manifest: String::new(),

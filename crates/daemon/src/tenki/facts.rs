@@ -7,7 +7,7 @@ use connectrpc::{RequestContext, Response, ServiceResult, ServiceStream};
 use nagaya_api::error::Error;
 use nagaya_api::nagaya::v1 as own;
 use nagaya_engine::Finding;
-use nagaya_engine::events::Event;
+use nagaya_engine::model::Event;
 
 use super::control::{invalid, page_size};
 use super::{Tenki, convert};

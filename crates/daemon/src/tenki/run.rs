@@ -15,7 +15,7 @@ use nagaya_api::ids::ExecutionId;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_api::tenki::v1::{run_request, run_response};
 use nagaya_engine::OpenSession;
-use nagaya_engine::events::CommandLog;
+use nagaya_engine::event_log::CommandLog;
 use nagaya_engine::ports::{Command, ExitStatus, ProcessEvent, ProcessInput};
 use nagaya_engine::validate;
 use tokio::sync::{mpsc, oneshot};

@@ -11,7 +11,7 @@ use hyper_util::rt::TokioIo;
 use nagaya_api::error::{Code, Error};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::ports::Clock;
-use nagaya_engine::{Caller, SessionUpdate, Visit, validate};
+use nagaya_engine::{Caller, SessionUpdate, SshSession, validate};
 use nagaya_gateway::preview::Viewer;
 use nagaya_gateway::ssh::{self, Permissions, Place, WebSocket};
 
@@ -136,7 +136,7 @@ impl Facade {
         response
     }
 
-    async fn admit_bridge(&self, request: &Request<Incoming>) -> Result<(Visit, Place, HeaderValue), Error> {
+    async fn admit_bridge(&self, request: &Request<Incoming>) -> Result<(SshSession, Place, HeaderValue), Error> {
         if self.lifecycle.phase() >= Phase::Draining {
             return Err(Code::Draining.into());
         }

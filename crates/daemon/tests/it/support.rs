@@ -14,7 +14,7 @@ use connectrpc::{ConnectError, Protocol};
 use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use nagaya_api::ids::{ExecutionId, ImageId, SessionId, VolumeId};
+use nagaya_api::ids::{DiskImageId, ExecutionId, SessionId, VolumeId};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_daemon::config::Config;
 use nagaya_daemon::{Daemon, Hooks};
@@ -63,7 +63,7 @@ impl World {
             fakes.store.clone(),
             Arc::new(driver),
             fakes.blobs.clone(),
-            fakes.edge.clone(),
+            fakes.ingress.clone(),
             fakes.clock.clone(),
             fakes.entropy.clone(),
         );
@@ -235,7 +235,7 @@ impl Driver for WatchedDriver {
         &self,
         id: SessionId,
         machine: &Machine,
-        disk: Option<ImageId>,
+        disk: Option<DiskImageId>,
     ) -> Result<Arc<dyn Guest>, DriverError> {
         let _ = self.hold_creations.subscribe().wait_for(|hold| !hold).await;
         let inner = self.inner.create(id, machine, disk).await?;
@@ -251,7 +251,7 @@ impl Driver for WatchedDriver {
         Ok(self.watched(inner))
     }
 
-    fn image_path(&self, id: ImageId) -> PathBuf {
+    fn image_path(&self, id: DiskImageId) -> PathBuf {
         self.inner.image_path(id)
     }
 
@@ -259,7 +259,7 @@ impl Driver for WatchedDriver {
         self.inner.events()
     }
 
-    async fn copy_disk(&self, id: SessionId, images: &[ImageId]) -> Result<u64, DriverError> {
+    async fn copy_disk(&self, id: SessionId, images: &[DiskImageId]) -> Result<u64, DriverError> {
         self.inner.copy_disk(id, images).await
     }
 
@@ -285,15 +285,15 @@ impl Driver for WatchedDriver {
         stop(id: SessionId) -> ();
         destroy(id: SessionId) -> ();
         list() -> Vec<SessionId>;
-        remove_image(id: ImageId) -> ();
-        images() -> Vec<ImageId>;
+        remove_image(id: DiskImageId) -> ();
+        images() -> Vec<DiskImageId>;
         create_volume(id: VolumeId, size_bytes: u64) -> ();
         grow_volume(id: VolumeId, size_bytes: u64) -> ();
         volume_size(id: VolumeId) -> u64;
         remove_volume(id: VolumeId) -> ();
         volumes() -> Vec<VolumeId>;
         settle_volume(id: VolumeId) -> ();
-        load(id: SessionId) -> Load;
+        usage(id: SessionId) -> ResourceUsage;
     }
 }
 

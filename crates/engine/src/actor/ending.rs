@@ -7,11 +7,13 @@ use std::sync::atomic::Ordering;
 use nagaya_api::error::{Code, Error};
 
 use super::work::Work;
-use super::{Actor, Backoff, Flow, Job, Message, store_error};
+use super::{Actor, Flow};
+use crate::backoff::Backoff;
 use crate::deadlines::Sleeper;
-use crate::events::{EndReason, Fact};
+use crate::errors::store_error;
 use crate::executions::failed;
-use crate::model::{AttachmentState, Execution, ExecutionStatus, Session, SessionState};
+use crate::handle::{Job, Message};
+use crate::model::{AttachmentState, EndReason, EventKind, Execution, ExecutionStatus, Session, SessionState};
 use crate::ports::{Change, DriverError};
 
 /// Sessions that one end makes the store forget.
@@ -194,7 +196,7 @@ impl Actor {
         }
         let pause = self.session.pause.as_ref().map(|pause| Change::ForgetSnapshot(pause.snapshot_id));
         let cause = session.terminal_error.clone();
-        let ended = self.event(Fact::Terminated { reason: EndReason::of(&cause), cause });
+        let ended = self.event(EventKind::Terminated { reason: EndReason::of(&cause), cause });
         let now = session.terminated_at.unwrap_or_default();
         let ended_before = now.saturating_sub(self.engine.config.ended_sessions_kept_ms);
         // More than one, so that their number shrinks when the time was made shorter.

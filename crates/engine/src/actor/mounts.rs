@@ -1,24 +1,23 @@
 //! Volumes that come into a running session and leave it, and copies of its disk.
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{AttachmentId, ImageId, SnapshotId, VolumeId};
+use nagaya_api::ids::{AttachmentId, DiskImageId, SnapshotId, VolumeId};
 
 use super::work::{Done, Work, work};
 use super::{Actor, Reply};
-use crate::calls::NewMount;
-use crate::events::Fact;
-use crate::model::{Attachment, AttachmentState};
+use crate::model::{Attachment, AttachmentState, EventKind};
 use crate::ports::DriverError;
+use crate::requests::NewMount;
 use crate::session::{Request, check};
 use crate::validate;
 
 /// Who waits for an attachment.
-pub(super) enum Asked {
+pub(super) enum PendingMount {
     Attach(Reply<Attachment>),
     Detach(Reply<()>),
 }
 
-impl Asked {
+impl PendingMount {
     fn fail(self, error: Error) {
         match self {
             Self::Attach(reply) => drop(reply.send(Err(error))),
@@ -37,7 +36,7 @@ impl Asked {
 impl Actor {
     pub(super) async fn attach(&mut self, mount: NewMount, reply: Reply<Attachment>) {
         match self.record_attaching(mount).await {
-            Ok(id) => drop(self.asked.insert(id, Asked::Attach(reply))),
+            Ok(id) => drop(self.asked.insert(id, PendingMount::Attach(reply))),
             Err(error) => {
                 self.note_refusal("attaching a volume", &error).await;
                 drop(reply.send(Err(error)));
@@ -63,7 +62,7 @@ impl Actor {
     pub(super) async fn detach(&mut self, volume_id: VolumeId, force: bool, reply: Reply<()>) {
         match self.record_detaching(volume_id).await {
             Ok(id) => {
-                self.asked.insert(id, Asked::Detach(reply));
+                self.asked.insert(id, PendingMount::Detach(reply));
                 if force {
                     self.forced.insert(id);
                 }
@@ -182,13 +181,13 @@ impl Actor {
 
     /// The sandbox is gone: volumes on their way into it are not to come back with it.
     pub(super) fn mark_given_up(&self, attachments: &mut [Attachment]) {
-        let wanted = |of: &&mut Attachment| matches!(self.asked.get(&of.id), Some(Asked::Attach(_)));
+        let wanted = |of: &&mut Attachment| matches!(self.asked.get(&of.id), Some(PendingMount::Attach(_)));
         attachments.iter_mut().filter(wanted).for_each(|of| of.state = AttachmentState::SyncPending);
     }
 
     /// Tells those who asked for them.
     pub(super) fn give_up_attaching(&mut self) {
-        for (_, asked) in self.asked.extract_if(.., |_, asked| matches!(asked, Asked::Attach(_))) {
+        for (_, asked) in self.asked.extract_if(.., |_, asked| matches!(asked, PendingMount::Attach(_))) {
             asked.fail(Error::new(Code::SessionNotRunning, "the sandbox ended"));
         }
     }
@@ -209,7 +208,7 @@ impl Actor {
     }
 
     /// Copies the disk, whether the sandbox runs or is stopped.
-    pub(super) fn copy(&mut self, images: Vec<ImageId>, pause: Option<SnapshotId>, reply: Reply<u64>) {
+    pub(super) fn copy(&mut self, images: Vec<DiskImageId>, pause: Option<SnapshotId>, reply: Reply<u64>) {
         let other_pause = pause.is_some() && self.session.pause.as_ref().map(|of| of.snapshot_id) != pause;
         let refusal = match check(self.session.state, Request::Copy) {
             Err(error) => Some(error),
@@ -228,12 +227,12 @@ impl Actor {
     }
 }
 
-pub(super) fn attached(of: &Attachment) -> Fact {
-    Fact::VolumeAttached { volume_id: of.volume_id, path: of.mount_path.clone() }
+pub(super) fn attached(of: &Attachment) -> EventKind {
+    EventKind::VolumeAttached { volume_id: of.volume_id, path: of.mount_path.clone() }
 }
 
-fn detached(of: &Attachment) -> Fact {
-    Fact::VolumeDetached { volume_id: of.volume_id, path: of.mount_path.clone() }
+fn detached(of: &Attachment) -> EventKind {
+    EventKind::VolumeDetached { volume_id: of.volume_id, path: of.mount_path.clone() }
 }
 
 /// Why a volume could not be mounted or unmounted, in the words of the table.
@@ -247,7 +246,7 @@ fn mount_error(error: DriverError) -> Error {
     }
 }
 
-impl crate::inner::Inner {
+impl crate::engine_core::EngineCore {
     /// An attachment that a session with these others can have.
     pub(crate) fn new_attachment(&self, mount: &NewMount, others: &[Attachment]) -> Result<Attachment, Error> {
         validate::mount_path(&mount.path)?;

@@ -3,12 +3,12 @@
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::ExecutionId;
 
-use super::{Actor, Flow, Message, Reply};
-use crate::calls::{NewExecution, SessionUpdate};
-use crate::events::Fact;
-use crate::executions::{Ended, Outcome, Started};
-use crate::model::{Execution, ExecutionStatus, Session};
+use super::{Actor, Flow};
+use crate::executions::{Ended, Outcome};
+use crate::handle::{Message, Reply, Started};
+use crate::model::{EventKind, Execution, ExecutionStatus, Session};
 use crate::ports::{Change, Command};
+use crate::requests::{NewExecution, SessionUpdate};
 use crate::session::{Request, check};
 use crate::validate;
 
@@ -41,7 +41,7 @@ impl Actor {
     }
 
     /// Commits a changed record and answers its caller; a deadline may be due because of it.
-    async fn change(&mut self, changed: Result<(Session, Vec<Fact>), Error>, reply: Reply<Session>) -> Flow {
+    async fn change(&mut self, changed: Result<(Session, Vec<EventKind>), Error>, reply: Reply<Session>) -> Flow {
         let result = match changed {
             Ok((session, facts)) => self.commit_with(session, facts).await,
             Err(error) => Err(error),
@@ -84,14 +84,14 @@ impl Actor {
             return;
         }
         self.refused_at = Some(now);
-        let event = self.event(Fact::Refused { request: request.to_owned(), limit: error.to_string() });
+        let event = self.event(EventKind::Refused { request: request.to_owned(), limit: error.to_string() });
         match self.engine.write(vec![event]).await {
             Ok(()) => self.live.tell_recorded(),
             Err(error) => tracing::warn!(session = %self.session.id, %error, "a refusal was not recorded"),
         }
     }
 
-    fn extended(&self, additional_ms: u64) -> Result<(Session, Vec<Fact>), Error> {
+    fn extended(&self, additional_ms: u64) -> Result<(Session, Vec<EventKind>), Error> {
         check(self.session.state, Request::Change)?;
         let invalid = |detail: &str| Err(Error::new(Code::InvalidArgument, detail));
         if additional_ms == 0 {
@@ -105,7 +105,7 @@ impl Actor {
         let latest = self.session.created_at.saturating_add(self.engine.config.max_duration_max_ms);
         match from.checked_add(additional_ms) {
             Some(timeout_at) if timeout_at <= latest => {
-                let extended = Fact::Extended { by_ms: additional_ms, timeout_at_ms: timeout_at };
+                let extended = EventKind::Extended { by_ms: additional_ms, timeout_at_ms: timeout_at };
                 Ok((Session { timeout_at: Some(timeout_at), ..self.session.clone() }, vec![extended]))
             }
             _ => invalid("the session would live longer than max_duration_max_ms"),

@@ -5,8 +5,7 @@ use nagaya_api::error::Error;
 use super::work::{Done, work};
 use super::{Actor, Reply};
 use crate::egress::egress_error;
-use crate::events::Fact;
-use crate::model::{Egress, Machine, Session, SessionState};
+use crate::model::{Egress, EventKind, Machine, Session, SessionState};
 use crate::ports::DriverError;
 use crate::session::{Request, check};
 
@@ -50,7 +49,7 @@ impl Actor {
     }
 
     async fn record_egress(&mut self, egress: Option<Egress>) -> Result<(), Error> {
-        let fact = Fact::egress(egress.as_ref());
+        let fact = EventKind::egress(egress.as_ref());
         self.commit_with(with_egress(&self.session, egress), vec![fact]).await
     }
 

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{AttachmentId, ImageId, SessionId, SnapshotId};
+use nagaya_api::ids::{AttachmentId, DiskImageId, SessionId, SnapshotId};
 
-use super::{Actor, Job, Reply};
-use crate::inner::Inner;
-use crate::live::{Exit, Live};
+use super::Actor;
+use crate::engine_core::EngineCore;
+use crate::handle::{Exit, Job, Reply, SessionHandle};
 use crate::model::{Attachment, AttachmentState, Egress, Execution, Session, SessionState};
 use crate::ports::{Adopted, BlobError, BoxFuture, DriverError, Guest, Mount};
 
@@ -60,19 +60,19 @@ pub(super) enum AdoptError {
 }
 
 /// What a new sandbox's disk starts with.
-pub(crate) enum Source {
+pub(crate) enum DiskPreparation {
     Fresh,
-    Image(ImageId),
+    Image(DiskImageId),
     /// A stored snapshot, to be restored to the image.
     Snapshot {
         manifest: String,
-        image: ImageId,
+        image: DiskImageId,
     },
     /// The disk of a paused session, to be copied to the image.
     Pause {
-        session: Arc<Live>,
+        session: Arc<SessionHandle>,
         snapshot_id: SnapshotId,
-        image: ImageId,
+        image: DiskImageId,
     },
 }
 
@@ -90,7 +90,7 @@ pub(super) fn work(future: impl Future<Output = Done> + Send + 'static) -> Work 
 }
 
 /// Comes back with the same after a pause; may be dropped.
-pub(super) fn later(engine: &Arc<Inner>, pause_ms: u64, done: Done) -> Work {
+pub(super) fn later(engine: &Arc<EngineCore>, pause_ms: u64, done: Done) -> Work {
     let wake = engine.clock.sleep_until(engine.clock.now() + pause_ms);
     let future = Box::pin(async move {
         wake.await;
@@ -100,7 +100,7 @@ pub(super) fn later(engine: &Arc<Inner>, pause_ms: u64, done: Done) -> Work {
 }
 
 impl Actor {
-    pub(super) fn create(&self, source: Source) -> Work {
+    pub(super) fn create(&self, source: DiskPreparation) -> Work {
         let begun = Arc::new(AtomicBool::new(false));
         let (engine, session, begun_too) = (self.engine.clone(), self.session.clone(), begun.clone());
         let future = Box::pin(async move {
@@ -179,16 +179,20 @@ impl Actor {
     }
 }
 
-async fn create(engine: &Arc<Inner>, session: &Session, source: Source) -> Result<Arc<dyn Guest>, String> {
+async fn create(
+    engine: &Arc<EngineCore>,
+    session: &Session,
+    source: DiskPreparation,
+) -> Result<Arc<dyn Guest>, String> {
     let image = match source {
-        Source::Fresh => None,
-        Source::Image(image) => Some(image),
-        Source::Snapshot { manifest, image } => {
+        DiskPreparation::Fresh => None,
+        DiskPreparation::Image(image) => Some(image),
+        DiskPreparation::Snapshot { manifest, image } => {
             let path = engine.driver.prepare_image(image).await.map_err(creation_failure)?;
             engine.blobs.restore(&manifest, &path).await.map_err(restore_failure)?;
             Some(image)
         }
-        Source::Pause { session, snapshot_id, image } => {
+        DiskPreparation::Pause { session, snapshot_id, image } => {
             let pause = Some(snapshot_id);
             let copied = session.ask_job(|reply| Job::Copy { images: vec![image], pause, reply }).await;
             copied.map_err(|error| format!("the paused session's disk could not be copied: {error}"))?;
@@ -215,7 +219,11 @@ fn restore_failure(error: BlobError) -> String {
     }
 }
 
-async fn adopt(engine: &Inner, session: &Session, begun: &AtomicBool) -> Result<(Adopted, Vec<Execution>), AdoptError> {
+async fn adopt(
+    engine: &EngineCore,
+    session: &Session,
+    begun: &AtomicBool,
+) -> Result<(Adopted, Vec<Execution>), AdoptError> {
     let id = session.id;
     let other = |error: DriverError| AdoptError::Other(error.to_string());
     let adopted = match engine.driver.adopt(id).await {
@@ -249,7 +257,7 @@ async fn adopt(engine: &Inner, session: &Session, begun: &AtomicBool) -> Result<
     Ok((settled, executions))
 }
 
-async fn boot(engine: &Inner, session: &Session, stop_first: bool) -> Result<Arc<dyn Guest>, String> {
+async fn boot(engine: &EngineCore, session: &Session, stop_first: bool) -> Result<Arc<dyn Guest>, String> {
     if stop_first {
         engine.driver.stop(session.id).await.map_err(boot_failure)?;
         for attachment in &session.attachments {
@@ -270,7 +278,7 @@ fn boot_failure(error: DriverError) -> String {
 }
 
 /// Mounts every volume of a sandbox that just came up.
-async fn attach_all(engine: &Inner, session: &Session) -> Result<(), String> {
+async fn attach_all(engine: &EngineCore, session: &Session) -> Result<(), String> {
     for attachment in session.attachments.iter().filter(|of| of.state != AttachmentState::SyncPending) {
         engine.mount(session.id, attachment).await.map_err(|error| match error {
             DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit).to_string(),
@@ -280,7 +288,7 @@ async fn attach_all(engine: &Inner, session: &Session) -> Result<(), String> {
     Ok(())
 }
 
-impl Inner {
+impl EngineCore {
     /// Mounts a volume, while nothing else happens to it.
     pub(super) async fn mount(&self, id: SessionId, attachment: &Attachment) -> Result<(), DriverError> {
         let _quiet = self.volumes.quiet(attachment.volume_id).await;

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use nagaya_api::ids::ImageId;
+use nagaya_api::ids::DiskImageId;
 use tokio::sync::mpsc;
 
 use super::Faults;
@@ -12,18 +12,18 @@ use crate::ports::{BlobError, Blobs, ImageReader, StoredImage};
 
 /// Disk images at rest, which the fake driver and the fake blob store share.
 #[derive(Default)]
-pub(super) struct Images(Mutex<BTreeMap<ImageId, Files>>);
+pub(super) struct Images(Mutex<BTreeMap<DiskImageId, Files>>);
 
 impl Images {
-    pub(super) fn with<T>(&self, action: impl FnOnce(&mut BTreeMap<ImageId, Files>) -> T) -> T {
+    pub(super) fn with<T>(&self, action: impl FnOnce(&mut BTreeMap<DiskImageId, Files>) -> T) -> T {
         action(&mut self.0.lock().expect("no holder of this lock panics"))
     }
 
-    pub(super) fn path(id: ImageId) -> PathBuf {
+    pub(super) fn path(id: DiskImageId) -> PathBuf {
         Path::new("/fake/images").join(id.to_string())
     }
 
-    fn id(path: &Path) -> Result<ImageId, BlobError> {
+    fn id(path: &Path) -> Result<DiskImageId, BlobError> {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         name.parse().map_err(|_| BlobError::Failed(format!("{} is no image", path.display())))
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use nagaya_api::ids::{ImageId, SessionId, VolumeId};
+use nagaya_api::ids::{DiskImageId, SessionId, VolumeId};
 
 use super::FakeDriver;
 use super::files::Files;
@@ -36,7 +36,7 @@ pub struct FakeVolume {
 
 impl FakeDriver {
     /// Images at rest.
-    pub fn images_now(&self) -> Vec<ImageId> {
+    pub fn images_now(&self) -> Vec<DiskImageId> {
         self.images.with(|images| images.keys().copied().collect())
     }
 
@@ -77,7 +77,7 @@ impl FakeDriver {
         }
     }
 
-    pub(super) async fn copy_to_images(&self, id: SessionId, images: &[ImageId]) -> Result<u64, DriverError> {
+    pub(super) async fn copy_to_images(&self, id: SessionId, images: &[DiskImageId]) -> Result<u64, DriverError> {
         self.step().await?;
         self.space()?;
         let disk = self.with(|world| world.sandbox(id)?.disk.clone().ok_or(DriverError::Gone))?;

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use nagaya_api::ids::{ImageId, SessionId, VolumeId};
+use nagaya_api::ids::{DiskImageId, SessionId, VolumeId};
 use tokio::sync::{mpsc, watch};
 
 use super::blobs::Images;
@@ -11,7 +11,7 @@ use super::disks::Volume;
 use super::files::Files;
 use super::{FakeGuest, Faults};
 use crate::model::{Connection, Egress, Guarantees, Machine};
-use crate::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Load, Mount};
+use crate::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Mount, ResourceUsage};
 
 /// A driver whose sandboxes are records. They outlive the engine, whole or half made. Clones share them.
 #[derive(Clone)]
@@ -49,7 +49,7 @@ pub(super) struct Sandbox {
     powered_off: bool,
     host_restarted: bool,
     egress: Option<Egress>,
-    load: Load,
+    load: ResourceUsage,
     connections: Vec<Connection>,
     /// Whether this engine created or adopted it, and so hears of its end.
     attached: bool,
@@ -131,7 +131,7 @@ impl FakeDriver {
     }
 
     /// What a sandbox seems to use from now on.
-    pub fn set_load(&self, id: SessionId, load: Load) {
+    pub fn set_load(&self, id: SessionId, load: ResourceUsage) {
         self.with(|world| world.sandboxes.entry(id).or_default().load = load);
     }
 
@@ -310,7 +310,7 @@ impl FakeDriver {
         self,
         id: SessionId,
         machine: Machine,
-        disk: Option<ImageId>,
+        disk: Option<DiskImageId>,
     ) -> Result<Arc<dyn Guest>, DriverError> {
         let _busy = self.busy(id, "create");
         self.step().await?;
@@ -418,7 +418,7 @@ impl Driver for FakeDriver {
         &self,
         id: SessionId,
         machine: &Machine,
-        disk: Option<ImageId>,
+        disk: Option<DiskImageId>,
     ) -> Result<Arc<dyn Guest>, DriverError> {
         // Goes on when nobody waits for it any more, as a real driver's threads do.
         let creation = tokio::spawn(self.clone().create_parts(id, machine.clone(), disk));
@@ -492,16 +492,16 @@ impl Driver for FakeDriver {
         }))
     }
 
-    async fn copy_disk(&self, id: SessionId, images: &[ImageId]) -> Result<u64, DriverError> {
+    async fn copy_disk(&self, id: SessionId, images: &[DiskImageId]) -> Result<u64, DriverError> {
         let _busy = self.busy(id, "copy_disk");
         self.repeatable(|| self.copy_to_images(id, images)).await
     }
 
-    fn image_path(&self, id: ImageId) -> PathBuf {
+    fn image_path(&self, id: DiskImageId) -> PathBuf {
         Images::path(id)
     }
 
-    async fn remove_image(&self, id: ImageId) -> Result<(), DriverError> {
+    async fn remove_image(&self, id: DiskImageId) -> Result<(), DriverError> {
         self.repeatable(|| async {
             self.step().await?;
             self.images.with(|images| images.remove(&id));
@@ -510,7 +510,7 @@ impl Driver for FakeDriver {
         .await
     }
 
-    async fn images(&self) -> Result<Vec<ImageId>, DriverError> {
+    async fn images(&self) -> Result<Vec<DiskImageId>, DriverError> {
         self.step().await?;
         Ok(if self.with(|world| world.blind) { Vec::new() } else { self.images_now() })
     }
@@ -568,7 +568,7 @@ impl Driver for FakeDriver {
         })
     }
 
-    async fn load(&self, id: SessionId) -> Result<Load, DriverError> {
+    async fn usage(&self, id: SessionId) -> Result<ResourceUsage, DriverError> {
         self.with(|world| {
             world.processes(id)?;
             Ok(world.sandbox(id)?.load.clone())

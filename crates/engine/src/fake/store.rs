@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use nagaya_api::ids::{ExecutionId, KeyId, PreviewId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 
 use super::Faults;
-use crate::events::Event;
+use crate::model::Event;
 use crate::model::{ApiKey, Execution, Preview, Session, SessionState, Snapshot, UnixMs, Volume, Workspace};
 use crate::ports::{Change, PreviewQuery, SessionQuery, SnapshotQuery, Store, StoreError, VolumeQuery};
 

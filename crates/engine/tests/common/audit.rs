@@ -4,12 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use nagaya_api::ids::{SessionId, VolumeId};
-use nagaya_engine::events::{Fact, PauseReason};
 use nagaya_engine::fake::Fakes;
 use nagaya_engine::model::{
     AttachmentState, ExecutionStatus, PreviewKind, PreviewState, Session, SessionState, SnapshotKind, SnapshotState,
     VolumeState,
 };
+use nagaya_engine::model::{EventKind, PauseReason};
 
 macro_rules! ensure {
     ($condition:expr, $($message:tt)*) => {
@@ -42,7 +42,7 @@ pub fn check_quiet(fakes: &Fakes) -> Result<(), String> {
         let runs = guest.is_some_and(|guest| guest.running().contains(&execution.id));
         ensure!(runs, "execution {} is RUNNING on record only", execution.id);
     }
-    let violations = [fakes.driver.violations(), fakes.blobs.violations(), fakes.edge.violations()].concat();
+    let violations = [fakes.driver.violations(), fakes.blobs.violations(), fakes.ingress.violations()].concat();
     ensure!(violations.is_empty(), "a port was misused: {violations:?}");
     Ok(())
 }
@@ -55,16 +55,16 @@ pub fn check_events(fakes: &Fakes, session: &Session) -> Result<(), String> {
     for (number, event) in (1..).zip(&events) {
         ensure!(event.sequence == number, "event {number} of {id} has the number {}", event.sequence);
         told = match &event.fact {
-            Fact::Created(_) => (Some(SessionState::Creating), false),
-            Fact::Ready { .. } | Fact::Resumed { .. } => (Some(SessionState::Running), false),
-            Fact::Paused { reason: PauseReason::Requested | PauseReason::Idle, .. } => {
+            EventKind::Created(_) => (Some(SessionState::Creating), false),
+            EventKind::Ready { .. } | EventKind::Resumed { .. } => (Some(SessionState::Running), false),
+            EventKind::Paused { reason: PauseReason::Requested | PauseReason::Idle, .. } => {
                 (Some(SessionState::Paused), true)
             }
-            Fact::Paused { .. } => (Some(SessionState::Paused), false),
-            Fact::PoweredOff => (Some(SessionState::UserShutdown), false),
-            Fact::MemoryReleased { .. } => (told.0, false),
-            Fact::ResumeFailed { .. } => (Some(SessionState::Paused), told.1),
-            Fact::Terminated { cause, .. } => {
+            EventKind::Paused { .. } => (Some(SessionState::Paused), false),
+            EventKind::PoweredOff => (Some(SessionState::UserShutdown), false),
+            EventKind::MemoryReleased { .. } => (told.0, false),
+            EventKind::ResumeFailed { .. } => (Some(SessionState::Paused), told.1),
+            EventKind::Terminated { cause, .. } => {
                 ensure!(*cause == session.terminal_error, "{id} is told to have ended with {cause:?}");
                 (Some(SessionState::Terminated), false)
             }
@@ -156,8 +156,8 @@ fn check_snapshots(fakes: &Fakes, sessions: &BTreeMap<SessionId, Session>) -> Re
             state => return Err(format!("snapshot {id} is stuck in {state:?}")),
         }
         let outcome = fakes.store.events_now(snapshot.session_id).into_iter().find_map(|event| match event.fact {
-            Fact::SnapshotCreated { snapshot_id } if snapshot_id == id => Some(SnapshotState::Ready),
-            Fact::SnapshotFailed { snapshot_id, .. } if snapshot_id == id => Some(SnapshotState::Failed),
+            EventKind::SnapshotCreated { snapshot_id } if snapshot_id == id => Some(SnapshotState::Ready),
+            EventKind::SnapshotFailed { snapshot_id, .. } if snapshot_id == id => Some(SnapshotState::Failed),
             _ => None,
         });
         ensure!(outcome == Some(snapshot.state), "{snapshot:?} is remembered as {outcome:?}");
@@ -175,8 +175,8 @@ fn check_previews(fakes: &Fakes, sessions: &BTreeMap<SessionId, Session>) -> Res
         let lives = session.is_some_and(|session| session.state != SessionState::Terminated);
         ensure!(lives || preview.kind == PreviewKind::Named, "{preview:?} outlived its session");
     }
-    let published = fakes.edge.published();
-    let expected: BTreeMap<String, u16> = recorded.iter().map(|of| (of.label.clone(), of.edge_port)).collect();
+    let published = fakes.ingress.published();
+    let expected: BTreeMap<String, u16> = recorded.iter().map(|of| (of.label.clone(), of.ingress_port)).collect();
     ensure!(expected.len() == recorded.len(), "two previews have one label: {recorded:?}");
     ensure!(published == expected, "published are {published:?}, recorded {expected:?}");
     Ok(())

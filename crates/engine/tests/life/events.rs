@@ -2,15 +2,15 @@
 
 use nagaya_api::error::Code;
 use nagaya_api::ids::{KeyId, SessionId, WorkspaceId};
-use nagaya_engine::events::{EndReason, Event, Fact, Origin, PauseReason, RestoreMode};
 use nagaya_engine::model::{Connection, Egress};
-use nagaya_engine::ports::{Command, DriverError, Load, Process, ProcessEvent, ProcessInput, Signal};
+use nagaya_engine::model::{DiskSource, EndReason, Event, EventKind, PauseReason, RestoreMode};
+use nagaya_engine::ports::{Command, DriverError, Process, ProcessEvent, ProcessInput, ResourceUsage, Signal};
 use nagaya_engine::{Caller, EngineConfig, Fork, NewExecution, NewSession, NewSnapshot, OpenSession, SessionUpdate};
 
 use crate::support::{World, code, idle, mount};
 
 impl World {
-    async fn facts(&self, id: SessionId) -> Vec<Fact> {
+    async fn facts(&self, id: SessionId) -> Vec<EventKind> {
         let (events, next) = self.engine.events(&self.caller, id, 0, 100).await.unwrap();
         assert_eq!(next, 0, "more than a page");
         events.into_iter().map(|event| event.fact).collect()
@@ -27,12 +27,12 @@ impl World {
     }
 }
 
-fn paused(reason: PauseReason) -> Fact {
-    Fact::Paused { reason, cause: String::new() }
+fn paused(reason: PauseReason) -> EventKind {
+    EventKind::Paused { reason, cause: String::new() }
 }
 
-fn resumed(mode: RestoreMode, reason: &str) -> Fact {
-    Fact::Resumed { mode, reason: reason.into() }
+fn resumed(mode: RestoreMode, reason: &str) -> EventKind {
+    EventKind::Resumed { mode, reason: reason.into() }
 }
 
 fn command(argv: &[&str]) -> Command {
@@ -70,22 +70,22 @@ async fn a_life_is_remembered_from_its_beginning_to_its_end() {
     assert_eq!(
         world.facts(id).await,
         [
-            Fact::Created(Origin::Fresh),
-            Fact::Ready { after_ms: 0 },
-            Fact::VolumeAttached { volume_id, path: path.clone() },
-            Fact::EgressChanged { unrestricted: false, domains: 1, networks: 0 },
-            Fact::SnapshotCreated { snapshot_id },
-            Fact::VolumeDetached { volume_id, path },
+            EventKind::Created(DiskSource::Fresh),
+            EventKind::Ready { after_ms: 0 },
+            EventKind::VolumeAttached { volume_id, path: path.clone() },
+            EventKind::EgressChanged { unrestricted: false, domains: 1, networks: 0 },
+            EventKind::SnapshotCreated { snapshot_id },
+            EventKind::VolumeDetached { volume_id, path },
             paused(PauseReason::Requested),
             resumed(RestoreMode::Memory, ""),
-            Fact::Extended { by_ms: 5_000, timeout_at_ms },
-            Fact::Forked { sessions: 1 },
-            Fact::Terminated { reason: EndReason::Requested, cause: String::new() },
+            EventKind::Extended { by_ms: 5_000, timeout_at_ms },
+            EventKind::Forked { sessions: 1 },
+            EventKind::Terminated { reason: EndReason::Requested, cause: String::new() },
         ]
     );
-    assert_eq!(world.facts(fork).await[..1], [Fact::Created(Origin::Fork { session_id: id })]);
+    assert_eq!(world.facts(fork).await[..1], [EventKind::Created(DiskSource::Fork { session_id: id })]);
     let copy = world.run(NewSession { snapshot_id: Some(snapshot_id), ..NewSession::default() }).await.id;
-    assert_eq!(world.facts(copy).await[..1], [Fact::Created(Origin::Snapshot { snapshot_id })]);
+    assert_eq!(world.facts(copy).await[..1], [EventKind::Created(DiskSource::Snapshot { snapshot_id })]);
     assert_eq!(world.codes(id).await, ["ended_by_request"]);
 }
 
@@ -113,18 +113,18 @@ async fn every_way_to_stop_and_to_go_on_says_why() {
     idle().await;
     assert_eq!(world.codes(id).await, ["paused_by_failure", "memory_released"]);
     let facts = world.facts(id).await;
-    let told = facts.iter().filter(|fact| !matches!(fact, Fact::VolumeAttached { .. })).skip(2);
+    let told = facts.iter().filter(|fact| !matches!(fact, EventKind::VolumeAttached { .. })).skip(2);
     let no_luck = "the sandbox could not be started: no luck";
     assert_eq!(
         told.cloned().collect::<Vec<_>>(),
         [
             paused(PauseReason::Idle),
-            Fact::MemoryReleased { reason: "memory_time_limit".into() },
-            Fact::ResumeFailed { cause: no_luck.into() },
+            EventKind::MemoryReleased { reason: "memory_time_limit".into() },
+            EventKind::ResumeFailed { cause: no_luck.into() },
             resumed(RestoreMode::ColdBoot, "memory_time_limit"),
-            Fact::PoweredOff,
+            EventKind::PoweredOff,
             resumed(RestoreMode::ColdBoot, "powered_off"),
-            Fact::Paused { reason: PauseReason::SandboxEnded, cause: "killed from outside".into() },
+            EventKind::Paused { reason: PauseReason::SandboxEnded, cause: "killed from outside".into() },
         ]
     );
 }
@@ -135,7 +135,10 @@ async fn deadlines_and_failures_are_ends_with_a_reason() {
     let id = world.run(NewSession { max_duration_ms: Some(5_000), ..NewSession::default() }).await.id;
     tokio::time::sleep(std::time::Duration::from_secs(6)).await;
     let last = world.facts(id).await.pop().unwrap();
-    assert_eq!(last, Fact::Terminated { reason: EndReason::MaxDuration, cause: "maximum duration reached".into() });
+    assert_eq!(
+        last,
+        EventKind::Terminated { reason: EndReason::MaxDuration, cause: "maximum duration reached".into() }
+    );
     assert_eq!(world.codes(id).await, ["ended_at_max_duration"]);
     world.fakes.driver.refuse_next(DriverError::Exhausted("memory_available_mb_min".into()));
     let id = world.engine.create_session(&world.caller, NewSession::default()).await.unwrap().id;
@@ -145,7 +148,10 @@ async fn deadlines_and_failures_are_ends_with_a_reason() {
     assert_eq!(findings[0].code.name(), "no_capacity");
     assert_eq!(findings[0].detail, "memory is short on the host (memory_available_mb_min)");
     let facts = world.facts(id).await;
-    assert!(matches!(facts[..], [Fact::Created(_), Fact::Terminated { reason: EndReason::Failed, .. }]), "{facts:?}");
+    assert!(
+        matches!(facts[..], [EventKind::Created(_), EventKind::Terminated { reason: EndReason::Failed, .. }]),
+        "{facts:?}"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -176,9 +182,9 @@ async fn commands_cost_a_write_only_when_they_end_abnormally() {
     assert_eq!(
         told,
         [
-            (killed, Fact::CommandKilled { program: "hang".into(), signal: "SIGKILL".into() }),
-            (late, Fact::CommandTimedOut { program: "hang".into(), after_ms: 1_000 }),
-            (missing, Fact::CommandNotFound { program: "nope".into() }),
+            (killed, EventKind::CommandKilled { program: "hang".into(), signal: "SIGKILL".into() }),
+            (late, EventKind::CommandTimedOut { program: "hang".into(), after_ms: 1_000 }),
+            (missing, EventKind::CommandNotFound { program: "nope".into() }),
         ]
     );
     assert_eq!(world.codes(id).await, ["command_timed_out", "command_killed", "command_not_found"]);
@@ -197,7 +203,7 @@ async fn a_detached_command_that_times_out_is_remembered_with_its_record() {
     let (events, _) = world.engine.events(&world.caller, id, 2, 0).await.unwrap();
     let [event] = &events[..] else { panic!("{events:?}") };
     assert_eq!(event.execution_id, Some(execution.id));
-    assert_eq!(event.fact, Fact::CommandTimedOut { program: "hang".into(), after_ms: 500 });
+    assert_eq!(event.fact, EventKind::CommandTimedOut { program: "hang".into(), after_ms: 500 });
 }
 
 #[tokio::test(start_paused = true)]
@@ -206,7 +212,7 @@ async fn followers_hear_everything_once_and_end_with_the_session() {
     let id = world.running().await;
     let mut follower = world.engine.follow_events(&world.caller, id, 1).await.unwrap();
     let first = follower.next().await.unwrap().unwrap();
-    assert_eq!((first.sequence, first.fact), (2, Fact::Ready { after_ms: 0 }));
+    assert_eq!((first.sequence, first.fact), (2, EventKind::Ready { after_ms: 0 }));
     let waiting = tokio::spawn(async move {
         let mut heard: Vec<Event> = Vec::new();
         while let Some(event) = follower.next().await {
@@ -225,7 +231,7 @@ async fn followers_hear_everything_once_and_end_with_the_session() {
     let heard = waiting.await.unwrap();
     drop(open);
     assert_eq!(heard.iter().map(|event| event.sequence).collect::<Vec<_>>(), [3, 4, 5, 6]);
-    assert!(matches!(heard[3].fact, Fact::Terminated { .. }));
+    assert!(matches!(heard[3].fact, EventKind::Terminated { .. }));
     // The ended session tells all of it again, and ends.
     let mut again = world.engine.follow_events(&world.caller, id, 5).await.unwrap();
     assert_eq!(again.next().await.unwrap().unwrap().sequence, 6);
@@ -300,7 +306,7 @@ async fn refusals_at_limits_are_remembered_once_a_minute() {
         assert_eq!(code(world.engine.resume_session(&world.caller, id).await), Code::CapacityUnavailable);
     }
     let limit = "no capacity left on this server: the server's sessions_max is 1".to_owned();
-    let refused = Fact::Refused { request: "resuming the session".into(), limit };
+    let refused = EventKind::Refused { request: "resuming the session".into(), limit };
     assert_eq!(world.facts(id).await[3..], *std::slice::from_ref(&refused));
     tokio::time::sleep(std::time::Duration::from_secs(61)).await;
     assert_eq!(code(world.engine.resume_session(&world.caller, id).await), Code::CapacityUnavailable);
@@ -313,7 +319,7 @@ async fn refusals_at_limits_are_remembered_once_a_minute() {
 async fn what_a_sandbox_uses_and_where_it_may_not_go_is_told_while_it_runs() {
     let world = World::new().await;
     let id = world.running().await;
-    let load = Load { disk_used_bytes: 95 << 20, disk_size_bytes: 100 << 20, ..Load::default() };
+    let load = ResourceUsage { disk_used_bytes: 95 << 20, disk_size_bytes: 100 << 20, ..ResourceUsage::default() };
     world.fakes.driver.set_load(id, load);
     let denied = Connection {
         at: 7,

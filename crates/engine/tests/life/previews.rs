@@ -9,8 +9,8 @@ use nagaya_engine::model::{
 };
 use nagaya_engine::ports::{Change, Clock, Store};
 use nagaya_engine::{
-    Caller, EngineConfig, ListPreviews, NewExposure, NewPreview, NewSession, PreviewUrl, PreviewVisit, WakeOnVisit,
-    WorkspaceSettingsUpdate,
+    Caller, EngineConfig, ListPreviews, NewExposure, NewPreview, NewSession, PreviewConnection, PreviewUrl,
+    WakeOnVisit, WorkspaceSettingsUpdate,
 };
 
 use crate::support::{World, code, idle};
@@ -58,7 +58,7 @@ impl World {
         self.engine.exposed_ports(&self.caller, id).await.unwrap()
     }
 
-    async fn visit(&self, preview: &PreviewUrl) -> PreviewVisit {
+    async fn visit(&self, preview: &PreviewUrl) -> PreviewConnection {
         self.engine.enter_preview(&preview.preview.label, None).await.unwrap()
     }
 
@@ -67,11 +67,11 @@ impl World {
     }
 
     fn published(&self) -> Vec<String> {
-        self.fakes.edge.published().into_keys().collect()
+        self.fakes.ingress.published().into_keys().collect()
     }
 }
 
-fn led_to(visit: &PreviewVisit) -> (SessionId, u16) {
+fn led_to(visit: &PreviewConnection) -> (SessionId, u16) {
     (visit.session_id, visit.port)
 }
 
@@ -81,7 +81,7 @@ async fn an_exposed_port_can_be_visited_until_it_is_unexposed() {
     let id = world.session_with_inbound().await;
     let web = world.expose(id, port(3_000)).await;
     assert_eq!((web.preview.kind, web.preview.binding), (PreviewKind::Exposed, Some(bound(id, 3_000))));
-    assert_eq!(web.url, format!("http://127.0.0.1:{}", web.preview.edge_port));
+    assert_eq!(web.url, format!("http://127.0.0.1:{}", web.preview.ingress_port));
     assert_eq!(web.preview.label.len(), 33, "a name that nobody guesses");
     assert_eq!(led_to(&world.visit(&web).await), (id, 3_000));
 
@@ -283,7 +283,7 @@ async fn urls_are_the_same_after_a_restart() {
     let world = world
         .restart(|fakes| {
             fakes.clock.advance(2 * MINUTE);
-            fakes.edge.take_port(crowded.preview.edge_port);
+            fakes.ingress.take_port(crowded.preview.ingress_port);
         })
         .await;
     assert_eq!(world.visit(&web).await.port, 3);
@@ -306,7 +306,7 @@ async fn what_the_edge_cannot_publish_is_not_made() {
     let world = World::new().await;
     let id = world.session_with_inbound().await;
     let web = world.expose(id, port(1)).await;
-    world.fakes.edge.refuse("no port is free");
+    world.fakes.ingress.refuse("no port is free");
     let refused = world.engine.expose_port(&world.caller, id, port(2)).await.unwrap_err();
     assert_eq!(refused.to_string(), "the server cannot make the port reachable: no port is free");
     assert_eq!(code(world.engine.create_preview(&world.caller, slug("shop")).await), Code::PreviewFailed);
@@ -315,7 +315,7 @@ async fn what_the_edge_cannot_publish_is_not_made() {
     // What was there before a restart is published as soon as that is possible.
     let world = world.restart(|_| ()).await;
     assert!(world.published().is_empty() && world.exposed(id).await[0].url.is_empty());
-    world.fakes.edge.refuse("");
+    world.fakes.ingress.refuse("");
     tokio::time::sleep(Duration::from_secs(60)).await;
     assert_eq!(world.exposed(id).await[0].url, web.url);
     let shop = world.create("shop").await.preview;

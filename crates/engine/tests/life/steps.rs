@@ -178,7 +178,7 @@ async fn reckon(workflow: &impl Workflow, stage: &Stage, fault: Fault, result: O
     }
     quiet().await;
     audit_now(fakes, fault);
-    assert!(fakes.store.previews_now().is_empty() && fakes.edge.published().is_empty(), "{fault:?}");
+    assert!(fakes.store.previews_now().is_empty() && fakes.ingress.published().is_empty(), "{fault:?}");
     assert!(fakes.driver.sandboxes().is_empty() && fakes.driver.volumes_now().is_empty(), "{fault:?}");
     assert!(fakes.store.snapshots_now().is_empty() && fakes.blobs.stored().is_empty(), "{fault:?}");
     assert_eq!(world.active().await, 0, "{fault:?}");

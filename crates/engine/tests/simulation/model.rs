@@ -136,7 +136,7 @@ impl Model {
                 execution.id
             );
         }
-        let violations = [fakes.driver.violations(), fakes.blobs.violations(), fakes.edge.violations()].concat();
+        let violations = [fakes.driver.violations(), fakes.blobs.violations(), fakes.ingress.violations()].concat();
         ensure!(violations.is_empty(), "a port was misused: {violations:?}");
         self.check_logs(fakes, &rows)?;
         self.check_previews(fakes, &rows)?;

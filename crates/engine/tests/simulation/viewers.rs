@@ -23,7 +23,7 @@ pub enum Viewing {
     Delete(PreviewId, usize),
     OpenPrivate(SessionId, usize, u16),
     /// Some preview of some session, for this long.
-    Visit(u64, u64),
+    SshSession(u64, u64),
 }
 
 impl Viewing {
@@ -41,7 +41,7 @@ impl Viewing {
             (50..54, Some(named)) => Self::Unbind(named, tenant),
             (54..58, Some(named)) => Self::Delete(named, tenant),
             (58..66, _) => Self::OpenPrivate(id, tenant, port),
-            _ => Self::Visit(rng.next(), rng.below(300)),
+            _ => Self::SshSession(rng.next(), rng.below(300)),
         }
     }
 }
@@ -78,11 +78,11 @@ pub async fn view(world: &World, engine: &Engine, viewing: Viewing) -> Outcome {
             allow(answer, &[Code::PreviewNotFound])
         }
         Viewing::OpenPrivate(id, tenant, port) => open_private(world, engine, id, tenant, port).await,
-        Viewing::Visit(which, for_ms) => visit(world, engine, which, for_ms).await,
+        Viewing::SshSession(which, for_ms) => visit(world, engine, which, for_ms).await,
     }
 }
 
-/// Takes for granted what a session that has ended or an edge that fails make of a request.
+/// Takes for granted what a session that has ended or an ingress that fails make of a request.
 fn allow_failing(world: &World, answer: Result<(), Error>, always: &[Code]) -> Outcome {
     let mut codes = [always, &[Code::SessionTerminated]].concat();
     if world.failures_possible.get() {
@@ -112,7 +112,7 @@ async fn expose(
         Ok(exposed) => {
             let same = before.is_none_or(|before| before == exposed.preview.id);
             must!(same, "port {port} of {id} was exposed twice");
-            must!(exposed.url.ends_with(&exposed.preview.edge_port.to_string()), "{exposed:?}");
+            must!(exposed.url.ends_with(&exposed.preview.ingress_port.to_string()), "{exposed:?}");
             must!(exposed.preview.kind == PreviewKind::Exposed, "{exposed:?}");
             if for_ms.is_none() {
                 model.exposed.insert((id, port), exposed.preview.id);

@@ -398,7 +398,8 @@ async fn furnish(world: &Rc<World>, engine: &Engine, rng: &mut Rng) -> Result<()
     for keeping in all {
         patiently("a client", act(world.clone(), engine.clone(), Action::Keep(keeping))).await??;
     }
-    let all = [Viewing::Expose(id, tenant, 1, None), Viewing::Create(tenant, "slug-0".into()), Viewing::Visit(0, 10)];
+    let all =
+        [Viewing::Expose(id, tenant, 1, None), Viewing::Create(tenant, "slug-0".into()), Viewing::SshSession(0, 10)];
     for viewing in all {
         patiently("a client", act(world.clone(), engine.clone(), Action::View(viewing))).await??;
     }
@@ -500,7 +501,7 @@ async fn delete_everything(world: &Rc<World>, engine: &Engine) -> Result<(), Str
             deleted.map_err(|error| format!("delete of preview {}: {error}", preview.preview.id))?;
         }
     }
-    let left = (world.fakes.store.previews_now(), world.fakes.edge.published());
+    let left = (world.fakes.store.previews_now(), world.fakes.ingress.published());
     ensure!(left.0.is_empty() && left.1.is_empty(), "previews are left: {left:?}");
     let (driver, blobs, store) = (&world.fakes.driver, &world.fakes.blobs, &world.fakes.store);
     ensure!(driver.volumes_now().is_empty() && store.volumes_now().is_empty(), "volumes are left");

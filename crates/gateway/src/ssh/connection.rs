@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nagaya_api::ids::SessionId;
-use nagaya_engine::Visit;
-use nagaya_engine::events::CommandLog;
+use nagaya_engine::SshSession;
+use nagaya_engine::event_log::CommandLog;
 use nagaya_engine::ports::Guest;
 use russh::keys::Certificate;
 use russh::server::{Auth, Handle, Session, VerifiedPublicKey};
@@ -31,14 +31,14 @@ pub type Ended = std::pin::Pin<Box<dyn Future<Output = &'static str> + Send>>;
 /// How somebody came to the server.
 pub enum Entrance {
     /// With a key of the API that opens this session.
-    Bridge(Box<Visit>),
+    Bridge(Box<SshSession>),
     /// With nothing but what SSH itself will tell.
     Listener,
 }
 
 /// Somebody who was let into a session, as the tasks of all channels know them.
 pub struct Visitor {
-    visit: Visit,
+    visit: SshSession,
     account: Account,
     peer: Option<SocketAddr>,
     pub permissions: Permissions,

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use http::{Request, StatusCode};
 use http_body_util::Full;
 use nagaya_api::error::{Code, Error};
-use nagaya_engine::ports::Edge;
-use nagaya_gateway::preview::{DomainEdge, LoopbackEdge};
+use nagaya_engine::ports::Ingress;
+use nagaya_gateway::preview::{DomainIngress, LoopbackIngress};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
@@ -280,34 +280,34 @@ async fn a_viewer_token_moves_from_the_url_into_a_cookie() {
 
 #[tokio::test]
 async fn each_preview_has_a_loopback_port_and_keeps_it() {
-    let (edge, mut arrivals) = LoopbackEdge::new([127, 0, 0, 1].into());
-    let first = edge.publish("web", 0).await.unwrap();
+    let (ingress, mut arrivals) = LoopbackIngress::new([127, 0, 0, 1].into());
+    let first = ingress.publish("web", 0).await.unwrap();
     assert_eq!(first.url, format!("http://127.0.0.1:{}", first.port));
     assert!((20_000..30_000).contains(&first.port));
-    assert_eq!(edge.publish("web", 0).await.unwrap(), first, "repeating changes nothing");
+    assert_eq!(ingress.publish("web", 0).await.unwrap(), first, "repeating changes nothing");
     let mut stream = TcpStream::connect(("127.0.0.1", first.port)).await.unwrap();
     let arrival = soon(arrivals.recv()).await.unwrap();
     assert_eq!(&*arrival.label, "web");
 
-    edge.withdraw("web").await;
-    edge.withdraw("web").await;
+    ingress.withdraw("web").await;
+    ingress.withdraw("web").await;
     assert!(TcpStream::connect(("127.0.0.1", first.port)).await.is_err());
     drop(arrival);
     assert_eq!(soon(stream.read(&mut [0])).await.unwrap(), 0);
 
     // The next server gets the same port, unless somebody else took it meanwhile.
-    let (next, _arrivals) = LoopbackEdge::new([127, 0, 0, 1].into());
+    let (next, _arrivals) = LoopbackIngress::new([127, 0, 0, 1].into());
     assert_eq!(next.publish("web", first.port).await.unwrap().port, first.port);
-    let other = edge.publish("web", first.port).await.unwrap().port;
+    let other = ingress.publish("web", first.port).await.unwrap().port;
     assert_ne!(other, first.port);
 }
 
 #[tokio::test]
 async fn hundreds_of_previews_are_reachable_at_once() {
-    let (edge, mut arrivals) = LoopbackEdge::new([127, 0, 0, 1].into());
+    let (ingress, mut arrivals) = LoopbackIngress::new([127, 0, 0, 1].into());
     for number in 0..300 {
         let label = format!("p{number}");
-        let port = edge.publish(&label, 0).await.unwrap().port;
+        let port = ingress.publish(&label, 0).await.unwrap().port;
         let _stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
         assert_eq!(&*soon(arrivals.recv()).await.unwrap().label, label);
     }
@@ -321,7 +321,7 @@ async fn names_below_a_domain_are_urls() {
         (true, 80, "https://web.p.example:80"),
         (false, 7070, "http://web.p.example:7070"),
     ] {
-        let published = DomainEdge::new(DOMAIN, secure, port).publish("web", 9).await.unwrap();
+        let published = DomainIngress::new(DOMAIN, secure, port).publish("web", 9).await.unwrap();
         assert_eq!((published.url.as_str(), published.port), (url, 0));
     }
 }

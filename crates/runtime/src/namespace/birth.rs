@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nagaya_api::ids::{ImageId, SessionId};
+use nagaya_api::ids::{DiskImageId, SessionId};
 use nagaya_engine::model::Machine;
 use nagaya_engine::ports::{DriverError, Guest};
 
@@ -24,7 +24,7 @@ impl Inner {
         self: &Arc<Self>,
         id: SessionId,
         machine: &Machine,
-        image: Option<ImageId>,
+        image: Option<DiskImageId>,
     ) -> Result<Arc<dyn Guest>, DriverError> {
         let begin = Instant::now();
         let (inner, wanted) = (self.clone(), machine.clone());
@@ -80,7 +80,7 @@ impl Inner {
         self.take(id, machine, slot, &self.factory.image.base)
     }
 
-    fn start_from(&self, id: SessionId, machine: &Machine, image: ImageId) -> Result<(u32, Started), DriverError> {
+    fn start_from(&self, id: SessionId, machine: &Machine, image: DiskImageId) -> Result<(u32, Started), DriverError> {
         let directory = self.directory(id);
         fs::create_dir(&directory).map_err(|error| failed("make the sandbox's directory", &error))?;
         let started = self

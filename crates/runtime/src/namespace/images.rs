@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use nagaya_api::ids::ImageId;
+use nagaya_api::ids::DiskImageId;
 use rustix::fs::{Mode, OFlags};
 
 use super::disk::{self, DiskError};
@@ -59,7 +59,7 @@ pub(super) struct Images {
     /// Copies share their blocks with what they are copies of.
     shares_blocks: bool,
     /// Images that are being written, or are whole and wait to be taken.
-    prepared: Mutex<HashMap<ImageId, LoopDevice>>,
+    prepared: Mutex<HashMap<DiskImageId, LoopDevice>>,
 }
 
 impl Images {
@@ -78,17 +78,17 @@ impl Images {
         Ok(Self { directory, disk_free_mb_min, shares_blocks, prepared: Mutex::default() })
     }
 
-    pub fn path(&self, id: ImageId) -> PathBuf {
+    pub fn path(&self, id: DiskImageId) -> PathBuf {
         self.directory.join(format!("{id}.{SUFFIX}"))
     }
 
-    fn prepared(&self) -> MutexGuard<'_, HashMap<ImageId, LoopDevice>> {
+    fn prepared(&self) -> MutexGuard<'_, HashMap<DiskImageId, LoopDevice>> {
         self.prepared.lock().expect("the list is changed without panics")
     }
 
     /// Makes the empty file of an image and its device. Attaching a device to a file that has been written makes the kernel
     /// wait until all of that is on the host's disk. The file has the name of what is unfinished until it is taken, and goes with the server.
-    pub fn prepare(&self, id: ImageId) -> io::Result<PathBuf> {
+    pub fn prepare(&self, id: DiskImageId) -> io::Result<PathBuf> {
         let path = self.path(id).with_extension(FRESH);
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)?;
         let device = LoopDevice::attach(file.as_fd()).inspect_err(|_| drop(fs::remove_file(&path)))?;
@@ -96,12 +96,12 @@ impl Images {
         Ok(path)
     }
 
-    pub fn list(&self) -> io::Result<Vec<ImageId>> {
+    pub fn list(&self) -> io::Result<Vec<DiskImageId>> {
         let id = |path: &Path| path.file_name()?.to_str()?.strip_suffix(SUFFIX)?.strip_suffix('.')?.parse().ok();
         Ok(fs::read_dir(&self.directory)?.flatten().filter_map(|entry| id(&entry.path())).collect())
     }
 
-    pub fn remove(&self, id: ImageId) -> io::Result<()> {
+    pub fn remove(&self, id: DiskImageId) -> io::Result<()> {
         self.prepared().remove(&id);
         for path in [self.path(id).with_extension(FRESH), self.path(id)] {
             match fs::remove_file(path) {
@@ -113,7 +113,7 @@ impl Images {
     }
 
     /// Makes an image the disk of a sandbox's directory. `NotFound` when there is no such image.
-    pub fn take(&self, id: ImageId, directory: &Path) -> io::Result<LoopDevice> {
+    pub fn take(&self, id: DiskImageId, directory: &Path) -> io::Result<LoopDevice> {
         let disk = disk::path(directory);
         if let Some(device) = self.prepared().remove(&id) {
             fs::rename(self.path(id).with_extension(FRESH), disk)?;
@@ -130,7 +130,7 @@ impl Images {
 
     /// Copies the disk in a sandbox's directory, in use or not, and tells how long its writes stood still.
     /// On error none of the images is left.
-    pub fn copy(&self, directory: &Path, images: &[ImageId]) -> Result<Duration, CopyError> {
+    pub fn copy(&self, directory: &Path, images: &[DiskImageId]) -> Result<Duration, CopyError> {
         let paths: Vec<PathBuf> = images.iter().map(|id| self.path(*id)).collect();
         let copied = self.copy_to(directory, &paths);
         if copied.is_err() {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nagaya_api::ids::SessionId;
-use nagaya_engine::ports::{DriverError, Load};
+use nagaya_engine::ports::{DriverError, ResourceUsage};
 use tokio::time::Instant;
 
 use super::{Inner, blocking, disk, failed};
@@ -15,7 +15,7 @@ use crate::cgroup::{Group, Part};
 const WINDOW: Duration = Duration::from_millis(250);
 
 impl Inner {
-    pub(super) async fn load(self: &Arc<Self>, id: SessionId) -> Result<Load, DriverError> {
+    pub(super) async fn usage(self: &Arc<Self>, id: SessionId) -> Result<ResourceUsage, DriverError> {
         let live = self.running(id)?;
         let group = self.group(&live);
         let before = processor_times(&group).await;
@@ -53,21 +53,21 @@ fn between(before: &Times, after: &Times) -> (u64, u64) {
     after.iter().map(since).fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1))
 }
 
-fn read(group: &Group) -> std::io::Result<Load> {
+fn read(group: &Group) -> std::io::Result<ResourceUsage> {
     let used = group.load();
     let (disk_used_bytes, disk_size_bytes) = disk(group)?;
-    Ok(Load {
+    Ok(ResourceUsage {
         memory_bytes: used.memory_bytes,
         memory_limit_bytes: used.memory_limit_bytes,
         memory_kills: used.out_of_memory_kills,
-        cpu_spans: used.cpu_periods,
-        cpu_spans_throttled: used.cpu_periods_throttled,
+        cpu_periods: used.cpu_periods,
+        cpu_periods_throttled: used.cpu_periods_throttled,
         cpu_throttled_us: used.cpu_throttled_us,
         processes: used.processes,
         processes_max: used.processes_max,
         disk_used_bytes,
         disk_size_bytes,
-        ..Load::default()
+        ..ResourceUsage::default()
     })
 }
 

@@ -40,9 +40,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
-use nagaya_api::ids::{ImageId, SessionId, VolumeId};
+use nagaya_api::ids::{DiskImageId, SessionId, VolumeId};
 use nagaya_engine::model::{Connection, Egress, Guarantees, Machine};
-use nagaya_engine::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Load, Mount};
+use nagaya_engine::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Mount, ResourceUsage};
 use tokio::sync::{Notify, mpsc};
 
 pub(crate) use ceilings::lacking as ceilings_lacking;
@@ -417,7 +417,7 @@ impl Driver for NamespaceDriver {
         &self,
         id: SessionId,
         machine: &Machine,
-        disk: Option<ImageId>,
+        disk: Option<DiskImageId>,
     ) -> Result<Arc<dyn Guest>, DriverError> {
         self.inner.create(id, machine, disk).await
     }
@@ -452,7 +452,7 @@ impl Driver for NamespaceDriver {
         Ok(found.into_iter().map(|(id, _)| id).filter(|id| !releasing.contains(id)).collect())
     }
 
-    async fn copy_disk(&self, id: SessionId, images: &[ImageId]) -> Result<u64, DriverError> {
+    async fn copy_disk(&self, id: SessionId, images: &[DiskImageId]) -> Result<u64, DriverError> {
         let (inner, images) = (self.inner.clone(), images.to_vec());
         let stopped = blocking(move || {
             let directory = inner.directory(id);
@@ -467,21 +467,21 @@ impl Driver for NamespaceDriver {
         Ok(stopped.await?.as_micros() as u64)
     }
 
-    fn image_path(&self, id: ImageId) -> PathBuf {
+    fn image_path(&self, id: DiskImageId) -> PathBuf {
         self.inner.images.path(id)
     }
 
-    async fn prepare_image(&self, id: ImageId) -> Result<PathBuf, DriverError> {
+    async fn prepare_image(&self, id: DiskImageId) -> Result<PathBuf, DriverError> {
         let inner = self.inner.clone();
         blocking(move || inner.images.prepare(id)).await.map_err(|error| room::refusal("prepare the image", &error))
     }
 
-    async fn remove_image(&self, id: ImageId) -> Result<(), DriverError> {
+    async fn remove_image(&self, id: DiskImageId) -> Result<(), DriverError> {
         let inner = self.inner.clone();
         blocking(move || inner.images.remove(id)).await.map_err(|error| failed("remove the image", &error))
     }
 
-    async fn images(&self) -> Result<Vec<ImageId>, DriverError> {
+    async fn images(&self) -> Result<Vec<DiskImageId>, DriverError> {
         self.inner.images.list().map_err(|error| failed("list the images", &error))
     }
 
@@ -539,8 +539,8 @@ impl Driver for NamespaceDriver {
         blocking(move || inner.connections(id)).await
     }
 
-    async fn load(&self, id: SessionId) -> Result<Load, DriverError> {
-        self.inner.load(id).await
+    async fn usage(&self, id: SessionId) -> Result<ResourceUsage, DriverError> {
+        self.inner.usage(id).await
     }
 
     fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent> {

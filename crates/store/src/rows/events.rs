@@ -1,7 +1,7 @@
 //! Events of sessions.
 
 use nagaya_api::ids::{ExecutionId, SessionId};
-use nagaya_engine::events::Event;
+use nagaya_engine::model::Event;
 use rusqlite::{Connection, Result, Row, params};
 
 use super::{from_json, id, integer, json, optional_id, unsigned};

@@ -1,6 +1,6 @@
 //! Sessions and their executions.
 
-use nagaya_api::ids::{ExecutionId, ImageId, KeyId, SessionId, SnapshotId, WorkspaceId};
+use nagaya_api::ids::{DiskImageId, ExecutionId, KeyId, SessionId, SnapshotId, WorkspaceId};
 use nagaya_engine::model::{Execution, ExecutionStatus, Machine, Session, SessionState, UnixMs};
 use rusqlite::{Connection, Result, Row, params};
 
@@ -136,7 +136,7 @@ pub(crate) fn read_session(row: &Row<'_>) -> Result<Session> {
         terminal_error: row.get(22)?,
         driver: row.get(23)?,
         source_snapshot_id: optional_id(row, 24, SnapshotId::from_uuid)?,
-        source_image_id: optional_id(row, 25, ImageId::from_uuid)?,
+        source_image_id: optional_id(row, 25, DiskImageId::from_uuid)?,
         pause: optional_from_json(row, 26)?,
         last_resume_error: row.get(27)?,
         attachments: from_json(row, 28)?,

@@ -1,6 +1,6 @@
 //! Snapshots.
 
-use nagaya_api::ids::{ImageId, SessionId, SnapshotId, WorkspaceId};
+use nagaya_api::ids::{DiskImageId, SessionId, SnapshotId, WorkspaceId};
 use nagaya_engine::model::{Durability, Snapshot, SnapshotKind, SnapshotState};
 use rusqlite::{Connection, Result, Row, params};
 
@@ -77,7 +77,7 @@ pub(crate) fn read_snapshot(row: &Row<'_>) -> Result<Snapshot> {
         durable_at: optional_unsigned(row, 11)?,
         machine: from_json(row, 12)?,
         env: from_json(row, 13)?,
-        image_id: id(row, 14, ImageId::from_uuid)?,
+        image_id: id(row, 14, DiskImageId::from_uuid)?,
         copied: row.get(15)?,
         source_stopped_us: unsigned(row, 16)?,
         manifest: row.get(17)?,

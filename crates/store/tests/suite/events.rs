@@ -1,7 +1,7 @@
 //! Promises about what happened to sessions.
 
 use nagaya_api::ids::{ExecutionId, SnapshotId, VolumeId};
-use nagaya_engine::events::{EndReason, Event, Fact, Origin, PauseReason, RestoreMode};
+use nagaya_engine::model::{DiskSource, EndReason, Event, EventKind, PauseReason, RestoreMode};
 use nagaya_engine::model::{Session, SessionState};
 use nagaya_engine::ports::{Change, Store};
 
@@ -22,7 +22,7 @@ promises![
     sessions_that_ended_first_are_forgotten_first_with_all_of_theirs,
 ];
 
-fn event(session_number: u32, at: u64, fact: Fact) -> Event {
+fn event(session_number: u32, at: u64, fact: EventKind) -> Event {
     Event { session_id: session(1, session_number).id, sequence: 0, at, fact, execution_id: None }
 }
 
@@ -30,8 +30,8 @@ fn written(event: &Event, events_max: u32) -> Change {
     Change::Event { event: event.clone(), events_max }
 }
 
-fn ready(after_ms: u64) -> Fact {
-    Fact::Ready { after_ms }
+fn ready(after_ms: u64) -> EventKind {
+    EventKind::Ready { after_ms }
 }
 
 async fn an_empty_store_has_no_events(store: &dyn Store) {
@@ -43,32 +43,32 @@ async fn every_fact_comes_back_as_it_was_written(store: &dyn Store) {
     let (path, cause) = ("/data/長屋".to_owned(), "a \"cause\"".to_owned());
     let (program, signal) = ("sh".to_owned(), "SIGKILL".to_owned());
     let facts = [
-        Fact::Created(Origin::Fresh),
-        Fact::Created(Origin::Snapshot { snapshot_id }),
-        Fact::Created(Origin::Fork { session_id: session(1, 9).id }),
+        EventKind::Created(DiskSource::Fresh),
+        EventKind::Created(DiskSource::Snapshot { snapshot_id }),
+        EventKind::Created(DiskSource::Fork { session_id: session(1, 9).id }),
         ready(u64::MAX),
-        Fact::Paused { reason: PauseReason::Requested, cause: String::new() },
-        Fact::Paused { reason: PauseReason::SandboxEnded, cause: cause.clone() },
-        Fact::MemoryReleased { reason: "memory_pressure".into() },
-        Fact::PoweredOff,
-        Fact::Resumed { mode: RestoreMode::Memory, reason: String::new() },
-        Fact::Resumed { mode: RestoreMode::ColdBoot, reason: "host_restarted".into() },
-        Fact::ResumeFailed { cause: cause.clone() },
-        Fact::Extended { by_ms: 1, timeout_at_ms: 2 },
-        Fact::Forked { sessions: 3 },
-        Fact::SnapshotCreated { snapshot_id },
-        Fact::SnapshotFailed { snapshot_id, cause: cause.clone() },
-        Fact::VolumeAttached { volume_id, path: path.clone() },
-        Fact::VolumeDetached { volume_id, path },
-        Fact::EgressChanged { unrestricted: false, domains: 1, networks: 0 },
-        Fact::CommandKilled { program: program.clone(), signal },
-        Fact::CommandTimedOut { program: program.clone(), after_ms: 1_000 },
-        Fact::CommandNotFound { program: program.clone() },
-        Fact::GitFailed { operation: "diff".into(), exit_code: 129, said: "usage: git\n  diff".into() },
-        Fact::OutOfMemory { program, limit_mb: 128 },
-        Fact::Refused { request: "resuming".into(), limit: "sessions_max is 1".into() },
-        Fact::Terminated { reason: EndReason::MaxDuration, cause },
-        Fact::Unknown,
+        EventKind::Paused { reason: PauseReason::Requested, cause: String::new() },
+        EventKind::Paused { reason: PauseReason::SandboxEnded, cause: cause.clone() },
+        EventKind::MemoryReleased { reason: "memory_pressure".into() },
+        EventKind::PoweredOff,
+        EventKind::Resumed { mode: RestoreMode::Memory, reason: String::new() },
+        EventKind::Resumed { mode: RestoreMode::ColdBoot, reason: "host_restarted".into() },
+        EventKind::ResumeFailed { cause: cause.clone() },
+        EventKind::Extended { by_ms: 1, timeout_at_ms: 2 },
+        EventKind::Forked { sessions: 3 },
+        EventKind::SnapshotCreated { snapshot_id },
+        EventKind::SnapshotFailed { snapshot_id, cause: cause.clone() },
+        EventKind::VolumeAttached { volume_id, path: path.clone() },
+        EventKind::VolumeDetached { volume_id, path },
+        EventKind::EgressChanged { unrestricted: false, domains: 1, networks: 0 },
+        EventKind::CommandKilled { program: program.clone(), signal },
+        EventKind::CommandTimedOut { program: program.clone(), after_ms: 1_000 },
+        EventKind::CommandNotFound { program: program.clone() },
+        EventKind::GitFailed { operation: "diff".into(), exit_code: 129, said: "usage: git\n  diff".into() },
+        EventKind::OutOfMemory { program, limit_mb: 128 },
+        EventKind::Refused { request: "resuming".into(), limit: "sessions_max is 1".into() },
+        EventKind::Terminated { reason: EndReason::MaxDuration, cause },
+        EventKind::Unknown,
     ];
     let mut expected = Vec::new();
     for (number, fact) in (1..).zip(facts) {

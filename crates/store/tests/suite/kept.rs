@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use nagaya_api::ids::{ImageId, SessionId, SnapshotId, VolumeId};
+use nagaya_api::ids::{DiskImageId, SessionId, SnapshotId, VolumeId};
 use nagaya_engine::model::{
     Durability, Machine, Session, SessionState, Snapshot, SnapshotKind, SnapshotState, Volume, VolumeState,
 };
@@ -44,7 +44,7 @@ pub fn snapshot(created_at: u64, number: u32) -> Snapshot {
         durable_at: Some(created_at + 3),
         machine: Machine { cpu_cores: 2, memory_mb: 4096, disk_gb: 5, outbound: true, egress: egress() },
         env: BTreeMap::from([("EMPTY".into(), String::new()), ("LINES".into(), "a\nb".into())]),
-        image_id: ImageId::new(created_at, [9; 10]),
+        image_id: DiskImageId::new(created_at, [9; 10]),
         copied: true,
         source_stopped_us: 1_234,
         manifest: "00ff".repeat(16),
@@ -146,7 +146,7 @@ async fn a_second_write_replaces_the_whole_snapshot_and_volume(store: &dyn Store
         durable_at: Some(9),
         machine: Machine { cpu_cores: 1, memory_mb: 1, disk_gb: 1, outbound: false, egress: None },
         env: BTreeMap::new(),
-        image_id: ImageId::new(7, [7; 10]),
+        image_id: DiskImageId::new(7, [7; 10]),
         copied: false,
         source_stopped_us: 0,
         manifest: "11".repeat(32),

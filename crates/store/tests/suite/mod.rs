@@ -9,7 +9,7 @@ pub mod previews;
 
 use std::collections::BTreeMap;
 
-use nagaya_api::ids::{AttachmentId, ExecutionId, ImageId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
+use nagaya_api::ids::{AttachmentId, DiskImageId, ExecutionId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use nagaya_engine::model::{
     ApiKey, Attachment, AttachmentState, Egress, Execution, ExecutionStatus, Machine, Pause, Session, SessionState,
     Workspace, WorkspaceSettings,
@@ -116,7 +116,7 @@ pub fn session(created_at: u64, number: u32) -> Session {
         terminal_error: String::new(),
         driver: "namespace".into(),
         source_snapshot_id: Some(SnapshotId::new(1, [1; 10])),
-        source_image_id: Some(ImageId::new(2, [2; 10])),
+        source_image_id: Some(DiskImageId::new(2, [2; 10])),
         pause: Some(Pause {
             paused_at: created_at + 7,
             expires_at: Some(created_at + 8),

@@ -34,7 +34,7 @@ pub fn preview(created_at: u64, number: u32) -> Preview {
         label: format!("shop-{created_at}-{number}"),
         binding: Some(Binding { session_id: session(1, 1).id, port: 65_535 }),
         expires_at: Some(created_at + 1),
-        edge_port: 40_000,
+        ingress_port: 40_000,
         created_at,
         updated_at: created_at + 2,
         last_accessed_at: Some(created_at + 3),
@@ -60,7 +60,7 @@ async fn previews_come_back_as_they_were_written(store: &dyn Store) {
     store.commit(changes).await.unwrap();
     assert_eq!(store.all_previews().await.unwrap(), written);
 
-    let replaced = Preview { binding: None, edge_port: 0, label: "other".into(), ..written[1].clone() };
+    let replaced = Preview { binding: None, ingress_port: 0, label: "other".into(), ..written[1].clone() };
     store.commit(vec![Change::Preview(replaced.clone())]).await.unwrap();
     assert_eq!(store.all_previews().await.unwrap()[1], replaced);
 }

@@ -244,17 +244,17 @@ pub async fn a_detached_command_starts_once_and_keeps_its_output(place: &mut Pla
 
 pub async fn only_what_runs_tells_what_it_uses(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    assert!(matches!(driver.load(id).await, Err(DriverError::Gone)));
+    assert!(matches!(driver.usage(id).await, Err(DriverError::Gone)));
     driver.create(id, &machine(), None).await.unwrap();
-    let load = driver.load(id).await.unwrap();
+    let load = driver.usage(id).await.unwrap();
     assert_eq!(load.memory_kills, 0);
     assert!(load.memory_bytes <= load.memory_limit_bytes && load.processes <= load.processes_max, "{load:?}");
     driver.stop(id).await.unwrap();
-    assert!(matches!(driver.load(id).await, Err(DriverError::Gone)));
+    assert!(matches!(driver.usage(id).await, Err(DriverError::Gone)));
     driver.boot(id, &machine()).await.unwrap();
-    driver.load(id).await.unwrap();
+    driver.usage(id).await.unwrap();
     driver.destroy(id).await.unwrap();
-    assert!(matches!(driver.load(id).await, Err(DriverError::Gone)));
+    assert!(matches!(driver.usage(id).await, Err(DriverError::Gone)));
     place.settled().await;
     Ok(())
 }

@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use nagaya_api::ids::{ImageId, SessionId};
+use nagaya_api::ids::{DiskImageId, SessionId};
 use nagaya_engine::ports::{Adopted, Command, Driver, DriverError, ProcessEvent, ProcessInput};
 use nagaya_testkit::Outcome;
 
 use super::place::*;
 
-pub fn fresh_image() -> ImageId {
-    ImageId::from_uuid(*fresh_id().as_uuid())
+pub fn fresh_image() -> DiskImageId {
+    DiskImageId::from_uuid(*fresh_id().as_uuid())
 }
 
 /// Adopts what is expected to be stopped: whether it powered itself off, and whether the host was restarted.

@@ -37,10 +37,10 @@ pub async fn what_the_file_calls_keep_in_memory_counts_as_the_sandboxs(place: &m
     const MIB: usize = 1 << 20;
     let (driver, id) = (place.driver(), fresh_id());
     let guest = driver.create(id, &Machine { memory_mb: 256, ..machine() }, None).await.unwrap();
-    let before = driver.load(id).await.unwrap().memory_bytes;
+    let before = driver.usage(id).await.unwrap().memory_bytes;
     write(&*guest, "/dev/shm/some", &vec![7; 60 * MIB]).await.unwrap();
     assert_eq!(read(&*guest, "/dev/shm/some").await.unwrap(), vec![7; 60 * MIB]);
-    let after = driver.load(id).await.unwrap().memory_bytes;
+    let after = driver.usage(id).await.unwrap().memory_bytes;
     assert!(after.saturating_sub(before) >= 60 * MIB as u64, "{before} bytes before, {after} after");
     // More than there is: refused, and neither the agent nor the sandbox is harmed.
     let error = write(&*guest, "/dev/shm/more", &vec![7; 300 * MIB]).await.unwrap_err();
@@ -79,7 +79,7 @@ pub async fn a_fork_bomb_is_contained_and_the_sandbox_stays_usable(place: &mut P
     write(&*guest, "during", b"during").await.unwrap();
     assert_eq!(read(&*guest, "during").await.unwrap(), b"during");
     assert_eq!(shell(&*guest, "cat during | cat | tr d D").await, "During");
-    let held = driver.load(id).await.unwrap().processes;
+    let held = driver.usage(id).await.unwrap().processes;
     process.input.send(ProcessInput::Signal(Signal::Kill)).await.unwrap();
     assert_eq!(finish(&mut process.events).await.exit.signal, "SIGKILL");
     assert!(held > PROCESSES_MAX / 2, "only {held} processes");
@@ -121,7 +121,7 @@ pub async fn a_command_that_forks_without_end_ends_when_it_is_killed(place: &mut
 async fn eventually_empty(driver: &dyn Driver, id: SessionId) {
     let mut left = u64::MAX;
     for _ in 0..50 {
-        left = driver.load(id).await.unwrap().processes;
+        left = driver.usage(id).await.unwrap().processes;
         if left == 0 {
             return;
         }
@@ -279,7 +279,7 @@ pub async fn what_is_used_is_told_in_figures(place: &mut Place) -> Outcome {
     let hold = "x = b'x' * (64 << 20); print('holding', flush=True); input()";
     let mut holding = guest.run(Command { stdin: true, ..command(&["python3", "-c", hold]) }).await.unwrap();
     wait_for_line(&mut holding, "holding").await;
-    let load = driver.load(id).await.unwrap();
+    let load = driver.usage(id).await.unwrap();
     assert!((60 * MIB..120 * MIB).contains(&load.memory_bytes), "{load:?}");
     assert_eq!((load.memory_limit_bytes, load.memory_kills), (256 * MIB, 0));
     assert!((1..10).contains(&load.processes) && load.processes_max == PROCESSES_MAX, "{load:?}");
@@ -287,12 +287,12 @@ pub async fn what_is_used_is_told_in_figures(place: &mut Place) -> Outcome {
     assert!(load.disk_used_bytes < 1_024 * MIB && load.cpu_window_us > 0, "{load:?}");
     drop(holding);
     let endless = guest.run(command(&["/bin/sh", "-c", "while :; do :; done"])).await.unwrap();
-    let busy = driver.load(id).await.unwrap();
+    let busy = driver.usage(id).await.unwrap();
     // On a busy host it waits for what it does not get.
     assert!(busy.cpu_used_us + busy.cpu_waited_us >= busy.cpu_window_us / 2, "{busy:?}");
     drop(endless);
     assert_eq!(run(&*guest, command(&["tail", "/dev/zero"])).await.exit.memory_kills, 1);
-    assert_eq!(driver.load(id).await.unwrap().memory_kills, 1);
+    assert_eq!(driver.usage(id).await.unwrap().memory_kills, 1);
     driver.destroy(id).await.unwrap();
     place.settled().await;
     Ok(())

@@ -4,17 +4,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{ImageId, SnapshotId};
+use nagaya_api::ids::{DiskImageId, SnapshotId};
 
 use super::mounts::attached;
 use super::work::{AdoptError, Done, later, work};
-use super::{Actor, Flow, Reply, store_error};
-use crate::events::{Fact, PauseReason, RestoreMode};
+use super::{Actor, Flow};
+use crate::errors::store_error;
 use crate::executions::failed;
-use crate::live::Exit;
+use crate::handle::{Exit, Reply};
 use crate::model::{
-    AttachmentState, Durability, Execution, ExecutionStatus, Pause, Session, SessionState, Snapshot, SnapshotKind,
-    SnapshotState, UnixMs,
+    AttachmentState, Durability, EventKind, Execution, ExecutionStatus, Pause, PauseReason, RestoreMode, Session,
+    SessionState, Snapshot, SnapshotKind, SnapshotState, UnixMs,
 };
 use crate::ports::{Adopted, Change, DriverError, Guest};
 use crate::session::{Request, Verdict, accept, check};
@@ -44,7 +44,7 @@ impl Actor {
         mark_attached(&mut session);
         // Set before the state is published, so that whoever reads RUNNING can use it.
         self.live.set_guest(Some(guest));
-        let mut facts = vec![Fact::Ready { after_ms: now.saturating_sub(session.created_at) }];
+        let mut facts = vec![EventKind::Ready { after_ms: now.saturating_sub(session.created_at) }];
         facts.extend(session.attachments.iter().map(attached));
         match self.commit_with(session, facts).await {
             Ok(()) => Flow::Continue,
@@ -110,7 +110,7 @@ impl Actor {
         let snapshot = self.stop_record(&mut session, SessionState::Paused, "");
         session.pause.iter_mut().for_each(|pause| pause.idle = idle);
         let reason = if idle { PauseReason::Idle } else { PauseReason::Requested };
-        let paused = self.event(Fact::Paused { reason, cause: String::new() });
+        let paused = self.event(EventKind::Paused { reason, cause: String::new() });
         self.moving = None;
         if let Err(error) = self.commit(session, vec![Change::Snapshot(snapshot), paused]).await {
             self.moving = Some(SessionState::Pausing);
@@ -202,7 +202,7 @@ impl Actor {
                 let mut session = self.session.clone();
                 session.last_resume_error = format!("the sandbox could not be thawed: {error}");
                 let failure = Error::new(Code::ResumeFailed, session.last_resume_error.clone());
-                let fact = Fact::ResumeFailed { cause: session.last_resume_error.clone() };
+                let fact = EventKind::ResumeFailed { cause: session.last_resume_error.clone() };
                 if let Err(error) = self.commit_with(session, vec![fact]).await {
                     tracing::warn!(session = %self.session.id, %error, "a failed resume was not recorded");
                 }
@@ -253,7 +253,7 @@ impl Actor {
                 mark_unattached(&mut session);
                 // Whatever came up is to go down again.
                 self.stop_owed = true;
-                self.commit_with(session, vec![Fact::ResumeFailed { cause: cause.clone() }]).await
+                self.commit_with(session, vec![EventKind::ResumeFailed { cause: cause.clone() }]).await
             }
         };
         if let Err(error) = recorded {
@@ -283,7 +283,7 @@ impl Actor {
             session.timeout_at = session.timeout_at.map(|at| at.saturating_add(stood_still));
             tell_restore(&mut session, &pause);
             let mode = if pause.in_memory { RestoreMode::Memory } else { RestoreMode::ColdBoot };
-            changes.push(self.event(Fact::Resumed { mode, reason: pause.disk_reason }));
+            changes.push(self.event(EventKind::Resumed { mode, reason: pause.disk_reason }));
         }
         mark_attached(&mut session);
         // Being resumed is being used: it shall not be idle at once.
@@ -353,7 +353,7 @@ impl Actor {
     }
 
     /// When a session's memory is to be given up, and why.
-    pub(super) fn park_at(&self, now: UnixMs) -> Option<(UnixMs, &'static str)> {
+    pub(super) fn release_memory_at(&self, now: UnixMs) -> Option<(UnixMs, &'static str)> {
         let pause = self.session.pause.as_ref().filter(|pause| pause.in_memory)?;
         if self.session.state != SessionState::Paused {
             return None;
@@ -366,8 +366,8 @@ impl Actor {
     }
 
     /// Gives up the memory of a paused session for its disk.
-    pub(super) async fn park(&mut self, now: UnixMs) {
-        let Some((_, reason)) = self.park_at(now) else { return };
+    pub(super) async fn release_memory(&mut self, now: UnixMs) {
+        let Some((_, reason)) = self.release_memory_at(now) else { return };
         let mut session = self.session.clone();
         give_up_memory(&mut session, reason);
         let released = self.event(released(reason));
@@ -504,15 +504,15 @@ impl Actor {
     }
 }
 
-fn released(reason: &str) -> Fact {
-    Fact::MemoryReleased { reason: reason.to_owned() }
+fn released(reason: &str) -> EventKind {
+    EventKind::MemoryReleased { reason: reason.to_owned() }
 }
 
-fn stopped_by_itself(exit: &Exit) -> Fact {
+fn stopped_by_itself(exit: &Exit) -> EventKind {
     let reason = if exit.host_restarted { PauseReason::HostRestarted } else { PauseReason::SandboxEnded };
     match exit.powered_off {
-        true => Fact::PoweredOff,
-        false => Fact::Paused { reason, cause: exit.cause.clone() },
+        true => EventKind::PoweredOff,
+        false => EventKind::Paused { reason, cause: exit.cause.clone() },
     }
 }
 
@@ -574,7 +574,7 @@ fn pause_snapshot(session: &Session, now: UnixMs, random: [u8; 10], more: [u8; 1
         durable_at: None,
         machine: session.machine.clone(),
         env: session.env.clone(),
-        image_id: ImageId::new(now, more),
+        image_id: DiskImageId::new(now, more),
         copied: false,
         source_stopped_us: 0,
         manifest: String::new(),

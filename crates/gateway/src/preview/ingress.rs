@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use nagaya_engine::ports::{Edge, Published};
+use nagaya_engine::ports::{Ingress, Published};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinHandle;
@@ -31,7 +31,7 @@ pub struct Arrival {
 }
 
 /// Gives every preview a port of its own on the machine's loopback.
-pub struct LoopbackEdge {
+pub struct LoopbackIngress {
     ip: IpAddr,
     arrivals: mpsc::Sender<Arrival>,
     listeners: Mutex<HashMap<String, Listening>>,
@@ -42,7 +42,7 @@ struct Listening {
     accepting: JoinHandle<()>,
 }
 
-impl LoopbackEdge {
+impl LoopbackIngress {
     /// What connects waits until it is taken from the channel. Dropping the receiver ends the accepting.
     pub fn new(ip: IpAddr) -> (Arc<Self>, mpsc::Receiver<Arrival>) {
         let (arrivals, taken) = mpsc::channel(ARRIVALS_MAX);
@@ -70,7 +70,7 @@ fn candidates(label: &str) -> impl Iterator<Item = u16> {
 }
 
 #[async_trait]
-impl Edge for LoopbackEdge {
+impl Ingress for LoopbackIngress {
     async fn publish(&self, label: &str, port: u16) -> Result<Published, String> {
         let mut listeners = self.listeners.lock().await;
         let port = match listeners.get(label) {
@@ -116,7 +116,7 @@ async fn accept(listener: TcpListener, label: Arc<str>, arrivals: mpsc::Sender<A
 
 /// Gives every preview a host name below a domain; the server's own listener takes the connections.
 #[derive(Debug)]
-pub struct DomainEdge {
+pub struct DomainIngress {
     domain: String,
     /// `http` or `https`.
     scheme: &'static str,
@@ -124,7 +124,7 @@ pub struct DomainEdge {
     port: String,
 }
 
-impl DomainEdge {
+impl DomainIngress {
     pub fn new(domain: &str, secure: bool, port: u16) -> Self {
         let (scheme, usual) = if secure { ("https", 443) } else { ("http", 80) };
         let port = if port == usual { String::new() } else { format!(":{port}") };
@@ -133,7 +133,7 @@ impl DomainEdge {
 }
 
 #[async_trait]
-impl Edge for DomainEdge {
+impl Ingress for DomainIngress {
     async fn publish(&self, label: &str, _: u16) -> Result<Published, String> {
         let Self { domain, scheme, port } = self;
         Ok(Published { url: format!("{scheme}://{label}.{domain}{port}"), port: 0 })

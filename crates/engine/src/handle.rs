@@ -5,15 +5,66 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{SessionId, WorkspaceId};
+use nagaya_api::ids::{DiskImageId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use crate::actor::{Job, Message, Reply};
-use crate::model::{Machine, Session, SessionState, UnixMs};
-use crate::ports::Guest;
+use crate::model::{Attachment, Egress, Execution, Machine, Session, SessionState, UnixMs};
+use crate::ports::{Clock, Guest};
+use crate::requests::{NewExecution, NewMount, SessionUpdate};
+
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+/// What callers may ask of the task at any time.
+pub(crate) enum Message {
+    Update { update: SessionUpdate, reply: Reply<Session> },
+    Extend { additional_ms: u64, reply: Reply<Session> },
+    Terminate { reply: Reply<Session> },
+    Execute { new: NewExecution, reply: Reply<Started> },
+}
+
+/// What callers may ask of the task that needs the driver.
+pub(crate) enum Job {
+    Pause {
+        reply: Reply<Session>,
+    },
+    Resume {
+        reply: Reply<Session>,
+    },
+    /// Resume it for a visitor, if visitors may wake it.
+    Wake {
+        reply: Reply<Session>,
+    },
+    /// Copy the disk; where a pause is named only while that lasts. The answer is how long the source stood still.
+    Copy {
+        images: Vec<DiskImageId>,
+        pause: Option<SnapshotId>,
+        reply: Reply<u64>,
+    },
+    Attach {
+        mount: NewMount,
+        reply: Reply<Attachment>,
+    },
+    Detach {
+        volume_id: VolumeId,
+        force: bool,
+        reply: Reply<()>,
+    },
+    /// Name the only destinations that the sandbox reaches, or lift that.
+    Restrict {
+        egress: Option<Egress>,
+        reply: Reply<Session>,
+    },
+}
+
+/// What the caller of an execution gets once the command runs.
+pub(crate) struct Started {
+    /// As it was when it started.
+    pub(crate) execution: Execution,
+    pub(crate) published: watch::Receiver<Execution>,
+}
 
 /// A live session as seen from outside its task.
-pub(crate) struct Live {
+pub(crate) struct SessionHandle {
     pub(crate) id: SessionId,
     pub(crate) workspace_id: WorkspaceId,
     pub(crate) mailbox: mpsc::Sender<Message>,
@@ -65,7 +116,7 @@ impl Activity {
     }
 }
 
-impl Live {
+impl SessionHandle {
     /// The record with its activity up to date.
     pub(crate) fn session(&self, now: UnixMs) -> Session {
         let mut session = self.published.borrow().clone();
@@ -150,13 +201,32 @@ impl Live {
     }
 }
 
+/// Counts as use of the session while it lives.
+pub(crate) struct InUse {
+    pub(crate) live: Arc<SessionHandle>,
+    clock: Arc<dyn Clock>,
+}
+
+impl InUse {
+    pub(crate) fn new(live: Arc<SessionHandle>, clock: Arc<dyn Clock>) -> Self {
+        live.enter(clock.now());
+        Self { live, clock }
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.live.leave(self.clock.now());
+    }
+}
+
 /// All live sessions of the server, and the quotas they count against.
 #[derive(Default)]
 pub(crate) struct Registry(Mutex<Table>);
 
 #[derive(Default)]
 struct Table {
-    live: BTreeMap<SessionId, Arc<Live>>,
+    live: BTreeMap<SessionId, Arc<SessionHandle>>,
     total: u32,
     used: BTreeMap<WorkspaceId, Used>,
 }
@@ -196,11 +266,11 @@ impl Registry {
         action(&mut self.0.lock().expect("no holder of this lock panics"))
     }
 
-    pub(crate) fn get(&self, id: SessionId) -> Option<Arc<Live>> {
+    pub(crate) fn get(&self, id: SessionId) -> Option<Arc<SessionHandle>> {
         self.with(|table| table.live.get(&id).cloned())
     }
 
-    pub(crate) fn insert(&self, live: Arc<Live>) {
+    pub(crate) fn insert(&self, live: Arc<SessionHandle>) {
         self.with(|table| table.live.insert(live.id, live));
     }
 
@@ -208,7 +278,7 @@ impl Registry {
         self.with(|table| table.live.remove(&id));
     }
 
-    pub(crate) fn all(&self) -> Vec<Arc<Live>> {
+    pub(crate) fn all(&self) -> Vec<Arc<SessionHandle>> {
         self.with(|table| table.live.values().cloned().collect())
     }
 

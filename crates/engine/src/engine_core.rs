@@ -3,40 +3,39 @@
 use std::fmt::Display;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{SessionId, WorkspaceId};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, oneshot};
 
 use crate::access::{Access, Caller};
-use crate::actor::store_error;
+use crate::backoff::Backoff;
 use crate::config::EngineConfig;
-use crate::deadlines::{Deadlines, Sleeper};
-use crate::events::Fact;
-use crate::live::{Exit, Live, Registry, Slot};
-use crate::model::{Machine, Session, SessionState};
-use crate::ports::{Blobs, Change, Clock, Driver, DriverEvent, Edge, Entropy, Store};
-use crate::previews::Previews;
+use crate::deadlines::Deadlines;
+use crate::errors::store_error;
+use crate::handle::{Registry, SessionHandle, Slot};
+use crate::model::{Machine, Session};
+use crate::ports::{Blobs, Change, Clock, Driver, Entropy, Ingress, Store};
+use crate::preview_table::Previews;
 use crate::session::{Request, check};
-use crate::snapshots::Library;
+use crate::snapshot_locks::SnapshotLocks;
 use crate::tasks::{Running, Tasks};
-use crate::volumes::Volumes;
+use crate::volume_table::Volumes;
 
 /// Setting in which the store keeps the key that signs session certificates.
 const CERTIFICATE_KEY: &str = "session_certificate_key";
 
-pub(crate) struct Inner {
+pub(crate) struct EngineCore {
     pub(crate) config: EngineConfig,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) driver: Arc<dyn Driver>,
     pub(crate) blobs: Arc<dyn Blobs>,
-    pub(crate) edge: Arc<dyn Edge>,
+    pub(crate) ingress: Arc<dyn Ingress>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) entropy: Arc<dyn Entropy>,
     pub(crate) access: Access,
     pub(crate) registry: Arc<Registry>,
-    pub(crate) library: Library,
+    pub(crate) snapshots: SnapshotLocks,
     pub(crate) volumes: Volumes,
     pub(crate) previews: Previews,
     pub(crate) deadlines: Deadlines,
@@ -47,11 +46,23 @@ pub(crate) struct Inner {
 /// A session the caller may see.
 #[allow(clippy::large_enum_variant)] // it lives for one look
 pub(crate) enum Found {
-    Live(Arc<Live>),
+    Live(Arc<SessionHandle>),
     Ended(Session),
 }
 
-impl Inner {
+/// The engine. Clones share it.
+#[derive(Clone)]
+pub struct Engine(pub(crate) Arc<EngineCore>);
+
+impl EngineCore {
+    pub(crate) fn backoff(&self) -> Backoff {
+        Backoff::new(&self.config)
+    }
+
+    pub(crate) async fn write(&self, changes: Vec<Change>) -> Result<(), Error> {
+        self.store.commit(changes).await.map_err(store_error)
+    }
+
     pub(crate) fn random<const N: usize>(&self) -> [u8; N] {
         let mut bytes = [0; N];
         self.entropy.fill(&mut bytes);
@@ -72,7 +83,12 @@ impl Inner {
     }
 
     /// A session that has not ended, for a request that an ended one refuses.
-    pub(crate) async fn find_live(&self, caller: &Caller, id: SessionId, request: Request) -> Result<Arc<Live>, Error> {
+    pub(crate) async fn find_live(
+        &self,
+        caller: &Caller,
+        id: SessionId,
+        request: Request,
+    ) -> Result<Arc<SessionHandle>, Error> {
         match self.find(caller, id).await? {
             Found::Live(live) => {
                 check(live.state(), request)?;
@@ -97,11 +113,11 @@ impl Inner {
         self.access.settings(workspace_id).pause_retention_ms.or(self.config.pause_retention_default_ms)
     }
 
-    /// Refuses one more sticky session where the workspace has a limit. For callers who hold the library's lock, so
+    /// Refuses one more sticky session where the workspace has a limit. For callers who hold the snapshots' lock, so
     /// that nobody else makes one meanwhile.
     pub(crate) fn check_sticky(&self, workspace_id: WorkspaceId, but: Option<SessionId>) -> Result<(), Error> {
         let Some(max) = self.access.settings(workspace_id).sticky_sessions_max else { return Ok(()) };
-        let counts = |live: &Arc<Live>| {
+        let counts = |live: &Arc<SessionHandle>| {
             let session = live.published.borrow();
             live.workspace_id == workspace_id && Some(live.id) != but && session.sticky && !session.state.is_terminal()
         };
@@ -159,71 +175,6 @@ impl Inner {
             () = self.tasks.stopping() => false,
             () = wake => true,
         }
-    }
-
-    /// Passes on what the driver tells.
-    pub(crate) fn spawn_events(
-        self: &Arc<Self>,
-        mut events: mpsc::UnboundedReceiver<DriverEvent>,
-    ) -> Result<(), Error> {
-        let (engine, running) = (self.clone(), self.tasks.enter()?);
-        tokio::spawn(async move {
-            let _running = running;
-            loop {
-                let event = tokio::select! {
-                    biased;
-                    () = engine.tasks.stopping() => return,
-                    Some(event) = events.recv() => event,
-                };
-                match event {
-                    DriverEvent::Ended { id, powered_off, cause } => {
-                        if let Some(live) = engine.registry.get(id) {
-                            live.set_exit(Exit { cause, powered_off, host_restarted: false });
-                            live.alarm.notify_one();
-                        }
-                    }
-                    DriverEvent::MemoryLow => engine.park_longest_paused(),
-                    DriverEvent::Refused { id, request, limit } => {
-                        if engine.registry.get(id).is_some() {
-                            engine.record(id, Fact::Refused { request, limit }, None).await;
-                        }
-                    }
-                }
-            }
-        });
-        Ok(())
-    }
-
-    /// Asks for the memory of the session that has been paused for longest.
-    fn park_longest_paused(&self) {
-        let in_memory = |live: &Arc<Live>| {
-            let session = live.published.borrow();
-            let pause = session.pause.as_ref().filter(|pause| pause.in_memory && session.state == SessionState::Paused);
-            pause.map(|pause| (pause.paused_at, live.id)).filter(|_| !live.memory_low.load(Ordering::Acquire))
-        };
-        let longest = self.registry.all().into_iter().filter_map(|live| Some((in_memory(&live)?, live)));
-        if let Some((_, live)) = longest.min_by_key(|(since, _)| *since) {
-            live.memory_low.store(true, Ordering::Release);
-            live.alarm.notify_one();
-        }
-    }
-
-    pub(crate) fn spawn_timer(self: &Arc<Self>) -> Result<(), Error> {
-        let (engine, running) = (self.clone(), self.tasks.enter()?);
-        tokio::spawn(async move {
-            let _running = running;
-            let wake = |sleeper| match sleeper {
-                Sleeper::Session(id) => {
-                    if let Some(live) = engine.registry.get(id) {
-                        live.alarm.notify_one();
-                    }
-                }
-                Sleeper::Snapshot(id) => engine.expire_snapshot(id),
-                Sleeper::Preview(id) => engine.expire_preview(id),
-            };
-            engine.deadlines.run(&*engine.clock, &engine.tasks, wake).await;
-        });
-        Ok(())
     }
 }
 

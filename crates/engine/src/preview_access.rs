@@ -5,14 +5,15 @@ use std::sync::Arc;
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::SessionId;
 
-use crate::access::Access;
-use crate::calls::{OpenPreview, PreviewTarget, PreviewVisit};
+use crate::access::{Access, Caller};
 use crate::deadlines::Sleeper;
-use crate::inner::Inner;
+use crate::engine_core::{Engine, EngineCore};
 use crate::model::{Binding, Preview, PreviewKind, PreviewState, SessionState, UnixMs};
+use crate::open::PreviewConnection;
 use crate::ports::Change;
 use crate::previews::is_over;
-use crate::{Caller, Engine, validate};
+use crate::requests::{OpenPreview, PreviewTarget};
+use crate::validate;
 
 /// Visits are written down when the last one that was is older than this, or than a quarter of what keeps a private
 /// preview open.
@@ -31,7 +32,7 @@ impl Engine {
     /// - `session_not_running`: it is on its way from one state to another, and that takes too long;
     /// - what a resume is refused with: `quota_exceeded`, `capacity_unavailable`, `resume_failed`;
     /// - `guest_unreachable`, `draining`.
-    pub async fn enter_preview(&self, label: &str, viewer_token: Option<&str>) -> Result<PreviewVisit, Error> {
+    pub async fn enter_preview(&self, label: &str, viewer_token: Option<&str>) -> Result<PreviewConnection, Error> {
         let inner = &self.0;
         inner.tasks.check()?;
         let now = inner.clock.now();
@@ -54,7 +55,7 @@ impl Engine {
         let (activity, guest) = inner.reach(&live).await.map_err(|error| asleep(error, live.state()))?;
         inner.note_visit(&preview, open_until, now);
         let Binding { session_id, port } = binding;
-        Ok(PreviewVisit { preview_id: preview.id, session_id, port, guest, _activity: activity })
+        Ok(PreviewConnection { preview_id: preview.id, session_id, port, guest, _activity: activity })
     }
 
     /// Opens a private preview of a port for whoever gets the token. Without `expires_at` it stays open while it is
@@ -121,7 +122,7 @@ fn asleep(error: Error, state: SessionState) -> Error {
     }
 }
 
-impl Inner {
+impl EngineCore {
     /// When a private preview closes that nobody looks at from now on.
     fn idle_end(&self, token_ends_at: UnixMs, now: UnixMs) -> UnixMs {
         now.saturating_add(self.config.private_preview_ttl_ms).min(token_ends_at)

@@ -4,13 +4,13 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 
 use super::Faults;
-use crate::ports::{Edge, Published};
+use crate::ports::{Ingress, Published};
 
 /// The first port that is given away.
 const FIRST_PORT: u16 = 40_000;
 
-/// An edge that only remembers what is published. That goes with the process that asked for it.
-pub struct FakeEdge {
+/// An ingress that only remembers what is published. That goes with the process that asked for it.
+pub struct FakeIngress {
     faults: Arc<Faults>,
     state: Mutex<State>,
 }
@@ -33,7 +33,7 @@ impl State {
     }
 }
 
-impl FakeEdge {
+impl FakeIngress {
     pub(super) fn new(faults: Arc<Faults>) -> Self {
         Self { faults, state: Mutex::default() }
     }
@@ -86,7 +86,7 @@ impl FakeEdge {
 }
 
 #[async_trait]
-impl Edge for FakeEdge {
+impl Ingress for FakeIngress {
     async fn publish(&self, label: &str, port: u16) -> Result<Published, String> {
         if self.faults.effect().await {
             return Err("publishing failed, as this test asked for".to_owned());

@@ -1,11 +1,16 @@
 //! The records of the domain, as the store keeps them.
 
+mod event;
+
 use std::collections::BTreeMap;
 
 use nagaya_api::ids::{
-    AttachmentId, ExecutionId, ImageId, KeyId, PreviewId, SessionId, SnapshotId, VolumeId, WorkspaceId,
+    AttachmentId, DiskImageId, ExecutionId, KeyId, PreviewId, SessionId, SnapshotId, VolumeId, WorkspaceId,
 };
 use serde::{Deserialize, Serialize};
+
+pub use event::{DiskSource, EndReason, Event, EventKind, PauseReason, RestoreMode};
+pub(crate) use event::{MAX_DURATION_REACHED, PAUSE_RETENTION_EXPIRED};
 
 /// Milliseconds since the Unix epoch.
 pub type UnixMs = u64;
@@ -172,7 +177,7 @@ pub struct Session {
     /// The snapshot it was made from.
     pub source_snapshot_id: Option<SnapshotId>,
     /// The disk image it is made from, while it is CREATING: a fork's, or what its snapshot is restored to.
-    pub source_image_id: Option<ImageId>,
+    pub source_image_id: Option<DiskImageId>,
     /// While it is PAUSING, PAUSED, RESUMING or USER_SHUTDOWN.
     pub pause: Option<Pause>,
     /// Why it is PAUSED although somebody wanted it to run; empty otherwise.
@@ -267,7 +272,7 @@ pub struct Snapshot {
     pub machine: Machine,
     pub env: BTreeMap<String, String>,
     /// The copy of the disk that its bytes are read from while it is CREATING.
-    pub image_id: ImageId,
+    pub image_id: DiskImageId,
     /// The disk had been copied: after a crash the rest can be done from the copy.
     pub copied: bool,
     /// How long writes to the source's disk stood still, microseconds.
@@ -345,8 +350,9 @@ pub struct Preview {
     pub binding: Option<Binding>,
     /// When the binding ends, and with it what is not named; `None` is with the session.
     pub expires_at: Option<UnixMs>,
-    /// The port that the edge has given it, kept so that its URL stays the same; 0 for none.
-    pub edge_port: u16,
+    /// The port that the ingress has given it, kept so that its URL stays the same; 0 for none.
+    #[serde(alias = "edge_port")]
+    pub ingress_port: u16,
     pub created_at: UnixMs,
     pub updated_at: UnixMs,
     /// The last visit, to the minute.

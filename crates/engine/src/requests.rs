@@ -1,14 +1,10 @@
-//! What callers hand to the engine, and what they get back.
+//! What callers hand to the engine, and the plain data that they get back.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use nagaya_api::ids::{PreviewId, SessionId, SnapshotId, VolumeId, WorkspaceId};
+use nagaya_api::ids::{SessionId, SnapshotId, VolumeId, WorkspaceId};
 
-use crate::events::CommandLog;
-use crate::live::Live;
 use crate::model::{Binding, Egress, Preview, SessionState, UnixMs};
-use crate::ports::{Clock, Guest};
 
 /// A session to create. Absent values are those of the snapshot, else the contract's defaults.
 #[derive(Debug, Clone, Default)]
@@ -215,7 +211,7 @@ pub struct ListPreviews {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PreviewUrl {
     pub preview: Preview,
-    /// Without a slash at its end. Empty while the edge cannot make it reachable, which it keeps trying.
+    /// Without a slash at its end. Empty while the ingress cannot make it reachable, which it keeps trying.
     pub url: String,
 }
 
@@ -238,18 +234,6 @@ pub struct PreviewTarget {
     pub is_offline: bool,
 }
 
-/// Somebody who looks at a preview. While it lives the session is in use.
-pub struct PreviewVisit {
-    pub preview_id: PreviewId,
-    /// Where the preview led when the visit began. A visit goes on there to its end, whatever becomes of the preview.
-    pub session_id: SessionId,
-    /// Of the sandbox's own loopback.
-    pub port: u16,
-    /// Another one after every start of the sandbox: connections to an earlier one are dead.
-    pub guest: Arc<dyn Guest>,
-    pub(crate) _activity: InUse,
-}
-
 /// Opens the data plane of one session until it expires.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Certificate {
@@ -268,51 +252,4 @@ pub struct Usage {
     pub memory_mb: u64,
     /// GiB.
     pub disk_gb: u64,
-}
-
-/// A running sandbox, open for one call of the data plane. While it lives the session is in use.
-pub struct OpenSession {
-    pub guest: Arc<dyn Guest>,
-    /// The session's environment, to be laid under the command's own.
-    pub env: BTreeMap<String, String>,
-    /// Where commands that are started here get their ids, and their abnormal ends are recorded.
-    pub commands: CommandLog,
-    pub(crate) _activity: Option<InUse>,
-}
-
-impl OpenSession {
-    /// Completes when the session is not RUNNING any more, with the state it is in. Never completes while the engine
-    /// stops: the sandbox lives on.
-    pub fn stopped(&self) -> impl Future<Output = SessionState> + Send + 'static {
-        let published = self._activity.as_ref().map(|in_use| in_use.live.published.clone());
-        async move {
-            // One that ended while it was opened is not in use.
-            let Some(mut published) = published else { return SessionState::Terminated };
-            let state = published.wait_for(|session| session.state != SessionState::Running).await;
-            let state = state.ok().map(|session| session.state);
-            match state {
-                Some(state) => state,
-                None => std::future::pending().await,
-            }
-        }
-    }
-}
-
-/// Counts as use of the session while it lives.
-pub(crate) struct InUse {
-    live: Arc<Live>,
-    clock: Arc<dyn Clock>,
-}
-
-impl InUse {
-    pub(crate) fn new(live: Arc<Live>, clock: Arc<dyn Clock>) -> Self {
-        live.enter(clock.now());
-        Self { live, clock }
-    }
-}
-
-impl Drop for InUse {
-    fn drop(&mut self) {
-        self.live.leave(self.clock.now());
-    }
 }
