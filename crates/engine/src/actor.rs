@@ -25,9 +25,7 @@ use crate::deadlines::Sleeper;
 use crate::engine_core::EngineCore;
 use crate::executions::Executions;
 use crate::handle::{Activity, Exit, Job, Message, Reply, SessionHandle, Slot};
-use crate::model::{
-    DiskSource, EventKind, MAX_DURATION_REACHED, PAUSE_RETENTION_EXPIRED, Session, SessionState, UnixMs,
-};
+use crate::model::{DiskSource, EndReason, EventKind, Limit, Session, SessionState, UnixMs};
 use crate::ports::Change;
 use crate::session::{Request, Verdict, accept};
 use crate::tasks::Running;
@@ -93,11 +91,29 @@ pub(crate) struct Actor {
     _running: Running,
 }
 
+/// Why a session is to end.
+struct End {
+    reason: EndReason,
+    /// In words, unless it was asked for.
+    cause: String,
+    /// What was used up, where that kept it from being created.
+    exhausted: Option<Limit>,
+}
+
+impl End {
+    fn requested() -> Self {
+        Self { reason: EndReason::Requested, cause: String::new(), exhausted: None }
+    }
+
+    fn failed(cause: impl Into<String>) -> Self {
+        Self { reason: EndReason::Failed, cause: cause.into(), exhausted: None }
+    }
+}
+
 /// What follows a step of the task.
 enum Flow {
     Continue,
-    /// The session is to end, for this reason; empty when it was asked to.
-    End(String),
+    End(End),
     /// The engine stops; the sandbox stays.
     Stop,
 }
@@ -160,7 +176,7 @@ impl Actor {
         loop {
             flow = match flow {
                 Flow::Continue => self.step().await,
-                Flow::End(cause) => self.end(cause).await,
+                Flow::End(end) => self.end(end).await,
                 Flow::Stop => break,
             };
         }
@@ -209,8 +225,9 @@ impl Actor {
     /// What a record from before the start asks for.
     fn recover(&mut self) -> Flow {
         match self.session.state {
-            SessionState::Creating => Flow::End("the server stopped while the sandbox was being created".to_owned()),
-            SessionState::Terminating | SessionState::Terminated => Flow::End(String::new()),
+            SessionState::Creating => Flow::End(End::failed("the server stopped while the sandbox was being created")),
+            // Its record has the reason already.
+            SessionState::Terminating | SessionState::Terminated => Flow::End(End::requested()),
             state => {
                 if state == SessionState::Pausing {
                     // Never stored by this engine; a pause that was not recorded as done did not happen.
@@ -293,11 +310,19 @@ impl Actor {
         let is_due = |at: Option<UnixMs>| at.is_some_and(|at| at <= now);
         let state = self.state();
         if is_due(self.session.timeout_at) && accept(state, Request::Expire) == Verdict::Do {
-            return Flow::End(MAX_DURATION_REACHED.to_owned());
+            return Flow::End(End {
+                reason: EndReason::MaxDuration,
+                cause: "maximum duration reached".to_owned(),
+                exhausted: None,
+            });
         }
         let expires_at = self.session.pause.as_ref().and_then(|pause| pause.expires_at);
         if is_due(expires_at) && accept(state, Request::RetentionExpired) == Verdict::Do {
-            return Flow::End(PAUSE_RETENTION_EXPIRED.to_owned());
+            return Flow::End(End {
+                reason: EndReason::PauseRetention,
+                cause: "pause retention expired".to_owned(),
+                exhausted: None,
+            });
         }
         if self.work.is_none() && self.retry_at.is_none_or(|at| at <= now) {
             self.retry_at = None;

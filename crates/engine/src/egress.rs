@@ -35,7 +35,7 @@ pub(crate) fn egress_error(error: DriverError) -> Error {
     match error {
         DriverError::Gone => Code::GuestUnreachable.into(),
         DriverError::Refused(reason) => Error::new(Code::InvalidArgument, reason),
-        DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit),
+        DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit.name()),
         error => Error::new(Code::Internal, format!("the rules of the sandbox's network: {error}")),
     }
 }

@@ -14,7 +14,7 @@ use crate::access::Caller;
 use crate::engine_core::{Engine, EngineCore, Found};
 use crate::errors::store_error;
 use crate::model::{Event, EventKind};
-use crate::ports::{Change, ExitStatus, GuestError};
+use crate::ports::{Change, ExitReason, ExitStatus, GuestError};
 use crate::query;
 
 /// Characters of a program's name that are recorded.
@@ -26,7 +26,7 @@ const PAGE: u32 = 100;
 fn of_exit(program: &str, status: &ExitStatus, memory_mb: u32) -> Option<EventKind> {
     let program = program_name(program);
     let failed = status.code != 0 || !status.signal.is_empty();
-    if status.reason.starts_with("session_terminated") {
+    if status.reason == ExitReason::SessionEnded {
         // The session's own events say what happened.
         None
     } else if failed && status.memory_kills > 0 {
@@ -234,7 +234,7 @@ mod tests {
     fn only_abnormal_ends_of_commands_are_facts() {
         let of = |status: &ExitStatus| of_exit("/bin/prog", status, 256);
         let program = || "prog".to_owned();
-        let exit = |code| ExitStatus { code, reason: "exit".into(), ..ExitStatus::default() };
+        let exit = |code| ExitStatus { code, ..ExitStatus::default() };
         assert_eq!((of(&exit(0)), of(&exit(1)), of(&exit(127))), (None, None, None));
         assert_eq!(of(&ExitStatus { memory_kills: 1, ..exit(0) }), None, "it coped");
         let killed = ExitStatus { signal: "SIGKILL".into(), ..exit(-1) };
@@ -244,7 +244,7 @@ mod tests {
         assert_eq!(of(&ExitStatus { memory_kills: 2, ..exit(137) }), memory, "a process below it was killed");
         let late = ExitStatus { timed_out: true, duration_ms: 1_005, ..killed.clone() };
         assert_eq!(of(&late), Some(EventKind::CommandTimedOut { program: program(), after_ms: 1_005 }));
-        let ended = ExitStatus { reason: "session_terminated:paused".into(), ..killed };
+        let ended = ExitStatus { reason: ExitReason::SessionEnded, ..killed };
         assert_eq!(of(&ended), None, "the session's own events tell");
     }
 }

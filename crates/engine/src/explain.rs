@@ -2,13 +2,16 @@
 //!
 //! [`findings`] is pure; every rule of it has a case in the tests.
 
-use nagaya_api::error::{Code, Error};
+use nagaya_api::error::Error;
 use nagaya_api::ids::SessionId;
 
 use crate::access::Caller;
 use crate::engine_core::{Engine, EngineCore, Found};
 use crate::errors::store_error;
-use crate::model::{CONNECTIONS_USED_UP, Connection, EndReason, Event, EventKind, Session, SessionState, UnixMs};
+use crate::model::{
+    CONNECTIONS_USED_UP, Connection, DiskOnlyReason, EndReason, Event, EventKind, Limit, Resource, Session,
+    SessionState, UnixMs,
+};
 use crate::ports::ResourceUsage;
 
 /// A creation that takes longer than this is worth a word.
@@ -133,12 +136,12 @@ impl EngineCore {
 fn findings(session: &Session, events: &[Event], now: &Now, at: UnixMs) -> Vec<Finding> {
     let mut found: Vec<Finding> = of_state(session, at).into_iter().collect();
     if let Some(pause) = session.pause.as_ref().filter(|pause| !pause.in_memory) {
-        let why = match pause.disk_reason.as_str() {
-            "memory_time_limit" => "it was paused for longer than pause_in_memory_max_ms",
-            "memory_pressure" => "the host was short of memory",
-            "host_restarted" => "the host was restarted",
-            "powered_off" => "it powered itself off",
-            _ => "its processes ended",
+        let why = match pause.disk_reason {
+            Some(DiskOnlyReason::MemoryTimeLimit) => "it was paused for longer than pause_in_memory_max_ms",
+            Some(DiskOnlyReason::MemoryPressure) => "the host was short of memory",
+            Some(DiskOnlyReason::HostRestarted) => "the host was restarted",
+            Some(DiskOnlyReason::PoweredOff) => "it powered itself off",
+            Some(DiskOnlyReason::SandboxEnded) | None => "its processes ended",
         };
         found.push(finding(FindingCode::MemoryReleased, why, None));
     }
@@ -179,18 +182,18 @@ fn of_state(session: &Session, now: UnixMs) -> Option<Finding> {
         }
         SessionState::Terminating | SessionState::Terminated => {
             let (cause, at) = (session.terminal_error.clone(), session.terminated_at);
-            match EndReason::of(&cause) {
+            match session.end_reason.unwrap_or(EndReason::Failed) {
                 EndReason::Requested => finding(EndedByRequest, format!("it lived for {}", lived(at)), at),
                 EndReason::MaxDuration => finding(EndedAtMaxDuration, format!("it lived for {}", lived(at)), at),
                 EndReason::PauseRetention => finding(EndedAtPauseRetention, cause, at),
-                EndReason::Failed if session.ready_at.is_none() => not_created(&cause, at),
+                EndReason::Failed if session.ready_at.is_none() => not_created(session.exhausted, &cause, at),
                 EndReason::Failed => finding(EndedByFailure, cause, at),
             }
         }
         SessionState::UserShutdown => finding(PoweredOff, "its disk is kept", paused_at),
         SessionState::Paused => {
             let ended = session.pause.as_ref().is_some_and(|pause| {
-                !pause.in_memory && matches!(pause.disk_reason.as_str(), "sandbox_ended" | "host_restarted")
+                matches!(pause.disk_reason, Some(DiskOnlyReason::SandboxEnded | DiskOnlyReason::HostRestarted))
             });
             match (&session.pause, session.last_resume_error.as_str()) {
                 (_, cause) if !cause.is_empty() && ended => finding(PausedByFailure, cause, paused_at),
@@ -210,22 +213,15 @@ fn of_state(session: &Session, now: UnixMs) -> Option<Finding> {
 }
 
 /// Why a session never ran: for want of something that the host has only so much of, or otherwise.
-fn not_created(cause: &str, at: Option<UnixMs>) -> Finding {
-    match cause.strip_prefix(Code::CapacityUnavailable.text()) {
-        Some(limit) => {
-            let limit = limit.trim_start_matches([':', ' ']);
-            let lacks = match limit {
-                _ if limit.contains("memory") => "memory is short on the host",
-                _ if limit.contains("disk") => "disk space is short on the host",
-                _ if limit.contains("slots") || limit.contains("sessions") => {
-                    "the host has as many sandboxes as it may"
-                }
-                _ => "the host has no more of it",
-            };
-            finding(FindingCode::NoCapacity, format!("{lacks} ({limit})"), at)
-        }
-        None => finding(FindingCode::CreationFailed, cause, at),
-    }
+fn not_created(exhausted: Option<Limit>, cause: &str, at: Option<UnixMs>) -> Finding {
+    let Some(limit) = exhausted else { return finding(FindingCode::CreationFailed, cause, at) };
+    let lacks = match limit.resource() {
+        Resource::Memory => "memory is short on the host",
+        Resource::Disk => "disk space is short on the host",
+        Resource::Sandboxes => "the host has as many sandboxes as it may",
+        Resource::Other => "the host has no more of it",
+    };
+    finding(FindingCode::NoCapacity, format!("{lacks} ({limit})"), at)
 }
 
 /// What happened: of each kind the last one, and how often.

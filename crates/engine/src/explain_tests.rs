@@ -28,7 +28,9 @@ fn session(state: SessionState) -> Session {
         terminated_at: None,
         timeout_at: None,
         last_activity_at: NOW,
+        end_reason: None,
         terminal_error: String::new(),
+        exhausted: None,
         driver: "fake".into(),
         source_snapshot_id: None,
         source_image_id: None,
@@ -38,22 +40,22 @@ fn session(state: SessionState) -> Session {
     }
 }
 
-fn paused(state: SessionState, disk_reason: &str, idle: bool, error: &str) -> Session {
+fn paused(state: SessionState, disk_reason: Option<DiskOnlyReason>, idle: bool, error: &str) -> Session {
     let pause = Pause {
         paused_at: NOW - 1_000,
         expires_at: None,
         snapshot_id: SnapshotId::new(1, [1; 10]),
-        in_memory: disk_reason.is_empty(),
-        disk_reason: disk_reason.into(),
+        in_memory: disk_reason.is_none(),
+        disk_reason,
         idle,
     };
     Session { pause: Some(pause), last_resume_error: error.into(), ..session(state) }
 }
 
-fn ended(cause: &str, ready: bool) -> Session {
+fn ended(reason: EndReason, cause: &str, ready: bool) -> Session {
     let before = session(SessionState::Terminated);
     let ready_at = before.ready_at.filter(|_| ready);
-    Session { terminal_error: cause.into(), terminated_at: Some(NOW), ready_at, ..before }
+    Session { end_reason: Some(reason), terminal_error: cause.into(), terminated_at: Some(NOW), ready_at, ..before }
 }
 
 fn event(sequence: u64, fact: EventKind) -> Event {
@@ -96,38 +98,52 @@ fn every_state_is_explained() {
         (session(SessionState::Running), one("healthy", "the session is RUNNING")),
         (Session { created_at: NOW - 9_999, ..waiting.clone() }, one("healthy", "the session is CREATING")),
         (waiting, one("creation_slow", "asked for 12 s ago")),
-        (ended("", true), one("ended_by_request", "it lived for 60 s")),
-        (ended("maximum duration reached", true), one("ended_at_max_duration", "it lived for 60 s")),
-        (ended("pause retention expired", true), one("ended_at_pause_retention", "pause retention expired")),
-        (ended("the sandbox's disk is gone", true), one("ended_by_failure", "the sandbox's disk is gone")),
-        (ended("out of luck", false), one("creation_failed", "out of luck")),
-        (paused(SessionState::Paused, "", false, ""), one("paused_by_request", "it was asked to pause")),
-        (paused(SessionState::Paused, "", true, ""), one("paused_idle", "its idle timeout is 5 minutes")),
-        (paused(SessionState::Paused, "", false, "no thaw"), one("resume_failed", "no thaw")),
+        (ended(EndReason::Requested, "", true), one("ended_by_request", "it lived for 60 s")),
+        (
+            ended(EndReason::MaxDuration, "maximum duration reached", true),
+            one("ended_at_max_duration", "it lived for 60 s"),
+        ),
+        (
+            ended(EndReason::PauseRetention, "pause retention expired", true),
+            one("ended_at_pause_retention", "pause retention expired"),
+        ),
+        (
+            ended(EndReason::Failed, "the sandbox's disk is gone", true),
+            one("ended_by_failure", "the sandbox's disk is gone"),
+        ),
+        (ended(EndReason::Failed, "out of luck", false), one("creation_failed", "out of luck")),
+        (paused(SessionState::Paused, None, false, ""), one("paused_by_request", "it was asked to pause")),
+        (paused(SessionState::Paused, None, true, ""), one("paused_idle", "its idle timeout is 5 minutes")),
+        (paused(SessionState::Paused, None, false, "no thaw"), one("resume_failed", "no thaw")),
     ];
     for (session, expected) in cases {
         assert_eq!(of_session(&session), expected, "{}", session.state.name());
     }
-    let died = of_session(&paused(SessionState::Paused, "sandbox_ended", false, "its first process was killed"));
+    let died = of_session(&paused(
+        SessionState::Paused,
+        Some(DiskOnlyReason::SandboxEnded),
+        false,
+        "its first process was killed",
+    ));
     assert_eq!(died[0], ("paused_by_failure", "its first process was killed".into()));
     assert_eq!(died[1], ("memory_released", "its processes ended".into()));
-    let off = of_session(&paused(SessionState::UserShutdown, "powered_off", false, ""));
+    let off = of_session(&paused(SessionState::UserShutdown, Some(DiskOnlyReason::PoweredOff), false, ""));
     assert_eq!(off.iter().map(|(code, _)| *code).collect::<Vec<_>>(), ["powered_off", "memory_released"]);
-    let parked = of_session(&paused(SessionState::Paused, "memory_pressure", false, ""));
+    let parked = of_session(&paused(SessionState::Paused, Some(DiskOnlyReason::MemoryPressure), false, ""));
     assert_eq!(parked[1], ("memory_released", "the host was short of memory".into()));
 }
 
 #[test]
 fn what_the_host_lacked_is_named() {
     for (limit, lacks) in [
-        ("memory_available_mb_min", "memory is short on the host"),
-        ("disk_free_mb_min", "disk space is short on the host"),
-        ("space on the host's disk", "disk space is short on the host"),
-        ("slots_max", "the host has as many sandboxes as it may"),
-        ("open files of the server", "the host has no more of it"),
+        (Limit::MemoryAvailableMin, "memory is short on the host"),
+        (Limit::DiskFreeMin, "disk space is short on the host"),
+        (Limit::HostDisk, "disk space is short on the host"),
+        (Limit::Slots, "the host has as many sandboxes as it may"),
+        (Limit::ServerOpenFiles, "the host has no more of it"),
     ] {
-        let cause = Error::new(Code::CapacityUnavailable, limit).to_string();
-        assert_eq!(of_session(&ended(&cause, false)), one("no_capacity", &format!("{lacks} ({limit})")));
+        let session = Session { exhausted: Some(limit), ..ended(EndReason::Failed, "no capacity", false) };
+        assert_eq!(of_session(&session), one("no_capacity", &format!("{lacks} ({limit})")));
     }
 }
 

@@ -158,7 +158,7 @@ pub(crate) fn not_ready(snapshot: &Snapshot) -> Error {
 pub(crate) fn blob_error(error: BlobError) -> Error {
     match error {
         BlobError::Missing(_) | BlobError::Corrupt(_) => Error::new(Code::SnapshotDamaged, error.to_string()),
-        BlobError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit),
+        BlobError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit.name()),
         BlobError::Failed(reason) => Error::new(Code::SnapshotFailed, reason),
     }
 }

@@ -18,7 +18,7 @@ use crate::{query, validate};
 /// What the caller of a volume operation is told about the driver's refusal.
 fn volume_error(error: DriverError) -> Error {
     match error {
-        DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit),
+        DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit.name()),
         DriverError::Busy => Code::VolumeBusy.into(),
         DriverError::Refused(reason) => Error::new(Code::VolumeRefused, reason),
         error => Error::new(Code::VolumeFailed, error.to_string()),

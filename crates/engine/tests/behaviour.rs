@@ -7,7 +7,7 @@
 use nagaya_api::error::Code;
 use nagaya_api::ids::SessionId;
 use nagaya_engine::fake::{self, Fakes};
-use nagaya_engine::model::EventKind;
+use nagaya_engine::model::{EventKind, Limit};
 use nagaya_engine::model::{ExecutionStatus, Session, SessionState};
 use nagaya_engine::ports::{Clock, Command, DriverError, Entropy, ExitStatus, ProcessEvent, Store};
 use nagaya_engine::{Caller, Engine, EngineConfig, ListSessions, NewExecution, NewSession, SessionUpdate};
@@ -120,11 +120,11 @@ async fn bad_input_creates_nothing() {
 #[tokio::test(start_paused = true)]
 async fn a_driver_out_of_something_says_so_in_the_sessions_end() {
     let (engine, caller, fakes) = world().await;
-    fakes.driver.refuse_next(DriverError::Exhausted("disks_max".into()));
+    fakes.driver.refuse_next(DriverError::Exhausted(Limit::DiskFreeMin));
     let created = engine.create_session(&caller, NewSession::default()).await.unwrap();
     let ended = settled(&engine, &caller, created.id).await;
     assert_eq!(ended.state, SessionState::Terminated);
-    assert_eq!(ended.terminal_error, "no capacity left on this server: disks_max");
+    assert_eq!(ended.terminal_error, "no capacity left on this server: disk_free_mb_min");
     fakes.driver.refuse_next(DriverError::Failed("mount refused".into()));
     let created = engine.create_session(&caller, NewSession::default()).await.unwrap();
     let ended = settled(&engine, &caller, created.id).await;
@@ -441,7 +441,7 @@ async fn sessions_and_their_commands_outlive_the_engine() {
     let stopped = engine.session(&caller, gone).await.unwrap();
     assert_eq!(stopped.last_resume_error, "the sandbox was no longer running when the server started again");
     assert!(engine.open(&certificate.text, id).await.is_ok(), "certificates stay good over a restart");
-    let status = ExitStatus { code: 0, reason: "exit".into(), ..ExitStatus::default() };
+    let status = ExitStatus::default();
     fakes.driver.guest(id).unwrap().finish(execution.id, status);
     idle().await;
     let finished = engine.execution(&caller, id, execution.id).await.unwrap();

@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use nagaya_engine::model::Limit;
 use nagaya_engine::ports::{BlobError, StoredImage};
 use rustix::fs::{SeekFrom, copy_file_range, seek};
 use rustix::io::Errno;
@@ -24,7 +25,7 @@ pub(crate) fn cut(directory: &Directory, image: &Path) -> Result<StoredImage, Bl
     let image = File::open(image).map_err(|error| failed("open the image", &error))?;
     let image_size = image.metadata().map_err(|error| failed("read the image", &error))?.len();
     if image_size > IMAGE_BYTES_MAX {
-        return Err(BlobError::Exhausted(format!("image_bytes_max, which is {IMAGE_BYTES_MAX}")));
+        return Err(BlobError::Exhausted(Limit::ImageBytes));
     }
     let candidates = find_data(&image, image_size).map_err(|error| failed("read the image", &error.into()))?;
     let worker = || Worker::new(directory, &image, image_size);

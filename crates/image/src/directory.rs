@@ -8,6 +8,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use nagaya_engine::model::Limit;
 use nagaya_engine::ports::BlobError;
 use rustix::fs::Advice;
 use rustix::io::Errno;
@@ -275,8 +276,8 @@ pub(crate) fn parse_manifest(digest: Digest, bytes: &[u8]) -> Result<Manifest, B
 
 pub(crate) fn failed(action: &str, error: &io::Error) -> BlobError {
     match error.raw_os_error().map(Errno::from_raw_os_error) {
-        Some(Errno::NOSPC | Errno::DQUOT) => BlobError::Exhausted("space on the host's disk".into()),
-        Some(Errno::MFILE | Errno::NFILE) => BlobError::Exhausted("open files of the server".into()),
+        Some(Errno::NOSPC | Errno::DQUOT) => BlobError::Exhausted(Limit::HostDisk),
+        Some(Errno::MFILE | Errno::NFILE) => BlobError::Exhausted(Limit::ServerOpenFiles),
         _ => BlobError::Failed(format!("{action}: {error}")),
     }
 }

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use nagaya_engine::model::Limit;
 use nagaya_engine::ports::{BlobError, Blobs};
 use nagaya_image::{BlobStore, Manifest};
 use proptest::prelude::*;
@@ -258,7 +259,7 @@ fn what_is_not_an_image_is_refused_and_nothing_is_left() {
         store.store(directory.path()).await.unwrap_err();
         File::create(path("huge")).unwrap().set_len((1 << 40) + 1).unwrap();
         let error = store.store(&path("huge")).await.unwrap_err();
-        assert!(matches!(&error, BlobError::Exhausted(limit) if limit.contains("image_bytes_max")), "{error}");
+        assert!(matches!(&error, BlobError::Exhausted(Limit::ImageBytes)), "{error}");
         File::create(path("largest")).unwrap().set_len(1 << 40).unwrap();
         let stored = store.store(&path("largest")).await.unwrap();
         store.restore(&stored.manifest, &path("restored")).await.unwrap();
@@ -490,7 +491,7 @@ fn a_full_disk_is_an_error_and_leaves_nothing_behind() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     let on_disk = |name: &str| disk.0.path().join(name);
-    let full = |error: BlobError| matches!(error, BlobError::Exhausted(what) if what == "space on the host's disk");
+    let full = |error: BlobError| matches!(error, BlobError::Exhausted(Limit::HostDisk));
     runtime().block_on(async {
         let store = BlobStore::open(&on_disk("blobs")).unwrap();
         image(&path("small"), CHUNK, &[(0, CHUNK)]);

@@ -14,6 +14,7 @@ const SCRIPTS: &[&str] = &[
     include_str!("../migrations/0003_previews.sql"),
     include_str!("../migrations/0004_egress.sql"),
     include_str!("../migrations/0005_events.sql"),
+    include_str!("../migrations/0006_end_reasons.sql"),
 ];
 
 const TABLE: &str = "CREATE TABLE IF NOT EXISTS schema_migrations (

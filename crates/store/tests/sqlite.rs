@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nagaya_engine::model::{
-    ApiKey, Machine, Preview, Session, SessionState, Snapshot, Volume, Workspace, WorkspaceSettings,
+    ApiKey, EndReason, Limit, Machine, Preview, Session, SessionState, Snapshot, Volume, Workspace, WorkspaceSettings,
 };
 use nagaya_engine::ports::{Change, SessionQuery, Store};
 use nagaya_store::SqliteStore;
@@ -134,6 +134,42 @@ fn database_of_schema_1(directory: &Path) {
 }
 
 #[test]
+fn sessions_that_ended_under_schema_1_have_the_reasons_that_their_words_tell() {
+    let directory = tempfile::tempdir().unwrap();
+    database_of_schema_1(directory.path());
+    let database = Connection::open(directory.path().join(FILE)).unwrap();
+    let cases = [
+        ("", true, EndReason::Requested, None),
+        ("maximum duration reached", true, EndReason::MaxDuration, None),
+        ("pause retention expired", true, EndReason::PauseRetention, None),
+        ("the sandbox's disk is gone", true, EndReason::Failed, None),
+        ("no capacity left on this server: slots_max", false, EndReason::Failed, Some(Limit::Slots)),
+        ("no capacity left on this server: space on the host's disk", false, EndReason::Failed, Some(Limit::HostDisk)),
+        ("no capacity left on this server: disks_max", false, EndReason::Failed, Some(Limit::Unknown)),
+    ];
+    let id = |index: usize| session(7, index as u32).id;
+    for (index, (words, ready, ..)) in cases.iter().enumerate() {
+        database
+            .execute(
+                "INSERT INTO sessions VALUES (?1, ?2, ?3, 'a', 6, 2, 4096, 5, 1, 0, '{}', '{}', '[]', '[]', 1, 30, NULL, 1, ?4,
+                     3, NULL, 5, ?5, 'namespace')",
+                (id(index).to_string(), session(7, 1).workspace_id.to_string(), key(1).to_string(), ready.then_some(2), words),
+            )
+            .unwrap();
+    }
+    drop(database);
+    let store = open(directory.path());
+    runtime().block_on(async {
+        for (index, (words, _, reason, exhausted)) in cases.into_iter().enumerate() {
+            let ended = store.session(id(index)).await.unwrap().unwrap();
+            assert_eq!((ended.end_reason, ended.exhausted), (Some(reason), exhausted), "{words}");
+        }
+        let running = store.session(session(1, SessionState::Running as u32).id).await.unwrap().unwrap();
+        assert_eq!((running.end_reason, running.exhausted), (None, None));
+    });
+}
+
+#[test]
 fn a_session_paused_under_schema_2_is_one_that_was_paused_by_request() {
     let directory = tempfile::tempdir().unwrap();
     database_of_schema_1(directory.path());
@@ -175,6 +211,9 @@ fn a_database_of_schema_1_keeps_every_row_and_can_be_used_on() {
         ready_at: Some(2),
         timeout_at: Some(4),
         last_activity_at: 5,
+        end_reason: state.is_terminal().then_some(EndReason::Requested),
+        terminal_error: String::new(),
+        exhausted: None,
         source_snapshot_id: None,
         source_image_id: None,
         pause: None,

@@ -430,6 +430,5 @@ fn refused_for_capacity(session: &Session) -> Option<Error> {
     if !session.state.is_terminal() || session.ready_at.is_some() {
         return None;
     }
-    let detail = session.terminal_error.strip_prefix(Code::CapacityUnavailable.text())?;
-    Some(Error::new(Code::CapacityUnavailable, detail.trim_start_matches(": ")))
+    session.exhausted.map(|limit| Error::new(Code::CapacityUnavailable, limit.name()))
 }

@@ -12,7 +12,7 @@ use nagaya_engine::model::{
     Attachment, AttachmentState, Durability, Execution, ExecutionStatus, Session, SessionState, Snapshot, SnapshotKind,
     SnapshotState, UnixMs, Volume, VolumeState,
 };
-use nagaya_engine::ports::{ExitStatus, GuestError, Signal};
+use nagaya_engine::ports::{ExitReason, ExitStatus, GuestError, Signal};
 
 use super::egress;
 
@@ -304,7 +304,10 @@ pub(super) fn exit(status: ExitStatus) -> wire::RunExit {
         signal: status.signal,
         timed_out: status.timed_out,
         duration_ms: status.duration_ms,
-        reason: status.reason,
+        reason: match status.reason {
+            ExitReason::SessionEnded => format!("{}:sandbox_ended", status.reason.name()),
+            reason => reason.name().to_owned(),
+        },
         errno: status.errno,
     }
 }

@@ -6,6 +6,7 @@ use buffa_types::google::protobuf::Duration as WireDuration;
 use connectrpc::ErrorCode;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_api::tenki::v1::{DataPlaneRouteStatus, SessionState};
+use nagaya_engine::model::Limit;
 use nagaya_engine::ports::DriverError;
 
 use crate::support::*;
@@ -143,7 +144,7 @@ async fn a_held_create_is_answered_before_its_deadline() {
 #[tokio::test]
 async fn a_creation_that_fails_tells_why() {
     let world = World::new().await;
-    world.fakes.driver.refuse_next(DriverError::Exhausted("network_slots_max".into()));
+    world.fakes.driver.refuse_next(DriverError::Exhausted(Limit::Slots));
     world.hold_creations.send_replace(true);
     let answer = world.control().create_session(create()).await.unwrap();
     assert_eq!(answer.session.state, SessionState::Creating);
@@ -165,11 +166,11 @@ async fn a_creation_that_fails_tells_why() {
 #[tokio::test]
 async fn a_server_without_room_refuses_a_creation_with_the_limits_name() {
     let world = World::new().await;
-    world.fakes.driver.refuse_next(DriverError::Exhausted("network_slots_max".into()));
+    world.fakes.driver.refuse_next(DriverError::Exhausted(Limit::Slots));
     let error = world.control().create_session(create()).await.unwrap_err();
     assert_eq!(error.code, connectrpc::ErrorCode::ResourceExhausted);
     let message = error.message.unwrap_or_default();
-    assert!(message.contains("capacity") && message.contains("network_slots_max"), "{message}");
+    assert!(message.contains("capacity") && message.contains("slots_max"), "{message}");
 }
 
 #[tokio::test]

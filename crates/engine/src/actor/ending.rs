@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use nagaya_api::error::{Code, Error};
 
 use super::work::Work;
-use super::{Actor, Flow};
+use super::{Actor, End, Flow};
 use crate::backoff::Backoff;
 use crate::deadlines::Sleeper;
 use crate::errors::store_error;
@@ -21,8 +21,8 @@ const FORGOTTEN_AT_ONCE: u32 = 4;
 
 impl Actor {
     /// Ends the session, whatever that takes: returns when it has ended, or when the engine stops.
-    pub(super) async fn end(&mut self, cause: String) -> Flow {
-        let mut unrecorded = (!self.session.state.is_terminal()).then(|| self.ending(cause));
+    pub(super) async fn end(&mut self, end: End) -> Flow {
+        let mut unrecorded = (!self.session.state.is_terminal()).then(|| self.ending(end));
         if let Some(session) = &unrecorded {
             match self.record_ending(session, true).await {
                 Some(true) => unrecorded = None,
@@ -55,10 +55,12 @@ impl Actor {
     }
 
     /// The record of a session that is to end.
-    fn ending(&mut self, cause: String) -> Session {
+    fn ending(&mut self, end: End) -> Session {
         let mut session = self.session.clone();
         session.state = SessionState::Terminating;
-        session.terminal_error = cause;
+        session.end_reason = Some(end.reason);
+        session.terminal_error = end.cause;
+        session.exhausted = end.exhausted;
         session.attachments.iter_mut().for_each(|of| of.state = AttachmentState::SyncPending);
         self.moving = None;
         session
@@ -196,7 +198,8 @@ impl Actor {
         }
         let pause = self.session.pause.as_ref().map(|pause| Change::ForgetSnapshot(pause.snapshot_id));
         let cause = session.terminal_error.clone();
-        let ended = self.event(EventKind::Terminated { reason: EndReason::of(&cause), cause });
+        let ended =
+            self.event(EventKind::Terminated { reason: session.end_reason.unwrap_or(EndReason::Failed), cause });
         let now = session.terminated_at.unwrap_or_default();
         let ended_before = now.saturating_sub(self.engine.config.ended_sessions_kept_ms);
         // More than one, so that their number shrinks when the time was made shorter.

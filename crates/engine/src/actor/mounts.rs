@@ -240,7 +240,7 @@ fn mount_error(error: DriverError) -> Error {
     match error {
         DriverError::Busy => Code::VolumeBusy.into(),
         DriverError::Refused(reason) => Error::new(Code::PathRefused, reason),
-        DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit),
+        DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit.name()),
         DriverError::Gone => Code::GuestUnreachable.into(),
         DriverError::Failed(reason) => Error::new(Code::VolumeFailed, reason),
     }

@@ -7,32 +7,30 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{DiskImageId, SnapshotId};
 
 use super::mounts::attached;
-use super::work::{AdoptError, Done, later, work};
-use super::{Actor, Flow};
+use super::work::{AdoptError, Done, StartFailure, later, work};
+use super::{Actor, End, Flow};
 use crate::errors::store_error;
 use crate::executions::failed;
 use crate::handle::{Exit, Reply};
 use crate::model::{
-    AttachmentState, Durability, EventKind, Execution, ExecutionStatus, Pause, PauseReason, RestoreMode, Session,
-    SessionState, Snapshot, SnapshotKind, SnapshotState, UnixMs,
+    AttachmentState, DiskOnlyReason, Durability, EventKind, Execution, ExecutionStatus, Pause, PauseReason,
+    RestoreMode, Session, SessionState, Snapshot, SnapshotKind, SnapshotState, UnixMs,
 };
 use crate::ports::{Adopted, Change, DriverError, Guest};
 use crate::session::{Request, Verdict, accept, check};
 
-/// Values of `Pause::disk_reason`, as `restore_reason` tells them.
-const MEMORY_TIME_LIMIT: &str = "memory_time_limit";
-const MEMORY_PRESSURE: &str = "memory_pressure";
-const HOST_RESTARTED: &str = "host_restarted";
-const SANDBOX_ENDED: &str = "sandbox_ended";
-const POWERED_OFF: &str = "powered_off";
-
 impl Actor {
-    pub(super) async fn created(&mut self, result: Result<Arc<dyn Guest>, String>) -> Flow {
+    pub(super) async fn created(&mut self, result: Result<Arc<dyn Guest>, StartFailure>) -> Flow {
         let guest = match result {
             Ok(guest) => guest,
             Err(cause) => {
+                let exhausted = match cause {
+                    StartFailure::NoCapacity(limit) => Some(limit),
+                    StartFailure::Other(_) => None,
+                };
+                let cause = cause.to_string();
                 tracing::warn!(session = %self.session.id, cause, "a sandbox could not be created");
-                return Flow::End(cause);
+                return Flow::End(End { exhausted, ..End::failed(cause) });
             }
         };
         let now = self.engine.clock.now();
@@ -48,7 +46,7 @@ impl Actor {
         facts.extend(session.attachments.iter().map(attached));
         match self.commit_with(session, facts).await {
             Ok(()) => Flow::Continue,
-            Err(_) => Flow::End("the server could not record the sandbox".to_owned()),
+            Err(_) => Flow::End(End::failed("the server could not record the sandbox")),
         }
     }
 
@@ -107,7 +105,7 @@ impl Actor {
 
     async fn record_pause(&mut self, idle: bool) -> Result<(), Error> {
         let mut session = self.session.clone();
-        let snapshot = self.stop_record(&mut session, SessionState::Paused, "");
+        let snapshot = self.stop_record(&mut session, SessionState::Paused, None);
         session.pause.iter_mut().for_each(|pause| pause.idle = idle);
         let reason = if idle { PauseReason::Idle } else { PauseReason::Requested };
         let paused = self.event(EventKind::Paused { reason, cause: String::new() });
@@ -124,7 +122,7 @@ impl Actor {
 
     /// Turns the record of a running session into that of a stopped one; an empty reason keeps its memory.
     /// Returns the snapshot that stands for its disk.
-    fn stop_record(&self, session: &mut Session, state: SessionState, disk_reason: &str) -> Snapshot {
+    fn stop_record(&self, session: &mut Session, state: SessionState, disk_reason: Option<DiskOnlyReason>) -> Snapshot {
         let now = self.engine.clock.now();
         let snapshot = pause_snapshot(session, now, self.engine.random(), self.engine.random());
         let retention_ms = session.pause_retention_ms.or_else(|| self.engine.pause_retention_ms(session.workspace_id));
@@ -134,8 +132,8 @@ impl Actor {
             paused_at: now,
             expires_at: retention_ms.map(|ms| now.saturating_add(ms)),
             snapshot_id: snapshot.id,
-            in_memory: disk_reason.is_empty(),
-            disk_reason: disk_reason.to_owned(),
+            in_memory: disk_reason.is_none(),
+            disk_reason,
             idle: false,
         });
         snapshot
@@ -187,11 +185,11 @@ impl Actor {
             // Its processes died while they were frozen: go on from the disk.
             Err(DriverError::Gone) => {
                 let mut session = self.session.clone();
-                give_up_memory(&mut session, SANDBOX_ENDED);
+                give_up_memory(&mut session, DiskOnlyReason::SandboxEnded);
                 self.stop_owed = true;
                 match self.interrupted().await {
                     Ok(interrupted) => {
-                        let mut changes = vec![self.event(released(SANDBOX_ENDED))];
+                        let mut changes = vec![self.event(released(DiskOnlyReason::SandboxEnded))];
                         changes.extend(interrupted.iter().cloned().map(Change::Execution));
                         return self.start_boot(session, changes, interrupted, reply).await;
                     }
@@ -239,7 +237,7 @@ impl Actor {
         }
     }
 
-    pub(super) async fn booted(&mut self, result: Result<Arc<dyn Guest>, String>, reply: Option<Reply<Session>>) {
+    pub(super) async fn booted(&mut self, result: Result<Arc<dyn Guest>, StartFailure>, reply: Option<Reply<Session>>) {
         let recorded = match &result {
             Ok(guest) => {
                 self.stop_owed = false;
@@ -249,11 +247,11 @@ impl Actor {
             Err(cause) => {
                 let mut session = self.session.clone();
                 session.state = SessionState::Paused;
-                session.last_resume_error = cause.clone();
+                session.last_resume_error = cause.to_string();
                 mark_unattached(&mut session);
                 // Whatever came up is to go down again.
                 self.stop_owed = true;
-                self.commit_with(session, vec![EventKind::ResumeFailed { cause: cause.clone() }]).await
+                self.commit_with(session, vec![EventKind::ResumeFailed { cause: cause.to_string() }]).await
             }
         };
         if let Err(error) = recorded {
@@ -266,7 +264,7 @@ impl Actor {
             Ok(_) => answer(reply, Ok(self.session.clone())),
             Err(cause) => {
                 self.slot = None;
-                answer(reply, Err(Error::new(Code::ResumeFailed, cause)));
+                answer(reply, Err(Error::new(Code::ResumeFailed, cause.to_string())));
             }
         }
     }
@@ -332,17 +330,17 @@ impl Actor {
         let mut changes = Vec::new();
         if session.state == SessionState::Running {
             let (state, reason) = match (exit.powered_off, exit.host_restarted) {
-                (true, _) => (SessionState::UserShutdown, POWERED_OFF),
-                (false, true) => (SessionState::Paused, HOST_RESTARTED),
-                (false, false) => (SessionState::Paused, SANDBOX_ENDED),
+                (true, _) => (SessionState::UserShutdown, DiskOnlyReason::PoweredOff),
+                (false, true) => (SessionState::Paused, DiskOnlyReason::HostRestarted),
+                (false, false) => (SessionState::Paused, DiskOnlyReason::SandboxEnded),
             };
-            changes.push(Change::Snapshot(self.stop_record(&mut session, state, reason)));
+            changes.push(Change::Snapshot(self.stop_record(&mut session, state, Some(reason))));
             changes.push(self.event(stopped_by_itself(&exit)));
             if !exit.powered_off {
                 session.last_resume_error = exit.cause;
             }
         } else {
-            let reason = if exit.host_restarted { HOST_RESTARTED } else { SANDBOX_ENDED };
+            let reason = if exit.host_restarted { DiskOnlyReason::HostRestarted } else { DiskOnlyReason::SandboxEnded };
             give_up_memory(&mut session, reason);
             changes.push(self.event(released(reason)));
         }
@@ -353,16 +351,16 @@ impl Actor {
     }
 
     /// When a session's memory is to be given up, and why.
-    pub(super) fn release_memory_at(&self, now: UnixMs) -> Option<(UnixMs, &'static str)> {
+    pub(super) fn release_memory_at(&self, now: UnixMs) -> Option<(UnixMs, DiskOnlyReason)> {
         let pause = self.session.pause.as_ref().filter(|pause| pause.in_memory)?;
         if self.session.state != SessionState::Paused {
             return None;
         }
         if self.live.memory_low.load(Ordering::Acquire) {
-            return Some((now, MEMORY_PRESSURE));
+            return Some((now, DiskOnlyReason::MemoryPressure));
         }
         let max_ms = self.engine.config.pause_in_memory_max_ms?;
-        Some((pause.paused_at.saturating_add(max_ms), MEMORY_TIME_LIMIT))
+        Some((pause.paused_at.saturating_add(max_ms), DiskOnlyReason::MemoryTimeLimit))
     }
 
     /// Gives up the memory of a paused session for its disk.
@@ -433,7 +431,7 @@ impl Actor {
                 self.retry = self.engine.backoff();
                 self.drop_detached().await;
             }
-            Err(DriverError::Gone) => return Flow::End("the sandbox's disk is gone".to_owned()),
+            Err(DriverError::Gone) => return Flow::End(End::failed("the sandbox's disk is gone")),
             Err(error) => {
                 tracing::warn!(session = %self.session.id, %error, "a sandbox could not be stopped; trying again");
                 self.try_later();
@@ -446,7 +444,7 @@ impl Actor {
         let (adopted, executions) = match result {
             Ok(found) => found,
             Err(AdoptError::Gone) => {
-                return Flow::End("not even the sandbox's disk was left when the server started again".to_owned());
+                return Flow::End(End::failed("not even the sandbox's disk was left when the server started again"));
             }
             Err(AdoptError::Other(reason)) => {
                 tracing::warn!(session = %self.session.id, reason, "a sandbox could not be adopted; trying again");
@@ -492,7 +490,7 @@ impl Actor {
             }
             SessionState::Resuming => {
                 let cause = "the server stopped while the session was being resumed".to_owned();
-                self.booted(Err(cause), None).await;
+                self.booted(Err(StartFailure::Other(cause)), None).await;
             }
             _ if self.session.pause.as_ref().is_some_and(|pause| pause.in_memory) => {
                 self.ended = Some(exit.clone());
@@ -504,8 +502,8 @@ impl Actor {
     }
 }
 
-fn released(reason: &str) -> EventKind {
-    EventKind::MemoryReleased { reason: reason.to_owned() }
+fn released(reason: DiskOnlyReason) -> EventKind {
+    EventKind::MemoryReleased { reason }
 }
 
 fn stopped_by_itself(exit: &Exit) -> EventKind {
@@ -523,10 +521,10 @@ fn answer(reply: Option<Reply<Session>>, result: Result<Session, Error>) {
     }
 }
 
-fn give_up_memory(session: &mut Session, reason: &str) {
+fn give_up_memory(session: &mut Session, reason: DiskOnlyReason) {
     if let Some(pause) = &mut session.pause {
         pause.in_memory = false;
-        pause.disk_reason = reason.to_owned();
+        pause.disk_reason = Some(reason);
     }
 }
 
@@ -547,13 +545,13 @@ fn mark_unattached(session: &mut Session) {
 fn tell_restore(session: &mut Session, pause: &Pause) {
     let (mode, degraded) = match pause.in_memory {
         true => ("memory", false),
-        false => ("cold_boot", pause.disk_reason != POWERED_OFF),
+        false => ("cold_boot", pause.disk_reason != Some(DiskOnlyReason::PoweredOff)),
     };
     session.metadata.insert("restore_mode".to_owned(), mode.to_owned());
     session.metadata.insert("restore_degraded".to_owned(), degraded.to_string());
     session.metadata.remove("restore_reason");
-    if !pause.in_memory {
-        session.metadata.insert("restore_reason".to_owned(), pause.disk_reason.clone());
+    if let Some(reason) = pause.disk_reason {
+        session.metadata.insert("restore_reason".to_owned(), reason.name().to_owned());
     }
 }
 

@@ -3,7 +3,7 @@
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::ExecutionId;
 
-use super::{Actor, Flow};
+use super::{Actor, End, Flow};
 use crate::executions::{Ended, Outcome};
 use crate::handle::{Message, Reply, Started};
 use crate::model::{EventKind, Execution, ExecutionStatus, Session};
@@ -20,7 +20,7 @@ impl Actor {
         match message {
             Message::Terminate { reply } => {
                 self.waiting.push(reply);
-                Flow::End(String::new())
+                Flow::End(End::requested())
             }
             Message::Update { update, reply } => {
                 let changed = self.updated(update).map(|session| (session, Vec::new()));

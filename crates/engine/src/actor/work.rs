@@ -10,7 +10,7 @@ use nagaya_api::ids::{AttachmentId, DiskImageId, SessionId, SnapshotId};
 use super::Actor;
 use crate::engine_core::EngineCore;
 use crate::handle::{Exit, Job, Reply, SessionHandle};
-use crate::model::{Attachment, AttachmentState, Egress, Execution, Session, SessionState};
+use crate::model::{Attachment, AttachmentState, Egress, Execution, Limit, Session, SessionState};
 use crate::ports::{Adopted, BlobError, BoxFuture, DriverError, Guest, Mount};
 
 pub(super) struct Work {
@@ -20,7 +20,7 @@ pub(super) struct Work {
 }
 
 pub(super) enum Done {
-    Created(Result<Arc<dyn Guest>, String>),
+    Created(Result<Arc<dyn Guest>, StartFailure>),
     Adopted(Result<(Adopted, Vec<Execution>), AdoptError>),
     Frozen {
         result: Result<(), DriverError>,
@@ -31,7 +31,7 @@ pub(super) enum Done {
         reply: Reply<Session>,
     },
     Booted {
-        result: Result<Arc<dyn Guest>, String>,
+        result: Result<Arc<dyn Guest>, StartFailure>,
         reply: Option<Reply<Session>>,
     },
     /// A pause or resume that failed has been taken back.
@@ -57,6 +57,23 @@ pub(super) enum Done {
 pub(super) enum AdoptError {
     Gone,
     Other(String),
+}
+
+/// Why a sandbox did not come up.
+#[derive(Debug)]
+pub(super) enum StartFailure {
+    NoCapacity(Limit),
+    /// In words for the user.
+    Other(String),
+}
+
+impl std::fmt::Display for StartFailure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::NoCapacity(limit) => write!(f, "{}", Error::new(Code::CapacityUnavailable, limit.name())),
+            Self::Other(cause) => f.write_str(cause),
+        }
+    }
 }
 
 /// What a new sandbox's disk starts with.
@@ -183,7 +200,7 @@ async fn create(
     engine: &Arc<EngineCore>,
     session: &Session,
     source: DiskPreparation,
-) -> Result<Arc<dyn Guest>, String> {
+) -> Result<Arc<dyn Guest>, StartFailure> {
     let image = match source {
         DiskPreparation::Fresh => None,
         DiskPreparation::Image(image) => Some(image),
@@ -195,7 +212,9 @@ async fn create(
         DiskPreparation::Pause { session, snapshot_id, image } => {
             let pause = Some(snapshot_id);
             let copied = session.ask_job(|reply| Job::Copy { images: vec![image], pause, reply }).await;
-            copied.map_err(|error| format!("the paused session's disk could not be copied: {error}"))?;
+            copied.map_err(|error| {
+                StartFailure::Other(format!("the paused session's disk could not be copied: {error}"))
+            })?;
             Some(image)
         }
     };
@@ -204,18 +223,18 @@ async fn create(
     Ok(guest)
 }
 
-fn creation_failure(error: DriverError) -> String {
+fn creation_failure(error: DriverError) -> StartFailure {
     match error {
-        DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit).to_string(),
-        DriverError::Gone => "the sandbox ended while it was being created".to_owned(),
-        error => format!("the sandbox could not be created: {error}"),
+        DriverError::Exhausted(limit) => StartFailure::NoCapacity(limit),
+        DriverError::Gone => StartFailure::Other("the sandbox ended while it was being created".to_owned()),
+        error => StartFailure::Other(format!("the sandbox could not be created: {error}")),
     }
 }
 
-fn restore_failure(error: BlobError) -> String {
+fn restore_failure(error: BlobError) -> StartFailure {
     match error {
-        BlobError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit).to_string(),
-        error => format!("the snapshot could not be restored: {error}"),
+        BlobError::Exhausted(limit) => StartFailure::NoCapacity(limit),
+        error => StartFailure::Other(format!("the snapshot could not be restored: {error}")),
     }
 }
 
@@ -257,7 +276,7 @@ async fn adopt(
     Ok((settled, executions))
 }
 
-async fn boot(engine: &EngineCore, session: &Session, stop_first: bool) -> Result<Arc<dyn Guest>, String> {
+async fn boot(engine: &EngineCore, session: &Session, stop_first: bool) -> Result<Arc<dyn Guest>, StartFailure> {
     if stop_first {
         engine.driver.stop(session.id).await.map_err(boot_failure)?;
         for attachment in &session.attachments {
@@ -269,20 +288,20 @@ async fn boot(engine: &EngineCore, session: &Session, stop_first: bool) -> Resul
     Ok(guest)
 }
 
-fn boot_failure(error: DriverError) -> String {
+fn boot_failure(error: DriverError) -> StartFailure {
     match error {
-        DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit).to_string(),
-        DriverError::Gone => "the sandbox ended while it was being started".to_owned(),
-        error => format!("the sandbox could not be started: {error}"),
+        DriverError::Exhausted(limit) => StartFailure::NoCapacity(limit),
+        DriverError::Gone => StartFailure::Other("the sandbox ended while it was being started".to_owned()),
+        error => StartFailure::Other(format!("the sandbox could not be started: {error}")),
     }
 }
 
 /// Mounts every volume of a sandbox that just came up.
-async fn attach_all(engine: &EngineCore, session: &Session) -> Result<(), String> {
+async fn attach_all(engine: &EngineCore, session: &Session) -> Result<(), StartFailure> {
     for attachment in session.attachments.iter().filter(|of| of.state != AttachmentState::SyncPending) {
         engine.mount(session.id, attachment).await.map_err(|error| match error {
-            DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit).to_string(),
-            error => format!("volume {} could not be mounted: {error}", attachment.volume_id),
+            DriverError::Exhausted(limit) => StartFailure::NoCapacity(limit),
+            error => StartFailure::Other(format!("volume {} could not be mounted: {error}", attachment.volume_id)),
         })?;
     }
     Ok(())
@@ -318,7 +337,7 @@ fn mount_of(attachment: &Attachment) -> Mount {
 /// Why a disk could not be copied, in the words of the table.
 pub(super) fn copy_error(error: DriverError) -> Error {
     match error {
-        DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit),
+        DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit.name()),
         error => Error::new(Code::SnapshotFailed, format!("the disk could not be copied: {error}")),
     }
 }

@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 
 use super::Faults;
 use super::files::Files;
+use crate::model::Limit;
 use crate::ports::{BlobError, Blobs, ImageReader, StoredImage};
 
 /// Disk images at rest, which the fake driver and the fake blob store share.
@@ -115,7 +116,7 @@ impl FakeBlobs {
     async fn store_image(&self, image: &Path) -> Result<StoredImage, BlobError> {
         self.step().await?;
         if self.with(|state| state.full) {
-            return Err(BlobError::Exhausted("space on the host's disk".to_owned()));
+            return Err(BlobError::Exhausted(Limit::HostDisk));
         }
         let id = Images::id(image)?;
         let files = self.images.with(|images| images.get(&id).cloned());

@@ -7,6 +7,7 @@ use nagaya_api::ids::{DiskImageId, SessionId, VolumeId};
 
 use super::FakeDriver;
 use super::files::Files;
+use crate::model::Limit;
 use crate::ports::{DriverError, Mount};
 
 /// A volume in memory.
@@ -72,7 +73,7 @@ impl FakeDriver {
 
     fn space(&self) -> Result<(), DriverError> {
         match self.with(|world| world.full) {
-            true => Err(DriverError::Exhausted("space on the host's disk".to_owned())),
+            true => Err(DriverError::Exhausted(Limit::HostDisk)),
             false => Ok(()),
         }
     }

@@ -10,7 +10,7 @@ use super::blobs::Images;
 use super::disks::Volume;
 use super::files::Files;
 use super::{FakeGuest, Faults};
-use crate::model::{Connection, Egress, Guarantees, Machine};
+use crate::model::{Connection, Egress, Guarantees, Limit, Machine};
 use crate::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Mount, ResourceUsage};
 
 /// A driver whose sandboxes are records. They outlive the engine, whole or half made. Clones share them.
@@ -145,7 +145,7 @@ impl FakeDriver {
         self.with(|world| world.refusals.push(error));
     }
 
-    /// Creations beyond this many sandboxes fail with `Exhausted("network_slots_max")`.
+    /// Creations beyond this many sandboxes fail with `Exhausted(Limit::Slots)`.
     pub fn set_sandboxes_max(&self, sandboxes_max: Option<usize>) {
         self.with(|world| world.sandboxes_max = sandboxes_max);
     }
@@ -300,7 +300,7 @@ impl FakeDriver {
         let refusal = self.with(|world| {
             let running = world.sandboxes.values().filter(|sandbox| sandbox.network).count();
             let full = world.sandboxes_max.is_some_and(|max| running >= max);
-            let refusal = full.then(|| DriverError::Exhausted("network_slots_max".to_owned()));
+            let refusal = full.then(|| DriverError::Exhausted(Limit::Slots));
             refusal.or_else(|| (!world.refusals.is_empty()).then(|| world.refusals.remove(0)))
         });
         refusal.map_or(Ok(()), Err)

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::guest::refuse;
-use crate::ports::{Command, ExitStatus, GuestError, Process, ProcessEvent, ProcessInput, Signal};
+use crate::ports::{Command, ExitReason, ExitStatus, GuestError, Process, ProcessEvent, ProcessInput, Signal};
 
 const CHANNEL_MAX: usize = 4;
 /// Every fake command says that this is its number.
@@ -30,7 +30,7 @@ pub(super) fn start(command: Command, death: watch::Receiver<Option<String>>) ->
 }
 
 fn exit(code: i32) -> ExitStatus {
-    ExitStatus { code, reason: "exit".to_owned(), ..ExitStatus::default() }
+    ExitStatus { code, ..ExitStatus::default() }
 }
 
 /// Runs the program until it ends, is killed, times out, or its sandbox dies.
@@ -50,14 +50,11 @@ async fn live(
             ms => tokio::time::sleep(Duration::from_millis(ms)).await,
         }
     };
-    let cause = async {
-        let death = death.wait_for(Option::is_some).await;
-        death.ok().and_then(|cause| cause.clone()).unwrap_or_default()
-    };
+    let death = async { drop(death.wait_for(Option::is_some).await) };
     let mut status = tokio::select! {
         biased;
-        cause = cause => {
-            ExitStatus { code: -1, reason: format!("session_terminated:{cause}"), ..ExitStatus::default() }
+        () = death => {
+            ExitStatus { code: -1, reason: ExitReason::SessionEnded, ..ExitStatus::default() }
         }
         // Its holder let go.
         () = outputs.closed() => return,
@@ -65,7 +62,7 @@ async fn live(
             code: -1,
             signal: "SIGTERM".to_owned(),
             timed_out: true,
-            reason: "timeout".to_owned(),
+            reason: ExitReason::TimedOut,
             ..ExitStatus::default()
         },
         status = program(command, inputs, &outputs) => status,
@@ -136,7 +133,7 @@ async fn listen(inputs: &mut mpsc::Receiver<ProcessInput>, echo: Option<&mpsc::S
                     Signal::Usr1 => "SIGUSR1",
                     Signal::Usr2 => "SIGUSR2",
                 };
-                let (signal, reason) = (signal.to_owned(), "signaled".to_owned());
+                let (signal, reason) = (signal.to_owned(), ExitReason::Signaled);
                 return ExitStatus { code: -1, signal, reason, ..ExitStatus::default() };
             }
             _ => {}

@@ -5,10 +5,6 @@ use serde::{Deserialize, Serialize};
 
 use super::{Egress, UnixMs};
 
-/// Causes of a session's end, as its record tells them.
-pub(crate) const MAX_DURATION_REACHED: &str = "maximum duration reached";
-pub(crate) const PAUSE_RETENTION_EXPIRED: &str = "pause retention expired";
-
 /// Something that happened to a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
@@ -37,15 +33,14 @@ pub enum EventKind {
     },
     /// Processes and memory were given up; the disk is kept.
     MemoryReleased {
-        /// One of those of `Pause::disk_reason`.
-        reason: String,
+        reason: DiskOnlyReason,
     },
     PoweredOff,
     Resumed {
         mode: RestoreMode,
         /// Why only the disk was there.
-        #[serde(default, skip_serializing_if = "String::is_empty")]
-        reason: String,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<DiskOnlyReason>,
     },
     ResumeFailed {
         cause: String,
@@ -152,15 +147,32 @@ pub enum EndReason {
     Failed,
 }
 
-impl EndReason {
-    /// From what the session's record says.
-    pub(crate) fn of(terminal_error: &str) -> Self {
-        match terminal_error {
-            "" => Self::Requested,
-            MAX_DURATION_REACHED => Self::MaxDuration,
-            PAUSE_RETENTION_EXPIRED => Self::PauseRetention,
-            _ => Self::Failed,
+/// Why only the disk of a stopped session is kept. Recorded and told under these names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskOnlyReason {
+    MemoryTimeLimit,
+    MemoryPressure,
+    HostRestarted,
+    SandboxEnded,
+    PoweredOff,
+}
+
+impl DiskOnlyReason {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::MemoryTimeLimit => "memory_time_limit",
+            Self::MemoryPressure => "memory_pressure",
+            Self::HostRestarted => "host_restarted",
+            Self::SandboxEnded => "sandbox_ended",
+            Self::PoweredOff => "powered_off",
         }
+    }
+}
+
+impl std::fmt::Display for DiskOnlyReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
     }
 }
 
@@ -188,7 +200,9 @@ impl EventKind {
             }
             Self::PoweredOff => "powered itself off; the disk is kept".to_owned(),
             Self::Resumed { mode: RestoreMode::Memory, .. } => "resumed with its memory".to_owned(),
-            Self::Resumed { mode: RestoreMode::ColdBoot, reason } => format!("booted again from its disk ({reason})"),
+            Self::Resumed { mode: RestoreMode::ColdBoot, reason } => {
+                format!("booted again from its disk ({})", reason.map(DiskOnlyReason::name).unwrap_or_default())
+            }
             Self::ResumeFailed { cause } => format!("could not be resumed: {cause}"),
             Self::Extended { by_ms, .. } => format!("deadline moved by {} s", by_ms / 1_000),
             Self::Forked { sessions } => format!("forked into {sessions} sessions"),
@@ -222,14 +236,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ends_have_the_reason_that_the_record_tells() {
-        for (text, reason) in [
-            ("", EndReason::Requested),
-            (MAX_DURATION_REACHED, EndReason::MaxDuration),
-            (PAUSE_RETENTION_EXPIRED, EndReason::PauseRetention),
-            ("the sandbox's disk is gone", EndReason::Failed),
-        ] {
-            assert_eq!(EndReason::of(text), reason);
+    fn reasons_are_recorded_under_the_names_that_are_told() {
+        use DiskOnlyReason::{HostRestarted, MemoryPressure, MemoryTimeLimit, PoweredOff, SandboxEnded};
+        for reason in [MemoryTimeLimit, MemoryPressure, HostRestarted, SandboxEnded, PoweredOff] {
+            assert_eq!(serde_json::to_value(reason).unwrap(), reason.name());
         }
     }
 }

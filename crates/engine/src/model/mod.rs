@@ -1,6 +1,7 @@
 //! The records of the domain, as the store keeps them.
 
 mod event;
+mod limit;
 
 use std::collections::BTreeMap;
 
@@ -9,8 +10,8 @@ use nagaya_api::ids::{
 };
 use serde::{Deserialize, Serialize};
 
-pub use event::{DiskSource, EndReason, Event, EventKind, PauseReason, RestoreMode};
-pub(crate) use event::{MAX_DURATION_REACHED, PAUSE_RETENTION_EXPIRED};
+pub use event::{DiskOnlyReason, DiskSource, EndReason, Event, EventKind, PauseReason, RestoreMode};
+pub use limit::{Limit, Resource};
 
 /// Milliseconds since the Unix epoch.
 pub type UnixMs = u64;
@@ -170,8 +171,14 @@ pub struct Session {
     /// When the session ends by itself; from max_duration at creation, moved by extend.
     pub timeout_at: Option<UnixMs>,
     pub last_activity_at: UnixMs,
-    /// Why it ended, when it did not end by request.
+    /// From TERMINATING on.
+    #[serde(default)]
+    pub end_reason: Option<EndReason>,
+    /// Why it ended, in words, when it did not end by request.
     pub terminal_error: String,
+    /// What was used up, where that kept it from being created.
+    #[serde(default)]
+    pub exhausted: Option<Limit>,
     /// The driver it runs on; empty until one is chosen.
     pub driver: String,
     /// The snapshot it was made from.
@@ -196,11 +203,38 @@ pub struct Pause {
     pub snapshot_id: SnapshotId,
     /// Processes and memory are kept, frozen. False: only the disk is.
     pub in_memory: bool,
-    /// Why only the disk is kept, e.g. `host_restarted`; becomes `restore_reason`. Empty while `in_memory`.
-    pub disk_reason: String,
+    /// Why only the disk is kept; `None` while `in_memory`.
+    #[serde(default, with = "disk_only_reason")]
+    pub disk_reason: Option<DiskOnlyReason>,
     /// It was paused because nobody used it; whoever wants to reach it may wake it.
     #[serde(default)]
     pub idle: bool,
+}
+
+/// In records no reason is an empty text.
+mod disk_only_reason {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::DiskOnlyReason;
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Recorded {
+        Reason(DiskOnlyReason),
+        Text(String),
+    }
+
+    pub fn serialize<S: Serializer>(reason: &Option<DiskOnlyReason>, to: S) -> Result<S::Ok, S::Error> {
+        reason.map(DiskOnlyReason::name).unwrap_or_default().serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<DiskOnlyReason>, D::Error> {
+        match Recorded::deserialize(from)? {
+            Recorded::Reason(reason) => Ok(Some(reason)),
+            Recorded::Text(text) if text.is_empty() => Ok(None),
+            Recorded::Text(text) => Err(serde::de::Error::custom(format!("no reason is called {text:?}"))),
+        }
+    }
 }
 
 /// A volume in a session.

@@ -6,6 +6,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
+use crate::model::Limit;
+
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum BlobError {
     /// A part of the image is not there: its digest.
@@ -14,9 +16,8 @@ pub enum BlobError {
     /// A part of the image is not what it was: its digest.
     #[error("blob {0} is corrupt")]
     Corrupt(String),
-    /// The limit's name, e.g. "space on the host's disk".
     #[error("limit reached: {0}")]
-    Exhausted(String),
+    Exhausted(Limit),
     #[error("{0}")]
     Failed(String),
 }

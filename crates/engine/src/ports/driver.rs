@@ -8,13 +8,13 @@ use nagaya_api::ids::{DiskImageId, SessionId, VolumeId};
 use tokio::sync::mpsc;
 
 use super::guest::Guest;
-use crate::model::{Connection, Egress, Guarantees, Machine};
+use crate::model::{Connection, Egress, Guarantees, Limit, Machine};
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum DriverError {
-    /// Something finite ran out: the text is the limit's name, e.g. `network_slots_max`.
+    /// Something finite ran out.
     #[error("limit reached: {0}")]
-    Exhausted(String),
+    Exhausted(Limit),
     /// There is no such sandbox (nor its disk), no such image or no such volume.
     #[error("no such sandbox")]
     Gone,

@@ -126,6 +126,52 @@ pub enum ProcessEvent {
     Exit(ExitStatus),
 }
 
+/// How a command came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ExitReason {
+    #[default]
+    Exited,
+    Signaled,
+    /// Its time was up, and TERM was enough.
+    TimedOut,
+    /// Its time was up, and it took KILL.
+    KilledAfterGrace,
+    OutOfMemory,
+    /// Whoever held it went away; see [`WhenLeft::HangUp`].
+    HungUp,
+    /// The sandbox ended first.
+    SessionEnded,
+}
+
+impl ExitReason {
+    pub const ALL: [Self; 7] = [
+        Self::Exited,
+        Self::Signaled,
+        Self::TimedOut,
+        Self::KilledAfterGrace,
+        Self::OutOfMemory,
+        Self::HungUp,
+        Self::SessionEnded,
+    ];
+
+    /// Under which agents and users are told of it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Exited => "exit",
+            Self::Signaled => "signaled",
+            Self::TimedOut => "timeout",
+            Self::KilledAfterGrace => "grace_timeout",
+            Self::OutOfMemory => "out_of_memory",
+            Self::HungUp => "hung_up",
+            Self::SessionEnded => "session_terminated",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.name() == name)
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ExitStatus {
     /// −1 when a signal ended it.
@@ -134,9 +180,7 @@ pub struct ExitStatus {
     pub signal: String,
     pub timed_out: bool,
     pub duration_ms: u64,
-    /// `exit`, `signaled`, `timeout` (TERM was enough), `grace_timeout` (it took KILL),
-    /// `out_of_memory`, or `session_terminated:<cause>` when the sandbox ended first.
-    pub reason: String,
+    pub reason: ExitReason,
     pub errno: i32,
     /// Of a command that failed: processes of the sandbox that were killed for want of memory while it ran.
     pub memory_kills: u64,

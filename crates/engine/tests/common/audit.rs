@@ -64,7 +64,8 @@ pub fn check_events(fakes: &Fakes, session: &Session) -> Result<(), String> {
             EventKind::PoweredOff => (Some(SessionState::UserShutdown), false),
             EventKind::MemoryReleased { .. } => (told.0, false),
             EventKind::ResumeFailed { .. } => (Some(SessionState::Paused), told.1),
-            EventKind::Terminated { cause, .. } => {
+            EventKind::Terminated { reason, cause } => {
+                ensure!(Some(*reason) == session.end_reason, "{id} is told to have ended as {reason:?}");
                 ensure!(*cause == session.terminal_error, "{id} is told to have ended with {cause:?}");
                 (Some(SessionState::Terminated), false)
             }

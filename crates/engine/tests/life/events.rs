@@ -2,7 +2,7 @@
 
 use nagaya_api::error::Code;
 use nagaya_api::ids::{KeyId, SessionId, WorkspaceId};
-use nagaya_engine::model::{Connection, Egress};
+use nagaya_engine::model::{Connection, DiskOnlyReason, Egress, Limit};
 use nagaya_engine::model::{DiskSource, EndReason, Event, EventKind, PauseReason, RestoreMode};
 use nagaya_engine::ports::{Command, DriverError, Process, ProcessEvent, ProcessInput, ResourceUsage, Signal};
 use nagaya_engine::{Caller, EngineConfig, Fork, NewExecution, NewSession, NewSnapshot, OpenSession, SessionUpdate};
@@ -31,8 +31,8 @@ fn paused(reason: PauseReason) -> EventKind {
     EventKind::Paused { reason, cause: String::new() }
 }
 
-fn resumed(mode: RestoreMode, reason: &str) -> EventKind {
-    EventKind::Resumed { mode, reason: reason.into() }
+fn resumed(mode: RestoreMode, reason: Option<DiskOnlyReason>) -> EventKind {
+    EventKind::Resumed { mode, reason }
 }
 
 fn command(argv: &[&str]) -> Command {
@@ -77,7 +77,7 @@ async fn a_life_is_remembered_from_its_beginning_to_its_end() {
             EventKind::SnapshotCreated { snapshot_id },
             EventKind::VolumeDetached { volume_id, path },
             paused(PauseReason::Requested),
-            resumed(RestoreMode::Memory, ""),
+            resumed(RestoreMode::Memory, None),
             EventKind::Extended { by_ms: 5_000, timeout_at_ms },
             EventKind::Forked { sessions: 1 },
             EventKind::Terminated { reason: EndReason::Requested, cause: String::new() },
@@ -119,11 +119,11 @@ async fn every_way_to_stop_and_to_go_on_says_why() {
         told.cloned().collect::<Vec<_>>(),
         [
             paused(PauseReason::Idle),
-            EventKind::MemoryReleased { reason: "memory_time_limit".into() },
+            EventKind::MemoryReleased { reason: DiskOnlyReason::MemoryTimeLimit },
             EventKind::ResumeFailed { cause: no_luck.into() },
-            resumed(RestoreMode::ColdBoot, "memory_time_limit"),
+            resumed(RestoreMode::ColdBoot, Some(DiskOnlyReason::MemoryTimeLimit)),
             EventKind::PoweredOff,
-            resumed(RestoreMode::ColdBoot, "powered_off"),
+            resumed(RestoreMode::ColdBoot, Some(DiskOnlyReason::PoweredOff)),
             EventKind::Paused { reason: PauseReason::SandboxEnded, cause: "killed from outside".into() },
         ]
     );
@@ -140,7 +140,7 @@ async fn deadlines_and_failures_are_ends_with_a_reason() {
         EventKind::Terminated { reason: EndReason::MaxDuration, cause: "maximum duration reached".into() }
     );
     assert_eq!(world.codes(id).await, ["ended_at_max_duration"]);
-    world.fakes.driver.refuse_next(DriverError::Exhausted("memory_available_mb_min".into()));
+    world.fakes.driver.refuse_next(DriverError::Exhausted(Limit::MemoryAvailableMin));
     let id = world.engine.create_session(&world.caller, NewSession::default()).await.unwrap().id;
     world.settled(id).await;
     let findings = world.engine.explain(&world.caller, id).await.unwrap();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use nagaya_api::error::Code;
-use nagaya_engine::model::{ExecutionStatus, SessionState, SnapshotKind, SnapshotState};
+use nagaya_engine::model::{DiskOnlyReason, ExecutionStatus, SessionState, SnapshotKind, SnapshotState};
 use nagaya_engine::ports::{Clock, DriverError};
 use nagaya_engine::{EngineConfig, NewExecution, NewSession, SessionUpdate, WorkspaceSettingsUpdate};
 
@@ -20,7 +20,7 @@ async fn a_paused_session_keeps_its_processes_and_gives_its_quota_back() {
     let command = world.engine.execute(&world.caller, id, hang(), false).await.unwrap();
     let paused = world.pause(id).await;
     let pause = paused.pause.clone().unwrap();
-    assert!(pause.in_memory && pause.disk_reason.is_empty() && pause.expires_at.is_none());
+    assert!(pause.in_memory && pause.disk_reason.is_none() && pause.expires_at.is_none());
     assert_eq!(pause.paused_at, world.fakes.clock.now());
     assert!(world.fakes.driver.is_frozen(id));
     assert_eq!(world.active().await, 0);
@@ -88,7 +88,7 @@ async fn memory_is_given_up_after_its_time_and_the_next_start_is_a_cold_boot() {
     idle().await;
     let parked = world.session(id).await;
     assert_eq!(parked.state, SessionState::Paused);
-    assert_eq!(parked.pause.unwrap().disk_reason, "memory_time_limit");
+    assert_eq!(parked.pause.unwrap().disk_reason, Some(DiskOnlyReason::MemoryTimeLimit));
     assert!(world.fakes.driver.is_only_a_disk(id));
     let command = world.engine.execution(&world.caller, id, command.id).await.unwrap();
     assert_eq!((command.status, command.exit_code), (ExecutionStatus::Failed, -1));
@@ -251,7 +251,10 @@ async fn a_sandbox_that_dies_while_it_is_frozen_is_started_from_its_disk() {
     world.fakes.driver.kill(id, "out of memory");
     idle().await;
     let paused = world.session(id).await;
-    assert_eq!((paused.state, paused.pause.unwrap().disk_reason.as_str()), (SessionState::Paused, "sandbox_ended"));
+    assert_eq!(
+        (paused.state, paused.pause.unwrap().disk_reason),
+        (SessionState::Paused, Some(DiskOnlyReason::SandboxEnded))
+    );
     assert_eq!(world.resume(id).await.metadata["restore_mode"], "cold_boot");
 }
 
@@ -390,7 +393,7 @@ async fn a_restart_of_the_host_keeps_every_disk() {
     let world = world.restart(|fakes| fakes.driver.restart_host()).await;
     let paused = world.session(running).await;
     assert_eq!((paused.state, paused.last_resume_error.as_str()), (SessionState::Paused, "the host was restarted"));
-    assert_eq!(world.session(frozen).await.pause.unwrap().disk_reason, "host_restarted");
+    assert_eq!(world.session(frozen).await.pause.unwrap().disk_reason, Some(DiskOnlyReason::HostRestarted));
     let command = world.engine.execution(&world.caller, running, command.id).await.unwrap();
     assert_eq!(command.status, ExecutionStatus::Failed);
     for id in [running, frozen] {

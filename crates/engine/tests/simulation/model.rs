@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use nagaya_api::ids::{PreviewId, SessionId, SnapshotId, VolumeId};
 use nagaya_engine::fake::Fakes;
-use nagaya_engine::model::{Binding, ExecutionStatus, Session, SessionState, SnapshotState};
+use nagaya_engine::model::{Binding, EndReason, ExecutionStatus, Limit, Session, SessionState, SnapshotState};
 
 use crate::audit::{self, ensure};
 use crate::keepers::DISK_LOG;
@@ -261,19 +261,30 @@ impl Model {
         let ended_at = row.terminated_at;
         ensure!(ended_at.is_some(), "{id} has no time of its end");
         ensure!(row.ready_at.is_some() || !self.ran.contains(&id), "{id} was seen RUNNING, but was never ready");
-        match row.terminal_error.as_str() {
-            "" => ensure!(self.asked_to_end.contains(&id), "{id} ended without reason"),
-            "maximum duration reached" => {
+        let Some(reason) = row.end_reason else { return Err(format!("{id} ended without reason")) };
+        ensure!(
+            (reason == EndReason::Requested) == row.terminal_error.is_empty(),
+            "{id} ended as {reason:?}: {:?}",
+            row.terminal_error
+        );
+        match reason {
+            EndReason::Requested => ensure!(self.asked_to_end.contains(&id), "nobody asked {id} to end"),
+            EndReason::MaxDuration => {
                 ensure!(
                     row.timeout_at <= ended_at && row.timeout_at.is_some(),
                     "{id} ended before its deadline: {row:?}"
                 );
             }
-            "pause retention expired" => ensure!(row.pause_retention_ms.is_some(), "{id} was to be kept for ever"),
-            "the server stopped while the sandbox was being created" => {
+            EndReason::PauseRetention => {
+                ensure!(row.pause_retention_ms.is_some(), "{id} was to be kept for ever");
+            }
+            EndReason::Failed if row.terminal_error == "the server stopped while the sandbox was being created" => {
                 ensure!(row.ready_at.is_none(), "{id} was ready, yet is said to have been in creation");
             }
-            other => ensure!(
+            EndReason::Failed if row.exhausted.is_some() => {
+                ensure!(row.exhausted == Some(Limit::Slots) && row.ready_at.is_none(), "{id}: {:?}", row.exhausted);
+            }
+            EndReason::Failed => ensure!(
                 [
                     "the sandbox could not be created: ",
                     "the snapshot could not be restored: ",
@@ -281,10 +292,10 @@ impl Model {
                     "volume ",
                 ]
                 .iter()
-                .any(|known| other.starts_with(known))
-                    || other == "no capacity left on this server: network_slots_max"
-                    || other == "the server could not record the sandbox",
-                "{id} ended for an unknown reason: {other}"
+                .any(|known| row.terminal_error.starts_with(known))
+                    || row.terminal_error == "the server could not record the sandbox",
+                "{id} ended for an unknown reason: {}",
+                row.terminal_error
             ),
         }
         Ok(())

@@ -89,7 +89,7 @@ impl Totals {
             "pause retention expired",
             "the server stopped while the sandbox was being created",
             "the sandbox could not be created: a driver step failed, as this test asked for",
-            "no capacity left on this server: network_slots_max",
+            "no capacity left on this server: slots_max",
         ] {
             assert!(self.ended.contains_key(reason), "no session ended with {reason:?}");
         }
@@ -296,7 +296,7 @@ fn finish_commands(world: &World, rng: &mut Rng, chance: u32) {
         let Some(guest) = world.fakes.driver.guest(id) else { continue };
         for execution in guest.running() {
             if rng.per_mille(chance) {
-                guest.finish(execution, ExitStatus { reason: "exit".into(), ..ExitStatus::default() });
+                guest.finish(execution, ExitStatus::default());
             }
         }
     }

@@ -167,8 +167,15 @@ async fn tell_end(visitor: &Visitor, status: Option<ExitStatus>, write: &Channel
         Some(status) if !status.signal.is_empty() => {
             let name = status.signal.strip_prefix("SIG").unwrap_or(&status.signal).to_owned();
             let handle = &visitor.handle;
-            let _ =
-                handle.exit_signal_request(write.id(), Sig::Custom(name), false, status.reason, String::new()).await;
+            let _ = handle
+                .exit_signal_request(
+                    write.id(),
+                    Sig::Custom(name),
+                    false,
+                    status.reason.name().to_owned(),
+                    String::new(),
+                )
+                .await;
         }
         Some(status) => {
             let _ = write.exit_status(u32::try_from(status.code).unwrap_or(NO_STATUS)).await;

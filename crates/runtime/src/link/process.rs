@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use nagaya_api::error::Code;
 use nagaya_engine::ports::{
-    Builtin, Command, ExitStatus, GuestError, Process, ProcessEvent, ProcessInput, Signal, Terminal, TerminalSize,
-    WhenLeft,
+    Builtin, Command, ExitReason, ExitStatus, GuestError, Process, ProcessEvent, ProcessInput, Signal, Terminal,
+    TerminalSize, WhenLeft,
 };
 use nagaya_guest::frame::{DATA_BYTES_MAX, Kind};
 use nagaya_guest::messages::{self, EnvironmentVariable, Exit, Input, Resize, TerminalMode, event, outcome, request};
@@ -88,8 +88,8 @@ impl OutOfMemory {
         if status.code != 0 {
             status.memory_kills = self.count.as_ref().map_or(0, |count| count()).saturating_sub(self.before);
         }
-        if status.reason == "signaled" && status.signal == "SIGKILL" && status.memory_kills > 0 {
-            status.reason = "out_of_memory".into();
+        if status.reason == ExitReason::Signaled && status.signal == "SIGKILL" && status.memory_kills > 0 {
+            status.reason = ExitReason::OutOfMemory;
         }
         status
     }
@@ -158,7 +158,8 @@ fn to_status(exit: Exit) -> ExitStatus {
         signal: short(exit.signal),
         timed_out: exit.timed_out,
         duration_ms: exit.duration_ms,
-        reason: short(exit.reason),
+        // A newer agent may have more of them.
+        reason: ExitReason::from_name(&exit.reason).unwrap_or_default(),
         errno: exit.errno,
         memory_kills: 0,
     }

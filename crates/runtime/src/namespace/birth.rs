@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nagaya_api::ids::{DiskImageId, SessionId};
-use nagaya_engine::model::Machine;
+use nagaya_engine::model::{Limit, Machine};
 use nagaya_engine::ports::{DriverError, Guest};
 
 use super::live::{self, Live, PidFd};
@@ -122,8 +122,7 @@ impl Inner {
                 "this server gives no sandbox outbound access; ask for allow_outbound=false".into(),
             ));
         }
-        room::lacking(&self.config, self.storage.root())
-            .map_or(Ok(()), |limit| Err(DriverError::Exhausted(limit.into())))
+        room::lacking(&self.config, self.storage.root()).map_or(Ok(()), |limit| Err(DriverError::Exhausted(limit)))
     }
 
     fn slot(&self, machine: &Machine, home: Home<'_>) -> Result<Slot, DriverError> {
@@ -142,7 +141,7 @@ impl Inner {
             made => made,
         };
         made.map_err(|error| match error {
-            SlotError::Exhausted(_) => DriverError::Exhausted("slots_max".into()),
+            SlotError::Exhausted(_) => DriverError::Exhausted(Limit::Slots),
             error => room::refusal("make a sandbox", &error),
         })
     }

@@ -41,7 +41,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
 use nagaya_api::ids::{DiskImageId, SessionId, VolumeId};
-use nagaya_engine::model::{Connection, Egress, Guarantees, Machine};
+use nagaya_engine::model::{Connection, Egress, Guarantees, Limit, Machine};
 use nagaya_engine::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Mount, ResourceUsage};
 use tokio::sync::{Notify, mpsc};
 
@@ -460,7 +460,7 @@ impl Driver for NamespaceDriver {
                 return Err(DriverError::Gone);
             }
             inner.images.copy(&directory, &images).map_err(|error| match error {
-                CopyError::NoRoom(_) => DriverError::Exhausted("disk_free_mb_min".into()),
+                CopyError::NoRoom(_) => DriverError::Exhausted(Limit::DiskFreeMin),
                 error => room::refusal("copy the disk", &error),
             })
         });

@@ -44,7 +44,7 @@ impl Inner {
     /// long as there is no space to repair it with, it stays as it is.
     async fn give_up_memory(&self, live: &Live) -> Result<(), DriverError> {
         if let Some(limit) = room::lacking(&self.config, self.storage.root()) {
-            return Err(DriverError::Exhausted(limit.into()));
+            return Err(DriverError::Exhausted(limit));
         }
         tracing::warn!(id = %live.id, "the sandbox's disk had errors: it goes on from its disk, which is repaired first");
         live.end(&self.factory.cgroups).await?;

@@ -8,22 +8,23 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use nagaya_engine::model::Limit;
 use nagaya_engine::ports::DriverError;
 
 use super::{Config, failed};
 
 /// The name of the limit that a new sandbox would break, if any. What cannot be read is no reason
 /// to refuse.
-pub(super) fn lacking(config: &Config, storage: &Path) -> Option<&'static str> {
+pub(super) fn lacking(config: &Config, storage: &Path) -> Option<Limit> {
     breaks(config, free_disk_mb(storage), available_memory_mb())
 }
 
-fn breaks(config: &Config, disk_mb: Option<u64>, memory_mb: Option<u64>) -> Option<&'static str> {
+fn breaks(config: &Config, disk_mb: Option<u64>, memory_mb: Option<u64>) -> Option<Limit> {
     let below = |found: Option<u64>, least: u64| found.is_some_and(|found| found < least);
     if below(disk_mb, config.disk_free_mb_min) {
-        Some("disk_free_mb_min")
+        Some(Limit::DiskFreeMin)
     } else if below(memory_mb, config.memory_available_mb_min) {
-        Some("memory_available_mb_min")
+        Some(Limit::MemoryAvailableMin)
     } else {
         None
     }
@@ -32,19 +33,19 @@ fn breaks(config: &Config, disk_mb: Option<u64>, memory_mb: Option<u64>) -> Opti
 /// What a failed step of the driver means: a limit's name where it ran into one.
 pub(super) fn refusal(step: &str, error: &(dyn std::error::Error + 'static)) -> DriverError {
     match limit_of(error) {
-        Some(limit) => DriverError::Exhausted(limit.into()),
+        Some(limit) => DriverError::Exhausted(limit),
         None => failed(step, error),
     }
 }
 
 /// The limit that an error of the operating system stands for.
-pub(super) fn limit_of(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
+pub(super) fn limit_of(error: &(dyn std::error::Error + 'static)) -> Option<Limit> {
     let mut cause = Some(error);
     while let Some(error) = cause {
         match error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
-            Some(libc::ENOSPC | libc::EDQUOT) => return Some("space on the host's disk"),
-            Some(libc::ENOMEM) => return Some("memory of the host"),
-            Some(libc::EMFILE | libc::ENFILE) => return Some("open files of the host"),
+            Some(libc::ENOSPC | libc::EDQUOT) => return Some(Limit::HostDisk),
+            Some(libc::ENOMEM) => return Some(Limit::HostMemory),
+            Some(libc::EMFILE | libc::ENFILE) => return Some(Limit::HostOpenFiles),
             _ => cause = error.source(),
         }
     }
@@ -78,8 +79,8 @@ mod tests {
         let mut config = Config::new("/".into());
         (config.disk_free_mb_min, config.memory_available_mb_min) = (100, 50);
         assert_eq!(breaks(&config, Some(100), Some(50)), None);
-        assert_eq!(breaks(&config, Some(99), Some(50)), Some("disk_free_mb_min"));
-        assert_eq!(breaks(&config, Some(100), Some(49)), Some("memory_available_mb_min"));
+        assert_eq!(breaks(&config, Some(99), Some(50)), Some(Limit::DiskFreeMin));
+        assert_eq!(breaks(&config, Some(100), Some(49)), Some(Limit::MemoryAvailableMin));
         assert_eq!(breaks(&config, None, None), None);
     }
 
@@ -96,7 +97,7 @@ mod tests {
         #[derive(Debug, thiserror::Error)]
         #[error("copy")]
         struct Outer(#[source] io::Error);
-        assert_eq!(limit_of(&Outer(io::Error::from_raw_os_error(libc::ENOSPC))), Some("space on the host's disk"));
+        assert_eq!(limit_of(&Outer(io::Error::from_raw_os_error(libc::ENOSPC))), Some(Limit::HostDisk));
         assert_eq!(limit_of(&Outer(io::Error::from_raw_os_error(libc::EACCES))), None);
     }
 }

@@ -15,6 +15,7 @@ use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use nagaya_api::ids::{SessionId, VolumeId};
+use nagaya_engine::model::Limit;
 use nagaya_engine::ports::{DriverError, Mount};
 use nagaya_guest::mount::{self, NO_DEVICES, READ_ONLY};
 use nagaya_guest::spawn::{self, MountOutcome};
@@ -271,7 +272,7 @@ impl Volumes {
 
     fn check_room(&self) -> Result<(), DriverError> {
         match room::free_disk_mb(&self.directory) {
-            Some(free) if free < self.disk_free_mb_min => Err(DriverError::Exhausted("disk_free_mb_min".into())),
+            Some(free) if free < self.disk_free_mb_min => Err(DriverError::Exhausted(Limit::DiskFreeMin)),
             _ => Ok(()),
         }
     }
@@ -400,9 +401,7 @@ fn attach_image(path: &Path, read_only: bool) -> Result<LoopDevice, DriverError>
     let attached =
         if read_only { LoopDevice::attach_read_only(file.as_fd()) } else { LoopDevice::attach(file.as_fd()) };
     attached.map_err(|error| match error.raw_os_error() {
-        Some(libc::EBUSY | libc::ENOENT | libc::ENODEV | libc::ENOSPC) => {
-            DriverError::Exhausted("loop devices of the host".into())
-        }
+        Some(libc::EBUSY | libc::ENOENT | libc::ENODEV | libc::ENOSPC) => DriverError::Exhausted(Limit::LoopDevices),
         _ => on("attach a loop device")(error),
     })
 }

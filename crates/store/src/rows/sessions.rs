@@ -9,7 +9,7 @@ use super::{from_json, id, integer, json, optional_from_json, optional_id, optio
 pub(crate) const SESSION_COLUMNS: &str = "id, workspace_id, owner_id, name, state, cpu_cores, memory_mb, disk_gb, outbound, \
      inbound, env, metadata, tags, ssh_authorized_keys, sticky, idle_timeout_minutes, pause_retention_ms, created_at, \
      ready_at, terminated_at, timeout_at, last_activity_at, terminal_error, driver, source_snapshot_id, source_image_id, \
-     pause, last_resume_error, attachments, egress";
+     pause, last_resume_error, attachments, egress, end_reason, exhausted";
 pub(crate) const EXECUTION_COLUMNS: &str =
     "id, session_id, command, args, status, exit_code, duration_ms, started_at, ended_at";
 
@@ -19,9 +19,10 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
             "INSERT INTO sessions (id, workspace_id, owner_id, name, state, cpu_cores, memory_mb, disk_gb, outbound,
                  inbound, env, metadata, tags, ssh_authorized_keys, sticky, idle_timeout_minutes, pause_retention_ms,
                  created_at, ready_at, terminated_at, timeout_at, last_activity_at, terminal_error, driver,
-                 source_snapshot_id, source_image_id, pause, last_resume_error, attachments, egress)
+                 source_snapshot_id, source_image_id, pause, last_resume_error, attachments, egress, end_reason,
+                 exhausted)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21,
-                 ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30)
+                 ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32)
              ON CONFLICT (id) DO UPDATE SET
                  workspace_id = excluded.workspace_id, owner_id = excluded.owner_id, name = excluded.name,
                  state = excluded.state, cpu_cores = excluded.cpu_cores, memory_mb = excluded.memory_mb,
@@ -34,7 +35,8 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
                  terminal_error = excluded.terminal_error, driver = excluded.driver,
                  source_snapshot_id = excluded.source_snapshot_id, source_image_id = excluded.source_image_id,
                  pause = excluded.pause, last_resume_error = excluded.last_resume_error,
-                 attachments = excluded.attachments, egress = excluded.egress",
+                 attachments = excluded.attachments, egress = excluded.egress,
+                 end_reason = excluded.end_reason, exhausted = excluded.exhausted",
         )?
         .execute(params![
             session.id.to_string(),
@@ -67,6 +69,8 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
             session.last_resume_error,
             json(&session.attachments)?,
             session.machine.egress.as_ref().map(json).transpose()?,
+            session.end_reason.as_ref().map(json).transpose()?,
+            session.exhausted.as_ref().map(json).transpose()?,
         ])?;
     Ok(())
 }
@@ -133,7 +137,9 @@ pub(crate) fn read_session(row: &Row<'_>) -> Result<Session> {
         terminated_at: optional_unsigned(row, 19)?,
         timeout_at: optional_unsigned(row, 20)?,
         last_activity_at: unsigned(row, 21)?,
+        end_reason: optional_from_json(row, 30)?,
         terminal_error: row.get(22)?,
+        exhausted: optional_from_json(row, 31)?,
         driver: row.get(23)?,
         source_snapshot_id: optional_id(row, 24, SnapshotId::from_uuid)?,
         source_image_id: optional_id(row, 25, DiskImageId::from_uuid)?,

@@ -1,7 +1,7 @@
 //! Promises about what happened to sessions.
 
 use nagaya_api::ids::{ExecutionId, SnapshotId, VolumeId};
-use nagaya_engine::model::{DiskSource, EndReason, Event, EventKind, PauseReason, RestoreMode};
+use nagaya_engine::model::{DiskOnlyReason, DiskSource, EndReason, Event, EventKind, PauseReason, RestoreMode};
 use nagaya_engine::model::{Session, SessionState};
 use nagaya_engine::ports::{Change, Store};
 
@@ -49,10 +49,10 @@ async fn every_fact_comes_back_as_it_was_written(store: &dyn Store) {
         ready(u64::MAX),
         EventKind::Paused { reason: PauseReason::Requested, cause: String::new() },
         EventKind::Paused { reason: PauseReason::SandboxEnded, cause: cause.clone() },
-        EventKind::MemoryReleased { reason: "memory_pressure".into() },
+        EventKind::MemoryReleased { reason: DiskOnlyReason::MemoryPressure },
         EventKind::PoweredOff,
-        EventKind::Resumed { mode: RestoreMode::Memory, reason: String::new() },
-        EventKind::Resumed { mode: RestoreMode::ColdBoot, reason: "host_restarted".into() },
+        EventKind::Resumed { mode: RestoreMode::Memory, reason: None },
+        EventKind::Resumed { mode: RestoreMode::ColdBoot, reason: Some(DiskOnlyReason::HostRestarted) },
         EventKind::ResumeFailed { cause: cause.clone() },
         EventKind::Extended { by_ms: 1, timeout_at_ms: 2 },
         EventKind::Forked { sessions: 3 },

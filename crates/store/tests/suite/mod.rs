@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 
 use nagaya_api::ids::{AttachmentId, DiskImageId, ExecutionId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use nagaya_engine::model::{
-    ApiKey, Attachment, AttachmentState, Egress, Execution, ExecutionStatus, Machine, Pause, Session, SessionState,
-    Workspace, WorkspaceSettings,
+    ApiKey, Attachment, AttachmentState, DiskOnlyReason, Egress, EndReason, Execution, ExecutionStatus, Limit, Machine,
+    Pause, Session, SessionState, Workspace, WorkspaceSettings,
 };
 use nagaya_engine::ports::{Change, SessionQuery, Store};
 use proptest::collection::vec;
@@ -113,7 +113,9 @@ pub fn session(created_at: u64, number: u32) -> Session {
         terminated_at: None,
         timeout_at: Some(created_at + 3_600_000),
         last_activity_at: created_at + 9,
-        terminal_error: String::new(),
+        end_reason: Some(EndReason::PauseRetention),
+        terminal_error: "pause \"retention\" expired".into(),
+        exhausted: Some(Limit::HostDisk),
         driver: "namespace".into(),
         source_snapshot_id: Some(SnapshotId::new(1, [1; 10])),
         source_image_id: Some(DiskImageId::new(2, [2; 10])),
@@ -122,7 +124,7 @@ pub fn session(created_at: u64, number: u32) -> Session {
             expires_at: Some(created_at + 8),
             snapshot_id: SnapshotId::new(3, [3; 10]),
             in_memory: true,
-            disk_reason: "host_restarted".into(),
+            disk_reason: Some(DiskOnlyReason::HostRestarted),
             idle: true,
         }),
         last_resume_error: "no \"space\" for it".into(),

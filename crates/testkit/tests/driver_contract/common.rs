@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use nagaya_api::error::Code;
 use nagaya_api::ids::ExecutionId;
+use nagaya_engine::model::Limit;
 use nagaya_engine::ports::{Command, DriverError, ProcessInput, Signal, WriteOptions};
 use nagaya_testkit::Outcome;
 
@@ -69,7 +70,7 @@ pub async fn a_sandbox_too_many_is_refused_with_the_limits_name_and_fits_when_on
         }
         assert!(made.len() <= SLOTS_MAX as usize, "the limit is not kept");
     };
-    assert!(matches!(&refused, DriverError::Exhausted(name) if name.ends_with("slots_max")), "{refused:?}");
+    assert!(matches!(&refused, DriverError::Exhausted(Limit::Slots)), "{refused:?}");
     driver.destroy(made.pop().unwrap()).await.unwrap();
     place.settled().await;
     // What it had is released in the background, and may be in use for a slot that is being made ahead meanwhile.
@@ -155,7 +156,7 @@ pub async fn commands_get_their_environment_directory_and_input(place: &mut Plac
     process.input.send(ProcessInput::Stdin(Bytes::from(bytes.clone()))).await.unwrap();
     close_stdin(&process).await;
     let finished = finish(&mut process.events).await;
-    assert_eq!((finished.stdout, finished.exit.code, finished.exit.reason.as_str()), (bytes, 0, "exit"));
+    assert_eq!((finished.stdout, finished.exit.code, finished.exit.reason.name()), (bytes, 0, "exit"));
 
     assert_eq!(run(&*guest, command(&["false"])).await.exit.code, 1);
     assert_eq!(guest.run(command(&["no-such-command"])).await.unwrap_err().code, Code::CommandNotFound);
@@ -172,13 +173,13 @@ pub async fn signals_and_timeouts_end_commands_and_say_so(place: &mut Place) -> 
     let mut process = guest.run(Command { stdin: true, ..command(&["cat"]) }).await.unwrap();
     process.input.send(ProcessInput::Signal(Signal::Kill)).await.unwrap();
     let exit = finish(&mut process.events).await.exit;
-    assert_eq!((exit.code, exit.signal.as_str(), exit.reason.as_str()), (-1, "SIGKILL", "signaled"));
+    assert_eq!((exit.code, exit.signal.as_str(), exit.reason.name()), (-1, "SIGKILL", "signaled"));
 
     let waits = Command { stdin: true, timeout_ms: 100, ..command(&["cat"]) };
     let mut process = guest.run(waits).await.unwrap();
     let exit = finish(&mut process.events).await.exit;
     assert!(exit.timed_out, "{exit:?}");
-    assert_eq!((exit.code, exit.reason.as_str()), (-1, "timeout"));
+    assert_eq!((exit.code, exit.reason.name()), (-1, "timeout"));
     driver.destroy(id).await.unwrap();
     place.settled().await;
     Ok(())

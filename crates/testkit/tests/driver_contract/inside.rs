@@ -167,7 +167,7 @@ pub async fn what_ignores_term_is_killed_and_says_so(place: &mut Place) -> Outco
     // Long enough for the shell to have begun to ignore the signal, on a slow machine as well.
     let mut process = guest.run(Command { stdin: true, timeout_ms: 2_000, ..command(&stubborn) }).await.unwrap();
     let exit = finish(&mut process.events).await.exit;
-    assert_eq!((exit.code, exit.signal.as_str(), exit.reason.as_str()), (-1, "SIGKILL", "grace_timeout"));
+    assert_eq!((exit.code, exit.signal.as_str(), exit.reason.name()), (-1, "SIGKILL", "grace_timeout"));
     assert!(exit.timed_out);
     driver.destroy(id).await.unwrap();
     place.settled().await;

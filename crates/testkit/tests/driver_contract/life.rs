@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use nagaya_api::ids::{DiskImageId, SessionId};
+use nagaya_engine::model::Limit;
 use nagaya_engine::ports::{Adopted, Command, Driver, DriverError, ProcessEvent, ProcessInput};
 use nagaya_testkit::Outcome;
 
@@ -206,7 +207,7 @@ pub async fn a_stopped_sandbox_takes_no_slot(place: &mut Place) -> Outcome {
         others.push(id);
     }
     let refused = driver.boot(stopped, &machine()).await.err().unwrap();
-    assert!(matches!(&refused, DriverError::Exhausted(name) if name.ends_with("slots_max")), "{refused:?}");
+    assert!(matches!(&refused, DriverError::Exhausted(Limit::Slots)), "{refused:?}");
     driver.destroy(others.pop().unwrap()).await.unwrap();
     place.settled().await;
     let begin = Instant::now();

@@ -7,7 +7,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use nagaya_api::ids::{ExecutionId, SessionId};
-use nagaya_engine::model::Machine;
+use nagaya_engine::model::{Limit, Machine};
 use nagaya_engine::ports::{Command, DriverError, DriverEvent, ProcessInput};
 use nagaya_testkit::{Outcome, SmallDisk, storage_root};
 
@@ -377,7 +377,7 @@ pub async fn a_host_without_space_keeps_the_sandbox_usable_and_no_image(_place: 
     shell(&*guest, "head -c 350M /dev/urandom > large && sync large").await;
     let image = fresh_image();
     let refused = driver.copy_disk(id, &[image]).await.unwrap_err();
-    assert!(matches!(&refused, DriverError::Exhausted(name) if name.contains("disk")), "{refused:?}");
+    assert!(matches!(&refused, DriverError::Exhausted(Limit::DiskFreeMin | Limit::HostDisk)), "{refused:?}");
     assert!(driver.images().await.unwrap().is_empty());
     let parts = fs::read_dir(storage_root(place.data()).join("disks")).unwrap().map(|entry| entry.unwrap().file_name());
     let parts: Vec<_> = parts.filter(|name| name != "boot-id").collect();

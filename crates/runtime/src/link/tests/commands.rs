@@ -1,5 +1,5 @@
 use nagaya_api::error::Code;
-use nagaya_engine::ports::{Builtin, ProcessInput, Signal, Terminal, TerminalSize, WhenLeft};
+use nagaya_engine::ports::{Builtin, ExitReason, ProcessInput, Signal, Terminal, TerminalSize, WhenLeft};
 
 use super::*;
 
@@ -10,7 +10,7 @@ async fn output_and_exit_code_arrive_and_the_exit_is_last() {
     let (ended, exit) = run(&link, shell("echo out; echo err >&2; exit 3")).await;
     assert_eq!(ended.stdout, b"out\n");
     assert_eq!(ended.stderr, b"err\n");
-    assert_eq!((exit.code, exit.reason.as_str(), exit.signal.as_str()), (3, "exit", ""));
+    assert_eq!((exit.code, exit.reason.name(), exit.signal.as_str()), (3, "exit", ""));
     assert!(!exit.timed_out);
 }
 
@@ -105,7 +105,7 @@ async fn a_command_that_does_not_read_still_gets_its_signals() {
     }
     process.input.send(ProcessInput::Signal(Signal::Kill)).await.unwrap();
     let (_, exit) = finish(process).await;
-    assert_eq!((exit.code, exit.signal.as_str(), exit.reason.as_str()), (-1, "SIGKILL", "signaled"));
+    assert_eq!((exit.code, exit.signal.as_str(), exit.reason.name()), (-1, "SIGKILL", "signaled"));
 }
 
 #[tokio::test]
@@ -179,7 +179,7 @@ async fn a_timeout_ends_a_command_with_term() {
     let mut wanted = command(&["sleep", "1000"]);
     wanted.timeout_ms = 100;
     let (_, exit) = run(&link, wanted).await;
-    assert_eq!((exit.code, exit.signal.as_str(), exit.reason.as_str()), (-1, "SIGTERM", "timeout"));
+    assert_eq!((exit.code, exit.signal.as_str(), exit.reason.name()), (-1, "SIGTERM", "timeout"));
     assert!(exit.timed_out && exit.duration_ms >= 100, "{exit:?}");
 }
 
@@ -190,7 +190,7 @@ async fn a_command_that_ignores_term_is_killed_after_the_grace() {
     let mut wanted = shell("trap '' TERM; sleep 1000");
     wanted.timeout_ms = 50;
     let (_, exit) = run(&link, wanted).await;
-    assert_eq!((exit.signal.as_str(), exit.reason.as_str(), exit.timed_out), ("SIGKILL", "grace_timeout", true));
+    assert_eq!((exit.signal.as_str(), exit.reason.name(), exit.timed_out), ("SIGKILL", "grace_timeout", true));
     assert!(exit.duration_ms >= 5_000, "{exit:?}");
 }
 
@@ -201,7 +201,7 @@ async fn an_exit_code_after_the_timeout_is_still_a_timeout() {
     let mut wanted = shell("trap 'exit 0' TERM; while :; do sleep 0.01; done");
     wanted.timeout_ms = 100;
     let (_, exit) = run(&link, wanted).await;
-    assert_eq!((exit.code, exit.reason.as_str(), exit.timed_out), (0, "timeout", true));
+    assert_eq!((exit.code, exit.reason.name(), exit.timed_out), (0, "timeout", true));
 }
 
 #[tokio::test]
@@ -367,11 +367,11 @@ async fn a_kill_for_want_of_memory_is_told_as_such() {
     let kills = Arc::new(std::sync::atomic::AtomicU64::new(7));
     let count = kills.clone();
     link.count_out_of_memory_kills(move || count.load(std::sync::atomic::Ordering::SeqCst));
-    assert_eq!(run(&link, shell("kill -KILL $$")).await.1.reason, "signaled");
+    assert_eq!(run(&link, shell("kill -KILL $$")).await.1.reason, ExitReason::Signaled);
     let process = link.run(shell("read go; kill -KILL $$").with_stdin()).await.unwrap();
     kills.store(8, std::sync::atomic::Ordering::SeqCst);
     process.input.send(ProcessInput::StdinClose).await.unwrap();
-    assert_eq!(finish(process).await.1.reason, "out_of_memory");
+    assert_eq!(finish(process).await.1.reason, ExitReason::OutOfMemory);
 }
 
 trait WithStdin {

@@ -97,7 +97,7 @@ async fn a_timeout_ends_a_detached_command_too() {
     link.run_detached(id(1), wanted).await.unwrap();
     let ended = collect(&mut link.follow(id(1)).await.unwrap()).await;
     let exit = ended.exit.unwrap();
-    assert_eq!((ended.stdout.as_slice(), exit.timed_out, exit.reason.as_str()), (&b"begun\n"[..], true, "timeout"));
+    assert_eq!((ended.stdout.as_slice(), exit.timed_out, exit.reason.name()), (&b"begun\n"[..], true, "timeout"));
 }
 
 /// Output of a command's own, by its number.

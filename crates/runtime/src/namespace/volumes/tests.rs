@@ -35,7 +35,7 @@ fn a_nearly_full_host_makes_and_grows_none_and_leaves_what_is_there() {
     let image = fs::read(&path).expect("read");
     let full = volumes(data.path(), u64::MAX);
     for refused in [full.create(id(2), MIB), full.grow(id(1), 2 * MIB)] {
-        assert!(matches!(&refused, Err(DriverError::Exhausted(limit)) if limit == "disk_free_mb_min"), "{refused:?}");
+        assert!(matches!(&refused, Err(DriverError::Exhausted(limit)) if *limit == Limit::DiskFreeMin), "{refused:?}");
     }
     assert_eq!(full.list().expect("list"), [id(1)]);
     assert!(fs::read(&path).expect("read") == image, "the volume was changed");
