@@ -18,8 +18,8 @@ use tokio::sync::Semaphore;
 
 use crate::config::Limits;
 use crate::host::{HostClock, HostEntropy};
-use crate::server::body::{Disk, ResponseBody};
-use crate::server::lifecycle::Lifecycle;
+use crate::wire::body::{Disk, ResponseBody};
+use crate::wire::lifecycle::Lifecycle;
 
 /// Expiry, key and workspace of the caller, in front of the seal.
 const CLAIM_BYTES: usize = 8 + 16 + 16;

@@ -6,10 +6,12 @@
 mod budget;
 pub mod config;
 mod download;
+mod facade;
 pub mod host;
 mod metrics;
 mod server;
 mod tenki;
+mod wire;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -26,10 +28,10 @@ use download::Downloads;
 pub use metrics::{Level, Levels};
 use metrics::{Metrics, Sources};
 use server::Server;
-use server::lifecycle::{Lifecycle, Phase};
 use server::routes::Routes;
 pub use server::tls::TlsError;
-pub use server::{Front, ListenError};
+pub use server::{ListenError, Listeners};
+use wire::lifecycle::{Lifecycle, Phase};
 
 /// What parts below the engine contribute to the server's surface.
 #[derive(Default)]
@@ -37,7 +39,7 @@ pub struct Hooks {
     /// Read at every scrape of `/metrics`: how many resources are ready in each pool.
     pub pools: Option<Levels>,
     /// Whose ingress the engine was given. Without it the server opens its own, and previews are not reached.
-    pub front: Option<Front>,
+    pub listeners: Option<Listeners>,
     /// Called a moment after large messages.
     pub give_back: Option<GiveBack>,
 }
@@ -84,7 +86,7 @@ impl Daemon {
             ssh: Some(Arc::clone(ssh.traffic())),
         }));
         let budget = Budget::new(&config.limits, hooks.give_back);
-        let tenki = tenki::Facade::new(tenki::Parts {
+        let tenki = tenki::TenkiFacade::new(tenki::Dependencies {
             budget,
             engine: engine.clone(),
             engine_config: config.engine.clone(),
@@ -97,17 +99,17 @@ impl Daemon {
             ssh_address,
         });
         let routes = Routes {
-            tenki,
+            facades: vec![Box::new(tenki)],
             downloads,
             previews: Arc::clone(&previews),
             lifecycle: Arc::clone(&lifecycle),
             metrics: Arc::clone(&metrics),
         };
-        let front = match hooks.front {
-            Some(front) => front,
-            None => Front::open(config).await?,
+        let listeners = match hooks.listeners {
+            Some(listeners) => listeners,
+            None => Listeners::open(config).await?,
         };
-        let server = Server::start(config, front, routes, Arc::clone(&lifecycle), metrics)?;
+        let server = Server::start(config, listeners, routes, Arc::clone(&lifecycle), metrics)?;
         lifecycle.advance(Phase::Serving);
         let drain_timeout = Duration::from_millis(config.limits.drain_timeout_ms);
         Ok(Self { server, previews, ssh, engine, drain_timeout })

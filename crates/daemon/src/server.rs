@@ -1,10 +1,7 @@
 //! The one listener: accepts connections, tells TLS, HTTP/2 and HTTP/1.1 apart, and ends them in
 //! an orderly way. What is answered on them is the business of [`routes`].
 
-pub(crate) mod body;
-mod front;
-pub(crate) mod lifecycle;
-pub(crate) mod measured;
+mod listeners;
 pub(crate) mod preface;
 pub(crate) mod routes;
 mod timer;
@@ -19,8 +16,7 @@ use std::time::Duration;
 use http::StatusCode;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use nagaya_api::error::{Code, Error};
-use nagaya_gateway::places::{Active, Places, Seat};
+use nagaya_gateway::places::Places;
 use nagaya_gateway::preview::{Arrival, Connection, Viewer};
 use nagaya_gateway::strict::{self, Strict, Watch};
 use rustix::net::sockopt;
@@ -31,13 +27,13 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 
 use crate::config::{Config, Limits};
-use crate::metrics::{Metrics, OpenConnection};
-pub use front::Front;
-use lifecycle::{Lifecycle, Phase};
+use crate::metrics::Metrics;
+use crate::wire::connection::{From, Open, UrlScheme};
+use crate::wire::lifecycle::{Lifecycle, Phase};
+pub use listeners::{ListenError, Listeners};
 use preface::Version;
-use routes::{Origin, Routes};
+use routes::Routes;
 use timer::KeptTimer;
-use tls::TlsError;
 
 /// How long connections may take to hand over their last bytes after the last call has ended.
 const FLUSH_TIME: Duration = Duration::from_secs(1);
@@ -51,17 +47,6 @@ const KEEP_ALIVE_PROBES: u32 = 4;
 const KEEP_ALIVE_S_MAX: u64 = 32_767;
 /// Largest HTTP/2 frame accepted; a large one costs a peer and us less per byte.
 const FRAME_BYTES_MAX: u32 = 256 * 1024;
-
-/// Why the server cannot listen.
-#[derive(Debug, thiserror::Error)]
-pub enum ListenError {
-    #[error("listen on {address}")]
-    Bind { address: SocketAddr, source: io::Error },
-    #[error("serve TLS")]
-    Tls(#[from] TlsError),
-    #[error("prepare for SSH")]
-    Ssh(#[source] nagaya_api::error::Error),
-}
 
 /// A listener and all its connections.
 #[derive(Debug)]
@@ -87,54 +72,6 @@ struct Shared {
     viewers: Arc<Places>,
 }
 
-/// A connection that counts as open, also when another protocol than HTTP is spoken on it.
-pub(crate) struct Open {
-    seat: Arc<Seat>,
-    shared: Arc<Shared>,
-    _metric: OpenConnection,
-}
-
-impl Open {
-    /// Told with each request that has shown a key, a certificate or the token of a URL.
-    pub(crate) fn admit(&self) -> Result<(), Error> {
-        match self.seat.move_to(&self.shared.callers) {
-            true => Ok(()),
-            false => Err(Error::new(Code::CapacityUnavailable, "limits.connections_max is reached")),
-        }
-    }
-
-    /// `None` when the connection has to go.
-    fn begin(&self) -> Option<Active> {
-        self.seat.begin()
-    }
-
-    /// Completes when the connection has to go: it gave way, or its time to show a key is over.
-    async fn given_up(&self, at_most: Duration) {
-        let late = async {
-            loop {
-                tokio::time::sleep(at_most).await;
-                if self.seat.has_moved() {
-                    std::future::pending::<()>().await;
-                }
-                // A request may wait for its preview to wake up before it is known to be one.
-                if self.seat.is_idle() {
-                    return;
-                }
-            }
-        };
-        tokio::select! {
-            () = self.seat.given_up() => {}
-            () = late => {}
-        }
-    }
-}
-
-impl Connection for Open {
-    fn admit(&self) -> bool {
-        self.seat.move_to(&self.shared.viewers)
-    }
-}
-
 /// A request came on a connection that is being closed. It is not carried out.
 #[derive(Debug, thiserror::Error)]
 #[error("the connection gave way to another")]
@@ -151,12 +88,12 @@ impl Server {
     /// Begins to answer. Needs a Tokio runtime.
     pub(crate) fn start(
         config: &Config,
-        front: Front,
+        listeners: Listeners,
         routes: Routes,
         lifecycle: Arc<Lifecycle>,
         metrics: Arc<Metrics>,
     ) -> Result<Self, ListenError> {
-        let local_addr = front.local_addr;
+        let local_addr = listeners.local_addr;
         let shared = Arc::new(Shared {
             routes,
             strangers: Places::new(config.limits.strangers_max),
@@ -169,7 +106,7 @@ impl Server {
             metrics,
             tls: tls::acceptor(config)?,
         });
-        let accepting = tokio::spawn(accept(front.listener, front.arrivals, shared));
+        let accepting = tokio::spawn(accept(listeners.listener, listeners.arrivals, shared));
         Ok(Self { local_addr, lifecycle, accepting })
     }
 
@@ -214,8 +151,13 @@ async fn accept(listener: TcpListener, mut arrivals: Option<mpsc::Receiver<Arriv
         };
         let places = if peer.label.is_some() { &shared.preview_strangers } else { &shared.strangers };
         let seat = Arc::new(places.enter(peer.ip));
-        let open = Open { seat, shared: Arc::clone(&shared), _metric: shared.metrics.connection_opened() };
-        connections.spawn(serve(stream, peer, Arc::new(open)));
+        let open = Open {
+            seat,
+            callers: Arc::clone(&shared.callers),
+            viewers: Arc::clone(&shared.viewers),
+            _metric: shared.metrics.connection_opened(),
+        };
+        connections.spawn(serve(stream, peer, Arc::new(open), Arc::clone(&shared)));
     }
     drop((listener, arrivals));
     while connections.join_next().await.is_some() {}
@@ -225,20 +167,19 @@ async fn next_arrival(arrivals: &mut Option<mpsc::Receiver<Arrival>>) -> Option<
     arrivals.as_mut()?.recv().await
 }
 
-async fn serve(stream: TcpStream, peer: Peer, open: Arc<Open>) {
-    let at_most = Duration::from_millis(open.shared.limits.stranger_timeout_ms);
+async fn serve(stream: TcpStream, peer: Peer, open: Arc<Open>, shared: Arc<Shared>) {
+    let at_most = Duration::from_millis(shared.limits.stranger_timeout_ms);
     tokio::select! {
         biased;
         () = open.given_up(at_most) => {
-            open.shared.metrics.connection_refused();
+            shared.metrics.connection_refused();
             tracing::debug!(peer = %peer.ip, "a connection gave way, or showed no key in time");
         }
-        () = serve_on(stream, &peer, &open) => open.seat.stay_active(),
+        () = serve_on(stream, &peer, &open, &shared) => open.seat.stay_active(),
     }
 }
 
-async fn serve_on(stream: TcpStream, peer: &Peer, open: &Arc<Open>) {
-    let shared = &open.shared;
+async fn serve_on(stream: TcpStream, peer: &Peer, open: &Arc<Open>, shared: &Arc<Shared>) {
     // Answers are small and waited for; holding them back would cost up to 40 ms each.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "failed to set TCP_NODELAY");
@@ -260,12 +201,12 @@ async fn serve_on(stream: TcpStream, peer: &Peer, open: &Arc<Open>) {
         Some(acceptor) if peer.label.is_none() => {
             let handshake_timeout = Duration::from_millis(shared.limits.tls_handshake_timeout_ms);
             match tokio::time::timeout(handshake_timeout, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => serve_http(stream, Origin::HTTPS, viewer(true), open).await,
+                Ok(Ok(stream)) => serve_http(stream, UrlScheme::HTTPS, viewer(true), open, shared).await,
                 Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
                 Err(_) => tracing::debug!("a TLS handshake took longer than tls_handshake_timeout_ms"),
             }
         }
-        _ => serve_http(stream, Origin::HTTP, viewer(false), open).await,
+        _ => serve_http(stream, UrlScheme::HTTP, viewer(false), open, shared).await,
     }
 }
 
@@ -279,11 +220,10 @@ fn keep_alive(stream: &TcpStream, limits: &Limits) -> io::Result<()> {
     Ok(sockopt::set_socket_keepalive(stream, true)?)
 }
 
-async fn serve_http<T>(stream: T, origin: Origin, viewer: Viewer, open: &Arc<Open>)
+async fn serve_http<T>(stream: T, scheme: UrlScheme, viewer: Viewer, open: &Arc<Open>, shared: &Arc<Shared>)
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let shared = &open.shared;
     let limits = &shared.limits;
     let header_timeout = Duration::from_millis(limits.request_header_timeout_ms);
     let (version, stream) = tokio::select! {
@@ -294,21 +234,22 @@ where
         () = shared.lifecycle.reached(Phase::Draining) => return,
     };
 
-    let from = Arc::new((viewer, Arc::clone(open)));
+    let from = Arc::new((viewer, Arc::clone(open), Arc::clone(shared)));
     let service = |watch: Option<Arc<Watch>>| {
         service_fn(move |request| {
             let (from, watch) = (Arc::clone(&from), watch.clone());
             async move {
-                let (viewer, open) = &*from;
+                let (viewer, open, shared) = &*from;
+                let from = From { scheme, viewer, open };
                 let active = open.begin().ok_or(GaveWay)?;
                 let answer = match watch.as_deref().map(|watch| (watch, watch.next())) {
                     Some((_, Err(refusal))) => routes::refuse(&refusal),
                     Some((watch, Ok(()))) => {
-                        let answer = open.shared.routes.answer(request, origin, viewer, open).await;
+                        let answer = shared.routes.answer(request, from).await;
                         watch.answered(answer.status() == StatusCode::SWITCHING_PROTOCOLS);
                         answer
                     }
-                    None => open.shared.routes.answer(request, origin, viewer, open).await,
+                    None => shared.routes.answer(request, from).await,
                 };
                 Ok::<_, GaveWay>(answer.map(|body| body.held(active)))
             }

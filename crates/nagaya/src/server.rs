@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::Context;
 use nagaya_daemon::config::{Config, DiskPool};
 use nagaya_daemon::host::{HostClock, HostEntropy};
-use nagaya_daemon::{Daemon, Front, GiveBack, Hooks, Level, Levels};
+use nagaya_daemon::{Daemon, GiveBack, Hooks, Level, Levels, Listeners};
 use nagaya_engine::ports::{Blobs, Driver, Entropy, Store};
 use nagaya_engine::{Engine, check_secret};
 use nagaya_image::{BlobStore, S3Config, S3Credentials};
@@ -60,9 +60,10 @@ impl Server {
         let port: Arc<dyn Driver> = driver.clone();
         let blobs = open_blobs(&config)?;
         let (clock, entropy) = (Arc::new(HostClock), Arc::new(HostEntropy));
-        let front = Front::open(&config).await?;
-        driver.keep_reachable(front.local_addr().port());
-        let engine = Engine::start(config.engine.clone(), store, port, blobs, front.ingress(), clock, entropy).await?;
+        let listeners = Listeners::open(&config).await?;
+        driver.keep_reachable(listeners.local_addr().port());
+        let engine =
+            Engine::start(config.engine.clone(), store, port, blobs, listeners.ingress(), clock, entropy).await?;
         for key in [key.as_deref(), config.api_key.as_deref()].into_iter().flatten() {
             engine.first_start(Some(key)).await?;
         }
@@ -75,7 +76,7 @@ impl Server {
         let daemon = Daemon::start(
             &config,
             engine,
-            Hooks { pools: Some(pools), front: Some(front), give_back: Some(give_back) },
+            Hooks { pools: Some(pools), listeners: Some(listeners), give_back: Some(give_back) },
         )
         .await?;
         let server = Self { daemon, driver, tls, data_dir, drain_timeout, key_file, new_key };

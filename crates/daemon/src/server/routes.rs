@@ -3,39 +3,24 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::uri::Scheme;
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use hyper::body::Incoming;
 
 use nagaya_api::error::{Code, Error};
 use nagaya_engine::Engine;
-use nagaya_gateway::preview::{Proxy, Viewer};
+use nagaya_gateway::preview::Proxy;
 use nagaya_gateway::strict::Refusal;
 
-use super::Open;
-use super::body::ResponseBody;
-use super::lifecycle::{Lifecycle, Phase};
 use crate::download::Downloads;
+use crate::facade::Facade;
 use crate::metrics::Metrics;
-use crate::tenki::Facade;
-
-/// How a connection was opened, which decides the URLs that are handed out on it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Origin {
-    pub(crate) secure: bool,
-}
-
-impl Origin {
-    pub(crate) const HTTP: Self = Self { secure: false };
-    pub(crate) const HTTPS: Self = Self { secure: true };
-
-    pub(crate) fn scheme(self) -> Scheme {
-        if self.secure { Scheme::HTTPS } else { Scheme::HTTP }
-    }
-}
+use crate::wire::body::ResponseBody;
+use crate::wire::connection::{From, Open};
+use crate::wire::lifecycle::{Lifecycle, Phase};
 
 pub(crate) struct Routes {
-    pub(crate) tenki: Facade,
+    /// One for each family of clients.
+    pub(crate) facades: Vec<Box<dyn Facade>>,
     pub(crate) downloads: Arc<Downloads>,
     pub(crate) previews: Arc<Proxy<Engine>>,
     pub(crate) lifecycle: Arc<Lifecycle>,
@@ -43,22 +28,14 @@ pub(crate) struct Routes {
 }
 
 impl Routes {
-    pub(crate) async fn answer(
-        &self,
-        request: Request<Incoming>,
-        origin: Origin,
-        viewer: &Viewer,
-        open: &Open,
-    ) -> Response<ResponseBody> {
-        if viewer.label.is_some() || self.previews.is_asked(&request) {
+    pub(crate) async fn answer(&self, request: Request<Incoming>, from: From<'_>) -> Response<ResponseBody> {
+        if from.viewer.label.is_some() || self.previews.is_asked(&request) {
             let busy = self.lifecycle.enter();
-            return self.previews.answer(request, viewer).await.map(|body| ResponseBody::preview(body, busy));
+            return self.previews.answer(request, from.viewer).await.map(|body| ResponseBody::preview(body, busy));
         }
-        if Facade::serves(request.uri().path()) {
-            return self.tenki.call(request, origin, open).await;
-        }
-        if Facade::bridge_to(request.uri().path()).is_some() {
-            return self.tenki.bridge(request, viewer, open).await;
+        let path = request.uri().path();
+        if let Some(facade) = self.facades.iter().find(|facade| facade.claims(path)) {
+            return facade.call(request, from).await;
         }
         let readable = matches!(*request.method(), Method::GET | Method::HEAD);
         let mut response = match (request.uri().path(), readable) {
@@ -75,7 +52,7 @@ impl Routes {
                 response
             }
             (path, true) if Downloads::snapshot_of(path).is_some() => {
-                return self.download(request.method(), request.uri(), open).await;
+                return self.download(request.method(), request.uri(), from.open).await;
             }
             (path, false)
                 if matches!(path, "/" | "/healthz" | "/readyz" | "/metrics")
@@ -90,8 +67,8 @@ impl Routes {
                 StatusCode::NOT_FOUND,
                 "path_not_found",
                 &format!(
-                    "nothing is served under this path; there are /healthz, /readyz, /metrics and POST /SERVICE/METHOD with the services {}",
-                    Facade::SERVICES.join(", ")
+                    "nothing is served under this path; there are /healthz, /readyz, /metrics and {}",
+                    self.facades.iter().map(|facade| facade.offers()).collect::<Vec<_>>().join("; ")
                 ),
             ),
         };

@@ -4,13 +4,16 @@ use std::time::{Duration, Instant};
 
 use connectrpc::RequestContext;
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{SessionId, SnapshotId, WorkspaceId};
+use nagaya_api::ids::{SessionId, SnapshotId};
 use nagaya_api::limits::TERMINATE_BATCH_MAX;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{Session, SessionState};
 use nagaya_engine::{Caller, ListSessions, NewExecution, NewSession, SessionUpdate};
 
-use super::{Tenki, convert, egress, volumes};
+use super::convert;
+use super::parse;
+use super::parse::{invalid, milliseconds, page_size, workspace};
+use super::service::TenkiService;
 
 /// Names under which the default image is asked for.
 const DEFAULT_IMAGES: [&str; 2] = ["", "sandbox"];
@@ -18,11 +21,7 @@ const DEFAULT_IMAGES: [&str; 2] = ["", "sandbox"];
 /// What the clients write for "whoever I am".
 const OWNER_SELF: &str = "self";
 
-pub(super) fn invalid(detail: &str) -> Error {
-    Error::new(Code::InvalidArgument, detail)
-}
-
-impl Tenki {
+impl TenkiService {
     pub(super) fn who_am_i(&self, caller: &Caller) -> wire::WhoAmIResponse {
         let workspace = self.engine.workspace(caller);
         let id = workspace.id.to_string();
@@ -338,20 +337,6 @@ pub(super) struct List {
     pub(super) page_token: String,
 }
 
-pub(super) fn page_size(asked: i32) -> Result<u32, Error> {
-    u32::try_from(asked).map_err(|_| invalid("page_size must not be negative"))
-}
-
-/// The workspace that was named, under either of its two names.
-pub(super) fn workspace(workspace_id: Option<&str>, project_id: Option<&str>) -> Result<Option<WorkspaceId>, Error> {
-    let workspace = convert::optional_id::<WorkspaceId>(workspace_id, "workspace_id")?;
-    let project = convert::optional_id::<WorkspaceId>(project_id, "project_id")?;
-    match (workspace, project) {
-        (Some(workspace), Some(project)) if workspace != project => Err(Code::WorkspaceNotFound.into()),
-        _ => Ok(workspace.or(project)),
-    }
-}
-
 /// Reads a create request. Flags that are absent are off (see docs/decisions/0003).
 fn new_session(request: wire::CreateSessionRequest) -> Result<NewSession, Error> {
     if request.owner_id.is_empty() {
@@ -379,12 +364,12 @@ fn new_session(request: wire::CreateSessionRequest) -> Result<NewSession, Error>
         tags: request.tags,
         inbound: request.allow_inbound.unwrap_or(false),
         outbound: request.allow_outbound.unwrap_or(false),
-        egress: request.egress.into_option().map(egress::read),
+        egress: request.egress.into_option().map(parse::egress),
         ssh_authorized_keys: request.ssh_authorized_keys,
         sticky: request.sticky,
         idle_timeout_minutes,
         snapshot_id: convert::optional_id(request.snapshot_id.as_deref(), "snapshot_id")?,
-        mounts: request.volumes.into_iter().map(volumes::mount).collect::<Result<_, _>>()?,
+        mounts: request.volumes.into_iter().map(parse::mount).collect::<Result<_, _>>()?,
     })
 }
 
@@ -416,13 +401,6 @@ fn refuse_what_is_not_built(request: &wire::CreateSessionRequest) -> Result<(), 
         Some((field, _)) => Err(Error::new(Code::Unimplemented, format!("field {field} of CreateSession"))),
         None => Ok(()),
     }
-}
-
-pub(super) fn milliseconds(
-    duration: Option<&buffa_types::google::protobuf::Duration>,
-    field: &str,
-) -> Result<Option<u64>, Error> {
-    duration.map(|duration| convert::milliseconds(duration, field)).transpose()
 }
 
 /// A session that ended before it began because the server was full is an error of its creation.

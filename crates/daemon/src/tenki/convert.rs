@@ -9,12 +9,10 @@ use nagaya_api::ids::{DiskImageId, ParseIdError, SessionId};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::Certificate;
 use nagaya_engine::model::{
-    Attachment, AttachmentState, Durability, Execution, ExecutionStatus, Session, SessionState, Snapshot, SnapshotKind,
-    SnapshotState, UnixMs, Volume, VolumeState,
+    Attachment, AttachmentState, Durability, Egress, Execution, ExecutionStatus, Preview, PreviewKind, Session,
+    SessionState, Snapshot, SnapshotKind, SnapshotState, UnixMs, Volume, VolumeState,
 };
 use nagaya_engine::ports::{ExitReason, ExitStatus, GuestError, Signal};
-
-use super::egress;
 
 /// The kind of the key that owns sessions. All keys of this server are personal ones: whoever holds one is a user.
 pub(super) const OWNER_TYPE: &str = "USER";
@@ -140,7 +138,7 @@ pub(super) fn session(session: Session) -> wire::SandboxSession {
         timeout_at: session.timeout_at.map(timestamp).into(),
         inbound_enabled: session.inbound,
         outbound_enabled: session.machine.outbound,
-        egress: session.machine.egress.map(egress::policy).into(),
+        egress: session.machine.egress.map(egress).into(),
         cpu_cores: signed(session.machine.cpu_cores),
         memory_mb: signed(session.machine.memory_mb),
         disk_size_gb: signed(session.machine.disk_gb),
@@ -327,6 +325,15 @@ pub(super) fn signal(signal: wire::run_signal::Sig) -> Signal {
 
 pub(super) fn guest_error(error: GuestError) -> ConnectError {
     Error::new(error.code, error.detail).into()
+}
+
+pub(super) fn egress(egress: Egress) -> wire::SessionEgressPolicy {
+    wire::SessionEgressPolicy { allow_domains: egress.allow_domains, allow_cidrs: egress.allow_cidrs }
+}
+
+/// The name that the user chose.
+pub(super) fn slug(preview: &Preview) -> Option<String> {
+    (preview.kind == PreviewKind::Named).then(|| preview.label.clone())
 }
 
 fn signed(count: u32) -> i32 {

@@ -1,19 +1,18 @@
 //! The data plane's rpcs about paths. Those that carry file contents are in `files.rs`.
 
 use connectrpc::{ConnectError, RequestContext};
-use nagaya_api::error::{Code, Error};
+use nagaya_api::error::Error;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::OpenSession;
 
-use super::{Tenki, auth, convert, files};
+use super::parse::{check_path, required};
+use super::service::TenkiService;
+use super::{auth, convert};
 
 /// Sent by clients that only want to open the connection; such a call is not activity.
 const PROBE_HEADER: &str = "x-tenki-dataplane-probe";
 
-/// Longest path, as the kernel has it.
-const PATH_BYTES_MAX: usize = 4096;
-
-impl Tenki {
+impl TenkiService {
     /// The sandbox that the call's certificate opens.
     pub(super) async fn open(&self, context: &RequestContext, session_id: &str) -> Result<OpenSession, Error> {
         let certificate = auth::certificate(context.headers())?;
@@ -38,7 +37,7 @@ impl Tenki {
             None => wire::StatResponse::default(),
             Some(stat) => wire::StatResponse {
                 exists: true,
-                size: files::size(stat.size),
+                size: convert::saturating(stat.size),
                 mode: stat.mode,
                 modified_unix_ns: stat.modified_unix_ns,
                 is_dir: stat.is_dir,
@@ -70,7 +69,7 @@ impl Tenki {
         check_path(&request.path)?;
         let open = self.open(context, &request.session_id).await?;
         let removed = open.guest.remove(&request.path, request.recursive).await.map_err(convert::guest_error)?;
-        Ok(wire::RemoveResponse { removed: removed > 0, entries_removed: files::size(removed) })
+        Ok(wire::RemoveResponse { removed: removed > 0, entries_removed: convert::saturating(removed) })
     }
 
     pub(super) async fn list_directory(
@@ -86,26 +85,11 @@ impl Tenki {
         let entry = |entry: nagaya_engine::ports::DirectoryEntry| wire::ListEntry {
             name: entry.name,
             is_dir: entry.is_dir,
-            size: files::size(entry.size),
+            size: convert::saturating(entry.size),
             mode: entry.mode,
             modified_unix_ns: entry.modified_unix_ns,
         };
         let entries = entries.map_err(convert::guest_error)?.into_iter().map(entry).collect();
         Ok(wire::ListResponse { entries })
     }
-}
-
-/// A message that the contract requires inside another.
-pub(super) fn required<T>(message: Option<T>, field: &str) -> Result<T, Error> {
-    message.ok_or_else(|| Error::new(Code::InvalidArgument, format!("{field} is required")))
-}
-
-pub(super) fn check_path(path: &str) -> Result<(), Error> {
-    let problem = match path {
-        "" => "path is empty",
-        path if path.len() > PATH_BYTES_MAX => "path is longer than 4096 bytes",
-        path if path.contains('\0') => "path holds a NUL byte",
-        _ => return Ok(()),
-    };
-    Err(Error::new(Code::InvalidPath, problem))
 }

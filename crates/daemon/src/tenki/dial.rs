@@ -2,14 +2,12 @@
 
 use std::io;
 use std::path::{Component, Path};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::BytesMut;
 use connectrpc::{ConnectError, RequestContext, Response, ServiceResult, ServiceStream};
-use futures::{FutureExt, Stream, StreamExt};
+use futures::{FutureExt, StreamExt};
 use nagaya_api::error::{Code, Error};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_api::tenki::v1::dial_closed::Reason;
@@ -20,9 +18,9 @@ use nagaya_engine::ports::{Address, BoxStream, GuestError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{mpsc, oneshot};
 
-use super::Tenki;
-use super::data::{check_path, required};
-use super::run::AbortOnDrop;
+use super::answers::{AbortOnDrop, Answers};
+use super::parse::{check_path, required};
+use super::service::TenkiService;
 
 type Request = wire::SandboxSessionDataPlaneServiceDialRequest;
 type Answer = wire::SandboxSessionDataPlaneServiceDialResponse;
@@ -42,7 +40,7 @@ const CONNECT_TIMEOUT_MAX: Duration = Duration::from_secs(60);
 const ABANDONED_AFTER: Duration = Duration::from_secs(30);
 
 pub(super) async fn dial(
-    tenki: &Arc<Tenki>,
+    tenki: &Arc<TenkiService>,
     context: &RequestContext,
     mut requests: ServiceStream<Request>,
 ) -> ServiceResult<ServiceStream<Answer>> {
@@ -261,21 +259,5 @@ fn last(read: io::Result<()>, stopped: impl Future<Output = SessionState>) -> wi
         (Err(error), None) => {
             closed(Reason::PeerReset, error.kind().to_string(), error.raw_os_error().unwrap_or(ECONNRESET))
         }
-    }
-}
-
-/// What a task sends, as the answers of a stream. Dropping it ends the task.
-pub(super) struct Answers<T> {
-    pub(super) frames: mpsc::Receiver<Result<T, ConnectError>>,
-    pub(super) _task: AbortOnDrop,
-    /// Keeps the session in use.
-    pub(super) _open: OpenSession,
-}
-
-impl<T> Stream for Answers<T> {
-    type Item = Result<T, ConnectError>;
-
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.frames.poll_recv(context)
     }
 }

@@ -3,12 +3,13 @@
 use connectrpc::RequestContext;
 use nagaya_api::error::Error;
 use nagaya_api::nagaya::v1 as own;
-use nagaya_api::tenki::v1 as wire;
-use nagaya_engine::model::{Connection, Egress};
+use nagaya_engine::model::Connection;
 
-use super::{Tenki, convert};
+use super::convert;
+use super::parse;
+use super::service::TenkiService;
 
-impl Tenki {
+impl TenkiService {
     pub(super) async fn update_session_egress(
         &self,
         context: &RequestContext,
@@ -16,7 +17,7 @@ impl Tenki {
     ) -> Result<own::UpdateSessionEgressResponse, Error> {
         let caller = self.caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
-        let egress = request.egress.into_option().map(read);
+        let egress = request.egress.into_option().map(parse::egress);
         let session = self.engine.set_egress(&caller, id, egress).await?;
         Ok(own::UpdateSessionEgressResponse { session: convert::session(session).into() })
     }
@@ -31,14 +32,6 @@ impl Tenki {
         let connections = self.engine.connections(&caller, id).await?;
         Ok(own::ListSessionConnectionsResponse { connections: connections.into_iter().map(connection).collect() })
     }
-}
-
-pub(super) fn read(policy: wire::SessionEgressPolicy) -> Egress {
-    Egress { allow_domains: policy.allow_domains, allow_cidrs: policy.allow_cidrs }
-}
-
-pub(super) fn policy(egress: Egress) -> wire::SessionEgressPolicy {
-    wire::SessionEgressPolicy { allow_domains: egress.allow_domains, allow_cidrs: egress.allow_cidrs }
 }
 
 fn connection(connection: Connection) -> own::SessionConnection {

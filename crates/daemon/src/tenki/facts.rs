@@ -9,10 +9,11 @@ use nagaya_api::nagaya::v1 as own;
 use nagaya_engine::Finding;
 use nagaya_engine::model::Event;
 
-use super::control::{invalid, page_size};
-use super::{Tenki, convert};
+use super::convert;
+use super::parse::{invalid, page_size};
+use super::service::TenkiService;
 
-impl Tenki {
+impl TenkiService {
     pub(super) async fn list_session_events(
         &self,
         context: &RequestContext,
@@ -38,7 +39,7 @@ impl Tenki {
 }
 
 pub(super) async fn watch_session_events(
-    tenki: &Arc<Tenki>,
+    tenki: &Arc<TenkiService>,
     context: &RequestContext,
     request: own::WatchSessionEventsRequest,
 ) -> ServiceResult<ServiceStream<own::WatchSessionEventsResponse>> {

@@ -14,17 +14,13 @@ use nagaya_engine::OpenSession;
 use nagaya_engine::ports::{FileReader, WriteOptions};
 use tokio::sync::mpsc;
 
-use super::data::{check_path, required};
-use super::{Tenki, convert};
-use crate::server::body::is_framed;
+use super::convert;
+use super::parse::{check_path, required};
+use super::service::TenkiService;
+use crate::wire::body::is_framed;
 
 /// The guest takes this much at once.
 const WRITE_CHUNK_BYTES: usize = 64 * 1024;
-
-/// Sizes are signed on the wire.
-pub(super) fn size(bytes: u64) -> i64 {
-    i64::try_from(bytes).unwrap_or(i64::MAX)
-}
 
 /// Hands content to a guest in pieces of the size it takes. `Err` when it takes no more.
 pub(super) async fn send(
@@ -40,7 +36,7 @@ pub(super) async fn send(
 
 /// Reads a whole file and gives the encoded answer.
 pub(super) async fn read_file(
-    tenki: &Tenki,
+    tenki: &TenkiService,
     context: &RequestContext,
     request: Option<wire::ReadFileRequest>,
     format: CodecFormat,
@@ -90,7 +86,7 @@ pub(super) async fn read_file(
 }
 
 pub(super) async fn write_file(
-    tenki: &Tenki,
+    tenki: &TenkiService,
     context: &RequestContext,
     request: Option<wire::WriteFileRequest>,
 ) -> Result<wire::WriteFileResponse, ConnectError> {
@@ -102,11 +98,11 @@ pub(super) async fn write_file(
     // A failed send means that writing failed; `finish` tells why.
     let _ = send(&writer.chunks, request.content).await;
     let written = writer.finish().await.map_err(convert::guest_error)?;
-    Ok(wire::WriteFileResponse { path: request.path, size_bytes: size(written) })
+    Ok(wire::WriteFileResponse { path: request.path, size_bytes: convert::saturating(written) })
 }
 
 pub(super) async fn write_file_stream(
-    tenki: &Tenki,
+    tenki: &TenkiService,
     context: &RequestContext,
     mut requests: ServiceStream<wire::SandboxSessionDataPlaneServiceWriteFileStreamRequest>,
 ) -> Result<wire::WriteFileStreamResponse, ConnectError> {
@@ -134,12 +130,12 @@ pub(super) async fn write_file_stream(
         }
     }
     let written = writer.finish().await.map_err(convert::guest_error)?;
-    Ok(wire::WriteFileStreamResponse { bytes_written: size(written), path: start.path })
+    Ok(wire::WriteFileStreamResponse { bytes_written: convert::saturating(written), path: start.path })
 }
 
 /// Reads a file and gives its encoded messages.
 pub(super) async fn read_file_stream(
-    tenki: &Arc<Tenki>,
+    tenki: &Arc<TenkiService>,
     context: &RequestContext,
     request: Option<wire::ReadFileStreamRequest>,
     format: CodecFormat,
@@ -234,7 +230,7 @@ fn encode(chunks: Vec<Bytes>, eof: bool, total_size: u64, format: CodecFormat) -
         let response = wire::ReadFileStreamResponse {
             data: EncodedBody::from_segments(chunks).into_contiguous(),
             eof,
-            total_size: size(total_size),
+            total_size: convert::saturating(total_size),
         };
         let message = wire::SandboxSessionDataPlaneServiceReadFileStreamResponse { response: response.into() };
         return message.encode_segments(format);
@@ -304,7 +300,7 @@ mod tests {
             let response = decode(encode(chunks, eof, total_size, CodecFormat::Proto).unwrap());
             assert_eq!(response.data, data);
             assert_eq!(response.eof, eof);
-            assert_eq!(response.total_size, size(total_size));
+            assert_eq!(response.total_size, convert::saturating(total_size));
         }
     }
 }

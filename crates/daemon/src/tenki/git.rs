@@ -9,8 +9,9 @@ use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::ports::{Command, ExitStatus, Process, ProcessEvent};
 use nagaya_engine::{Caller, OpenSession, validate};
 
-use super::control::invalid;
-use super::{Tenki, convert};
+use super::convert;
+use super::parse::invalid;
+use super::service::TenkiService;
 
 /// What is answered of git's output; the rest is read and dropped.
 const OUTPUT_BYTES_MAX: usize = 2 * 1024 * 1024;
@@ -19,7 +20,7 @@ const ERROR_BYTES_MAX: usize = 16 * 1024;
 const NOT_INSTALLED: i32 = 127;
 const KILLED: i32 = 128;
 
-impl Tenki {
+impl TenkiService {
     pub(super) async fn git_operation(
         &self,
         caller: &Caller,

@@ -4,17 +4,12 @@ use nagaya_api::error::Error;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::{Caller, NewExposure, PreviewUrl};
 
-use super::control::invalid;
-use super::previews::{moment, slug};
-use super::{Tenki, convert};
+use super::convert;
+use super::convert::slug;
+use super::parse::{moment, port};
+use super::service::TenkiService;
 
-/// A port that the wire has as signed, and wider than ports are.
-pub(super) fn port(number: i32) -> Result<u16, Error> {
-    let port = u16::try_from(number).ok().filter(|port| *port != 0);
-    port.ok_or_else(|| invalid("port must be 1 to 65535"))
-}
-
-impl Tenki {
+impl TenkiService {
     pub(super) async fn expose_port(
         &self,
         caller: &Caller,

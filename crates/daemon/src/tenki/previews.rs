@@ -1,27 +1,17 @@
 //! Preview URLs: named ones, which outlive sessions, and private ones, which open for holders of a token.
 
-use buffa_types::google::protobuf::Timestamp;
 use nagaya_api::error::Error;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_api::tenki::v1::get_preview_url_request::Lookup;
-use nagaya_engine::model::{Binding, Preview, PreviewKind, UnixMs};
+use nagaya_engine::model::{Binding, PreviewKind};
 use nagaya_engine::{Caller, ListPreviews, NewPreview, PreviewUrl};
 use nagaya_gateway::preview::VIEWER_TOKEN_PARAMETER;
 
-use super::control::{invalid, page_size, workspace};
-use super::ports::port;
-use super::{Tenki, convert};
+use super::convert;
+use super::parse::{invalid, moment, page_size, port, workspace};
+use super::service::TenkiService;
 
-pub(super) fn moment(at: Option<&Timestamp>) -> Result<Option<UnixMs>, Error> {
-    at.map(|at| convert::unix_ms(at, "expires_at")).transpose()
-}
-
-/// The name that the user chose.
-pub(super) fn slug(preview: &Preview) -> Option<String> {
-    (preview.kind == PreviewKind::Named).then(|| preview.label.clone())
-}
-
-impl Tenki {
+impl TenkiService {
     pub(super) async fn create_preview_url(
         &self,
         caller: &Caller,

@@ -19,10 +19,11 @@ use nagaya_engine::event_log::CommandLog;
 use nagaya_engine::ports::{Command, ExitStatus, ProcessEvent, ProcessInput};
 use nagaya_engine::validate;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
 
-use super::data::required;
-use super::{Tenki, convert};
+use super::answers::AbortOnDrop;
+use super::convert;
+use super::parse::required;
+use super::service::TenkiService;
 
 /// Leading metadata of a Run: the id under which the session's events name the command.
 const EXECUTION_HEADER: &str = "x-nagaya-execution-id";
@@ -40,7 +41,7 @@ fn protocol(problem: &str) -> ConnectError {
 }
 
 pub(super) async fn run(
-    tenki: &Arc<Tenki>,
+    tenki: &Arc<TenkiService>,
     context: &RequestContext,
     mut requests: ServiceStream<Request>,
 ) -> ServiceResult<ServiceStream<Answer>> {
@@ -101,7 +102,7 @@ fn program(command: &Command) -> String {
     command.argv.first().cloned().unwrap_or_default()
 }
 
-fn command(tenki: &Tenki, open: &OpenSession, start: wire::RunStart) -> Result<Command, Error> {
+fn command(tenki: &TenkiService, open: &OpenSession, start: wire::RunStart) -> Result<Command, Error> {
     let mut env = open.env.clone();
     env.extend(start.env);
     let command = Command {
@@ -169,15 +170,6 @@ struct Running {
     _pump: AbortOnDrop,
     /// Keeps the session in use.
     _open: OpenSession,
-}
-
-/// A task that ends with its holder.
-pub(super) struct AbortOnDrop(pub(super) JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
 }
 
 impl Stream for Running {
@@ -259,7 +251,7 @@ fn frame(payload: run_response::Payload) -> Answer {
 /// The output of a command started by ExecuteCommand, from its beginning. The last message says
 /// how it ended.
 pub(super) async fn stream_command_output(
-    tenki: &Arc<Tenki>,
+    tenki: &Arc<TenkiService>,
     context: &RequestContext,
     request: wire::StreamCommandOutputRequest,
 ) -> ServiceResult<ServiceStream<wire::StreamCommandOutputResponse>> {

@@ -7,23 +7,25 @@ use nagaya_api::error::Error;
 use nagaya_api::nagaya::v1 as own;
 use nagaya_api::tenki::v1 as wire;
 
-use super::control::{List, workspace};
-use super::fork::Own;
+use super::control::List;
+use super::own::Own;
+use super::parse::workspace;
+use super::service::TenkiService;
 use super::settings::retention_settings;
 use super::snapshots::Scope;
-use super::{Tenki, convert, dial, run, tunnel, wait};
+use super::{convert, dial, run, tunnel, wait};
 
 /// A router that knows all rpcs of the contract, and our own.
-pub(super) fn router(tenki: &Arc<Tenki>) -> Router {
+pub(super) fn router(tenki: &Arc<TenkiService>) -> Router {
     let router = wire::SandboxService::register(Arc::new(ControlPlane(Arc::clone(tenki))), Router::new());
     let router = wire::SandboxSessionDataPlaneService::register(Arc::new(DataPlane(Arc::clone(tenki))), router);
     let router = wire::SshGatewayClientService::register(Arc::new(SshGateways(Arc::clone(tenki))), router);
     own::NagayaService::register(Arc::new(Own(Arc::clone(tenki))), router)
 }
 
-struct ControlPlane(Arc<Tenki>);
-struct DataPlane(Arc<Tenki>);
-struct SshGateways(Arc<Tenki>);
+struct ControlPlane(Arc<TenkiService>);
+struct DataPlane(Arc<TenkiService>);
+struct SshGateways(Arc<TenkiService>);
 
 fn answer<T>(result: Result<T, Error>) -> ServiceResult<T> {
     Ok(Response::new(result?))

@@ -7,9 +7,10 @@ use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::WorkspaceSettings;
 use nagaya_engine::{Caller, WorkspaceSettingsUpdate};
 
-use super::{Tenki, convert};
+use super::convert;
+use super::service::TenkiService;
 
-impl Tenki {
+impl TenkiService {
     pub(super) async fn settings(
         &self,
         caller: &Caller,

@@ -7,8 +7,9 @@ use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{SnapshotKind, SnapshotState};
 use nagaya_engine::{Caller, ListSnapshots, NewSnapshot, SnapshotUpdate};
 
-use super::control::{invalid, page_size};
-use super::{Tenki, convert};
+use super::convert;
+use super::parse::{invalid, page_size};
+use super::service::TenkiService;
 
 /// Which of the list rpcs was called.
 #[derive(Default)]
@@ -18,7 +19,7 @@ pub(super) struct Scope {
     pub(super) dangling: bool,
 }
 
-impl Tenki {
+impl TenkiService {
     pub(super) async fn create_snapshot(
         &self,
         caller: &Caller,

@@ -12,15 +12,15 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::ports::Clock;
 use nagaya_engine::{Caller, SessionUpdate, SshSession, validate};
-use nagaya_gateway::preview::Viewer;
 use nagaya_gateway::ssh::{self, Permissions, Place, WebSocket};
 
-use super::control::{invalid, milliseconds};
-use super::{Facade, Tenki, auth, convert};
+use super::parse::{invalid, milliseconds};
+use super::service::TenkiService;
+use super::{auth, convert};
 use crate::host::HostClock;
-use crate::server::Open;
-use crate::server::body::ResponseBody;
-use crate::server::lifecycle::Phase;
+use crate::wire::body::ResponseBody;
+use crate::wire::connection::From;
+use crate::wire::lifecycle::Phase;
 
 /// What clients show of a refusal, bytes.
 const REFUSAL_BYTES_MAX: usize = 256;
@@ -30,7 +30,7 @@ const SOURCE_ADDRESSES_MAX: usize = 16;
 const GATEWAY_ID: &str = "nagaya";
 const REGION: &str = "local";
 
-impl Tenki {
+impl TenkiService {
     pub(super) fn list_active_ssh_gateways(&self, context: &RequestContext) -> wire::ListActiveSSHGatewaysResponse {
         let gateway = wire::ActiveSSHGateway {
             gateway_id: GATEWAY_ID.to_owned(),
@@ -95,61 +95,61 @@ fn permissions(permissions: Permissions) -> wire::SSHCertPermissions {
     }
 }
 
-impl Facade {
-    /// The session to which a path is the bridge, whatever it is called there.
-    pub(crate) fn bridge_to(path: &str) -> Option<&str> {
-        path.strip_prefix("/v1/ssh/").filter(|id| !id.is_empty() && !id.contains('/'))
-    }
+/// The session to which a path is the bridge, whatever it is called there.
+pub(super) fn bridge_to(path: &str) -> Option<&str> {
+    path.strip_prefix("/v1/ssh/").filter(|id| !id.is_empty() && !id.contains('/'))
+}
 
-    /// Opens a session for a client that shows a key of the API, and makes a WebSocket of the connection. Refusals
-    /// are plain answers: clients look at the status and show the text.
-    pub(crate) async fn bridge(
-        &self,
-        mut request: Request<Incoming>,
-        viewer: &Viewer,
-        open: &Open,
-    ) -> Response<ResponseBody> {
-        let admitted = self.admit_bridge(&request).await;
-        let (visit, place, accept) = match admitted.and_then(|admitted| open.admit().map(|()| admitted)) {
-            Ok(admitted) => admitted,
-            Err(error) => return refusal(&error),
-        };
-        let upgrade = hyper::upgrade::on(&mut request);
-        let (server, connection) = (self.tenki.ssh.clone(), viewer.connection.clone());
-        let peer = SocketAddr::new(viewer.peer, 0);
-        tokio::spawn(async move {
-            match upgrade.await {
-                Ok(stream) => {
-                    let socket = WebSocket::new(TokioIo::new(stream)).await;
-                    server.serve_visit(socket, visit, Some(peer), place).await;
-                }
-                Err(error) => tracing::debug!(%error, "a client of the SSH bridge went away"),
+/// Opens a session for a client that shows a key of the API, and makes a WebSocket of the connection. Refusals
+/// are plain answers: clients look at the status and show the text.
+pub(super) async fn bridge(
+    tenki: &TenkiService,
+    mut request: Request<Incoming>,
+    from: From<'_>,
+) -> Response<ResponseBody> {
+    let admitted = admit_bridge(tenki, &request).await;
+    let (visit, place, accept) = match admitted.and_then(|admitted| from.open.admit().map(|()| admitted)) {
+        Ok(admitted) => admitted,
+        Err(error) => return refusal(&error),
+    };
+    let upgrade = hyper::upgrade::on(&mut request);
+    let (server, connection) = (tenki.ssh.clone(), from.viewer.connection.clone());
+    let peer = SocketAddr::new(from.viewer.peer, 0);
+    tokio::spawn(async move {
+        match upgrade.await {
+            Ok(stream) => {
+                let socket = WebSocket::new(TokioIo::new(stream)).await;
+                server.serve_visit(socket, visit, Some(peer), place).await;
             }
-            drop(connection);
-        });
-        let mut response = Response::new(ResponseBody::text(""));
-        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-        let headers = response.headers_mut();
-        headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
-        headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-        headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
-        response
-    }
-
-    async fn admit_bridge(&self, request: &Request<Incoming>) -> Result<(SshSession, Place, HeaderValue), Error> {
-        if self.lifecycle.phase() >= Phase::Draining {
-            return Err(Code::Draining.into());
+            Err(error) => tracing::debug!(%error, "a client of the SSH bridge went away"),
         }
-        let caller = self.tenki.engine.authenticate(auth::token(request.headers())?)?;
-        refuse_other_sites(request.headers())?;
-        let id = Self::bridge_to(request.uri().path()).unwrap_or_default();
-        // What is no id names no session.
-        let id = id.parse().map_err(|_| Error::from(Code::SessionNotFound))?;
-        let accept = handshake(request)?;
-        let place = self.tenki.ssh.place()?;
-        let visit = self.tenki.engine.visit(&caller, id).await?;
-        Ok((visit, place, accept))
+        drop(connection);
+    });
+    let mut response = Response::new(ResponseBody::text(""));
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+    response
+}
+
+async fn admit_bridge(
+    tenki: &TenkiService,
+    request: &Request<Incoming>,
+) -> Result<(SshSession, Place, HeaderValue), Error> {
+    if tenki.lifecycle.phase() >= Phase::Draining {
+        return Err(Code::Draining.into());
     }
+    let caller = tenki.engine.authenticate(auth::token(request.headers())?)?;
+    refuse_other_sites(request.headers())?;
+    let id = bridge_to(request.uri().path()).unwrap_or_default();
+    // What is no id names no session.
+    let id = id.parse().map_err(|_| Error::from(Code::SessionNotFound))?;
+    let accept = handshake(request)?;
+    let place = tenki.ssh.place()?;
+    let visit = tenki.engine.visit(&caller, id).await?;
+    Ok((visit, place, accept))
 }
 
 /// A page of another site must not use what a browser knows of its user. Programs send no origin, or ours. Another port

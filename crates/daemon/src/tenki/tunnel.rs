@@ -26,11 +26,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 
-use super::Tenki;
-use super::data::required;
-use super::dial::Answers;
-use super::run::AbortOnDrop;
-use crate::server::lifecycle::Phase;
+use super::answers::{AbortOnDrop, Answers};
+use super::parse::required;
+use super::service::TenkiService;
+use crate::wire::lifecycle::Phase;
 
 type Request = wire::SandboxSessionDataPlaneServiceHostPortTunnelRequest;
 type Answer = wire::SandboxSessionDataPlaneServiceHostPortTunnelResponse;
@@ -56,7 +55,7 @@ const FINISH_MAX: Duration = Duration::from_secs(30);
 const BIND_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) async fn tunnel(
-    tenki: &Arc<Tenki>,
+    tenki: &Arc<TenkiService>,
     context: &RequestContext,
     mut requests: ServiceStream<Request>,
 ) -> ServiceResult<ServiceStream<Answer>> {

@@ -3,20 +3,12 @@
 use nagaya_api::error::Error;
 use nagaya_api::ids::{VolumeId, WorkspaceId};
 use nagaya_api::tenki::v1 as wire;
-use nagaya_engine::{Caller, ListVolumes, NewMount, NewVolume, VolumeUpdate};
+use nagaya_engine::{Caller, ListVolumes, NewVolume, VolumeUpdate};
 
-use super::control::{invalid, page_size, workspace};
-use super::data::required;
-use super::{Tenki, convert};
-
-/// A place for a volume, as a request names it.
-pub(super) fn mount(mount: wire::VolumeMount) -> Result<NewMount, Error> {
-    Ok(NewMount {
-        volume_id: convert::id(&mount.volume_id, "volume_id")?,
-        path: mount.mount_path,
-        readonly: mount.readonly,
-    })
-}
+use super::convert;
+use super::parse;
+use super::parse::{invalid, page_size, required, workspace};
+use super::service::TenkiService;
 
 /// A size that the wire has as signed. Negative ones become 0, which is too small for every volume.
 fn size(bytes: i64) -> u64 {
@@ -28,7 +20,7 @@ fn named(name: &str) -> Result<(), Error> {
     if name.is_empty() { Err(invalid("name must not be empty")) } else { Ok(()) }
 }
 
-impl Tenki {
+impl TenkiService {
     pub(super) async fn create_volume(
         &self,
         caller: &Caller,
@@ -113,7 +105,7 @@ impl Tenki {
         request: wire::AttachVolumeRequest,
     ) -> Result<wire::AttachVolumeResponse, Error> {
         let id = convert::id(&request.session_id, "session_id")?;
-        let mount = mount(required(request.volume.into_option(), "volume")?)?;
+        let mount = parse::mount(required(request.volume.into_option(), "volume")?)?;
         let attachment = self.engine.attach_volume(caller, id, mount).await?;
         Ok(wire::AttachVolumeResponse { attachment: convert::attachment(id, attachment).into() })
     }

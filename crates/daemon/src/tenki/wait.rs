@@ -9,10 +9,11 @@ use nagaya_engine::Caller;
 use nagaya_engine::model::{Session, SessionState};
 use tokio::sync::watch;
 
-use super::{Tenki, convert};
+use super::convert;
+use super::service::TenkiService;
 
 struct Waiting {
-    tenki: Arc<Tenki>,
+    tenki: Arc<TenkiService>,
     caller: Caller,
     endpoint: String,
     watched: watch::Receiver<Session>,
@@ -22,7 +23,7 @@ struct Waiting {
 }
 
 pub(super) async fn wait_session(
-    tenki: &Arc<Tenki>,
+    tenki: &Arc<TenkiService>,
     context: &RequestContext,
     session_id: &str,
 ) -> ServiceResult<ServiceStream<wire::WaitSessionResponse>> {

@@ -11,8 +11,16 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame};
 use nagaya_api::error::Error;
 
-use super::body::BodyError;
 use crate::budget::{Budget, Held, SMALL_BYTES_MAX};
+
+/// A request's body cannot be read to its end.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BodyError {
+    #[error(transparent)]
+    Http(#[from] hyper::Error),
+    #[error("{0}")]
+    NoRoom(Error),
+}
 
 /// Flags and length in front of every message.
 const ENVELOPE_BYTES: usize = 5;

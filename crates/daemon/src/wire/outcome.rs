@@ -12,8 +12,6 @@ use http::request::Parts;
 use http::{HeaderMap, Response, Version};
 use nagaya_api::error::{self, Code};
 
-use crate::server::body::ResponseBody;
-
 const MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 const DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
 /// What our trailers may hold.
@@ -21,7 +19,7 @@ const TRAILERS: HeaderValue = HeaderValue::from_static("grpc-status, grpc-messag
 
 /// Where the outcome of a call stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Outcome {
+pub(crate) enum Outcome {
     /// In the body, or in its trailers as HTTP/2 has them.
     Carried,
     /// In trailers that are announced.
@@ -31,7 +29,7 @@ pub(super) enum Outcome {
 }
 
 impl Outcome {
-    pub(super) fn of(request: &Parts) -> Self {
+    pub(crate) fn of(request: &Parts) -> Self {
         match request.version {
             _ if !is_grpc(&request.headers) => Self::Carried,
             Version::HTTP_09 | Version::HTTP_10 => Self::Lost,
@@ -41,12 +39,12 @@ impl Outcome {
         }
     }
 
-    pub(super) fn check(self) -> Result<(), error::Error> {
+    pub(crate) fn check(self) -> Result<(), error::Error> {
         if self == Self::Lost { Err(Code::TransportUnfit.into()) } else { Ok(()) }
     }
 
     /// Makes an answer one that its client can read to its end.
-    pub(super) fn tell(self, mut response: Response<ResponseBody>) -> Response<ResponseBody> {
+    pub(crate) fn tell<B>(self, mut response: Response<B>) -> Response<B> {
         bound(response.headers_mut());
         if self == Self::Announced {
             response.headers_mut().insert(header::TRAILER, TRAILERS);

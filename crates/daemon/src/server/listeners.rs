@@ -1,5 +1,6 @@
 //! The addresses that the server is reached at, open before there is an engine to answer.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -8,11 +9,22 @@ use nagaya_gateway::preview::{Arrival, DomainIngress, LoopbackIngress};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
-use super::ListenError;
+use super::tls::TlsError;
 use crate::config::Config;
 
+/// Why the server cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    #[error("listen on {address}")]
+    Bind { address: SocketAddr, source: io::Error },
+    #[error("serve TLS")]
+    Tls(#[from] TlsError),
+    #[error("prepare for SSH")]
+    Ssh(#[source] nagaya_api::error::Error),
+}
+
 /// The listener and the ingress. The engine needs the ingress to start; who connects meanwhile waits.
-pub struct Front {
+pub struct Listeners {
     pub(super) listener: TcpListener,
     pub(super) local_addr: SocketAddr,
     /// Connections to the ports that previews have of their own.
@@ -20,7 +32,7 @@ pub struct Front {
     ingress: Arc<dyn Ingress>,
 }
 
-impl Front {
+impl Listeners {
     /// Binds the address. Needs a Tokio runtime.
     pub async fn open(config: &Config) -> Result<Self, ListenError> {
         let bind = |source| ListenError::Bind { address: config.listen, source };

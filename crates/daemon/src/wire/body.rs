@@ -19,10 +19,10 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::AbortHandle;
 
 use super::lifecycle::Busy;
-use super::measured::Measured;
+use super::measured::{BodyError, Measured};
+use super::outcome;
+use super::rechunk::Rechunked;
 use crate::budget::{Held, SMALL_BYTES_MAX};
-use crate::tenki::reframe::Reframed;
-use crate::tenki::transport;
 
 /// Flag byte and length of a gRPC message.
 const GRPC_HEADER_BYTES: usize = 5;
@@ -40,18 +40,9 @@ pub(crate) enum RequestBody {
     /// Read while the call runs.
     Stream(Measured<Incoming>),
     /// The same, with large messages cut into small ones.
-    Reframed(Measured<Reframed>),
+    Rechunked(Measured<Rechunked>),
     /// The same, of a form in which messages are not told apart here.
     Text(Incoming),
-}
-
-/// A request's body cannot be read to its end.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum BodyError {
-    #[error(transparent)]
-    Http(#[from] hyper::Error),
-    #[error("{0}")]
-    NoRoom(Error),
 }
 
 impl Body for RequestBody {
@@ -62,7 +53,7 @@ impl Body for RequestBody {
         match self.get_mut() {
             Self::Whole(body) => Pin::new(body).poll_frame(context).map_err(|never| match never {}),
             Self::Stream(body) => Pin::new(body).poll_frame(context),
-            Self::Reframed(body) => Pin::new(body).poll_frame(context),
+            Self::Rechunked(body) => Pin::new(body).poll_frame(context),
             Self::Text(body) => Pin::new(body).poll_frame(context).map_err(BodyError::Http),
         }
     }
@@ -71,7 +62,7 @@ impl Body for RequestBody {
         match self {
             Self::Whole(body) => body.is_end_stream(),
             Self::Stream(body) => body.is_end_stream(),
-            Self::Reframed(_) => false,
+            Self::Rechunked(_) => false,
             Self::Text(body) => body.is_end_stream(),
         }
     }
@@ -79,7 +70,7 @@ impl Body for RequestBody {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Whole(body) => body.size_hint(),
-            Self::Stream(_) | Self::Reframed(_) | Self::Text(_) => SizeHint::default(),
+            Self::Stream(_) | Self::Rechunked(_) | Self::Text(_) => SizeHint::default(),
         }
     }
 }
@@ -246,7 +237,7 @@ enum Content {
 fn with_bounded_trailers(frame: Frame<Bytes>) -> Frame<Bytes> {
     match frame.into_trailers() {
         Ok(mut trailers) => {
-            transport::bound(&mut trailers);
+            outcome::bound(&mut trailers);
             Frame::trailers(trailers)
         }
         Err(other) => other,

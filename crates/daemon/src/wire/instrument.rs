@@ -12,11 +12,11 @@ use connectrpc::{CodecFormat, ConnectError, EncodedBody, EncodedStream, RequestC
 use futures::Stream;
 use nagaya_api::error::{Code, Error};
 
+use super::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
-use crate::server::lifecycle::{Lifecycle, Phase};
 
 /// Streams without an end of their own. Everything else is finished before the server stops.
-pub(super) fn is_long(method: &str) -> bool {
+pub(crate) fn is_long(method: &str) -> bool {
     matches!(method, "Run" | "WaitSession" | "WatchSessionEvents" | "StreamCommandOutput" | "Dial" | "HostPortTunnel")
 }
 
@@ -25,13 +25,13 @@ fn says_farewell(method: &str) -> bool {
     method == "HostPortTunnel"
 }
 
-pub(super) struct Observed<D> {
-    pub(super) inner: D,
-    pub(super) metrics: Arc<Metrics>,
-    pub(super) lifecycle: Arc<Lifecycle>,
+pub(crate) struct Instrumented<D> {
+    pub(crate) inner: D,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) lifecycle: Arc<Lifecycle>,
 }
 
-impl<D> Observed<D> {
+impl<D> Instrumented<D> {
     fn call(&self, context: &RequestContext) -> Call {
         Call {
             metrics: Arc::clone(&self.metrics),
@@ -53,7 +53,8 @@ impl<D> Observed<D> {
             };
             match started {
                 Ok(response) => {
-                    Ok(response.map_body(|inner| -> EncodedStream { Box::pin(ObservedStream { inner, call, ends }) }))
+                    Ok(response
+                        .map_body(|inner| -> EncodedStream { Box::pin(InstrumentedStream { inner, call, ends }) }))
                 }
                 Err(error) => {
                     call.end(error.code.as_str());
@@ -64,7 +65,7 @@ impl<D> Observed<D> {
     }
 }
 
-impl<D: Dispatcher> Dispatcher for Observed<D> {
+impl<D: Dispatcher> Dispatcher for Instrumented<D> {
     fn lookup(&self, path: &str) -> Option<MethodDescriptor> {
         self.inner.lookup(path)
     }
@@ -140,13 +141,13 @@ impl Drop for Call {
 /// Completes when a long stream has to end; `None` for streams that end by themselves.
 type Ends = Option<Pin<Box<dyn Future<Output = ()> + Send>>>;
 
-struct ObservedStream {
+struct InstrumentedStream {
     inner: EncodedStream,
     call: Call,
     ends: Ends,
 }
 
-impl Stream for ObservedStream {
+impl Stream for InstrumentedStream {
     type Item = Result<EncodedBody, ConnectError>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {

@@ -25,20 +25,20 @@ const PREFIX_BYTES_MAX: usize = 12;
 const PIECE_BYTES_MAX: usize = 64 * 1024;
 
 /// A request body whose data messages are cut.
-pub(crate) struct Reframed {
+pub(crate) struct Rechunked {
     body: Incoming,
     cutter: Cutter,
     ready: VecDeque<Bytes>,
 }
 
-impl Reframed {
+impl Rechunked {
     /// Messages that announce more than the given length are left to the decoder to refuse.
     pub(crate) fn new(body: Incoming, message_bytes_max: usize) -> Self {
         Self { body, cutter: Cutter::new(message_bytes_max), ready: VecDeque::new() }
     }
 }
 
-impl Body for Reframed {
+impl Body for Rechunked {
     type Data = Bytes;
     type Error = hyper::Error;
 

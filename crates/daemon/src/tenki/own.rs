@@ -7,10 +7,11 @@ use nagaya_api::error::Error;
 use nagaya_api::nagaya::v1 as own;
 use nagaya_engine::Fork;
 
-use super::control::invalid;
-use super::{Tenki, convert, facts};
+use super::parse::invalid;
+use super::service::TenkiService;
+use super::{convert, facts};
 
-pub(super) struct Own(pub(super) Arc<Tenki>);
+pub(super) struct Own(pub(super) Arc<TenkiService>);
 
 impl own::NagayaService for Own {
     async fn fork_session(
@@ -62,7 +63,7 @@ impl own::NagayaService for Own {
     }
 }
 
-impl Tenki {
+impl TenkiService {
     async fn fork_session(
         &self,
         context: &RequestContext,

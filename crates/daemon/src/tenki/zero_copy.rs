@@ -11,25 +11,26 @@ use futures::StreamExt;
 use nagaya_api::error::{Code, Error};
 use nagaya_api::tenki::v1 as wire;
 
-use super::{Tenki, files, services};
+use super::service::TenkiService;
+use super::{files, services};
 
 const READ_FILE: &str = "tenki.sandbox.v1.SandboxSessionDataPlaneService/ReadFile";
 const WRITE_FILE: &str = "tenki.sandbox.v1.SandboxSessionDataPlaneService/WriteFile";
 const READ_FILE_STREAM: &str = "tenki.sandbox.v1.SandboxSessionDataPlaneService/ReadFileStream";
 pub(super) const WRITE_FILE_STREAM: &str = "tenki.sandbox.v1.SandboxSessionDataPlaneService/WriteFileStream";
 
-pub(super) struct Direct {
+pub(super) struct ZeroCopyDispatcher {
     router: Router,
-    tenki: Arc<Tenki>,
+    tenki: Arc<TenkiService>,
 }
 
-impl Direct {
-    pub(super) fn new(tenki: Arc<Tenki>) -> Self {
+impl ZeroCopyDispatcher {
+    pub(super) fn new(tenki: Arc<TenkiService>) -> Self {
         Self { router: services::router(&tenki), tenki }
     }
 }
 
-impl Dispatcher for Direct {
+impl Dispatcher for ZeroCopyDispatcher {
     fn lookup(&self, path: &str) -> Option<MethodDescriptor> {
         self.router.lookup(path)
     }

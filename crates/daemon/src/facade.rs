@@ -1,0 +1,23 @@
+//! What a client family's façade is to the server.
+
+use std::future::Future;
+use std::pin::Pin;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+
+use crate::wire::body::ResponseBody;
+use crate::wire::connection::From;
+
+pub(crate) type Answer<'a> = Pin<Box<dyn Future<Output = Response<ResponseBody>> + Send + 'a>>;
+
+/// Translates between the protocol of one family of clients and the engine. It decides nothing, and knows no other façade.
+pub(crate) trait Facade: Send + Sync {
+    /// Whether it answers for this path, with whatever outcome. The first façade of the list that does is asked.
+    fn claims(&self, path: &str) -> bool;
+
+    fn call<'a>(&'a self, request: Request<Incoming>, from: From<'a>) -> Answer<'a>;
+
+    /// What is served, for whoever asks for a path that nobody claims.
+    fn offers(&self) -> String;
+}

@@ -1,0 +1,119 @@
+//! What the rpcs share, and who called.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use connectrpc::RequestContext;
+use http::header;
+use http::uri::Authority;
+use nagaya_api::error::{Code, Error};
+use nagaya_api::tenki::v1 as wire;
+use nagaya_engine::model::{Session, SessionState};
+use nagaya_engine::{Caller, Engine, EngineConfig};
+use nagaya_gateway::ssh::SshServer;
+
+use super::convert;
+use crate::budget::Held;
+use crate::download::Downloads;
+use crate::metrics::Metrics;
+use crate::wire::connection::UrlScheme;
+use crate::wire::lifecycle::Lifecycle;
+
+/// What the rpcs share.
+pub(super) struct TenkiService {
+    pub(super) engine: Engine,
+    pub(super) engine_config: EngineConfig,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) public_url: Option<String>,
+    pub(super) downloads: Arc<Downloads>,
+    pub(super) ssh: SshServer,
+    pub(super) ssh_address: Option<SocketAddr>,
+    pub(super) message_bytes_max: usize,
+    pub(super) stdin_window_bytes: u32,
+    pub(super) read_chunk_bytes: usize,
+    pub(super) create_hold: Duration,
+    pub(super) deadline_margin: Duration,
+    pub(super) lifecycle: Arc<Lifecycle>,
+    pub(super) tunnel_ping_interval: Duration,
+    pub(super) tunnel_ping_timeout: Duration,
+}
+
+/// What is known about a request before its message is read.
+#[derive(Debug, Clone)]
+pub(super) struct Admitted {
+    /// On the control plane only.
+    pub(super) caller: Option<Caller>,
+    pub(super) scheme: UrlScheme,
+    /// The server as the client named it; from the URI over HTTP/2, else from the Host header.
+    pub(super) authority: Option<Authority>,
+    /// Tells callers apart where they share memory.
+    pub(super) share: u8,
+    /// Memory for the answer.
+    pub(super) held: Arc<Held>,
+}
+
+/// How far the way to a session's data plane is, as told in several answers.
+pub(super) struct Route {
+    pub(super) session: wire::SandboxSession,
+    pub(super) endpoint: String,
+    pub(super) credential: Option<wire::SessionCredential>,
+    pub(super) status: wire::DataPlaneRouteStatus,
+}
+
+impl TenkiService {
+    pub(super) fn caller(&self, context: &RequestContext) -> Result<Caller, Error> {
+        context
+            .extensions()
+            .get::<Admitted>()
+            .and_then(|admitted| admitted.caller)
+            .ok_or_else(|| Code::Unauthenticated.into())
+    }
+
+    /// Memory for the call's answer.
+    pub(super) fn held(&self, context: &RequestContext) -> Result<Arc<Held>, Error> {
+        let admitted = context.extensions().get::<Admitted>();
+        admitted.map(|admitted| Arc::clone(&admitted.held)).ok_or_else(|| Code::Unauthenticated.into())
+    }
+
+    /// Where the data plane is reached: here, under the name that the client itself uses.
+    pub(super) fn endpoint(&self, context: &RequestContext) -> String {
+        if let Some(url) = &self.public_url {
+            return url.clone();
+        }
+        let Some(admitted) = context.extensions().get::<Admitted>() else {
+            return String::new();
+        };
+        let from_host = || context.header(header::HOST)?.to_str().ok()?.parse().ok();
+        match admitted.authority.clone().or_else(from_host) {
+            Some(authority) => format!("{}://{authority}", admitted.scheme.scheme()),
+            None => String::new(),
+        }
+    }
+
+    /// A certificate is given with RUNNING, so that the client needs no second call.
+    pub(super) async fn route(&self, endpoint: String, caller: &Caller, session: Session) -> Route {
+        let certified = match session.state {
+            SessionState::Running => self.engine.certificate(caller, session.id).await.ok(),
+            _ => None,
+        };
+        match certified {
+            Some((certificate, session)) => Route {
+                session: convert::session(session),
+                endpoint,
+                credential: Some(convert::credential(certificate)),
+                status: wire::DataPlaneRouteStatus::Verified,
+            },
+            None => Route {
+                status: if session.state.is_terminal() {
+                    wire::DataPlaneRouteStatus::Failed
+                } else {
+                    wire::DataPlaneRouteStatus::NotReady
+                },
+                session: convert::session(session),
+                endpoint,
+                credential: None,
+            },
+        }
+    }
+}
