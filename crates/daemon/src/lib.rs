@@ -25,6 +25,7 @@ use budget::Budget;
 pub use budget::GiveBack;
 use config::Config;
 use download::Downloads;
+use facade::Facade;
 pub use metrics::{Level, Levels};
 use metrics::{Metrics, Sources};
 use server::Server;
@@ -57,6 +58,15 @@ impl Daemon {
     /// Listens, and answers with the engine, which has recovered already. From here on the server
     /// is ready. Fails when the address cannot be bound or the certificate cannot be used.
     pub async fn start(config: &Config, engine: Engine, hooks: Hooks) -> Result<Self, ListenError> {
+        Self::start_with(config, engine, hooks, Vec::new()).await
+    }
+
+    async fn start_with(
+        config: &Config,
+        engine: Engine,
+        hooks: Hooks,
+        mut facades: Vec<Box<dyn Facade>>,
+    ) -> Result<Self, ListenError> {
         let counted = engine.clone();
         let sessions: Levels = Arc::new(move || {
             let level = |(name, value): (&str, u64)| Level {
@@ -98,8 +108,10 @@ impl Daemon {
             ssh: ssh.clone(),
             ssh_address,
         });
+        // The list of client families.
+        facades.push(Box::new(tenki));
         let routes = Routes {
-            facades: vec![Box::new(tenki)],
+            facades,
             downloads,
             previews: Arc::clone(&previews),
             lifecycle: Arc::clone(&lifecycle),
@@ -148,5 +160,81 @@ fn proxy_settings(config: &config::Previews) -> preview::Settings {
         idle_connections_max: config.idle_connections_max,
         idle_timeout: Duration::from_millis(config.idle_timeout_ms),
         own_cookies: &tenki::COOKIE_NAMES,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use http::{Request, Response, header};
+    use hyper::body::Incoming;
+    use nagaya_engine::NewSession;
+    use nagaya_engine::fake;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    use super::*;
+    use crate::facade::Answer;
+    use crate::wire::body::ResponseBody;
+    use crate::wire::connection::From;
+
+    /// Tells what a file of a session holds, to whoever has a key: a family of clients of another kind.
+    struct Reader(Engine);
+
+    impl Facade for Reader {
+        fn claims(&self, path: &str) -> bool {
+            path.starts_with("/reader/")
+        }
+
+        fn call<'a>(&'a self, request: Request<Incoming>, _: From<'a>) -> Answer<'a> {
+            Box::pin(async move {
+                let text = self.read(&request).await.unwrap_or_else(|error| error.code.name().to_owned());
+                Response::new(ResponseBody::text(text))
+            })
+        }
+
+        fn offers(&self) -> String {
+            "GET /reader/SESSION".to_owned()
+        }
+    }
+
+    impl Reader {
+        async fn read(&self, request: &Request<Incoming>) -> Result<String, nagaya_api::error::Error> {
+            let key = request.headers().get(header::AUTHORIZATION).map(|value| value.to_str().unwrap_or_default());
+            let caller = self.0.authenticate(key.unwrap_or_default())?;
+            let id = request.uri().path().trim_start_matches("/reader/").parse().expect("an id");
+            let open = self.0.open_session(&caller, id).await?;
+            Ok(if open.guest.stat("/").await.is_ok() { "reached".to_owned() } else { "not reached".to_owned() })
+        }
+    }
+
+    async fn get(address: SocketAddr, path: &str, key: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request =
+            format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nAuthorization: {key}\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer.split("\r\n\r\n").nth(1).unwrap_or_default().to_owned()
+    }
+
+    #[tokio::test]
+    async fn another_family_of_clients_is_one_entry_in_the_list() {
+        let config = Config { listen: SocketAddr::from(([127, 0, 0, 1], 0)), ..Config::default() };
+        let (engine, key, caller, _fakes) = fake::start(config.engine.clone()).await;
+        let session = engine.create_session(&caller, NewSession::default()).await.unwrap();
+        let mut states = engine.watch_session(&caller, session.id).await.unwrap();
+        states.wait_for(|session| session.ready_at.is_some()).await.unwrap();
+        let reader: Vec<Box<dyn Facade>> = vec![Box::new(Reader(engine.clone()))];
+        let daemon = Daemon::start_with(&config, engine.clone(), Hooks::default(), reader).await.unwrap();
+        let path = format!("/reader/{}", session.id);
+        assert_eq!(get(daemon.local_addr(), &path, &key).await, "reached");
+        assert_eq!(get(daemon.local_addr(), &path, "tk_no").await, "unauthenticated");
+        let offered = get(daemon.local_addr(), "/nothing", &key).await;
+        assert!(offered.contains("GET /reader/SESSION") && offered.contains("SandboxService"), "{offered}");
+        engine.terminate_session(&caller, session.id).await.unwrap();
+        assert_eq!(get(daemon.local_addr(), &path, &key).await, "session_terminated");
+        daemon.shut_down().await;
     }
 }

@@ -297,6 +297,15 @@ impl Engine {
         Ok(open)
     }
 
+    /// Opens a running sandbox for a caller whose right to it is that to the session.
+    pub async fn open_session(&self, caller: &Caller, id: SessionId) -> Result<OpenSession, Error> {
+        self.0.tasks.check()?;
+        let live = self.0.find_live(caller, id, Request::Use).await?;
+        let mut open = self.open_live(&live)?;
+        open._activity = Some(InUse::new(live, self.0.clock.clone()));
+        Ok(open)
+    }
+
     /// Which session a certificate opens, as far as that can be told without looking at the session:
     /// what a façade asks before it takes in a large message.
     pub fn certified_session(&self, certificate: &str) -> Result<SessionId, Error> {
@@ -313,13 +322,17 @@ impl Engine {
             let ended = session.is_some();
             return Err(if ended { Code::SessionTerminated } else { Code::SessionNotFound }.into());
         };
+        self.open_live(&live)
+    }
+
+    fn open_live(&self, live: &SessionHandle) -> Result<OpenSession, Error> {
         let (env, memory_mb) = {
             let session = live.published.borrow();
             check(session.state, Request::Use)?;
             (session.env.clone(), session.machine.memory_mb)
         };
         let guest = live.guest().ok_or(Code::GuestUnreachable)?;
-        let commands = CommandLog { engine: self.0.clone(), session_id: id, memory_mb };
+        let commands = CommandLog { engine: self.0.clone(), session_id: live.id, memory_mb };
         Ok(OpenSession { guest, env, commands, _activity: None })
     }
 
