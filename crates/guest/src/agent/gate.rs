@@ -3,7 +3,7 @@
 //! The system call filter stops whoever makes one of these calls and tells this process. It answers `sysinfo(2)`, counts
 //! what the kernel counts to nobody ([`shares`](super::shares)), and keeps the buffers small of sockets that hold what
 //! nobody counts. For that, and for nothing else, the agent may look into the sandbox's processes; its commands may not.
-//! See docs/decisions/0017-shares-of-the-kernels-resources.md.
+//! See docs/decisions/0017-shares-of-the-kernel.md.
 //!
 //! What may wait for the sandbox's own threads is done beside the main loop: they may have no processor time.
 #![allow(unsafe_code)]
@@ -43,7 +43,7 @@ const AND_SEND: u32 = 2;
 /// So many questions are answered in this time at most: whoever calls all the time must not get this process's time all
 /// the time.
 const ANSWERS_AT_ONCE: u32 = 64;
-const TURN: Duration = Duration::from_millis(20);
+const TURN: Duration = Duration::from_millis(10);
 /// Questions for which this process waits for the sandbox's threads at a time.
 const WAITING_MAX: usize = 4;
 /// Questions that wait for an answer at a time. Whoever was interrupted asks again.
@@ -126,10 +126,6 @@ async fn answer(agent: Arc<Agent>, calls: Arc<Calls>) {
         // Fails when whoever asked is gone.
         if calls.control(RECEIVE, (&raw mut question).cast()).is_ok() {
             decide(&agent, &calls, &mut shares, question, place);
-        }
-        let rest = shares.rest();
-        if !rest.is_zero() {
-            tokio::time::sleep(rest).await;
         }
         answers += 1;
         if answers == ANSWERS_AT_ONCE {

@@ -21,7 +21,8 @@ const DATAGRAMS_MIN: u32 = 1_024;
 /// (`net.core.bpf_jit_limit`), of which one takes some 100 KB at most.
 const FILTERS_MAX: u32 = 256;
 
-/// After counting nothing is answered for this many times as long.
+/// After counting nothing of that kind is counted for this many times as long: nobody gets all this process's time by
+/// having it count.
 const REST_AFTER_COUNTING: u32 = 9;
 /// How long a call that was let go on usually takes at most to have made what it asked for.
 const UNDER_WAY: Duration = Duration::from_millis(20);
@@ -32,7 +33,6 @@ pub struct Shares {
     filters: Share,
     /// Filters that everything in the sandbox is under.
     filters_of_all: u32,
-    counting_took: Duration,
 }
 
 impl Shares {
@@ -42,14 +42,12 @@ impl Shares {
             datagrams: Share::new(DATAGRAMS_MIN),
             filters: Share::new(FILTERS_MAX),
             filters_of_all: processes::number_in_status("self", "Seccomp_filters:").unwrap_or(1),
-            counting_took: Duration::ZERO,
         }
     }
 
     /// For a socket that is made before the next one is asked for.
     pub fn take_netlink(&mut self) -> Result<(), Errno> {
-        let count = timed(&mut self.counting_took, || sockets().netlink);
-        self.netlink.take(false, count).then_some(()).ok_or(Errno::NOBUFS)
+        self.netlink.take(false, || sockets().netlink).then_some(()).ok_or(Errno::NOBUFS)
     }
 
     pub fn take_datagrams(&mut self, agent: &Agent) -> Result<(), Errno> {
@@ -58,30 +56,21 @@ impl Shares {
             let wanted = (memory::limit(&agent.settings) >> 20).saturating_mul(DATAGRAMS_FOR_EACH_MIB);
             share.most = u32::try_from(wanted).unwrap_or(u32::MAX).max(DATAGRAMS_MIN);
         }
-        let count = timed(&mut self.counting_took, || sockets().datagrams);
-        share.take(true, count).then_some(()).ok_or(Errno::NOBUFS)
+        share.take(true, || sockets().datagrams).then_some(()).ok_or(Errno::NOBUFS)
     }
 
     pub fn take_filter(&mut self) -> Result<(), Errno> {
         let of_all = self.filters_of_all;
-        let count = timed(&mut self.counting_took, || processes::filters(of_all, FILTERS_MAX));
+        let count = || processes::filters(of_all, FILTERS_MAX);
         // What the kernel answers when its space is used up.
         self.filters.take(true, count).then_some(()).ok_or(Errno::NOMEM)
     }
-
-    /// How long to rest now, so that nobody gets all this process's time by having it count.
-    pub fn rest(&mut self) -> Duration {
-        std::mem::take(&mut self.counting_took) * REST_AFTER_COUNTING
-    }
 }
 
-fn timed(took: &mut Duration, count: impl FnOnce() -> u32) -> impl FnOnce() -> u32 {
-    move || {
-        let begin = Instant::now();
-        let counted = count();
-        *took += begin.elapsed();
-        counted
-    }
+/// What this thread has had of a processor: it may have to wait for one for long.
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// One kind.
@@ -89,6 +78,7 @@ struct Share {
     most: u32,
     /// No more than so many are there.
     counted: u32,
+    no_count_before: Instant,
     /// Granted in the time of this length that runs, and in the one before it.
     granted: [u32; 2],
     since: Instant,
@@ -96,7 +86,8 @@ struct Share {
 
 impl Share {
     fn new(most: u32) -> Self {
-        Self { most, counted: 0, granted: [0; 2], since: Instant::now() }
+        let now = Instant::now();
+        Self { most, counted: 0, no_count_before: now, granted: [0; 2], since: now }
     }
 
     fn is_used_up(&self) -> bool {
@@ -105,11 +96,14 @@ impl Share {
 
     /// Takes one. What is `let_go_on` may be under way while a later one is asked for, and not be counted yet.
     fn take(&mut self, let_go_on: bool, count: impl FnOnce() -> u32) -> bool {
-        self.forget(Instant::now());
-        if self.is_used_up() {
+        let now = Instant::now();
+        self.forget(now);
+        if self.is_used_up() && now >= self.no_count_before {
+            let begin = processor_time();
             let under_way = if let_go_on { self.granted.iter().sum() } else { 0 };
             // All that were granted since the last count are more than there can be.
             self.counted = count().saturating_add(under_way).min(self.counted);
+            self.no_count_before = now + (processor_time() - begin) * REST_AFTER_COUNTING;
         }
         if self.is_used_up() {
             return false;
@@ -188,9 +182,12 @@ mod tests {
             assert!(share.take(false, || panic!("nothing to count yet")));
         }
         assert!(!share.take(false, || 4), "all are there");
+        assert!(!share.take(false, || panic!("not again at once")));
+        tokio::time::advance(Duration::from_secs(1)).await;
         assert!(share.take(false, || 1), "some are gone");
         assert!(share.take(false, || panic!("there is room for two more")));
         assert!(share.take(false, || panic!("there is room for one more")));
+        tokio::time::advance(Duration::from_secs(1)).await;
         assert!(!share.take(false, || 4));
     }
 
