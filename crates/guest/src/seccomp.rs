@@ -5,7 +5,9 @@
 //! ways to make new namespaces. Calls are looked up by binary search, so that the program stays
 //! short: the kernel walks it once per system call number when it is installed.
 
-use libc::{BPF_ABS, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
+use libc::{
+    BPF_ABS, BPF_ALU, BPF_AND, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter,
+};
 
 #[cfg(target_arch = "x86_64")]
 const AUDIT_ARCH: u32 = 0xc000_003e;
@@ -25,6 +27,8 @@ const DATA_ARGUMENT_0: u32 = 16;
 const DATA_ARGUMENT_1: u32 = 24;
 const DATA_ARGUMENT_2: u32 = 32;
 const DATA_ARGUMENT_3: u32 = 40;
+/// From an argument to its upper half, which the kernel does not look at where it takes an `int`.
+const UPPER_HALF: u32 = 4;
 
 /// The newest call of Linux 6.17; later ones do not exist for a sandbox until somebody looked at them.
 const LAST_KNOWN: u32 = 469;
@@ -121,9 +125,21 @@ const HUGE_PAGES: &[(i64, u32, u32)] = &[
 /// Options of `SOL_SOCKET` that compile a program into the kernel, for which the whole host has one space.
 const REFUSED_SOCKET_OPTIONS: &[u32] = &[libc::SO_ATTACH_FILTER as u32, libc::SO_ATTACH_REUSEPORT_CBPF as u32];
 
-/// Address families a sandbox may use, with netlink. Others, such as AF_VSOCK, reach past the
-/// network namespace.
-const SOCKET_FAMILIES: &[u32] = &[libc::AF_UNIX as u32, libc::AF_INET as u32, libc::AF_INET6 as u32];
+/// Both numbers of an option of `SOL_SOCKET` that keeps a copy of what was sent, which is counted to nobody. Answered as
+/// a kernel without it does.
+const ABSENT_SOCKET_OPTIONS: &[u32] = &[37, 65];
+
+/// Options of `SOL_SOCKET` that let a socket hold more.
+const BUFFER_OPTIONS: &[u32] = &[libc::SO_RCVBUF as u32, libc::SO_SNDBUF as u32];
+
+/// Address families of the network, and those of the sandbox itself. Others, such as AF_VSOCK, reach past the network
+/// namespace.
+const NETWORK_FAMILIES: &[u32] = &[libc::AF_INET as u32, libc::AF_INET6 as u32];
+const OWN_FAMILIES: &[u32] = &[libc::AF_UNIX as u32];
+/// The part of a socket's type that is not flags.
+const SOCKET_TYPE: u32 = 0xf;
+/// Sockets for `ping`.
+const ECHO_PROTOCOLS: &[u32] = &[libc::IPPROTO_ICMP as u32, libc::IPPROTO_ICMPV6 as u32];
 
 /// Netlink's protocols for addresses and for lists of sockets. Of the others some tell of the host:
 /// NETLINK_KOBJECT_UEVENT, of all its devices that come and go.
@@ -135,6 +151,22 @@ const REFUSED_IOCTLS: &[u32] = &[libc::TIOCSTI as u32, libc::TIOCLINUX as u32];
 /// Locks that belong to an open file: the kernel does not tell who holds them, so nobody could be asked for having too
 /// many. Answered as kernels did that had none.
 const REFUSED_FILE_COMMANDS: &[u32] = &[libc::F_OFD_SETLK as u32, libc::F_OFD_SETLKW as u32];
+
+/// Whoever installs the filter listens to calls of which the kernel's own answer is not enough, and answers them.
+#[derive(Clone, Copy, PartialEq)]
+pub struct Listener {
+    /// The listener is under the filter, too. Its own calls are those that have this number, which nobody else knows, in
+    /// the upper halves of their first two arguments.
+    pub secret: u64,
+}
+
+impl Listener {
+    /// The two arguments, as the listener's own calls have them.
+    pub fn sign(self, first: i32, second: i32) -> [u64; 2] {
+        let signed = |argument: i32, half: u32| u64::from(half) << 32 | u64::from(argument as u32);
+        [signed(first, self.secret as u32), signed(second, (self.secret >> 32) as u32)]
+    }
+}
 
 #[derive(Clone, Copy, PartialEq)]
 enum Verdict {
@@ -148,9 +180,12 @@ enum Verdict {
         bits: u32,
         errno: i32,
     },
-    /// Allow only when the first argument is one of [`SOCKET_FAMILIES`], or netlink with one of
-    /// [`NETLINK_PROTOCOLS`] as the third.
-    Families,
+    /// Allow only families of the network and of the sandbox itself, and netlink with one of [`NETLINK_PROTOCOLS`] as the
+    /// third argument. A listener counts netlink and, among the network's, datagrams; without one, what nobody counts
+    /// is refused.
+    Sockets(Option<Listener>),
+    /// The same families; no pair of what would be counted can be made.
+    Pairs,
     /// Refuse when the second argument is one of [`REFUSED_IOCTLS`].
     Ioctls,
     /// Refuse when the second argument is one of [`REFUSED_FILE_COMMANDS`].
@@ -163,8 +198,16 @@ enum Verdict {
     },
     /// Do nothing, as above, when the first argument is `RLIMIT_CORE`.
     NoCoreLimit,
-    /// Refuse when the second argument is `SOL_SOCKET` and the third one of [`REFUSED_SOCKET_OPTIONS`].
-    SocketOptions,
+    /// When the second argument is `SOL_SOCKET`: refuse [`REFUSED_SOCKET_OPTIONS`] and [`ABSENT_SOCKET_OPTIONS`] as the
+    /// third, and let the listener set [`BUFFER_OPTIONS`]; without one they stay as they are.
+    SocketOptions(Option<Listener>),
+    /// The listener counts programs of this kind, if the first arguments ask for one. Without one they are refused, as
+    /// by a kernel without them.
+    Filters {
+        first: u32,
+        second: Option<u32>,
+        listens: bool,
+    },
 }
 
 fn statement(code: u32, k: u32) -> sock_filter {
@@ -195,14 +238,22 @@ fn leaf(verdict: Verdict) -> Vec<sock_filter> {
         Verdict::RefuseBits { argument, bits, errno: number } => {
             vec![load(argument), jump(BPF_JSET, bits, 0, 1), give(errno(number)), give(RETURN_ALLOW)]
         }
-        Verdict::Families => {
-            let netlink = one_of(DATA_ARGUMENT_2, NETLINK_PROTOCOLS, RETURN_ALLOW, errno(libc::EPROTONOSUPPORT));
-            let others = one_of(DATA_ARGUMENT_0, SOCKET_FAMILIES, RETURN_ALLOW, errno(libc::EAFNOSUPPORT));
-            let mut block = vec![load(DATA_ARGUMENT_0), jump(BPF_JEQ, libc::AF_NETLINK as u32, 0, netlink.len() as u8)];
-            block.extend(netlink);
-            block.extend(others);
-            block
+        Verdict::Sockets(listener) => {
+            let netlink = match listener {
+                Some(listener) => unless_signed(listener),
+                None => vec![give(errno(libc::EPROTONOSUPPORT))],
+            };
+            let datagram = match listener {
+                Some(_) => vec![give(RETURN_NOTIFY)],
+                None => one_of(DATA_ARGUMENT_2, ECHO_PROTOCOLS, errno(libc::EACCES), RETURN_ALLOW),
+            };
+            let mut network = vec![load(DATA_ARGUMENT_1), statement(BPF_ALU | BPF_AND | BPF_K, SOCKET_TYPE)];
+            network.push(jump(BPF_JEQ, libc::SOCK_DGRAM as u32, 1, 0));
+            network.push(give(RETURN_ALLOW));
+            network.extend(datagram);
+            families(netlink, network)
         }
+        Verdict::Pairs => families(vec![give(RETURN_ALLOW)], vec![give(RETURN_ALLOW)]),
         Verdict::Ioctls => one_of(DATA_ARGUMENT_1, REFUSED_IOCTLS, errno(libc::EPERM), RETURN_ALLOW),
         Verdict::FileCommands => one_of(DATA_ARGUMENT_1, REFUSED_FILE_COMMANDS, errno(libc::EINVAL), RETURN_ALLOW),
         Verdict::OwnLimits { pin_cores } => {
@@ -225,29 +276,62 @@ fn leaf(verdict: Verdict) -> Vec<sock_filter> {
         Verdict::NoCoreLimit => {
             vec![load(DATA_ARGUMENT_0), jump(BPF_JEQ, libc::RLIMIT_CORE, 0, 1), give(DONE_NOTHING), give(RETURN_ALLOW)]
         }
-        Verdict::SocketOptions => {
-            let options = one_of(DATA_ARGUMENT_2, REFUSED_SOCKET_OPTIONS, errno(libc::EPERM), RETURN_ALLOW);
-            let mut block =
-                vec![load(DATA_ARGUMENT_1), jump(BPF_JEQ, libc::SOL_SOCKET as u32, 1, 0), give(RETURN_ALLOW)];
-            block.extend(options);
-            block
+        Verdict::SocketOptions(listener) => {
+            let buffers = listener.map_or(vec![give(DONE_NOTHING)], unless_signed);
+            let others = choose(DATA_ARGUMENT_2, BUFFER_OPTIONS, buffers, vec![give(RETURN_ALLOW)]);
+            let absent = vec![give(errno(libc::ENOPROTOOPT))];
+            let options = choose(DATA_ARGUMENT_2, ABSENT_SOCKET_OPTIONS, absent, others);
+            let options = choose(DATA_ARGUMENT_2, REFUSED_SOCKET_OPTIONS, vec![give(errno(libc::EPERM))], options);
+            choose(DATA_ARGUMENT_1, &[libc::SOL_SOCKET as u32], options, vec![give(RETURN_ALLOW)])
+        }
+        Verdict::Filters { first, second, listens } => {
+            let mut asked = vec![give(if listens { RETURN_NOTIFY } else { errno(libc::EINVAL) })];
+            if let Some(second) = second {
+                asked = choose(DATA_ARGUMENT_1, &[second], asked, vec![give(RETURN_ALLOW)]);
+            }
+            choose(DATA_ARGUMENT_0, &[first], asked, vec![give(RETURN_ALLOW)])
         }
     }
 }
 
+fn families(netlink: Vec<sock_filter>, network: Vec<sock_filter>) -> Vec<sock_filter> {
+    let netlink = choose(DATA_ARGUMENT_2, NETLINK_PROTOCOLS, netlink, vec![give(errno(libc::EPROTONOSUPPORT))]);
+    let own = one_of(DATA_ARGUMENT_0, OWN_FAMILIES, RETURN_ALLOW, errno(libc::EAFNOSUPPORT));
+    let others = choose(DATA_ARGUMENT_0, NETWORK_FAMILIES, network, own);
+    choose(DATA_ARGUMENT_0, &[libc::AF_NETLINK as u32], netlink, others)
+}
+
+/// Notifies, but not of the listener's own calls.
+fn unless_signed(listener: Listener) -> Vec<sock_filter> {
+    let [first, second] = listener.sign(0, 0).map(|argument| (argument >> 32) as u32);
+    vec![
+        load(DATA_ARGUMENT_0 + UPPER_HALF),
+        jump(BPF_JEQ, first, 0, 3),
+        load(DATA_ARGUMENT_1 + UPPER_HALF),
+        jump(BPF_JEQ, second, 0, 1),
+        give(RETURN_ALLOW),
+        give(RETURN_NOTIFY),
+    ]
+}
+
 fn one_of(argument: u32, values: &[u32], hit: u32, miss: u32) -> Vec<sock_filter> {
+    choose(argument, values, vec![give(hit)], vec![give(miss)])
+}
+
+/// Goes on with one block when the argument is one of the values, and with another one else.
+fn choose(argument: u32, values: &[u32], hit: Vec<sock_filter>, miss: Vec<sock_filter>) -> Vec<sock_filter> {
     // The kernel looks at the low half of these arguments only, and so do we.
     let mut block = vec![load(argument)];
-    for (index, value) in values.iter().enumerate() {
-        block.push(jump(BPF_JEQ, *value, (values.len() - index) as u8, 0));
+    for index in 0..values.len() {
+        block.push(jump(BPF_JEQ, values[index], (values.len() - 1 - index + miss.len()) as u8, 0));
     }
-    block.push(give(miss));
-    block.push(give(hit));
+    block.extend(miss);
+    block.extend(hit);
     block
 }
 
 /// Runs of numbers with one verdict, as (first number, verdict), ascending, from 0.
-fn table(pin_cores: bool, sysinfo: Verdict) -> Vec<(u32, Verdict)> {
+fn table(pin_cores: bool, listener: Option<Listener>) -> Vec<(u32, Verdict)> {
     let mut verdicts = vec![Verdict::Allow; LAST_KNOWN as usize + 1];
     for number in REFUSED {
         verdicts[*number as usize] = Verdict::Errno(libc::EPERM);
@@ -266,12 +350,17 @@ fn table(pin_cores: bool, sysinfo: Verdict) -> Vec<(u32, Verdict)> {
     for (number, argument, bits) in HUGE_PAGES {
         verdicts[*number as usize] = Verdict::RefuseBits { argument: *argument, bits: *bits, errno: libc::ENOMEM };
     }
-    verdicts[libc::SYS_setsockopt as usize] = Verdict::SocketOptions;
-    verdicts[libc::SYS_socket as usize] = Verdict::Families;
-    verdicts[libc::SYS_socketpair as usize] = Verdict::Families;
+    verdicts[libc::SYS_setsockopt as usize] = Verdict::SocketOptions(listener);
+    verdicts[libc::SYS_socket as usize] = Verdict::Sockets(listener);
+    verdicts[libc::SYS_socketpair as usize] = Verdict::Pairs;
     verdicts[libc::SYS_ioctl as usize] = Verdict::Ioctls;
     verdicts[libc::SYS_fcntl as usize] = Verdict::FileCommands;
-    verdicts[libc::SYS_sysinfo as usize] = sysinfo;
+    let filters = |first, second| Verdict::Filters { first, second, listens: listener.is_some() };
+    verdicts[libc::SYS_seccomp as usize] = filters(libc::SECCOMP_SET_MODE_FILTER, None);
+    verdicts[libc::SYS_prctl as usize] = filters(libc::PR_SET_SECCOMP as u32, Some(libc::SECCOMP_MODE_FILTER));
+    if listener.is_some() {
+        verdicts[libc::SYS_sysinfo as usize] = Verdict::Notify;
+    }
 
     let mut runs: Vec<(u32, Verdict)> = Vec::new();
     for (number, verdict) in verdicts.into_iter().enumerate() {
@@ -298,9 +387,9 @@ fn search(runs: &[(u32, Verdict)]) -> Vec<sock_filter> {
     leaf(*only)
 }
 
-/// The compiled filter; with `pin_cores` the limit of core files stays what it is. Either whoever installs it listens to
-/// calls of `sysinfo` and answers them, or they tell the host's memory.
-pub fn program(pin_cores: bool, answers_sysinfo: bool) -> Vec<sock_filter> {
+/// The compiled filter; with `pin_cores` the limit of core files stays what it is. Without a listener `sysinfo` tells the
+/// host's memory, and what nobody else bounds is refused.
+pub fn program(pin_cores: bool, listener: Option<Listener>) -> Vec<sock_filter> {
     let mut program = vec![
         load(DATA_ARCH),
         jump(BPF_JEQ, AUDIT_ARCH, 1, 0),
@@ -309,7 +398,7 @@ pub fn program(pin_cores: bool, answers_sysinfo: bool) -> Vec<sock_filter> {
         jump(BPF_JGE, X32_START, 0, 1),
         give(errno(libc::ENOSYS)),
     ];
-    program.extend(search(&table(pin_cores, if answers_sysinfo { Verdict::Notify } else { Verdict::Allow })));
+    program.extend(search(&table(pin_cores, listener)));
     program
 }
 
@@ -341,6 +430,7 @@ mod tests {
                         other => panic!("load from {other}"),
                     }
                 }
+                code if code == BPF_ALU | BPF_AND | BPF_K => accumulator &= instruction.k,
                 code if code == BPF_JMP => at += instruction.k as usize,
                 code if code == BPF_JMP | BPF_JEQ | BPF_K => at += taken(accumulator == instruction.k),
                 code if code == BPF_JMP | BPF_JGE | BPF_K => at += taken(accumulator >= instruction.k),
@@ -351,13 +441,15 @@ mod tests {
         }
     }
 
+    const LISTENER: Option<Listener> = Some(Listener { secret: 0x0123_4567_89ab_cdef });
+
     fn native(number: i64, [first, second]: [u32; 2]) -> u32 {
-        verdict(&program(false, true), AUDIT_ARCH, number as u32, [first, second, 0, 0])
+        verdict(&program(false, LISTENER), AUDIT_ARCH, number as u32, [first, second, 0, 0])
     }
 
     #[test]
     fn every_listed_call_gets_its_verdict_and_all_others_are_allowed() {
-        let program = program(false, true);
+        let program = program(false, LISTENER);
         for number in 0..=LAST_KNOWN {
             let special = [
                 libc::SYS_clone,
@@ -369,6 +461,8 @@ mod tests {
                 libc::SYS_setsockopt,
                 libc::SYS_fcntl,
                 libc::SYS_sysinfo,
+                libc::SYS_seccomp,
+                libc::SYS_prctl,
             ];
             if special.contains(&i64::from(number)) {
                 continue;
@@ -386,7 +480,7 @@ mod tests {
 
     #[test]
     fn other_interfaces_and_unknown_calls_do_not_exist() {
-        let program = program(false, true);
+        let program = program(false, LISTENER);
         assert_eq!(verdict(&program, 0x4000_0003, 1, [0, 0, 0, 0]), errno(libc::ENOSYS));
         for number in [LAST_KNOWN + 1, X32_START, X32_START | libc::SYS_mount as u32, u32::MAX] {
             assert_eq!(verdict(&program, AUDIT_ARCH, number, [0, 0, 0, 0]), errno(libc::ENOSYS));
@@ -414,23 +508,25 @@ mod tests {
 
     #[test]
     fn only_namespaced_address_families_open_sockets() {
-        for family in SOCKET_FAMILIES {
-            assert_eq!(native(libc::SYS_socket, [*family, 1]), RETURN_ALLOW);
+        for family in NETWORK_FAMILIES.iter().chain(OWN_FAMILIES) {
+            assert_eq!(native(libc::SYS_socket, [*family, libc::SOCK_STREAM as u32]), RETURN_ALLOW);
+            assert_eq!(native(libc::SYS_socketpair, [*family, libc::SOCK_DGRAM as u32]), RETURN_ALLOW);
         }
         for family in [libc::AF_VSOCK, libc::AF_PACKET, libc::AF_ALG, libc::AF_BLUETOOTH] {
             assert_eq!(native(libc::SYS_socket, [family as u32, 1]), errno(libc::EAFNOSUPPORT));
+            assert_eq!(native(libc::SYS_socketpair, [family as u32, 1]), errno(libc::EAFNOSUPPORT));
         }
     }
 
     #[test]
     fn netlink_tells_of_addresses_and_sockets_and_of_nothing_else() {
-        let program = program(false, true);
+        let program = program(false, LISTENER);
         let open = |protocol: i32| {
             let arguments = [libc::AF_NETLINK as u32, libc::SOCK_RAW as u32, protocol as u32, 0];
             verdict(&program, AUDIT_ARCH, libc::SYS_socket as u32, arguments)
         };
         for protocol in [libc::NETLINK_ROUTE, libc::NETLINK_SOCK_DIAG] {
-            assert_eq!(open(protocol), RETURN_ALLOW);
+            assert_eq!(open(protocol), RETURN_NOTIFY);
         }
         for protocol in [libc::NETLINK_KOBJECT_UEVENT, libc::NETLINK_NETFILTER, libc::NETLINK_AUDIT, libc::NETLINK_XFRM]
         {
@@ -441,7 +537,7 @@ mod tests {
     #[test]
     fn the_limit_of_core_files_stays_only_where_it_is_pinned() {
         let core = u64::from(libc::RLIMIT_CORE);
-        let program = |pin_cores| super::program(pin_cores, true);
+        let program = |pin_cores| super::program(pin_cores, LISTENER);
         let prlimit = |pin_cores, arguments: [u64; 4]| {
             verdict_of(&program(pin_cores), AUDIT_ARCH, libc::SYS_prlimit64 as u32, arguments)
         };
@@ -461,7 +557,7 @@ mod tests {
 
     #[test]
     fn huge_pages_are_the_hosts() {
-        let program = program(false, true);
+        let program = program(false, LISTENER);
         for (number, argument, bits) in HUGE_PAGES {
             let mut arguments = [0; 4];
             assert_eq!(verdict(&program, AUDIT_ARCH, *number as u32, arguments), RETURN_ALLOW);
@@ -482,7 +578,7 @@ mod tests {
 
     #[test]
     fn no_programs_are_attached_to_sockets() {
-        let program = program(false, true);
+        let program = program(false, LISTENER);
         let set = |level: i32, option: i32| {
             let arguments = [3, level as u32, option as u32, 0];
             verdict(&program, AUDIT_ARCH, libc::SYS_setsockopt as u32, arguments)
@@ -495,9 +591,94 @@ mod tests {
     }
 
     #[test]
+    fn sockets_that_nobody_counts_are_the_listeners_matter() {
+        let flags = (libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) as u32;
+        let open = |listener, family: i32, kind: i32, protocol: i32| {
+            let arguments = [family as u32, kind as u32 | flags, protocol as u32, 0];
+            verdict(&program(false, listener), AUDIT_ARCH, libc::SYS_socket as u32, arguments)
+        };
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            for protocol in [0, libc::IPPROTO_UDP, libc::IPPROTO_ICMP, libc::IPPROTO_ICMPV6] {
+                assert_eq!(open(LISTENER, family, libc::SOCK_DGRAM, protocol), RETURN_NOTIFY);
+                let uncounted = protocol == libc::IPPROTO_ICMP || protocol == libc::IPPROTO_ICMPV6;
+                let expected = if uncounted { errno(libc::EACCES) } else { RETURN_ALLOW };
+                assert_eq!(open(None, family, libc::SOCK_DGRAM, protocol), expected);
+            }
+            assert_eq!(open(LISTENER, family, libc::SOCK_STREAM, 0), RETURN_ALLOW);
+        }
+        assert_eq!(open(LISTENER, libc::AF_UNIX, libc::SOCK_DGRAM, 0), RETURN_ALLOW);
+        let netlink = |listener| open(listener, libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE);
+        assert_eq!((netlink(LISTENER), netlink(None)), (RETURN_NOTIFY, errno(libc::EPROTONOSUPPORT)));
+    }
+
+    #[test]
+    fn buffers_are_set_by_the_listener_or_stay() {
+        for option in BUFFER_OPTIONS {
+            let set = |listener, level: i32| {
+                let arguments = [3, level as u32, *option, 0];
+                verdict(&program(false, listener), AUDIT_ARCH, libc::SYS_setsockopt as u32, arguments)
+            };
+            let both = |level| (set(LISTENER, level), set(None, level));
+            assert_eq!(both(libc::SOL_SOCKET), (RETURN_NOTIFY, DONE_NOTHING));
+            assert_eq!(both(libc::IPPROTO_TCP), (RETURN_ALLOW, RETURN_ALLOW));
+        }
+        for option in ABSENT_SOCKET_OPTIONS {
+            let arguments = [3, libc::SOL_SOCKET as u32, *option, 0];
+            let told = verdict(&program(false, LISTENER), AUDIT_ARCH, libc::SYS_setsockopt as u32, arguments);
+            assert_eq!(told, errno(libc::ENOPROTOOPT));
+        }
+    }
+
+    #[test]
+    fn only_who_knows_the_secret_passes_by_the_listener() {
+        let program = program(false, LISTENER);
+        let listener = LISTENER.unwrap();
+        let calls = [
+            (libc::SYS_socket, [libc::AF_NETLINK, libc::SOCK_RAW], libc::NETLINK_ROUTE),
+            (libc::SYS_setsockopt, [3, libc::SOL_SOCKET], libc::SO_RCVBUF),
+        ];
+        for (number, [first, second], third) in calls {
+            let told = |[first, second]: [u64; 2]| {
+                verdict_of(&program, AUDIT_ARCH, number as u32, [first, second, third as u64, 0])
+            };
+            let signed = listener.sign(first, second);
+            assert_eq!(told(signed), RETURN_ALLOW);
+            for bit in 32..64 {
+                assert_eq!(told([signed[0] ^ 1 << bit, signed[1]]), RETURN_NOTIFY);
+                assert_eq!(told([signed[0], signed[1] ^ 1 << bit]), RETURN_NOTIFY);
+            }
+        }
+        // What the listener never does itself is not passed.
+        let signed = listener.sign(libc::AF_INET, libc::SOCK_DGRAM);
+        assert_eq!(
+            verdict_of(&program, AUDIT_ARCH, libc::SYS_socket as u32, [signed[0], signed[1], 0, 0]),
+            RETURN_NOTIFY
+        );
+    }
+
+    #[test]
+    fn filters_of_programs_are_counted_or_refused() {
+        let told = |listener, number: i64, first: i32, second: u32| {
+            let arguments = [first as u32, second, 0, 0];
+            verdict(&program(false, listener), AUDIT_ARCH, number as u32, arguments)
+        };
+        let set = libc::SECCOMP_SET_MODE_FILTER as i32;
+        for (number, first, second) in
+            [(libc::SYS_seccomp, set, 0), (libc::SYS_prctl, libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER)]
+        {
+            assert_eq!(told(LISTENER, number, first, second), RETURN_NOTIFY);
+            assert_eq!(told(None, number, first, second), errno(libc::EINVAL));
+        }
+        let strict = (libc::SYS_prctl, libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_STRICT);
+        for (number, first, second) in [(libc::SYS_prctl, libc::PR_SET_NAME, 2), (libc::SYS_seccomp, 0, 0), strict] {
+            assert_eq!(told(LISTENER, number, first, second), RETURN_ALLOW);
+        }
+    }
+
+    #[test]
     fn sysinfo_is_answered_by_somebody_else_where_somebody_listens() {
         assert_eq!(native(libc::SYS_sysinfo, [0, 0]), RETURN_NOTIFY);
-        assert_eq!(verdict(&program(false, false), AUDIT_ARCH, libc::SYS_sysinfo as u32, [0, 0, 0, 0]), RETURN_ALLOW);
+        assert_eq!(verdict(&program(false, None), AUDIT_ARCH, libc::SYS_sysinfo as u32, [0, 0, 0, 0]), RETURN_ALLOW);
     }
 
     #[test]

@@ -256,15 +256,6 @@ fn processor_text(source: &OwnedFd, number: usize) -> Option<String> {
     (!text.is_empty()).then(|| format!("{text}\n"))
 }
 
-/// Takes the questions for `sysinfo(2)` and answers them; see [`super::sysinfo`].
-pub fn answer_sysinfo(agent: &Arc<Agent>) {
-    if let Some(listener) = &agent.settings.sysinfo
-        && let Ok(listener) = listener.try_clone()
-    {
-        tokio::spawn(super::sysinfo::answer(agent.clone(), listener));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -37,6 +37,7 @@ mod detached;
 mod directories;
 mod failure;
 mod files;
+mod gate;
 mod groups;
 mod limits;
 mod machine;
@@ -51,10 +52,10 @@ mod score;
 mod serve;
 mod session;
 mod settings;
+mod shares;
 mod signals;
 mod sockets;
 mod sys;
-mod sysinfo;
 mod syslog;
 mod terminal;
 
@@ -97,7 +98,7 @@ pub fn main(arguments: impl Iterator<Item = String>) -> Result<(), String> {
     sys::close_on_exec_from(3);
     sys::reset_signals();
     sys::drop_groups();
-    sysinfo::use_power(false);
+    gate::use_power(false);
     sys::tune_heap();
     if !is_first_process() {
         sys::become_subreaper();
@@ -154,7 +155,7 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
         power::obey(&agent)?;
         syslog::start();
     }
-    machine::answer_sysinfo(&agent);
+    gate::start(&agent);
     machine::maintain(agent.clone());
     tokio::spawn(tidy_up(agent.clone()));
     let keeper = agent.clone();

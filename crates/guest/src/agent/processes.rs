@@ -65,6 +65,37 @@ impl Count {
     }
 }
 
+/// The process that a thread belongs to.
+pub fn of_thread(thread: u32) -> Option<u32> {
+    number_in_status(&thread.to_string(), "Tgid:")
+}
+
+/// Filters of system calls that the sandbox's threads are under, beside those that all are under. What is inherited is
+/// counted again for each. Looks no further when there are `enough`.
+pub fn filters(of_all: u32, enough: u32) -> u32 {
+    let own = |path: &str| number_in_status(path, "Seccomp_filters:").unwrap_or(0).saturating_sub(of_all);
+    let mut sum: u32 = 0;
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(process) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        for thread in fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten() {
+            let Some(thread) = thread.file_name().to_str().map(|name| format!("{process}/task/{name}")) else {
+                continue;
+            };
+            sum = sum.saturating_add(own(&thread));
+            if sum >= enough {
+                return sum;
+            }
+        }
+    }
+    sum
+}
+
+/// A number in `/proc/…/status`.
+pub fn number_in_status(process: &str, name: &str) -> Option<u32> {
+    let text = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    text.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
+}
+
 /// A line of `/proc/PID/stat`.
 struct Status {
     state: u8,

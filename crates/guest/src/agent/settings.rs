@@ -38,8 +38,10 @@ pub struct Settings {
     pub cpuinfo: Option<OwnedFd>,
     /// The host's `/proc/cpuinfo`, see [`crate::spawn::PROCESSOR_TEXT_BYTES`].
     pub processor_texts: Option<OwnedFd>,
-    /// Where calls of `sysinfo(2)` wait for an answer.
-    pub sysinfo: Option<OwnedFd>,
+    /// Where calls wait for an answer; see [`super::gate`].
+    pub calls: Option<OwnedFd>,
+    /// A pipe with what the agent signs its own calls with; see [`crate::seccomp::Listener`].
+    pub secret: Option<OwnedFd>,
     /// Until the first server connects, the end of this pipe is the end of the agent: a prepared
     /// sandbox goes with the server that prepared it.
     pub leash: Option<OwnedFd>,
@@ -115,7 +117,8 @@ impl Settings {
                 "--loadavg-fd" => settings.loadavg = Some(take(&argument, value)?),
                 "--cpuinfo-fd" => settings.cpuinfo = Some(take(&argument, value)?),
                 "--processor-texts-fd" => settings.processor_texts = Some(take(&argument, value)?),
-                "--sysinfo-fd" => settings.sysinfo = Some(take(&argument, value)?),
+                "--calls-fd" => settings.calls = Some(take(&argument, value)?),
+                "--secret-fd" => settings.secret = Some(take(&argument, value)?),
                 "--leash-fd" => settings.leash = Some(take(&argument, value)?),
                 "--kept-output-bytes-max" => settings.kept_bytes = Some(number(&argument, value)?),
                 "--kept-output-seconds-max" => settings.kept_seconds = Some(number(&argument, value)?),
@@ -139,7 +142,8 @@ impl Settings {
             loadavg: settings.loadavg,
             cpuinfo: settings.cpuinfo,
             processor_texts: settings.processor_texts,
-            sysinfo: settings.sysinfo,
+            calls: settings.calls,
+            secret: settings.secret,
             leash: settings.leash,
             control: settings.control,
             home: settings.home.unwrap_or_else(|| "/home/tenki".into()),
@@ -166,7 +170,8 @@ struct PartialSettings {
     loadavg: Option<OwnedFd>,
     cpuinfo: Option<OwnedFd>,
     processor_texts: Option<OwnedFd>,
-    sysinfo: Option<OwnedFd>,
+    calls: Option<OwnedFd>,
+    secret: Option<OwnedFd>,
     leash: Option<OwnedFd>,
     control: Option<OwnedFd>,
     home: Option<String>,

@@ -174,8 +174,8 @@ fn become_sandbox(
     rustix::process::setsid().step("start a session")?;
     // The spawner's standard error is the server's; standard input is /dev/null already.
     rustix::stdio::dup2_stderr(rustix::stdio::stdin()).step("close standard error")?;
-    let sysinfo = install_filter(pin_cores).step("install the system call filter")?;
-    run_agent(order, parts, listen.as_fd(), &shown, sysinfo, agent)
+    let calls = install_filter(pin_cores).step("install the system call filter")?;
+    run_agent(order, parts, listen.as_fd(), &shown, calls, agent)
 }
 
 /// Waits for the disk, the base layer under it, and the socket to listen on. A server that ended sends none, and
@@ -480,14 +480,28 @@ fn limit_capabilities() -> Result<(), Errno> {
     Ok(())
 }
 
-/// Exec keeps, of what root has, only what the bounding set allows: no step for that is needed. What is returned is
-/// where calls of `sysinfo` wait for an answer.
-fn install_filter(pin_cores: bool) -> Result<Option<OwnedFd>, Errno> {
-    match install(&seccomp::program(pin_cores, true), libc::SECCOMP_FILTER_FLAG_NEW_LISTENER) {
+/// Where calls wait for the agent's answers, and a pipe with what it signs its own with; see [`seccomp::Listener`].
+struct Calls {
+    waiting: OwnedFd,
+    secret: OwnedFd,
+}
+
+/// Exec keeps, of what root has, only what the bounding set allows: no step for that is needed.
+fn install_filter(pin_cores: bool) -> Result<Option<Calls>, Errno> {
+    let mut secret = [0; 8];
+    rustix::rand::getrandom(&mut secret[..], rustix::rand::GetRandomFlags::empty())?;
+    let listener = seccomp::Listener { secret: u64::from_ne_bytes(secret) };
+    match install(&seccomp::program(pin_cores, Some(listener)), libc::SECCOMP_FILTER_FLAG_NEW_LISTENER) {
         // Whoever started the server listens to such calls already, and there can be one only.
-        Err(Errno::BUSY) => install(&seccomp::program(pin_cores, false), 0).map(|_| None),
-        // SAFETY: on success the kernel made a new descriptor that nobody else owns.
-        other => other.map(|listener| Some(unsafe { OwnedFd::from_raw_fd(listener as RawFd) })),
+        Err(Errno::BUSY) => install(&seccomp::program(pin_cores, None), 0).map(|_| None),
+        Err(errno) => Err(errno),
+        Ok(waiting) => {
+            let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+            rustix::io::write(writer, &secret)?;
+            // SAFETY: on success the kernel made a new descriptor that nobody else owns.
+            let waiting = unsafe { OwnedFd::from_raw_fd(waiting as RawFd) };
+            Ok(Some(Calls { waiting, secret: reader }))
+        }
     }
 }
 
@@ -503,7 +517,7 @@ fn run_agent(
     parts: &Parts<'_>,
     listen: BorrowedFd<'_>,
     shown: &Shown,
-    sysinfo: Option<OwnedFd>,
+    calls: Option<Calls>,
     agent: BorrowedFd<'_>,
 ) -> Result<std::convert::Infallible, StepError> {
     let named = [
@@ -521,7 +535,7 @@ fn run_agent(
         ("cgroup", shown.cgroup.as_fd()),
         ("processor-texts", shown.processor_texts.as_fd()),
     ];
-    let sysinfo = sysinfo.iter().map(|fd| ("sysinfo", fd.as_fd()));
+    let calls = calls.iter().flat_map(|calls| [("calls", calls.waiting.as_fd()), ("secret", calls.secret.as_fd())]);
     let cgroups = parts.command_cgroups.iter().map(|fd| ("cgroup-procs", *fd));
     let groups = parts.command_groups.iter().flat_map(|(join, processes)| {
         join.iter().map(|fd| ("group-procs", *fd)).chain([("group-processes", *processes)])
@@ -531,7 +545,7 @@ fn run_agent(
         format!("--kept-output-bytes-max={}", order.kept_output_bytes_max),
         format!("--kept-output-seconds-max={}", order.kept_output_seconds_max),
     ];
-    for (name, fd) in named.into_iter().chain(sysinfo).chain(cgroups).chain(groups) {
+    for (name, fd) in named.into_iter().chain(calls).chain(cgroups).chain(groups) {
         arguments.push(format!("--{name}-fd={}", fd.as_raw_fd()));
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).step("keep a descriptor")?;
     }

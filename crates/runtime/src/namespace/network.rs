@@ -396,6 +396,10 @@ fn on(step: &'static str) -> impl Fn(io::Error) -> NetworkError {
     move |source| NetworkError::Link { step, source }
 }
 
+/// Whether sockets may keep copies of what they sent, beside the time of sending. That is memory which no control group
+/// counts. Up to Linux 6.12 there is one switch for the whole host.
+const COPIES_OF_SENT: &str = "/proc/sys/net/core/tstamp_allow_data";
+
 /// Sets what every sandbox's network has, and opens a socket in it.
 fn open_inside(namespace: BorrowedFd<'_>) -> Result<Netlink, NetworkError> {
     let prepare = || {
@@ -407,9 +411,15 @@ fn open_inside(namespace: BorrowedFd<'_>) -> Result<Netlink, NetworkError> {
         // `ping` without raw sockets, and low ports for everybody: a sandbox has one owner.
         let _ = fs::write("/proc/sys/net/ipv4/ping_group_range", "0 4294967294");
         let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
-        Netlink::open()
+        let has_own_switch = fs::write(COPIES_OF_SENT, "0").is_ok();
+        Ok((Netlink::open()?, has_own_switch))
     };
-    sys::in_network_namespace(namespace, prepare).map_err(on("enter the network namespace"))
+    let (inside, has_own_switch) =
+        sys::in_network_namespace(namespace, prepare).map_err(on("enter the network namespace"))?;
+    if !has_own_switch && let Err(error) = fs::write(COPIES_OF_SENT, "0") {
+        tracing::warn!(%error, file = COPIES_OF_SENT, "sockets of sandboxes may keep copies of what they sent; set it to 0");
+    }
+    Ok(inside)
 }
 
 /// The first IPv4 name server of a resolv.conf that is not on the host's own loopback.

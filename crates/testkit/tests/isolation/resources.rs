@@ -45,6 +45,9 @@ static RESOURCES_BOUNDED: &[Resource] = &[
     at_most("threads", 1_024),
     at_most("pipes_of_full_size", 1_024),
     at_most("open_files", 1 << 17),
+    at_most("netlink_sockets", 64),
+    at_most("datagram_sockets", 2 * MEMORY_MB),
+    at_most("filters_of_system_calls", 256),
     refused("contexts_of_asynchronous_io"),
     refused("huge_pages_by_mmap"),
     refused("huge_pages_by_memory_file"),
@@ -53,11 +56,13 @@ static RESOURCES_BOUNDED: &[Resource] = &[
 ];
 
 const PREFIX: &str = "share__";
-const MORE: [&str; 4] = [
+const MORE: [&str; 6] = [
     "a_full_dev_shm_leaves_room_for_commands",
     "full_system_v_segments_leave_room_for_commands",
     "a_full_terminal_table_is_told_as_such",
     "file_locks_without_end_end_whoever_takes_them",
+    "buffers_that_nobody_counts_stay_small",
+    "programs_do_as_usual_what_is_counted_for_them",
 ];
 
 pub fn names() -> impl Iterator<Item = &'static str> {
@@ -73,6 +78,8 @@ pub async fn run(suite: &mut Suite, world: &World) {
     suite.case(MORE[1], full_segments(world)).await;
     suite.case(MORE[2], full_terminals(world)).await;
     suite.case(MORE[3], locks_without_end(world)).await;
+    suite.case(MORE[4], uncounted_buffers(world)).await;
+    suite.case(MORE[5], ordinary_use(world)).await;
 }
 
 /// A payload that holds all it got, and how many that is.
@@ -222,5 +229,50 @@ os.write(1, b'KEPT\\n')";
     assert_eq!(world.attacker.shell("echo alive", false).await, "alive");
     neighbour.close_stdin().await.unwrap();
     assert!(neighbour.finish().await.unwrap().text().ends_with("KEPT"));
+    Ok(())
+}
+
+/// Twice what may be asked for, as the kernel makes it, and one datagram beyond.
+const BUFFER_BYTES_MAX: u64 = 2 * 212_992 + (1 << 16);
+
+async fn uncounted_buffers(world: &World) -> Outcome {
+    let program = program(RESOURCES, "uncounted_buffers");
+    for privileged in [false, true] {
+        let finished = world.attacker.run_as(&[PYTHON, "-c", &program], privileged).await.unwrap();
+        let text = finished.text();
+        let held = |name: &str| -> u64 {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            line.and_then(|line| line.split(' ').next()?.parse().ok())
+                .unwrap_or_else(|| panic!("{}", finished.describe()))
+        };
+        for name in ["netlink", "echoes", "errors"] {
+            assert!(held(name) > 100_000, "these cannot be filled, so nothing is shown: {text}");
+            assert!(held(name) <= BUFFER_BYTES_MAX, "one socket holds more than programs need: {text}");
+        }
+        for name in ["copies", "copies-tcp", "timestamps"] {
+            assert_eq!(held(name), 0, "copies of what was sent are kept: {text}");
+        }
+    }
+    Ok(())
+}
+
+async fn ordinary_use(world: &World) -> Outcome {
+    let program = program(RESOURCES, "ordinary_use");
+    for privileged in [false, true] {
+        let verdict = inside(&world.attacker, &program, &[], privileged).await;
+        assert_eq!(verdict, Verdict::Reached("all".into()));
+    }
+    for (tool, script) in [
+        ("getent", "getent hosts localhost && getent ahosts 127.0.0.1"),
+        ("ip", "ip address show lo && ip route"),
+        ("ss", "ss -tuna && ss -x"),
+        ("ping", "ping -c 1 127.0.0.1"),
+        ("node", "node -e 'require(\"os\").networkInterfaces()'"),
+    ] {
+        let there = world.attacker.shell(&format!("command -v {tool} || true"), false).await;
+        if !there.is_empty() {
+            world.attacker.shell(&format!("({script}) > /dev/null"), false).await;
+        }
+    }
     Ok(())
 }
