@@ -184,8 +184,8 @@ async fn a_database_damaged_in_the_middle_ends_the_start_and_is_rebuilt() -> Out
     assert!(server.terminate().success());
     let mut bytes = fs::read(database(&server)).unwrap();
     // All but the first page and the last: single ones may be free, and damage to those is none.
-    let end = bytes.len() - 4096;
-    bytes[4096..end].fill(0xa5);
+    let last = bytes.len() - 4096;
+    bytes[4096..last].fill(0xa5);
     fs::write(database(&server), &bytes).unwrap();
     refused(&mut server, &["store_damaged", "nagaya recover"]);
     assert_eq!(fs::read(database(&server)).unwrap(), bytes, "what is damaged is not touched");
