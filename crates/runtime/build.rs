@@ -15,12 +15,7 @@ fn main() {
 
     // A build directory of their own: the outer cargo holds the lock of its own one.
     let directory = out.join("guest");
-    let mut build = Command::new(env::var_os("CARGO").expect("cargo sets it"));
-    if env::var_os("PROFILE").is_some_and(|profile| profile == "debug") {
-        // Optimising them as a whole is the longest step of a debug build, and makes them smaller only.
-        build.envs([("CARGO_PROFILE_GUEST_LTO", "off"), ("CARGO_PROFILE_GUEST_CODEGEN_UNITS", "16")]);
-    }
-    let status = build
+    let status = Command::new(env::var_os("CARGO").expect("cargo sets it"))
         .args([
             "build",
             "--quiet",
