@@ -28,10 +28,9 @@ test-cgroup-v2:
 fuzz:
 	./scripts/fuzz
 
-## check: formatting and lints
-check:
-	$(CARGO) fmt --all --check
-	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+## check: formatting, lints, and licences and sources of dependencies
+check: check-packages
+	./scripts/check
 
 fmt:
 	$(CARGO) fmt --all
@@ -42,6 +41,9 @@ bench: test-packages
 
 packages:
 	./scripts/install-packages run
+
+check-packages:
+	./scripts/install-packages run check
 
 test-packages:
 	./scripts/install-packages run test

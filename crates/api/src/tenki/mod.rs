@@ -15,6 +15,3 @@ pub mod v1 {
     include!("../gen/tenki.sandbox.v1.rs");
     include!("../gen/services.rs");
 }
-
-#[cfg(test)]
-mod tests;

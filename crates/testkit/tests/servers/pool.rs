@@ -1,7 +1,5 @@
 //! The pool of disks: found again, grown, never out of the host's space, and gone after a purge.
 
-#![allow(clippy::unwrap_used)]
-
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;

@@ -1,7 +1,5 @@
 //! The host's disk is full: what needs space is refused with a clear error, and nothing that was kept is lost.
 
-#![allow(clippy::unwrap_used)]
-
 use std::fs;
 use std::time::{Duration, Instant};
 

@@ -1,7 +1,5 @@
 //! Snapshots of a real server with a bucket behind it, on a real S3 server that is spoken to over a socket.
 
-#![allow(clippy::unwrap_used)]
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -1,7 +1,5 @@
 //! Previews of services in real sandboxes, reached as browsers reach them.
 
-#![allow(clippy::unwrap_used)]
-
 use std::time::{Duration, Instant};
 
 use nagaya_api::tenki::v1;

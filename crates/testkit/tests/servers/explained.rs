@@ -1,7 +1,5 @@
 //! Sandboxes that were killed, slow, denied or over say why, from what really happened to them.
 
-#![allow(clippy::unwrap_used)]
-
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 

@@ -5,8 +5,6 @@
 //! `NAGAYA_KEEP_ROUNDS` sets how many things happen (default 200), `NAGAYA_KEEP_SEED` repeats the choices of an
 //! earlier run as far as the machine's own timing lets it.
 
-#![allow(clippy::unwrap_used)]
-
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 

@@ -4,8 +4,6 @@
 //! `NAGAYA_CRASH_KILLS` sets how often (default 50), `NAGAYA_CRASH_SEED` repeats the choices of
 //! an earlier run as far as the machine's own timing lets it.
 
-#![allow(clippy::unwrap_used)]
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
