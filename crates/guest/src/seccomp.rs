@@ -163,7 +163,7 @@ pub struct Listener {
 impl Listener {
     /// The two arguments, as the listener's own calls have them.
     pub fn sign(self, first: i32, second: i32) -> [u64; 2] {
-        let signed = |argument: i32, half: u32| u64::from(half) << 32 | u64::from(argument as u32);
+        let signed = |argument: i32, half: u32| (u64::from(half) << 32) | u64::from(argument as u32);
         [signed(first, self.secret as u32), signed(second, (self.secret >> 32) as u32)]
     }
 }
@@ -322,8 +322,8 @@ fn one_of(argument: u32, values: &[u32], hit: u32, miss: u32) -> Vec<sock_filter
 fn choose(argument: u32, values: &[u32], hit: Vec<sock_filter>, miss: Vec<sock_filter>) -> Vec<sock_filter> {
     // The kernel looks at the low half of these arguments only, and so do we.
     let mut block = vec![load(argument)];
-    for index in 0..values.len() {
-        block.push(jump(BPF_JEQ, values[index], (values.len() - 1 - index + miss.len()) as u8, 0));
+    for (index, value) in values.iter().enumerate() {
+        block.push(jump(BPF_JEQ, *value, (values.len() - 1 - index + miss.len()) as u8, 0));
     }
     block.extend(miss);
     block.extend(hit);
@@ -644,8 +644,8 @@ mod tests {
             let signed = listener.sign(first, second);
             assert_eq!(told(signed), RETURN_ALLOW);
             for bit in 32..64 {
-                assert_eq!(told([signed[0] ^ 1 << bit, signed[1]]), RETURN_NOTIFY);
-                assert_eq!(told([signed[0], signed[1] ^ 1 << bit]), RETURN_NOTIFY);
+                assert_eq!(told([signed[0] ^ (1 << bit), signed[1]]), RETURN_NOTIFY);
+                assert_eq!(told([signed[0], signed[1] ^ (1 << bit)]), RETURN_NOTIFY);
             }
         }
         // What the listener never does itself is not passed.

@@ -215,9 +215,10 @@ impl Calls {
     fn open_netlink(&self, question: &Question) -> Result<OwnedFd, Errno> {
         let [family, kind, protocol, ..] = question.arguments;
         let [family, kind] = self.listener.sign(family as i32, kind as i32 | libc::SOCK_CLOEXEC);
-        // SAFETY: a call without pointers; the kernel makes a new descriptor that nobody else owns.
+        // SAFETY: a call without pointers.
         match unsafe { libc::syscall(libc::SYS_socket, family, kind, protocol) } {
             -1 => Err(last_errno()),
+            // SAFETY: the kernel made a new descriptor that nobody else owns.
             descriptor => Ok(unsafe { OwnedFd::from_raw_fd(descriptor as RawFd) }),
         }
     }
