@@ -42,8 +42,8 @@ const AND_SEND: u32 = 2;
 
 /// So many questions are answered in this time at most: whoever calls all the time must not get this process's time all
 /// the time.
-const ANSWERS_AT_ONCE: u32 = 64;
-const TURN: Duration = Duration::from_millis(10);
+const ANSWERS_AT_ONCE: u32 = 256;
+const TURN: Duration = Duration::from_millis(40);
 /// Questions for which this process waits for the sandbox's threads at a time.
 const WAITING_MAX: usize = 4;
 /// Questions that wait for an answer at a time. Whoever was interrupted asks again.
