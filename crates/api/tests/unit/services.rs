@@ -8,8 +8,8 @@ use http_body_util::{BodyExt as _, Full};
 use serde_json::{Value, json};
 use tower::ServiceExt as _;
 
-use nagaya_api::tenki::v1;
 use nagaya_api::error::{Code, Error};
+use nagaya_api::tenki::v1;
 
 /// Has rpcs of every kind and leaves the others out.
 struct FiveRpcs;
