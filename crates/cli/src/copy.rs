@@ -16,7 +16,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use indicatif::{ProgressBar, ProgressStyle};
 use nagaya_api::error::Code;
 use nagaya_api::names;
-use nagaya_client::{CommandStdin, Error as ClientError, Event, FileStat, Running, Session, WriteOptions};
+use nagaya_client::{CommandStdin, Error as ClientError, Event, FileStat, RefusalKind, Running, Session, WriteOptions};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio_util::io::SyncIoBridge;
@@ -133,7 +133,7 @@ impl Way<'_> {
     async fn stat(&self, path: &str) -> Result<Option<FileStat>, Failure> {
         match self.session.files().stat(path).await {
             Ok(stat) => Ok(Some(stat)),
-            Err(ClientError::FileNotFound(_)) => Ok(None),
+            Err(ClientError::Refused { kind: RefusalKind::FileNotFound, .. }) => Ok(None),
             Err(error) => Err(error.into()),
         }
     }

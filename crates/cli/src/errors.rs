@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 
 use nagaya_api::error::Code;
-use nagaya_client::Error as ClientError;
+use nagaya_client::{Error as ClientError, RefusalKind};
 
 use crate::output::printable;
 
@@ -194,12 +194,12 @@ impl From<ClientError> for Failure {
 fn without_code(error: &ClientError) -> Failure {
     let of = |code: Code| (code.name(), code.exit_code(), code.remedy());
     let (code, exit, remedy) = match error {
-        ClientError::Unauthorized(_) => {
+        ClientError::Refused { kind: RefusalKind::Unauthorized, .. } => {
             (Code::Unauthenticated.name(), Code::Unauthenticated.exit_code(), UNAUTHENTICATED_REMEDY)
         }
-        ClientError::PermissionDenied(_) => of(Code::PermissionDenied),
-        ClientError::SessionNotFound(_) => of(Code::SessionNotFound),
-        ClientError::FileNotFound(_) => of(Code::FileNotFound),
+        ClientError::Refused { kind: RefusalKind::PermissionDenied, .. } => of(Code::PermissionDenied),
+        ClientError::Refused { kind: RefusalKind::SessionNotFound, .. } => of(Code::SessionNotFound),
+        ClientError::Refused { kind: RefusalKind::FileNotFound, .. } => of(Code::FileNotFound),
         other if other.retryable() => (Local::Broken.name(), 75, "Try again in a moment."),
         _ => (Local::Broken.name(), Local::Broken.exit_code(), ""),
     };

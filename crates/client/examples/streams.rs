@@ -1,4 +1,4 @@
-use nagaya_client::{Client, CreateOptions, Error, Event, Result, Signal, WriteOptions};
+use nagaya_client::{Client, CreateOptions, Error, Event, RefusalKind, Result, Signal, WriteOptions};
 use tokio::io::AsyncWriteExt;
 
 /// Talks with a running program, and copies a stream into a file.
@@ -27,7 +27,7 @@ pub async fn run(client: &Client) -> Result<()> {
     println!("{} bytes are acknowledged", file.finish().await?);
 
     match session.files().read("nothing").await {
-        Err(Error::FileNotFound(refusal)) => println!("as expected: {refusal}"),
+        Err(Error::Refused { kind: RefusalKind::FileNotFound, message, .. }) => println!("as expected: {message}"),
         other => println!("a surprise: {other:?}"),
     }
     session.close().await?;

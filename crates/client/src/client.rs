@@ -113,7 +113,7 @@ impl Client {
     /// Makes a session, and waits for it as the options say.
     ///
     /// Fails with [`Error::InvalidOptions`] or [`Error::InvalidResources`] before anything is sent, and with
-    /// [`Error::WaitReadyFailed`], which holds the session, when it exists but is not ready in time.
+    /// [`Error::WaitReadyFailed`], which names the session, when it exists but is not ready in time.
     pub async fn create(&self, options: CreateOptions) -> Result<Session> {
         let request = options.request()?;
         let budget = options.wait_timeout();
@@ -132,7 +132,7 @@ impl Client {
         Ok(session)
     }
 
-    /// A session that exists. Fails with [`Error::SessionNotFound`].
+    /// A session that exists. Fails with [`RefusalKind::SessionNotFound`](crate::RefusalKind::SessionNotFound).
     pub async fn get(&self, id: &str) -> Result<Session> {
         let session = self.session(id);
         session.refresh().await?;

@@ -21,7 +21,7 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 
 use crate::pipe::{AbortOnDrop, FRAME_BYTES_MAX, Pipe, pipe};
-use crate::{Error, Refusal, Result, Session, Status, wire};
+use crate::{Error, RefusalKind, Result, Session, Status, wire};
 
 /// Names the command in a server's records; only servers of Nagaya send it.
 const EXECUTION_ID: &str = "x-nagaya-execution-id";
@@ -167,7 +167,7 @@ impl Command {
 
     /// Starts it.
     ///
-    /// Fails with [`Error::FileNotFound`] when the program or the directory does not exist, and with
+    /// Fails with [`RefusalKind::FileNotFound`](crate::RefusalKind::FileNotFound) when the program or the directory does not exist, and with
     /// [`Error::StartFailed`] when it cannot be started for another reason.
     pub async fn start(self) -> Result<Running> {
         let (stream, pid) = self.open().await?;
@@ -352,7 +352,7 @@ fn ended_otherwise(exit: &v1::RunExit) -> Option<Error> {
         Some(Error::capability(reason.clone()))
     } else if let Some(cause) = reason.strip_prefix("session_terminated:") {
         let message = format!("session is terminated: {cause} [session_terminated]");
-        Some(Error::SessionTerminated(Refusal { status: Status::FailedPrecondition, message }))
+        Some(Error::refused(RefusalKind::SessionTerminated, Status::FailedPrecondition, message))
     } else {
         None
     }
@@ -498,7 +498,10 @@ mod tests {
         let of = |reason: &str| ended_otherwise(&v1::RunExit { reason: reason.into(), ..Default::default() });
         assert!(matches!(of("capability_unavailable: pty"), Some(Error::CapabilityUnavailable(_))));
         assert!(matches!(of("first_frame_timeout"), Some(Error::PrimitiveTimeout(_))));
-        assert!(matches!(of("session_terminated:idle"), Some(Error::SessionTerminated(_))));
+        assert!(matches!(
+            of("session_terminated:idle"),
+            Some(Error::Refused { kind: RefusalKind::SessionTerminated, .. })
+        ));
         assert!(of("exit").is_none());
     }
 }

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use crate::client::DataClient;
 use crate::error::is_refused_stream;
-use crate::{Client, Error, Refusal, Result, wire};
+use crate::{Client, Error, RefusalKind, Result, Status, wire};
 
 /// The pause after each attempt grows by this, up to the maximum.
 const RETRY_STEP: Duration = Duration::from_millis(50);
@@ -105,7 +105,9 @@ impl DataPlane {
                 tokio::time::sleep(jittered(REFUSED_STEP * refused)).await;
             } else {
                 match Error::from(error) {
-                    Error::DataPlaneNotReady(_) if Instant::now() < deadline => retry_pause(&mut unready).await,
+                    Error::Refused { kind: RefusalKind::DataPlaneNotReady, .. } if Instant::now() < deadline => {
+                        retry_pause(&mut unready).await
+                    }
                     other => return Err(other),
                 }
             }
@@ -153,21 +155,22 @@ impl DataPlane {
         let request = v1::CreateSessionCredentialRequest { session_id: self.session_id.clone() };
         let answer = self.client.control().create_session_credential(request).await?;
         let status = answer.route_status.as_known();
-        let no_route = |message: &str| Refusal { status: ErrorCode::Unavailable, message: message.to_owned() };
+        let no_route = |kind, message: &str| Error::refused(kind, Status::Unavailable, message);
         match status {
             Some(v1::DataPlaneRouteStatus::Failed) => {
-                return Err(Error::InvalidState(no_route(
+                return Err(no_route(
+                    RefusalKind::InvalidState,
                     "the session's data plane has no route and will not get one",
-                )));
+                ));
             }
             Some(v1::DataPlaneRouteStatus::NotReady) => {
-                return Err(Error::DataPlaneNotReady(no_route("its route is being made")));
+                return Err(no_route(RefusalKind::DataPlaneNotReady, "its route is being made"));
             }
             _ => {}
         }
         let known = route.as_ref().map(|route| route.endpoint.clone());
         let endpoint = Some(answer.data_plane_endpoint).filter(|endpoint| !endpoint.is_empty()).or(known);
-        let endpoint = endpoint.ok_or_else(|| Error::DataPlaneNotReady(no_route("it has no endpoint yet")))?;
+        let endpoint = endpoint.ok_or_else(|| no_route(RefusalKind::DataPlaneNotReady, "it has no endpoint yet"))?;
         let credential = answer.credential.into_option().filter(|credential| !credential.credential.is_empty());
         let credential = credential.ok_or_else(|| Error::bad_answer("it holds no certificate"))?;
         let open = self.install(route, endpoint, credential)?;
@@ -185,7 +188,7 @@ impl DataPlane {
         let request = v1::StatRequest { session_id: self.session_id.clone(), path: PROBED_PATH.into() };
         let request = v1::SandboxSessionDataPlaneServiceStatRequest { request: request.into() };
         match data.stat(request).await.map_err(Error::from) {
-            Err(error @ Error::DataPlaneNotReady(_)) => Err(error),
+            Err(error @ Error::Refused { kind: RefusalKind::DataPlaneNotReady, .. }) => Err(error),
             _ => Ok(()),
         }
     }
@@ -229,12 +232,12 @@ async fn renew(plane: Weak<DataPlane>, after: Option<Duration>) {
 /// Whether a session that is refused so may be usable a little later, without anybody doing anything.
 fn comes_with_time(error: &Error) -> bool {
     match error {
-        Error::DataPlaneNotReady(_) => true,
-        Error::InvalidState(refusal) => {
-            refusal.status == ErrorCode::FailedPrecondition
+        Error::Refused { kind: RefusalKind::DataPlaneNotReady, .. } => true,
+        Error::Refused { kind: RefusalKind::InvalidState, status, message, .. } => {
+            *status == Status::FailedPrecondition
                 && !["state=PAUSED", "state=USER_SHUTDOWN", "state=TERMINATING"]
                     .iter()
-                    .any(|state| refusal.message.contains(state))
+                    .any(|state| message.contains(state))
         }
         _ => false,
     }
@@ -243,12 +246,16 @@ fn comes_with_time(error: &Error) -> bool {
 /// Whether there is no use in renewing: the next call will find out and say so.
 fn is_final(error: &Error) -> bool {
     match error {
-        Error::SessionNotFound(_)
-        | Error::SessionTerminated(_)
-        | Error::SessionExpired(_)
-        | Error::Unauthorized(_)
-        | Error::PermissionDenied(_) => true,
-        Error::InvalidState(_) => !comes_with_time(error),
+        Error::Refused {
+            kind:
+                RefusalKind::SessionNotFound
+                | RefusalKind::SessionTerminated
+                | RefusalKind::SessionExpired
+                | RefusalKind::Unauthorized
+                | RefusalKind::PermissionDenied,
+            ..
+        } => true,
+        Error::Refused { kind: RefusalKind::InvalidState, .. } => !comes_with_time(error),
         _ => false,
     }
 }

@@ -9,114 +9,154 @@ use std::time::Duration;
 use connectrpc::{ConnectError, ErrorCode};
 use nagaya_api::error::Code;
 
+use crate::Output;
 use crate::transport::TransportError;
-use crate::{Output, Session};
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// The status of an answer, as gRPC and Connect number them.
-pub use connectrpc::ErrorCode as Status;
-
-/// What a server said when it refused.
-#[derive(Debug, Clone)]
-pub struct Refusal {
-    pub status: Status,
-    /// In the server's words. Servers of Nagaya end it with a stable code in brackets.
-    pub message: String,
+/// The status of an answer, as gRPC and Connect name them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Status {
+    Cancelled,
+    Unknown,
+    InvalidArgument,
+    DeadlineExceeded,
+    NotFound,
+    AlreadyExists,
+    PermissionDenied,
+    ResourceExhausted,
+    FailedPrecondition,
+    Aborted,
+    OutOfRange,
+    Unimplemented,
+    Internal,
+    Unavailable,
+    DataLoss,
+    Unauthenticated,
 }
 
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.message.is_empty() {
-            true => f.write_str(self.status.as_str()),
-            false => f.write_str(&self.message),
+impl Status {
+    /// The name on the wire, such as `not_found`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Cancelled => "canceled",
+            Self::Unknown => "unknown",
+            Self::InvalidArgument => "invalid_argument",
+            Self::DeadlineExceeded => "deadline_exceeded",
+            Self::NotFound => "not_found",
+            Self::AlreadyExists => "already_exists",
+            Self::PermissionDenied => "permission_denied",
+            Self::ResourceExhausted => "resource_exhausted",
+            Self::FailedPrecondition => "failed_precondition",
+            Self::Aborted => "aborted",
+            Self::OutOfRange => "out_of_range",
+            Self::Unimplemented => "unimplemented",
+            Self::Internal => "internal",
+            Self::Unavailable => "unavailable",
+            Self::DataLoss => "data_loss",
+            Self::Unauthenticated => "unauthenticated",
+        }
+    }
+
+    pub(crate) const fn of(code: ErrorCode) -> Self {
+        match code {
+            ErrorCode::Canceled => Self::Cancelled,
+            ErrorCode::InvalidArgument => Self::InvalidArgument,
+            ErrorCode::DeadlineExceeded => Self::DeadlineExceeded,
+            ErrorCode::NotFound => Self::NotFound,
+            ErrorCode::AlreadyExists => Self::AlreadyExists,
+            ErrorCode::PermissionDenied => Self::PermissionDenied,
+            ErrorCode::ResourceExhausted => Self::ResourceExhausted,
+            ErrorCode::FailedPrecondition => Self::FailedPrecondition,
+            ErrorCode::Aborted => Self::Aborted,
+            ErrorCode::OutOfRange => Self::OutOfRange,
+            ErrorCode::Unimplemented => Self::Unimplemented,
+            ErrorCode::Internal => Self::Internal,
+            ErrorCode::Unavailable => Self::Unavailable,
+            ErrorCode::DataLoss => Self::DataLoss,
+            ErrorCode::Unauthenticated => Self::Unauthenticated,
+            _ => Self::Unknown,
         }
     }
 }
 
-/// Why a call failed.
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What a server refused, or why.
 ///
-/// Variants with a [`Refusal`] are the server's answers. Servers tell them apart by a status and words
-/// in the text only, so a variant is what the official SDKs make of the same answer;
-/// [`Error::code`] is more exact where the server sends stable codes.
+/// Servers tell refusals apart by a status and words in the text only, so this is what the official SDKs
+/// make of the same answer; [`Error::code`] is more exact where the server sends stable codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum RefusalKind {
+    /// The session's data plane has no route yet.
+    DataPlaneNotReady,
+    /// The credential is missing, unknown or expired.
+    Unauthorized,
+    PermissionDenied,
+    TemplateBuildNotFound,
+    TemplateNotFound,
+    RegistryImageNotFound,
+    /// No such file or directory in the sandbox.
+    FileNotFound,
+    SessionNotFound,
+    SnapshotNotFound,
+    VolumeNotFound,
+    /// An artifact's time is over.
+    SessionExpired,
+    /// Something else does not exist; [`Error::code`] says what.
+    NotFound,
+    TemplateExists,
+    /// A deadline passed, the call's or the command's.
+    DeadlineExceeded,
+    PortLimitExceeded,
+    VolumeLimitExceeded,
+    RateLimited,
+    CapacityUnavailable,
+    QuotaExceeded,
+    SnapshotNotDurable,
+    TemplateBuildInProgress,
+    /// The session has ended.
+    SessionTerminated,
+    VolumeSyncPending,
+    VolumeInUse,
+    InboundDisabled,
+    SshUnavailable,
+    /// Not possible in the state that the session, volume or snapshot is in.
+    InvalidState,
+    /// A reason that has no name of its own here.
+    Other,
+}
+
+/// Why a call failed.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The session's data plane has no route yet.
-    #[error("the session's data plane is not ready: {0}")]
-    DataPlaneNotReady(Refusal),
-    /// The credential is missing, unknown or expired.
-    #[error("{0}")]
-    Unauthorized(Refusal),
-    #[error("{0}")]
-    PermissionDenied(Refusal),
-    #[error("{0}")]
-    TemplateBuildNotFound(Refusal),
-    #[error("{0}")]
-    TemplateNotFound(Refusal),
-    #[error("{0}")]
-    RegistryImageNotFound(Refusal),
-    /// No such file or directory in the sandbox.
-    #[error("{0}")]
-    FileNotFound(Refusal),
-    #[error("{0}")]
-    SessionNotFound(Refusal),
-    #[error("{0}")]
-    SnapshotNotFound(Refusal),
-    #[error("{0}")]
-    VolumeNotFound(Refusal),
-    /// An artifact's time is over.
-    #[error("{0}")]
-    SessionExpired(Refusal),
-    /// Something else does not exist; [`Error::code`] says what.
-    #[error("{0}")]
-    NotFound(Refusal),
-    #[error("{0}")]
-    TemplateExists(Refusal),
-    /// A deadline passed, the call's or the command's.
-    #[error("{0}")]
-    DeadlineExceeded(Refusal),
-    #[error("{0}")]
-    PortLimitExceeded(Refusal),
-    #[error("{0}")]
-    VolumeLimitExceeded(Refusal),
-    #[error("{0}")]
-    RateLimited(Refusal),
-    #[error("{0}")]
-    CapacityUnavailable(Refusal),
-    #[error("{0}")]
-    QuotaExceeded(Refusal),
-    #[error("{0}")]
-    SnapshotNotDurable(Refusal),
-    #[error("{0}")]
-    TemplateBuildInProgress(Refusal),
-    /// The session has ended.
-    #[error("{0}")]
-    SessionTerminated(Refusal),
+    /// The server refused.
+    #[error("{}", refusal_text(*.kind, *.status, .message))]
+    Refused {
+        kind: RefusalKind,
+        /// The server's stable code, where it sends one.
+        code: Option<Code>,
+        status: Status,
+        /// In the server's words. Servers of Nagaya end it with the code in brackets.
+        message: String,
+    },
     /// git ended with an error in the sandbox.
-    #[error("{refusal}")]
+    #[error("{message}")]
     GitFailed {
-        refusal: Refusal,
+        message: String,
         exit_code: Option<i32>,
         /// What git wrote to stderr, where the server passed that on.
         stderr: Option<String>,
         /// Whether the cause is of the network, and trying again may help.
         transient: bool,
     },
-    #[error("{0}")]
-    VolumeSyncPending(Refusal),
-    #[error("{0}")]
-    VolumeInUse(Refusal),
-    #[error("{0}")]
-    InboundDisabled(Refusal),
-    #[error("{0}")]
-    SshUnavailable(Refusal),
-    /// Not possible in the state that the session, volume or snapshot is in.
-    #[error("{0}")]
-    InvalidState(Refusal),
-    /// The server refused for a reason that has no variant of its own.
-    #[error("{0}")]
-    Refused(Refusal),
 
     /// No answer: there was no connection, or it broke.
     #[error("{message}")]
@@ -138,8 +178,8 @@ pub enum Error {
     #[error("{0}")]
     InvalidResources(String),
     /// The session did not become ready in time, or the wait broke. It still exists.
-    #[error("session {} is not ready: {cause}", .session.id())]
-    WaitReadyFailed { session: Session, cause: Box<Error> },
+    #[error("session {session_id} is not ready: {cause}")]
+    WaitReadyFailed { session_id: String, cause: Box<Error> },
     /// What was waited for did not happen in time.
     #[error("{what} took longer than {} s", .after.as_secs_f64())]
     TimedOut { what: String, after: Duration },
@@ -183,45 +223,40 @@ pub enum Error {
     Io(Arc<io::Error>),
 }
 
+fn refusal_text(kind: RefusalKind, status: Status, message: &str) -> String {
+    let text = if message.is_empty() { status.as_str() } else { message };
+    match kind {
+        RefusalKind::DataPlaneNotReady => format!("the session's data plane is not ready: {text}"),
+        _ => text.to_owned(),
+    }
+}
+
 fn with_detail(detail: &str) -> String {
     if detail.is_empty() { String::new() } else { format!(": {detail}") }
 }
 
 impl Error {
-    /// What the server said, when this is its answer.
-    pub fn refusal(&self) -> Option<&Refusal> {
-        use Error::*;
+    /// A refusal in these words; the code is read from them.
+    pub(crate) fn refused(kind: RefusalKind, status: Status, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Self::Refused { kind, code: Code::in_wire_text(&message), status, message }
+    }
+
+    /// What the server refused, when this is its answer.
+    pub fn kind(&self) -> Option<RefusalKind> {
         match self {
-            DataPlaneNotReady(refusal)
-            | Unauthorized(refusal)
-            | PermissionDenied(refusal)
-            | TemplateBuildNotFound(refusal)
-            | TemplateNotFound(refusal)
-            | RegistryImageNotFound(refusal)
-            | FileNotFound(refusal)
-            | SessionNotFound(refusal)
-            | SnapshotNotFound(refusal)
-            | VolumeNotFound(refusal)
-            | SessionExpired(refusal)
-            | NotFound(refusal)
-            | TemplateExists(refusal)
-            | DeadlineExceeded(refusal)
-            | PortLimitExceeded(refusal)
-            | VolumeLimitExceeded(refusal)
-            | RateLimited(refusal)
-            | CapacityUnavailable(refusal)
-            | QuotaExceeded(refusal)
-            | SnapshotNotDurable(refusal)
-            | TemplateBuildInProgress(refusal)
-            | SessionTerminated(refusal)
-            | VolumeSyncPending(refusal)
-            | VolumeInUse(refusal)
-            | InboundDisabled(refusal)
-            | SshUnavailable(refusal)
-            | InvalidState(refusal)
-            | Refused(refusal) => Some(refusal),
-            GitFailed { refusal, .. } => Some(refusal),
-            WaitReadyFailed { cause, .. } => cause.refusal(),
+            Self::Refused { kind, .. } => Some(*kind),
+            Self::WaitReadyFailed { cause, .. } => cause.kind(),
+            _ => None,
+        }
+    }
+
+    /// The status of the server's answer, when this is one.
+    pub fn status(&self) -> Option<Status> {
+        match self {
+            Self::Refused { status, .. } => Some(*status),
+            Self::GitFailed { .. } => Some(Status::FailedPrecondition),
+            Self::WaitReadyFailed { cause, .. } => cause.status(),
             _ => None,
         }
     }
@@ -234,10 +269,9 @@ impl Error {
     /// The stable code: the server's own, or the nearest one for what this client found out.
     /// `None` where neither is known, for example without a connection.
     pub fn code(&self) -> Option<Code> {
-        if let Some(refusal) = self.refusal() {
-            return Code::in_wire_text(&refusal.message);
-        }
         Some(match self {
+            Self::Refused { code, .. } => return *code,
+            Self::GitFailed { message, .. } => return Code::in_wire_text(message),
             Self::MissingToken | Self::InvalidToken => Code::Unauthenticated,
             Self::InvalidOptions(_) => Code::InvalidArgument,
             Self::InvalidResources(_) => Code::InvalidResources,
@@ -255,15 +289,18 @@ impl Error {
     /// For calls that are not harmless to repeat, [`Error::Unreachable`] is only with `unsent`.
     pub fn retryable(&self) -> bool {
         match self {
-            Self::DataPlaneNotReady(_)
-            | Self::RateLimited(_)
-            | Self::CapacityUnavailable(_)
-            | Self::VolumeSyncPending(_)
-            | Self::SnapshotNotDurable(_)
-            | Self::PrimitiveTimeout(_) => true,
+            Self::Refused { kind, status, .. } => match kind {
+                RefusalKind::DataPlaneNotReady
+                | RefusalKind::RateLimited
+                | RefusalKind::CapacityUnavailable
+                | RefusalKind::VolumeSyncPending
+                | RefusalKind::SnapshotNotDurable => true,
+                RefusalKind::Other | RefusalKind::SshUnavailable => *status == Status::Unavailable,
+                _ => false,
+            },
+            Self::PrimitiveTimeout(_) => true,
             Self::Unreachable { unsent, .. } => *unsent,
             Self::GitFailed { transient, .. } => *transient,
-            Self::Refused(refusal) | Self::SshUnavailable(refusal) => refusal.status == Status::Unavailable,
             Self::WaitReadyFailed { cause, .. } => cause.retryable(),
             _ => false,
         }
@@ -281,7 +318,9 @@ impl Error {
     /// A stream that the server does not know is a capability that it lacks.
     pub(crate) fn or_capability(self) -> Self {
         match self {
-            Self::Refused(Refusal { status: Status::Unimplemented, message }) => Self::CapabilityUnavailable(message),
+            Self::Refused { kind: RefusalKind::Other, status: Status::Unimplemented, message, .. } => {
+                Self::CapabilityUnavailable(message)
+            }
             other => other,
         }
     }
@@ -295,25 +334,26 @@ impl Error {
     }
 
     /// What an answer with this status and text means, decided from top to bottom.
-    fn from_refusal(refusal: Refusal) -> Self {
-        let text = refusal.message.to_lowercase();
+    fn from_refusal(status: Status, message: String) -> Self {
+        let text = message.to_lowercase();
         let has = |words: &str| text.contains(words);
-        match refusal.status {
-            Status::Unimplemented if is_edge_404(&text) => Self::DataPlaneNotReady(refusal),
-            Status::Unauthenticated => Self::Unauthorized(refusal),
-            Status::PermissionDenied => Self::PermissionDenied(refusal),
-            Status::NotFound => not_found(refusal, &text),
-            Status::AlreadyExists if has("template") => Self::TemplateExists(refusal),
-            Status::DeadlineExceeded => Self::DeadlineExceeded(refusal),
-            Status::ResourceExhausted if has("maximum exposed ports") => Self::PortLimitExceeded(refusal),
-            Status::ResourceExhausted if has("volume") => Self::VolumeLimitExceeded(refusal),
-            Status::ResourceExhausted if has("rate limit") => Self::RateLimited(refusal),
-            Status::ResourceExhausted if has("capacity") => Self::CapacityUnavailable(refusal),
-            Status::ResourceExhausted => Self::QuotaExceeded(refusal),
-            Status::FailedPrecondition => failed_precondition(refusal, &text),
-            Status::Unavailable if has("ssh") => Self::SshUnavailable(refusal),
-            _ => Self::Refused(refusal),
-        }
+        let kind = match status {
+            Status::Unimplemented if is_edge_404(&text) => RefusalKind::DataPlaneNotReady,
+            Status::Unauthenticated => RefusalKind::Unauthorized,
+            Status::PermissionDenied => RefusalKind::PermissionDenied,
+            Status::NotFound => not_found(Code::in_wire_text(&message), &text),
+            Status::AlreadyExists if has("template") => RefusalKind::TemplateExists,
+            Status::DeadlineExceeded => RefusalKind::DeadlineExceeded,
+            Status::ResourceExhausted if has("maximum exposed ports") => RefusalKind::PortLimitExceeded,
+            Status::ResourceExhausted if has("volume") => RefusalKind::VolumeLimitExceeded,
+            Status::ResourceExhausted if has("rate limit") => RefusalKind::RateLimited,
+            Status::ResourceExhausted if has("capacity") => RefusalKind::CapacityUnavailable,
+            Status::ResourceExhausted => RefusalKind::QuotaExceeded,
+            Status::FailedPrecondition => return failed_precondition(message, &text),
+            Status::Unavailable if has("ssh") => RefusalKind::SshUnavailable,
+            _ => RefusalKind::Other,
+        };
+        Self::refused(kind, status, message)
     }
 }
 
@@ -322,54 +362,56 @@ fn is_edge_404(text: &str) -> bool {
     text.split(|each: char| !each.is_ascii_alphanumeric()).any(|word| word == "404")
 }
 
-fn not_found(refusal: Refusal, text: &str) -> Error {
+fn not_found(code: Option<Code>, text: &str) -> RefusalKind {
     let has = |words: &str| text.contains(words);
     if has("template build") {
-        Error::TemplateBuildNotFound(refusal)
+        RefusalKind::TemplateBuildNotFound
     } else if has("template") {
-        Error::TemplateNotFound(refusal)
+        RefusalKind::TemplateNotFound
     } else if has("registry image") {
-        Error::RegistryImageNotFound(refusal)
+        RefusalKind::RegistryImageNotFound
     } else if has("no such file or directory") {
-        Error::FileNotFound(refusal)
-    } else if has("session") && Code::in_wire_text(&refusal.message).is_none_or(|code| code == Code::SessionNotFound) {
-        Error::SessionNotFound(refusal)
+        RefusalKind::FileNotFound
+    } else if has("session") && code.is_none_or(|code| code == Code::SessionNotFound) {
+        RefusalKind::SessionNotFound
     } else if has("snapshot") {
-        Error::SnapshotNotFound(refusal)
+        RefusalKind::SnapshotNotFound
     } else if has("volume") {
-        Error::VolumeNotFound(refusal)
+        RefusalKind::VolumeNotFound
     } else if has("artifact") {
-        Error::SessionExpired(refusal)
-    } else if Code::in_wire_text(&refusal.message).is_some() {
-        Error::NotFound(refusal)
+        RefusalKind::SessionExpired
+    } else if code.is_some() {
+        RefusalKind::NotFound
     } else {
-        Error::SessionNotFound(refusal)
+        RefusalKind::SessionNotFound
     }
 }
 
-fn failed_precondition(refusal: Refusal, text: &str) -> Error {
+fn failed_precondition(message: String, text: &str) -> Error {
     let has = |words: &str| text.contains(words);
-    if has("snapshot not yet durable") {
-        Error::SnapshotNotDurable(refusal)
+    let kind = if has("snapshot not yet durable") {
+        RefusalKind::SnapshotNotDurable
     } else if has("template build already in progress") || has("build in progress") {
-        Error::TemplateBuildInProgress(refusal)
+        RefusalKind::TemplateBuildInProgress
     } else if has("terminated") {
-        Error::SessionTerminated(refusal)
-    } else if let Some(failed) = crate::git::failure(&refusal) {
-        failed
+        RefusalKind::SessionTerminated
+    } else if let Some(failed) = crate::git::failure(&message) {
+        return failed;
     } else if has("sync_pending") || has("sync pending") {
-        Error::VolumeSyncPending(refusal)
+        RefusalKind::VolumeSyncPending
     } else if has("volume is attached") || has("volume is in use") {
-        Error::VolumeInUse(refusal)
+        RefusalKind::VolumeInUse
     } else if has("inbound access is disabled") {
-        Error::InboundDisabled(refusal)
+        RefusalKind::InboundDisabled
     } else if has("ssh") {
-        Error::SshUnavailable(refusal)
+        RefusalKind::SshUnavailable
     } else {
-        Error::InvalidState(refusal)
-    }
+        RefusalKind::InvalidState
+    };
+    Error::refused(kind, Status::FailedPrecondition, message)
 }
 
+#[doc(hidden)] // For `?` inside of this crate only.
 impl From<ConnectError> for Error {
     fn from(error: ConnectError) -> Self {
         if let Some(transport) = error.source().and_then(|source| source.downcast_ref::<TransportError>()) {
@@ -385,7 +427,7 @@ impl From<ConnectError> for Error {
         if message == "stream ended without grpc-status" {
             return Self::StreamClosed("the server cut it off".into());
         }
-        Self::from_refusal(Refusal { status: error.code, message })
+        Self::from_refusal(Status::of(error.code), message)
     }
 }
 
@@ -393,12 +435,16 @@ impl From<ConnectError> for Error {
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = match &error {
-            Error::FileNotFound(_) => io::ErrorKind::NotFound,
-            Error::PermissionDenied(_) | Error::Unauthorized(_) => io::ErrorKind::PermissionDenied,
+            Error::Refused { kind: RefusalKind::FileNotFound, .. } => io::ErrorKind::NotFound,
+            Error::Refused { kind: RefusalKind::PermissionDenied | RefusalKind::Unauthorized, .. } => {
+                io::ErrorKind::PermissionDenied
+            }
             Error::DialClosed { reason: crate::DialReason::Refused, .. } => io::ErrorKind::ConnectionRefused,
             Error::DialClosed { reason: crate::DialReason::PeerReset, .. } => io::ErrorKind::ConnectionReset,
             Error::DialClosed { reason: crate::DialReason::PathDenied, .. } => io::ErrorKind::PermissionDenied,
-            Error::TimedOut { .. } | Error::DeadlineExceeded(_) => io::ErrorKind::TimedOut,
+            Error::TimedOut { .. } | Error::Refused { kind: RefusalKind::DeadlineExceeded, .. } => {
+                io::ErrorKind::TimedOut
+            }
             Error::StreamClosed(_) => io::ErrorKind::UnexpectedEof,
             Error::Unreachable { .. } => io::ErrorKind::ConnectionAborted,
             _ => io::ErrorKind::Other,

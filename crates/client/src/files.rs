@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::io::StreamReader;
 
 use crate::pipe::{AbortOnDrop, Pipe, pipe};
-use crate::{Error, Refusal, Result, Session, Status, wire};
+use crate::{Error, RefusalKind, Result, Session, Status, wire};
 
 /// What fits into one message; more is written in pieces.
 const WHOLE_BYTES_MAX: usize = 1 << 20;
@@ -112,7 +112,7 @@ impl Files {
         self.session.id().to_owned()
     }
 
-    /// The whole content. Fails with [`Error::FileNotFound`].
+    /// The whole content. Fails with [`RefusalKind::FileNotFound`](crate::RefusalKind::FileNotFound).
     pub async fn read(&self, path: &str) -> Result<Bytes> {
         let mut reader = self.open(path, 0, None).await?;
         let mut content = BytesMut::new();
@@ -142,7 +142,7 @@ impl Files {
         writer.finish().await.map(drop)
     }
 
-    /// Reads the whole file in pieces. Fails with [`Error::FileNotFound`].
+    /// Reads the whole file in pieces. Fails with [`RefusalKind::FileNotFound`](crate::RefusalKind::FileNotFound).
     pub async fn reader(&self, path: &str) -> Result<FileReader> {
         self.reader_at(path, 0, None).await
     }
@@ -207,13 +207,13 @@ impl Files {
         Ok(FileWriter { pipe, finish: Some(finish), task: AbortOnDrop(task), outcome: None })
     }
 
-    /// Fails with [`Error::FileNotFound`]. Symbolic links are not followed.
+    /// Fails with [`RefusalKind::FileNotFound`](crate::RefusalKind::FileNotFound). Symbolic links are not followed.
     pub async fn stat(&self, path: &str) -> Result<FileStat> {
         let request = v1::StatRequest { session_id: self.id(), path: path.to_owned() };
         let stat: v1::StatResponse = call!(self, stat, SandboxSessionDataPlaneServiceStatRequest, request)?;
         if !stat.exists {
             let message = "no such file or directory [file_not_found]".to_owned();
-            return Err(Error::FileNotFound(Refusal { status: Status::NotFound, message }));
+            return Err(Error::refused(RefusalKind::FileNotFound, Status::NotFound, message));
         }
         Ok(FileStat {
             path: path.to_owned(),
@@ -229,7 +229,7 @@ impl Files {
     pub async fn exists(&self, path: &str) -> Result<bool> {
         match self.stat(path).await {
             Ok(_) => Ok(true),
-            Err(Error::FileNotFound(_)) => Ok(false),
+            Err(Error::Refused { kind: RefusalKind::FileNotFound, .. }) => Ok(false),
             Err(error) => Err(error),
         }
     }

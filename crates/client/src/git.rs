@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use nagaya_api::tenki::v1;
 
-use crate::{Error, Output, Refusal, Result, Session};
+use crate::{Error, Output, Result, Session};
 
 /// git, run in a session's sandbox by its user. The sandbox needs a `git`.
 #[derive(Debug, Clone)]
@@ -130,7 +130,7 @@ fn step_failed(step: &str, output: &Output) -> Error {
     let status = output.status;
     let message = format!("git {step} failed (status={status} exit_code={}): {stderr}", output.exit_code);
     Error::GitFailed {
-        refusal: Refusal { status: crate::Status::FailedPrecondition, message },
+        message,
         exit_code: Some(output.exit_code),
         transient: is_transient(stderr),
         stderr: Some(stderr.to_owned()),
@@ -142,19 +142,19 @@ const STDERR: &str = "; check the repository, ref and access token: ";
 const EXIT_CODE: &str = "failed (exit_code=";
 
 /// The failure of git that a refusal tells of, if it does.
-pub(crate) fn failure(refusal: &Refusal) -> Option<Error> {
-    let (before, after) = refusal.message.split_once(EXIT_CODE)?;
+pub(crate) fn failure(message: &str) -> Option<Error> {
+    let (before, after) = message.split_once(EXIT_CODE)?;
     if !before.to_lowercase().contains("git ") {
         return None;
     }
     let exit_code = after.split_once(')').and_then(|(number, _)| number.parse().ok());
-    let stderr = refusal.message.split_once(STDERR).map(|(_, stderr)| {
+    let stderr = message.split_once(STDERR).map(|(_, stderr)| {
         // The code at the end is the server's, not git's.
         let stderr = stderr.strip_suffix(']').and_then(|text| text.rsplit_once(" [")).map_or(stderr, |(text, _)| text);
         stderr.trim().to_owned()
     });
-    let transient = is_transient(stderr.as_deref().unwrap_or(&refusal.message));
-    Some(Error::GitFailed { refusal: refusal.clone(), exit_code, stderr, transient })
+    let transient = is_transient(stderr.as_deref().unwrap_or(message));
+    Some(Error::GitFailed { message: message.to_owned(), exit_code, stderr, transient })
 }
 
 /// Whether git names a cause of the network, and none that stays.
@@ -197,11 +197,9 @@ fn is_transient(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Status;
 
     fn of(message: &str) -> Option<(Option<i32>, Option<String>, bool)> {
-        let refusal = Refusal { status: Status::FailedPrecondition, message: message.into() };
-        match failure(&refusal)? {
+        match failure(message)? {
             Error::GitFailed { exit_code, stderr, transient, .. } => Some((exit_code, stderr, transient)),
             other => panic!("{other:?}"),
         }

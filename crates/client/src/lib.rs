@@ -76,7 +76,7 @@ pub use client::{Client, ListOptions, TerminateFailure, TerminateMany};
 pub use command::{Command, CommandStatus, CommandStdin, Event, Output, Running, Signal, Signaller};
 pub use create::{CreateOptions, OpenCodeProvider, VolumeMount, Wait};
 pub use dial::{DialReason, DialStream};
-pub use error::{Error, Refusal, Result, Status};
+pub use error::{Error, RefusalKind, Result, Status};
 pub use facts::{EventStream, Finding, SessionEvent};
 pub use files::{FileEntry, FileReader, FileStat, FileWriter, Files, Removed, WriteOptions};
 pub use git::{CloneOptions, DiffOptions, FetchPrOptions, Git, LogOptions};

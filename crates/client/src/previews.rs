@@ -86,7 +86,7 @@ pub struct PreviewUrl {
 }
 
 impl Session {
-    /// Makes a port reachable. Fails with [`Error::InboundDisabled`] and [`Error::PortLimitExceeded`].
+    /// Makes a port reachable. Fails with [`RefusalKind::InboundDisabled`](crate::RefusalKind::InboundDisabled) and [`RefusalKind::PortLimitExceeded`](crate::RefusalKind::PortLimitExceeded).
     pub async fn expose_port(&self, port: u16, options: ExposeOptions) -> Result<ExposedPort> {
         let expires_at = options.ttl.and_then(|ttl| SystemTime::now().checked_add(ttl));
         let request = v1::ExposePortRequest {

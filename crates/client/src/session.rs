@@ -8,7 +8,7 @@ use buffa::EnumValue;
 use nagaya_api::tenki::v1;
 
 use crate::data_plane::DataPlane;
-use crate::{Client, Error, Result, SessionInfo, SessionState, create, wait, wire};
+use crate::{Client, Error, RefusalKind, Result, SessionInfo, SessionState, create, wait, wire};
 
 /// A handle on one session. Cheap to clone; dropping it does not end the session.
 #[derive(Clone)]
@@ -59,7 +59,7 @@ impl Session {
         self.last_seen().clone()
     }
 
-    /// Asks the server how the session is. Fails with [`Error::SessionNotFound`].
+    /// Asks the server how the session is. Fails with [`RefusalKind::SessionNotFound`](crate::RefusalKind::SessionNotFound).
     pub async fn refresh(&self) -> Result<SessionInfo> {
         let request = v1::GetSessionRequest { session_id: self.id().to_owned() };
         self.described(self.client().control().get_session(request).await?.session)
@@ -67,7 +67,7 @@ impl Session {
 
     /// Waits until the session is RUNNING.
     ///
-    /// Fails with [`Error::SessionTerminated`] when it ended instead, and with [`Error::WaitReadyFailed`]
+    /// Fails with [`RefusalKind::SessionTerminated`](crate::RefusalKind::SessionTerminated) when it ended instead, and with [`Error::WaitReadyFailed`]
     /// when the time is over or the server cannot be asked.
     pub async fn wait_ready(&self, timeout: Duration) -> Result<SessionInfo> {
         wait::ready(self, timeout).await
@@ -133,7 +133,9 @@ impl Session {
     /// Ends the session if it exists and has not ended.
     pub async fn close_if_open(&self) -> Result<()> {
         match self.close().await {
-            Ok(_) | Err(Error::SessionNotFound(_) | Error::SessionTerminated(_)) => Ok(()),
+            Ok(_) | Err(Error::Refused { kind: RefusalKind::SessionNotFound | RefusalKind::SessionTerminated, .. }) => {
+                Ok(())
+            }
             Err(error) => Err(error),
         }
     }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::account::Change;
 use crate::client::{PAGE_SIZE, all_pages};
 use crate::wire::{self, wire_enum};
-use crate::{Client, Error, Refusal, Result, Session, Status, create, wait};
+use crate::{Client, Error, RefusalKind, Result, Session, Status, create, wait};
 
 /// Between two looks at whether a snapshot is durable.
 const DURABLE_PAUSE: Duration = Duration::from_secs(2);
@@ -156,7 +156,7 @@ impl Session {
 }
 
 impl Client {
-    /// Fails with [`Error::SnapshotNotFound`].
+    /// Fails with [`RefusalKind::SnapshotNotFound`](crate::RefusalKind::SnapshotNotFound).
     pub async fn get_snapshot(&self, id: &str) -> Result<Snapshot> {
         let request = v1::GetSnapshotRequest { snapshot_id: id.to_owned() };
         described(self.control().get_snapshot(request).await?.snapshot)
@@ -180,7 +180,7 @@ impl Client {
         tokio::time::timeout(timeout, asking).await.map_err(timed_out)?
     }
 
-    /// Waits until a snapshot is safe where the server keeps snapshots. Fails with [`Error::SnapshotNotDurable`] when
+    /// Waits until a snapshot is safe where the server keeps snapshots. Fails with [`RefusalKind::SnapshotNotDurable`](crate::RefusalKind::SnapshotNotDurable) when
     /// it never will be.
     pub async fn wait_snapshot_durable(&self, id: &str, timeout: Duration) -> Result<Snapshot> {
         let asking = async {
@@ -254,7 +254,7 @@ impl Client {
 fn durable(snapshot: &Snapshot) -> Option<Result<()>> {
     let never = |why: &str| {
         let message = format!("snapshot not yet durable: {why} [snapshot_not_durable]");
-        Some(Err(Error::SnapshotNotDurable(Refusal { status: Status::FailedPrecondition, message })))
+        Some(Err(Error::refused(RefusalKind::SnapshotNotDurable, Status::FailedPrecondition, message)))
     };
     match (snapshot.state, snapshot.durability) {
         (SnapshotState::Deleting | SnapshotState::Deleted, _) => Some(Err(deleted())),
@@ -271,7 +271,7 @@ fn durable(snapshot: &Snapshot) -> Option<Result<()>> {
 
 fn deleted() -> Error {
     let message = "snapshot not found: it was deleted [snapshot_not_found]".to_owned();
-    Error::SnapshotNotFound(Refusal { status: Status::NotFound, message })
+    Error::refused(RefusalKind::SnapshotNotFound, Status::NotFound, message)
 }
 
 fn described(snapshot: impl Into<Option<v1::Snapshot>>) -> Result<Snapshot> {

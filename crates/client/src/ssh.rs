@@ -24,7 +24,7 @@ use tokio_tungstenite::tungstenite::{Error as SocketError, Message, handshake::c
 
 use crate::constants::DEFAULT_CONNECT_TIMEOUT;
 use crate::pipe::FRAME_BYTES_MAX;
-use crate::{Client, Error, Refusal, Result, Session, Status, wire};
+use crate::{Client, Error, RefusalKind, Result, Session, Status, wire};
 
 /// What of a refusal's text is kept.
 const REFUSAL_BYTES_MAX: usize = 256;
@@ -106,8 +106,8 @@ impl Session {
 
     /// A connection to the session's SSH server: the bytes that an SSH client would exchange over TCP.
     ///
-    /// Fails with [`Error::Unauthorized`], [`Error::PermissionDenied`], [`Error::SessionNotFound`],
-    /// [`Error::InvalidState`] or [`Error::SshUnavailable`].
+    /// Fails with [`RefusalKind::Unauthorized`](crate::RefusalKind::Unauthorized), [`RefusalKind::PermissionDenied`](crate::RefusalKind::PermissionDenied), [`RefusalKind::SessionNotFound`](crate::RefusalKind::SessionNotFound),
+    /// [`RefusalKind::InvalidState`](crate::RefusalKind::InvalidState) or [`RefusalKind::SshUnavailable`](crate::RefusalKind::SshUnavailable).
     pub async fn ssh(&self) -> Result<SshStream> {
         let client = self.client();
         let gateway = match client.gateway() {
@@ -200,19 +200,19 @@ async fn upgrade(request: Request, stream: Box<dyn Duplex>) -> Result<SshStream>
 
 /// A gateway says by the status of HTTP why it does not open the connection.
 fn refused(status: u16, text: &str) -> Error {
-    let refusal = |status: Status| Refusal { status, message: text.to_owned() };
+    let refused = |kind, status| Error::refused(kind, status, text);
     match status {
-        401 => Error::Unauthorized(refusal(Status::Unauthenticated)),
-        403 => Error::PermissionDenied(refusal(Status::PermissionDenied)),
-        404 => Error::SessionNotFound(refusal(Status::NotFound)),
-        409 => Error::InvalidState(refusal(Status::FailedPrecondition)),
+        401 => refused(RefusalKind::Unauthorized, Status::Unauthenticated),
+        403 => refused(RefusalKind::PermissionDenied, Status::PermissionDenied),
+        404 => refused(RefusalKind::SessionNotFound, Status::NotFound),
+        409 => refused(RefusalKind::InvalidState, Status::FailedPrecondition),
         _ if text.is_empty() => unavailable(&format!("the gateway answered with HTTP status {status}")),
-        _ => Error::SshUnavailable(refusal(Status::Unavailable)),
+        _ => refused(RefusalKind::SshUnavailable, Status::Unavailable),
     }
 }
 
 fn unavailable(why: &str) -> Error {
-    Error::SshUnavailable(Refusal { status: Status::Unavailable, message: format!("SSH is not available: {why}") })
+    Error::refused(RefusalKind::SshUnavailable, Status::Unavailable, format!("SSH is not available: {why}"))
 }
 
 trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -315,11 +315,11 @@ mod tests {
 
     #[test]
     fn refusals_are_known_by_their_status() {
-        assert!(matches!(refused(401, "x"), Error::Unauthorized(_)));
-        assert!(matches!(refused(403, "x"), Error::PermissionDenied(_)));
-        assert!(matches!(refused(404, "x"), Error::SessionNotFound(_)));
-        assert!(matches!(refused(409, "x"), Error::InvalidState(_)));
-        assert!(matches!(refused(502, ""), Error::SshUnavailable(_)));
+        assert!(matches!(refused(401, "x"), Error::Refused { kind: RefusalKind::Unauthorized, .. }));
+        assert!(matches!(refused(403, "x"), Error::Refused { kind: RefusalKind::PermissionDenied, .. }));
+        assert!(matches!(refused(404, "x"), Error::Refused { kind: RefusalKind::SessionNotFound, .. }));
+        assert!(matches!(refused(409, "x"), Error::Refused { kind: RefusalKind::InvalidState, .. }));
+        assert!(matches!(refused(502, ""), Error::Refused { kind: RefusalKind::SshUnavailable, .. }));
         assert_eq!(
             refused(409, "session not RUNNING (state=PAUSED)").to_string(),
             "session not RUNNING (state=PAUSED)"

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use crate::client::{PAGE_SIZE, all_pages};
 use crate::constants::DEFAULT_VOLUME_DETACH_TIMEOUT;
 use crate::wire::{self, wire_enum};
-use crate::{Client, Error, Result, Session, VolumeAttachment, VolumeMount, create, wait};
+use crate::{Client, Error, RefusalKind, Result, Session, VolumeAttachment, VolumeMount, create, wait};
 
 /// How long a deletion is tried again while the volume is written back, and the pauses between.
 const DELETE_RETRY: Duration = Duration::from_secs(60);
@@ -99,7 +99,7 @@ impl Client {
         described(self.control().create_volume(request).await?.volume)
     }
 
-    /// Fails with [`Error::VolumeNotFound`].
+    /// Fails with [`RefusalKind::VolumeNotFound`](crate::RefusalKind::VolumeNotFound).
     pub async fn get_volume(&self, id: &str) -> Result<VolumeDetails> {
         let answer = self.control().get_volume(v1::GetVolumeRequest { volume_id: id.to_owned() }).await?;
         Ok(VolumeDetails {
@@ -121,7 +121,7 @@ impl Client {
         Ok(volumes.await?.into_iter().map(Into::into).collect())
     }
 
-    /// Waits until a volume is AVAILABLE or in use. Fails with [`Error::VolumeNotFound`] when it was deleted.
+    /// Waits until a volume is AVAILABLE or in use. Fails with [`RefusalKind::VolumeNotFound`](crate::RefusalKind::VolumeNotFound) when it was deleted.
     pub async fn wait_volume_ready(&self, id: &str, timeout: Duration) -> Result<Volume> {
         let asking = async {
             for attempt in 0.. {
@@ -155,7 +155,7 @@ impl Client {
     }
 
     /// Deletes a volume with its content. Waits up to 60 s while it is written back.
-    /// Fails with [`Error::VolumeInUse`] while a session has it.
+    /// Fails with [`RefusalKind::VolumeInUse`](crate::RefusalKind::VolumeInUse) while a session has it.
     pub async fn delete_volume(&self, id: &str) -> Result<()> {
         let deadline = Instant::now() + DELETE_RETRY;
         for attempt in 0.. {
@@ -165,7 +165,9 @@ impl Client {
                 Err(error) => Error::from(error),
             };
             let pause = Duration::from_secs(DELETE_PAUSES_S[attempt.min(DELETE_PAUSES_S.len() - 1)]);
-            if !matches!(error, Error::VolumeSyncPending(_)) || Instant::now() + pause > deadline {
+            if !matches!(error, Error::Refused { kind: RefusalKind::VolumeSyncPending, .. })
+                || Instant::now() + pause > deadline
+            {
                 return Err(error);
             }
             tokio::time::sleep(pause).await;
@@ -212,7 +214,7 @@ fn bytes(size: u64) -> Result<i64> {
 }
 
 fn gone(message: &str) -> Error {
-    Error::VolumeNotFound(crate::Refusal { status: crate::Status::NotFound, message: message.to_owned() })
+    Error::refused(crate::RefusalKind::VolumeNotFound, crate::Status::NotFound, message)
 }
 
 fn described(volume: impl Into<Option<v1::Volume>>) -> Result<Volume> {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use nagaya_api::tenki::v1;
 use tokio::time::Instant;
 
-use crate::{Error, Refusal, Result, Session, SessionInfo, SessionState, Status};
+use crate::{Error, RefusalKind, Result, Session, SessionInfo, SessionState, Status};
 
 /// Pauses between two questions; the last one goes on.
 const POLL_PAUSES_MS: [u64; 5] = [100, 250, 500, 1_000, 2_000];
@@ -23,8 +23,11 @@ pub(crate) async fn ready(session: &Session, timeout: Duration) -> Result<Sessio
     let outcome =
         waited.await.unwrap_or_else(|_| Err(Error::TimedOut { what: "becoming RUNNING".to_owned(), after: timeout }));
     outcome.map_err(|cause| match cause {
-        Error::SessionTerminated(_) | Error::SessionNotFound(_) | Error::Unauthorized(_) => cause,
-        cause => Error::WaitReadyFailed { session: session.clone(), cause: Box::new(cause) },
+        Error::Refused {
+            kind: RefusalKind::SessionTerminated | RefusalKind::SessionNotFound | RefusalKind::Unauthorized,
+            ..
+        } => cause,
+        cause => Error::WaitReadyFailed { session_id: session.id().to_owned(), cause: Box::new(cause) },
     })
 }
 
@@ -49,7 +52,7 @@ async fn ask(session: &Session) -> Result<SessionInfo> {
     for attempt in 0.. {
         match session.refresh().await {
             Ok(info) if settled(&info)? => return Ok(info),
-            Ok(_) | Err(Error::SessionNotFound(_) | Error::Unreachable { .. }) => {}
+            Ok(_) | Err(Error::Refused { kind: RefusalKind::SessionNotFound, .. } | Error::Unreachable { .. }) => {}
             Err(error) if error.retryable() => {}
             Err(error) => return Err(error),
         }
@@ -63,15 +66,17 @@ fn settled(info: &SessionInfo) -> Result<bool> {
     if info.is_terminal() {
         let why = if info.terminal_error.is_empty() { "it was ended" } else { &info.terminal_error };
         let message = format!("session is terminated: {why} [session_terminated]");
-        return Err(Error::SessionTerminated(Refusal { status: Status::FailedPrecondition, message }));
+        return Err(Error::refused(RefusalKind::SessionTerminated, Status::FailedPrecondition, message));
     }
     Ok(info.is_ready())
 }
 
 fn can_be_asked_instead(error: &Error) -> bool {
     match error {
-        Error::Unreachable { .. } | Error::DataPlaneNotReady(_) => true,
-        Error::Refused(refusal) => matches!(refusal.status, Status::Unimplemented | Status::Unavailable),
+        Error::Unreachable { .. } | Error::Refused { kind: RefusalKind::DataPlaneNotReady, .. } => true,
+        Error::Refused { kind: RefusalKind::Other, status, .. } => {
+            matches!(status, Status::Unimplemented | Status::Unavailable)
+        }
         _ => false,
     }
 }

@@ -9,7 +9,7 @@ use tokio::sync::{oneshot, watch};
 use super::{Tunnel, TunnelEnd, TunnelEndReason, TunnelOptions};
 use crate::data_plane::jittered;
 use crate::pipe::AbortOnDrop;
-use crate::{Error, Result, Session};
+use crate::{Error, RefusalKind, Result, Session};
 
 /// Pauses before a lost tunnel is opened again: each is twice the one before.
 #[derive(Debug, Clone, Copy)]
@@ -182,10 +182,11 @@ fn end_of(error: Error) -> TunnelEnd {
         Error::TunnelEnded(end) => return end.clone(),
         Error::Unreachable { .. }
         | Error::StreamClosed(_)
-        | Error::DataPlaneNotReady(_)
+        | Error::Refused { kind: RefusalKind::DataPlaneNotReady, .. }
         | Error::PrimitiveTimeout(_)
-        | Error::DeadlineExceeded(_)
-        | Error::InvalidState(_) => TunnelEndReason::TransportError,
+        | Error::Refused { kind: RefusalKind::DeadlineExceeded | RefusalKind::InvalidState, .. } => {
+            TunnelEndReason::TransportError
+        }
         error if error.retryable() => TunnelEndReason::TransportError,
         _ => TunnelEndReason::HostError,
     };

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use nagaya_client::{Code, CommandStatus, Error, Event, Running, Signal};
+use nagaya_client::{Code, CommandStatus, Error, Event, RefusalKind, Running, Signal};
 use tokio::io::AsyncWriteExt;
 
 use crate::world::{World, say};
@@ -105,10 +105,10 @@ async fn a_dropped_command_ends(world: &World) {
 
 async fn what_cannot_start_is_an_error(world: &World) {
     let missing = world.session.command(["no-such-program"]).output().await.unwrap_err();
-    assert!(matches!(missing, Error::FileNotFound(_)), "{missing:?}");
+    assert!(matches!(missing, Error::Refused { kind: RefusalKind::FileNotFound, .. }), "{missing:?}");
     assert_eq!(missing.code(), Some(Code::CommandNotFound));
     let nowhere = world.session.command(["true"]).cwd("no-such-directory").output().await.unwrap_err();
-    assert!(matches!(nowhere, Error::FileNotFound(_)), "{nowhere:?}");
+    assert!(matches!(nowhere, Error::Refused { kind: RefusalKind::FileNotFound, .. }), "{nowhere:?}");
     let empty = world.session.command([""; 0]).output().await.unwrap_err();
     assert!(matches!(empty, Error::InvalidOptions(_)), "{empty:?}");
 }

@@ -1,7 +1,7 @@
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use nagaya_client::{Code, Error, WriteOptions};
+use nagaya_client::{Code, Error, RefusalKind, WriteOptions};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
 
 use crate::world::{World, say};
@@ -163,7 +163,7 @@ async fn refusals_are_typed(world: &World) {
         files.list("nothing", true).await.err(),
     ] {
         let error = error.expect("there is no such file");
-        assert!(matches!(error, Error::FileNotFound(_)), "{error:?}");
+        assert!(matches!(error, Error::Refused { kind: RefusalKind::FileNotFound, .. }), "{error:?}");
         assert_eq!(error.code(), Some(Code::FileNotFound));
     }
     let directory = files.write("/home/tenki", "x").await.unwrap_err();

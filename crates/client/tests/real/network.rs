@@ -1,8 +1,8 @@
 use std::time::Duration;
 
 use nagaya_client::{
-    Code, CreatePreviewUrlOptions, DialReason, Error, ExposeOptions, ListPreviewUrlsOptions, Running, Session,
-    SshCertificateOptions, TunnelEndReason, TunnelOptions,
+    Code, CreatePreviewUrlOptions, DialReason, Error, ExposeOptions, ListPreviewUrlsOptions, RefusalKind, Running,
+    Session, SshCertificateOptions, TunnelEndReason, TunnelOptions,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -66,7 +66,7 @@ async fn ports_are_exposed_and_fetched(world: &World) {
     let closed = nagaya_client::CreateOptions { allow_inbound: false, ..small() };
     let closed = world.client.create(closed).await.unwrap();
     let refused = closed.expose_port(8000, ExposeOptions::default()).await.unwrap_err();
-    assert!(matches!(refused, Error::InboundDisabled(_)), "{refused:?}");
+    assert!(matches!(refused, Error::Refused { kind: RefusalKind::InboundDisabled, .. }), "{refused:?}");
     closed.close().await.unwrap();
 }
 
@@ -86,7 +86,11 @@ async fn preview_urls_outlive_sessions(world: &World) {
     assert_eq!(client.unbind_preview_url(&url.id).await.unwrap().session_id, None);
     client.delete_preview_url(&url.id).await.unwrap();
     let gone = client.get_preview_url(&url.id).await.unwrap_err();
-    assert!(matches!(gone, Error::NotFound(_)) && gone.code() == Some(Code::PreviewNotFound), "{gone:?}");
+    assert!(
+        matches!(gone, Error::Refused { kind: RefusalKind::NotFound, .. })
+            && gone.code() == Some(Code::PreviewNotFound),
+        "{gone:?}"
+    );
 }
 
 async fn ssh_is_reached_through_the_gateway(world: &World) {
@@ -111,7 +115,7 @@ async fn ssh_is_reached_through_the_gateway(world: &World) {
     tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut rest)).await.unwrap().unwrap();
 
     let unknown = world.client.session("0190a000-0000-7000-8000-000000000000").ssh().await.unwrap_err();
-    assert!(matches!(unknown, Error::SessionNotFound(_)), "{unknown:?}");
+    assert!(matches!(unknown, Error::Refused { kind: RefusalKind::SessionNotFound, .. }), "{unknown:?}");
 }
 
 const ECHO: &str = "

@@ -2,8 +2,8 @@ use std::time::Duration;
 
 use nagaya_client::constants::MIB;
 use nagaya_client::{
-    Change, Code, CreateOptions, CreateSnapshotOptions, CreateVolumeOptions, DetachOptions, Error, SnapshotDurability,
-    SnapshotState, UpdateSnapshotOptions, UpdateVolumeOptions, VolumeMount, VolumeState,
+    Change, Code, CreateOptions, CreateSnapshotOptions, CreateVolumeOptions, DetachOptions, Error, RefusalKind,
+    SnapshotDurability, SnapshotState, UpdateSnapshotOptions, UpdateVolumeOptions, VolumeMount, VolumeState,
 };
 
 use crate::world::{World, say, small};
@@ -25,7 +25,7 @@ async fn volumes_outlive_sessions(world: &World) {
     assert_eq!(first.info().unwrap().volumes[0].mount_path, "/mnt/data");
     say(&first, "echo kept > /mnt/data/file").await;
     let in_use = client.delete_volume(&volume.id).await.unwrap_err();
-    assert!(matches!(in_use, Error::VolumeInUse(_)), "{in_use:?}");
+    assert!(matches!(in_use, Error::Refused { kind: RefusalKind::VolumeInUse, .. }), "{in_use:?}");
     assert_eq!(client.get_volume(&volume.id).await.unwrap().attachments.len(), 1);
     first.detach_volume(&volume.id, DetachOptions::default()).await.unwrap();
     assert!(first.info().unwrap().volumes.is_empty());
@@ -46,7 +46,7 @@ async fn volumes_outlive_sessions(world: &World) {
     assert!(client.list_volumes("").await.unwrap().iter().any(|each| each.id == volume.id));
     client.delete_volume(&volume.id).await.unwrap();
     let gone = client.get_volume(&volume.id).await.unwrap_err();
-    assert!(matches!(gone, Error::VolumeNotFound(_)), "{gone:?}");
+    assert!(matches!(gone, Error::Refused { kind: RefusalKind::VolumeNotFound, .. }), "{gone:?}");
 }
 
 async fn snapshots_start_sessions(world: &World) {
@@ -85,5 +85,5 @@ async fn snapshots_start_sessions(world: &World) {
         client.delete_snapshot(id).await.unwrap();
     }
     let gone = client.wait_snapshot_ready(&snapshot.id, WAIT).await.unwrap_err();
-    assert!(matches!(gone, Error::SnapshotNotFound(_)), "{gone:?}");
+    assert!(matches!(gone, Error::Refused { kind: RefusalKind::SnapshotNotFound, .. }), "{gone:?}");
 }
