@@ -300,7 +300,7 @@ impl FakeDriver {
         let refusal = self.with(|world| {
             let running = world.sandboxes.values().filter(|sandbox| sandbox.network).count();
             let full = world.sandboxes_max.is_some_and(|max| running >= max);
-            let refusal = full.then(|| DriverError::Exhausted(Limit::Slots));
+            let refusal = full.then_some(DriverError::Exhausted(Limit::Slots));
             refusal.or_else(|| (!world.refusals.is_empty()).then(|| world.refusals.remove(0)))
         });
         refusal.map_or(Ok(()), Err)
