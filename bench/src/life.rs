@@ -124,7 +124,7 @@ pub async fn snapshots(report: &mut Report, effort: Effort) {
     }
 }
 
-/// How long all snapshots' sources stood still together, as the server's metrics tell.
+/// How long all snapshots' sources were frozen together, as the server's metrics tell.
 async fn source_stopped_ms(client: &Client) -> f64 {
     client.metric("nagaya_snapshot_source_stopped_seconds_sum").await.unwrap_or(0.0) * 1e3
 }

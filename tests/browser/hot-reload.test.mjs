@@ -11,7 +11,7 @@ import { chromium } from "playwright-core";
 import { bytes, client, eventually, shell } from "../typescript/lib/helpers.mjs";
 import { Server } from "../typescript/lib/server.mjs";
 
-// Chromium drops its connections whenever the host's network changes. So no sandbox with a link is made ahead.
+// Chromium drops its connections whenever the host's network changes. So no sandbox with a link is pre-created.
 const POOLS = "[pools]\nslots_ready = 0\nisolated_slots_ready = 1\n";
 const TLS = `certificate_file = "${process.env.PREVIEW_CERTIFICATE}"\nkey_file = "${process.env.PREVIEW_KEY}"\n`;
 

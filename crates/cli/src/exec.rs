@@ -211,7 +211,7 @@ async fn write_now(to: &mut (impl tokio::io::AsyncWrite + Unpin), bytes: &[u8]) 
 }
 
 async fn feed(mut to: nagaya_client::CommandStdin) {
-    // A command that does not read to the end is no error, and a read error of ours is an end.
+    // A command that does not read to the end is normal, and a read error of ours is an end.
     let _ = copy(&mut stdin(), &mut to).await;
     let _ = to.shutdown().await;
 }

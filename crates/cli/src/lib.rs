@@ -39,16 +39,16 @@ pub enum Verb {
     /// Create and use sandboxes.
     #[command(alias = "sbx")]
     Sandbox(Sandbox),
-    /// Keep the address of a server and a key for it.
+    /// Save a server's address and API key.
     Login(With<account::Login>),
-    /// Forget what `login` kept.
+    /// Remove what `login` saved.
     Logout(With<Nothing>),
-    /// Tell who you are, and which server says so.
+    /// Show the current identity and server.
     #[command(alias = "status")]
     Whoami(With<Nothing>),
-    /// Print what lets a shell complete words of this program.
+    /// Print the shell completion script.
     Completions(shell::Completions),
-    /// Write manual pages.
+    /// Write man pages to a directory.
     Man(shell::Man),
 }
 
@@ -78,10 +78,10 @@ enum SandboxVerb {
     /// Create a sandbox and wait until it runs.
     #[command(alias = "new")]
     Create(Box<session::Create>),
-    /// Show sandboxes.
+    /// List sandboxes.
     #[command(alias = "ls")]
     List(session::List),
-    /// Show one sandbox.
+    /// Show details of a sandbox.
     Get(session::Get),
     /// Run a command; its output, input and exit code are as if it ran here.
     Exec(exec::Exec),
@@ -91,50 +91,50 @@ enum SandboxVerb {
     Read(files::Read),
     /// Copy files and directories in or out.
     Cp(copy::Copy),
-    /// Open a port under a URL.
+    /// Expose a port of the sandbox under a URL.
     Expose(ports::Expose),
-    /// Show the open ports.
+    /// List exposed ports.
     Ports(ports::Ports),
-    /// Close a port.
+    /// Stop exposing a port.
     Unexpose(ports::Unexpose),
-    /// Preview URLs that outlive sandboxes.
+    /// Manage preview URLs that outlive sandboxes.
     #[command(subcommand, alias = "preview-url")]
     Preview(ports::Preview),
-    /// Stop it and keep memory or disk.
+    /// Pause the sandbox, keeping its memory or disk.
     Pause(session::Pause),
-    /// Let it go on.
+    /// Resume a paused sandbox.
     Resume(session::Resume),
-    /// Move its end.
+    /// Extend the sandbox's deadline.
     Extend(session::Extend),
-    /// Change name, tags and times.
+    /// Change name, tags and timeouts.
     Update(session::Update),
-    /// End it; its disk goes too.
+    /// Terminate the sandbox and delete its disk.
     #[command(aliases = ["rm", "kill"])]
     Terminate(session::Terminate),
-    /// Make sandboxes from its disk.
+    /// Fork the sandbox: create others from its disk.
     Fork(session::Fork),
-    /// Show what happened to it.
+    /// Show the sandbox's events.
     Logs(explain::Logs),
-    /// Tell why it is as it is, and what to do.
+    /// Explain the sandbox's state and what to do about it.
     Explain(explain::Explain),
-    /// Log in, forward ports, run commands, with the OpenSSH of this machine.
+    /// Log in, forward ports and run commands with the local OpenSSH.
     Ssh(ssh::Ssh),
-    /// Keys that may log in.
+    /// Manage the SSH keys that may log in.
     #[command(subcommand)]
     SshKeys(ssh::SshKeys),
     #[command(hide = true)]
     SshPrepare(ssh::SshPrepare),
     #[command(hide = true)]
     SshProxy(ssh::SshProxy),
-    /// Disks kept, to begin with later.
+    /// Manage snapshots of disks.
     #[command(subcommand)]
     Snapshot(snapshots::SnapshotVerb),
-    /// Disks that outlive sandboxes.
+    /// Manage volumes: disks that outlive sandboxes.
     #[command(subcommand)]
     Volume(volumes::VolumeVerb),
-    /// Show what is used of the quota.
+    /// Show usage and quota.
     Usage(account::Usage),
-    /// Tell who you are, and which server says so.
+    /// Show the current identity and server.
     Whoami,
 }
 

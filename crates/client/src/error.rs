@@ -325,7 +325,7 @@ impl Error {
         }
     }
 
-    /// What a stream means that ended for want of a capability, with this detail.
+    /// What a stream means that ended because a capability is missing, with this detail.
     pub(crate) fn capability(detail: String) -> Self {
         match detail.starts_with("first_frame_timeout") {
             true => Self::PrimitiveTimeout(detail),

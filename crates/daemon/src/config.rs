@@ -144,7 +144,7 @@ pub struct Network {
     pub connections_max: u32,
 }
 
-/// Resources made ahead, so that creating a sandbox does not wait for them.
+/// Pre-created resources, so that creating a sandbox does not wait for them.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Pools {

@@ -103,12 +103,12 @@ impl Metrics {
         );
         registry.register(
             "snapshot_source_stopped_seconds",
-            "How long writes to the disk of a snapshot's source stood still",
+            "How long writes to the disk of a snapshot's source were frozen",
             metrics.source_stopped_seconds.clone(),
         );
         for (name, label, help, levels) in [
             ("sessions", "state", "Sessions by state", sources.sessions),
-            ("pool_ready", "pool", "Resources made ahead and not yet used", sources.pools),
+            ("pool_ready", "pool", "Pre-created resources that are not used yet", sources.pools),
         ] {
             if let Some(levels) = levels {
                 registry.register_collector(Box::new(LevelCollector { name, label, help, levels }));

@@ -37,7 +37,7 @@ use timer::KeptTimer;
 
 /// How long connections may take to hand over their last bytes after the last call has ended.
 const FLUSH_TIME: Duration = Duration::from_secs(1);
-/// How long no connection is accepted after accepting one failed, e.g. for want of descriptors.
+/// How long no connection is accepted after accepting one failed, e.g. because no descriptor is free.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Bytes of answers one stream may hold back for a slow reader.
 const SEND_BUFFER_BYTES: usize = 1024 * 1024;

@@ -208,7 +208,7 @@ impl Engine {
         live.ask(|reply| Message::Extend { additional_ms, reply }).await
     }
 
-    /// Ends the session. Returns when it is TERMINATED; repeating it is no error.
+    /// Ends the session. Returns when it is TERMINATED; it is idempotent.
     pub async fn terminate_session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
         let live = match self.0.find(caller, id).await? {
             Found::Ended(session) if session.state == SessionState::Terminated => return Ok(session),
@@ -228,14 +228,14 @@ impl Engine {
     }
 
     /// Stops the session where it is: its processes and memory are kept. Returns when it is PAUSED;
-    /// pausing a stopped one is no error.
+    /// pausing a stopped one has no effect.
     pub async fn pause_session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
         self.0.tasks.check()?;
         let live = self.0.find_live(caller, id, Request::Pause).await?;
         live.ask_job(|reply| Job::Pause { reply }).await
     }
 
-    /// Lets a stopped session go on. Returns when it is RUNNING; resuming one that runs is no error.
+    /// Lets a stopped session go on. Returns when it is RUNNING; resuming one that runs has no effect.
     pub async fn resume_session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
         self.0.tasks.check()?;
         let live = self.0.find_live(caller, id, Request::Resume).await?;

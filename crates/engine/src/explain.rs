@@ -73,7 +73,7 @@ codes! {
     MemoryReleased => "memory_released", "only the disk of the session is kept", "Resuming boots it again: start what ran in it.";
     DiskFailed => "disk_failed", "the sandbox's disk takes no more writes", "Free space on the host, then pause and resume the session: its disk is repaired, and it boots from it.";
     HostDiskFull => "host_disk_full", "the sandbox's disk takes nothing new because the host's is nearly full", "Free space on the host, or end sessions that are not needed; it goes on by itself. Removing files in the sandbox helps too.";
-    Halted => "halted", "the sandbox's first process stands still", "Somebody on the host stopped it: send it SIGCONT, or terminate the session.";
+    Halted => "halted", "the sandbox's first process is stopped", "Somebody on the host stopped it: send it SIGCONT, or terminate the session.";
     OutOfMemory => "out_of_memory", "processes were killed because the sandbox's memory was used up", "Use less memory, or create the session with more.";
     DiskNearlyFull => "disk_nearly_full", "the sandbox's disk is nearly full", "Remove files, or create the session with a larger disk.";
     MemoryNearlyFull => "memory_nearly_full", "the sandbox's memory is nearly used up", "Use less memory, or create the session with more, before processes are killed.";
@@ -212,7 +212,7 @@ fn of_state(session: &Session, now: UnixMs) -> Option<Finding> {
     })
 }
 
-/// Why a session never ran: for want of something that the host has only so much of, or otherwise.
+/// Why a session never ran: because the host ran out of something, or otherwise.
 fn not_created(exhausted: Option<Limit>, cause: &str, at: Option<UnixMs>) -> Finding {
     let Some(limit) = exhausted else { return finding(FindingCode::CreationFailed, cause, at) };
     let lacks = match limit.resource() {

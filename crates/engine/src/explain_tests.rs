@@ -173,7 +173,7 @@ fn of_what_happened_the_last_of_each_kind_is_told() {
     assert_eq!(codes, expected);
     assert_eq!(
         found[0].detail,
-        "a process was killed for want of memory while python3 ran (limit 256 MB); 1 more before"
+        "a process was killed because memory ran out while python3 ran (limit 256 MB); 1 more before"
     );
     assert_eq!(found[0].at, Some(NOW - 496));
 }

@@ -34,7 +34,7 @@ pub(crate) enum Job {
     Wake {
         reply: Reply<Session>,
     },
-    /// Copy the disk; where a pause is named only while that lasts. The answer is how long the source stood still.
+    /// Copy the disk; where a pause is named only while that lasts. The answer is how long the source was frozen.
     Copy {
         images: Vec<DiskImageId>,
         pause: Option<SnapshotId>,

@@ -48,7 +48,7 @@ impl Engine {
             .await
     }
 
-    /// Takes a port off the outside. Named previews that led there stay, unbound. Repeating it is no error.
+    /// Takes a port off the outside. Named previews that led there stay, unbound. It is idempotent.
     pub async fn unexpose_port(&self, caller: &Caller, id: SessionId, port: u16) -> Result<(), Error> {
         validate::port(port)?;
         self.0.find(caller, id).await?;
@@ -140,7 +140,7 @@ impl Engine {
         .await
     }
 
-    /// Lets a named preview lead nowhere. Repeating it is no error.
+    /// Lets a named preview lead nowhere. It is idempotent.
     pub async fn unbind_preview(&self, caller: &Caller, id: PreviewId) -> Result<PreviewUrl, Error> {
         self.change_preview(caller, id, |preview| (preview.binding, preview.expires_at) = (None, None)).await
     }

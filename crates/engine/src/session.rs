@@ -84,7 +84,7 @@ impl Request {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     Do,
-    /// It is done or under way already; asking again is no error.
+    /// It is done or under way already; asking again has no effect.
     Nothing,
     /// Refuse with this code.
     Refuse(Code),

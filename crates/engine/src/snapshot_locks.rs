@@ -10,6 +10,6 @@ pub(crate) struct SnapshotLocks {
     pub(crate) quiet: tokio::sync::Mutex<()>,
     /// Read by those who store blobs until they are recorded, written by who removes those not recorded.
     pub(crate) blobs: tokio::sync::RwLock<()>,
-    /// How long sources stood still, microseconds.
+    /// How long sources were frozen, microseconds.
     pub(crate) source_stops_us: Mutex<Vec<u64>>,
 }

@@ -59,7 +59,7 @@ async fn a_new_session_runs_and_ends_when_asked() {
     idle().await;
     assert!(fakes.driver.sandboxes().is_empty());
     assert_eq!(engine.usage(&caller, None).await.unwrap().active_sessions, 0);
-    assert_eq!(engine.terminate_session(&caller, session.id).await.unwrap(), ended, "repeating it is no error");
+    assert_eq!(engine.terminate_session(&caller, session.id).await.unwrap(), ended, "it is idempotent");
     assert_eq!(code(engine.extend_session(&caller, session.id, 1).await), Code::SessionTerminated);
     let states = engine.watch_session(&caller, session.id).await.unwrap();
     assert_eq!(*states.borrow(), ended);

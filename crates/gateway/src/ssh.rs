@@ -42,7 +42,7 @@ const CA_SECRET: &str = "ssh_ca_key";
 const HOST_SECRET: &str = "ssh_host_key";
 /// How long a connection may take to close after its client was told to go.
 const GOODBYE: Duration = Duration::from_secs(1);
-/// How long no connection is accepted after accepting one failed, e.g. for want of descriptors.
+/// How long no connection is accepted after accepting one failed, e.g. because no descriptor is free.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// After this long without a word a client is asked whether it is there; three times.
 const KEEP_ALIVE: Duration = Duration::from_secs(30);

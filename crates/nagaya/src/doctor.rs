@@ -22,7 +22,7 @@ pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
     }
     crate::say("");
     if unusable {
-        crate::say("driver namespace: cannot run here until what is MISSING is mended");
+        crate::say("driver namespace: cannot run here until what is MISSING is fixed");
         return Ok(ExitCode::FAILURE);
     }
     crate::say("driver namespace: ready");

@@ -48,7 +48,7 @@ enum ServerVerb {
     },
     /// Show that it works: one sandbox, a program in it, a file written and read, all removed.
     Demo,
-    /// Tell what this host can do, what is missing, and what mends it.
+    /// Tell what this host can do, what is missing, and what fixes it.
     Doctor(Settings),
     /// Write a consistent copy of the records to a new file, also while the server runs.
     Backup {

@@ -97,7 +97,7 @@ impl Server {
         let driver = self.driver;
         // Gives back what the pools hold; takes as long as unmounting it.
         let giving_back = tokio::task::spawn_blocking(move || driver.shut_down());
-        within("give back what was made ahead", STEP_MAX, giving_back).await;
+        within("give back what was pre-created", STEP_MAX, giving_back).await;
     }
 }
 

@@ -1,4 +1,4 @@
-//! What this host can do, what is missing, and what mends it.
+//! What this host can do, what is missing, and what fixes it.
 
 use std::fs;
 use std::io::Write;
@@ -27,7 +27,7 @@ pub struct Finding {
     pub weight: Weight,
     /// What was found, when it is good; what is wrong, when it is not.
     pub outcome: Result<String, String>,
-    /// The command or the change that mends it; empty when there is none.
+    /// The command or the change that fixes it; empty when there is none.
     pub remedy: &'static str,
 }
 

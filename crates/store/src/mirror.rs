@@ -5,7 +5,7 @@
 //! follows it: what ends leaves the copy before the database, what is new reaches it after. So a record that is in the
 //! copy and not in the database was lost by the database, whenever a server was killed; nothing may be removed then
 //! because no record names it. Files are not synced one by one: after a power cut some may be unreadable, which the
-//! next start mends from the database.
+//! next start repairs from the database.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, OpenOptions};

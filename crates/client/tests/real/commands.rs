@@ -47,7 +47,7 @@ async fn commands_get_what_they_are_given(world: &World) {
     let large = Bytes::from(vec![b'x'; 3 << 20]);
     let counted = session.command(["wc", "-c"]).stdin(large).output().await.unwrap();
     assert_eq!(counted.stdout_text().trim(), (3 << 20).to_string());
-    // A program that does not read its input is no error.
+    // A program that does not read its input is normal.
     let unread = session.command(["true"]).stdin(vec![b'x'; 3 << 20]).output().await.unwrap();
     assert!(unread.is_success());
 }

@@ -221,7 +221,7 @@ impl EventKind {
                 format!("git {operation} failed (exit_code={exit_code}): {said}")
             }
             Self::OutOfMemory { program, limit_mb } => {
-                format!("a process was killed for want of memory while {program} ran (limit {limit_mb} MB)")
+                format!("a process was killed because memory ran out while {program} ran (limit {limit_mb} MB)")
             }
             Self::Refused { request, limit } => format!("{request} was refused: {limit}"),
             Self::Terminated { reason: EndReason::Requested, .. } => "terminated by request".to_owned(),

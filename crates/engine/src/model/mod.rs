@@ -309,7 +309,7 @@ pub struct Snapshot {
     pub image_id: DiskImageId,
     /// The disk had been copied: after a crash the rest can be done from the copy.
     pub copied: bool,
-    /// How long writes to the source's disk stood still, microseconds.
+    /// How long writes to the source's disk were frozen, microseconds.
     pub source_stopped_us: u64,
     /// Digest of the manifest in the blob store; empty until READY, and for pauses.
     pub manifest: String,

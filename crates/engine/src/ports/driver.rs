@@ -104,7 +104,7 @@ pub struct ResourceUsage {
     pub disk_failed: bool,
     /// Its disk takes nothing new, because the host has no space.
     pub disk_held: bool,
-    /// Its first process stands still, so that nothing can be asked of the sandbox.
+    /// Its first process is stopped, so that nothing can be asked of the sandbox.
     pub halted: bool,
 }
 
@@ -127,26 +127,26 @@ pub trait Driver: Send + Sync + 'static {
     /// Takes over a sandbox that an earlier process made. `Gone` when not even its disk is there.
     async fn adopt(&self, id: SessionId) -> Result<Adopted, DriverError>;
     /// Halts every process of the sandbox where it is; clocks of running commands' timeouts stand still.
-    /// Calls on its guest may hang until `thaw`. Freezing a frozen one is no error; `Gone` when it has no processes.
+    /// Calls on its guest may hang until `thaw`. It is idempotent; `Gone` when it has no processes.
     async fn freeze(&self, id: SessionId) -> Result<(), DriverError>;
-    /// Lets a frozen sandbox go on. Thawing a running one is no error; `Gone` when it has no processes.
+    /// Lets a frozen sandbox go on. It is idempotent; `Gone` when it has no processes.
     async fn thaw(&self, id: SessionId) -> Result<(), DriverError>;
     /// Ends all processes and keeps the disk, everything written to it included, and nothing else.
-    /// Volumes are unmounted and written back. Stopping a stopped one is no error.
+    /// Volumes are unmounted and written back. It is idempotent.
     async fn stop(&self, id: SessionId) -> Result<(), DriverError>;
     /// Starts a stopped sandbox on its kept disk, without its volumes. After an error `stop` takes away what came up.
     async fn boot(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError>;
     /// Ends a sandbox, also while another call about it hangs: what that still makes is destroyed again when it returns. On
     /// return none of its processes is alive; its disk and network are being
-    /// released in the background and [`Driver::list`] names it until they are. Repeating it, or
-    /// naming an unknown sandbox, is no error.
+    /// released in the background and [`Driver::list`] names it until they are. It is idempotent, for unknown
+    /// sandboxes too.
     async fn destroy(&self, id: SessionId) -> Result<(), DriverError>;
     /// Every sandbox of which anything exists on this host, alive, stopped or half removed, except
     /// those whose release is already under way in this process.
     async fn list(&self) -> Result<Vec<SessionId>, DriverError>;
 
     /// Copies a sandbox's disk, as it is at one moment, to these images, whatever state it is in.
-    /// Returns how long its writes stood still, microseconds. Images that exist are replaced; on error none is left.
+    /// Returns how long its writes were frozen, microseconds. Images that exist are replaced; on error none is left.
     async fn copy_disk(&self, id: SessionId, images: &[DiskImageId]) -> Result<u64, DriverError>;
     /// Where an image is, or can be made.
     fn image_path(&self, id: DiskImageId) -> PathBuf;
@@ -156,7 +156,7 @@ pub trait Driver: Send + Sync + 'static {
     async fn prepare_image(&self, id: DiskImageId) -> Result<PathBuf, DriverError> {
         Ok(self.image_path(id))
     }
-    /// Removes an image, or what was prepared for one. Removing an unknown one is no error.
+    /// Removes an image, or what was prepared for one. Removing an unknown one has no effect.
     async fn remove_image(&self, id: DiskImageId) -> Result<(), DriverError>;
     async fn images(&self) -> Result<Vec<DiskImageId>, DriverError>;
 
@@ -167,14 +167,14 @@ pub trait Driver: Send + Sync + 'static {
     async fn grow_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), DriverError>;
     /// How large it is; up to one block more than what was asked for.
     async fn volume_size(&self, id: VolumeId) -> Result<u64, DriverError>;
-    /// Removing an unknown one is no error.
+    /// Removing an unknown one has no effect.
     async fn remove_volume(&self, id: VolumeId) -> Result<(), DriverError>;
     async fn volumes(&self) -> Result<Vec<VolumeId>, DriverError>;
-    /// Mounts a volume in a running sandbox. Repeating it is no error. `Refused` when the path is a
+    /// Mounts a volume in a running sandbox. It is idempotent. `Refused` when the path is a
     /// mount already, or not a directory.
     async fn attach_volume(&self, id: SessionId, mount: &Mount) -> Result<(), DriverError>;
     /// Unmounts a volume and writes it back; `Busy` while a process uses it, unless `force`: then its later
-    /// reads and writes there fail. Unmounting what is not mounted is no error.
+    /// reads and writes there fail. Unmounting what is not mounted has no effect.
     async fn detach_volume(&self, id: SessionId, mount: &Mount, force: bool) -> Result<(), DriverError>;
     /// Waits until no sandbox has the volume mounted any more, after their ends, and until what they
     /// wrote is on disk.
@@ -182,7 +182,7 @@ pub trait Driver: Send + Sync + 'static {
 
     /// Names the only destinations that a sandbox with outbound access reaches from now on, frozen or not; `None` lifts
     /// that. What the machine of `create` and `boot` names holds before the sandbox's first instruction, and outlives
-    /// this process. On return connections to what is not allowed any more are cut. Repeating it is no error.
+    /// this process. On return connections to what is not allowed any more are cut. It is idempotent.
     async fn set_egress(&self, id: SessionId, egress: Option<&Egress>) -> Result<(), DriverError>;
     /// The last connections of a running or frozen sandbox to the outside, oldest first.
     async fn connections(&self, id: SessionId) -> Result<Vec<Connection>, DriverError>;

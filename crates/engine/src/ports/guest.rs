@@ -182,7 +182,7 @@ pub struct ExitStatus {
     pub duration_ms: u64,
     pub reason: ExitReason,
     pub errno: i32,
-    /// Of a command that failed: processes of the sandbox that were killed for want of memory while it ran.
+    /// Of a command that failed: processes of the sandbox that were killed because memory ran out while it ran.
     pub memory_kills: u64,
 }
 

@@ -14,9 +14,9 @@ pub struct Published {
 /// The outside of the server, where previews are reached under their labels (one DNS label each).
 #[async_trait]
 pub trait Ingress: Send + Sync + 'static {
-    /// Makes a preview reachable. `port` is the one it had before, kept while it is free; 0 for none. Repeating it is no error.
+    /// Makes a preview reachable. `port` is the one it had before, kept while it is free; 0 for none. It is idempotent.
     /// The error says what is missing, in words for the user.
     async fn publish(&self, label: &str, port: u16) -> Result<Published, String>;
-    /// Ends that; connections under way may go on to their end. Withdrawing an unknown one is no error.
+    /// Ends that; connections under way may go on to their end. Withdrawing an unknown one has no effect.
     async fn withdraw(&self, label: &str);
 }

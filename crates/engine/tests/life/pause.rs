@@ -24,7 +24,7 @@ async fn a_paused_session_keeps_its_processes_and_gives_its_quota_back() {
     assert_eq!(pause.paused_at, world.fakes.clock.now());
     assert!(world.fakes.driver.is_frozen(id));
     assert_eq!(world.active().await, 0);
-    assert_eq!(world.pause(id).await, paused, "pausing a paused one is no error");
+    assert_eq!(world.pause(id).await, paused, "pausing is idempotent");
     let refusal = world.engine.certificate(&world.caller, id).await.unwrap_err();
     assert_eq!(refusal.to_string(), "session not RUNNING: (state=PAUSED)");
     assert_eq!(code(world.engine.execute(&world.caller, id, hang(), false).await), Code::SessionNotRunning);
@@ -40,7 +40,7 @@ async fn a_paused_session_keeps_its_processes_and_gives_its_quota_back() {
     assert!(!resumed.metadata.contains_key("restore_reason"));
     assert_eq!(world.active().await, 1);
     assert_eq!(code(world.engine.snapshot(&world.caller, snapshot.id).await), Code::SnapshotNotFound);
-    assert_eq!(world.resume(id).await.state, SessionState::Running, "resuming a running one is no error");
+    assert_eq!(world.resume(id).await.state, SessionState::Running, "resuming is idempotent");
     let running = world.engine.execution(&world.caller, id, command.id).await.unwrap();
     assert_eq!(running.status, ExecutionStatus::Running);
     assert_eq!(world.fakes.driver.guest(id).unwrap().running(), [command.id]);

@@ -19,7 +19,7 @@ const PORTS: std::ops::Range<u16> = 20_000..30_000;
 const PORTS_TRIED_MAX: u32 = 100;
 /// Accepted connections that wait for the server to take them.
 const ARRIVALS_MAX: usize = 64;
-/// How long no connection is accepted after accepting one failed, e.g. for want of descriptors.
+/// How long no connection is accepted after accepting one failed, e.g. because no descriptor is free.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A connection to a preview's own port.

@@ -37,7 +37,7 @@ const PART_MIN: u64 = 16;
 const RECORD_HEADER_BYTES: usize = 5;
 /// What a follower reads at once, bytes; holds any record.
 const FOLLOW_BYTES: usize = 256 * 1024;
-const TRUNCATED: &[u8] = b"\n[nagaya: the rest of the output was not kept for want of space]\n";
+const TRUNCATED: &[u8] = b"\n[nagaya: the rest of the output was not kept because space ran out]\n";
 
 /// How much output a sandbox keeps.
 #[derive(Debug, Clone, Copy)]
@@ -154,7 +154,7 @@ impl Executions {
         });
     }
 
-    /// Forgets an execution; one that still runs is ended. An unknown one is no error.
+    /// Forgets an execution; one that still runs is ended. An unknown one is ignored.
     pub fn forget(&self, id: &str) {
         let mut list = self.list();
         if let Some(index) = list.iter().position(|execution| execution.id == id)

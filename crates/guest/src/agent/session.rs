@@ -28,7 +28,7 @@ impl Session {
         self.leaderless = true;
     }
 
-    /// Sends a signal to every process. That there is none is no error: the command was faster.
+    /// Sends a signal to every process. Where there is none the command was faster.
     pub fn signal(self, signal: Signal) {
         if signal == Signal::KILL {
             return self.kill();

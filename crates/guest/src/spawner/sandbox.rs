@@ -1,7 +1,7 @@
 //! The birth of a sandbox: from a clone of the spawner to the agent as its first process.
 //!
 //! It happens in two stages. All that does not depend on the disk is done first, and the process waits for the disk;
-//! so this part can be made ahead for disks that nobody knows yet.
+//! so this part can be pre-created for disks that nobody knows yet.
 //!
 //! All namespaces but the user namespace are made while the process is still the host's root, and
 //! so belong to the host: capabilities in the sandbox, which hold in its user namespace only, give

@@ -33,7 +33,7 @@ const AGENT_MEMORY_BYTES: u64 = 256 << 20;
 /// of its memory.
 const SOCKETS_PART_OF_MEMORY: u64 = 8;
 const SOCKET_BUFFERS: &str = "memory.kmem.tcp.limit_in_bytes";
-/// How long processes may take to stand still: one that waits for a disk does not before it has got what it
+/// How long processes may take to be frozen: one that waits for a disk does not before it has got what it
 /// waits for.
 const FREEZE_MAX: Duration = Duration::from_secs(20);
 const FREEZE_POLL: Duration = Duration::from_micros(50);
@@ -42,7 +42,7 @@ const FREEZE_POLL: Duration = Duration::from_micros(50);
 pub enum CgroupError {
     #[error("find the cgroup hierarchies: {0}")]
     Unusable(String),
-    #[error("halt the sandbox's processes: one did not stand still within {} s", FREEZE_MAX.as_secs())]
+    #[error("halt the sandbox's processes: one was not frozen within {} s", FREEZE_MAX.as_secs())]
     Restless,
     #[error("{step} {path}")]
     System { step: &'static str, path: String, source: io::Error },
@@ -498,12 +498,12 @@ impl Group {
         list.lines().filter_map(|line| line.trim().parse().ok()).collect()
     }
 
-    /// Halts everything but the agent where it is, and waits until it stands still. Blocks.
+    /// Halts everything but the agent where it is, and waits until it is frozen. Blocks.
     pub fn freeze(&self) -> Result<(), CgroupError> {
         let deadline = Instant::now() + FREEZE_MAX;
         loop {
             // Asked again each time: version 1 tells every process once, and one that is about to wait for its
-            // child of `vfork` then sleeps on, while the child it waits for already stands still.
+            // child of `vfork` then sleeps on, while the child it waits for is frozen already.
             match &self.cgroups.layout {
                 Layout::Unified(parent) => self.write(parent, "cgroup.freeze", "1")?,
                 Layout::Split { freezer, .. } => self.write(freezer, "freezer.state", "FROZEN")?,
@@ -527,7 +527,7 @@ impl Group {
         }
     }
 
-    /// Whether everything but the agent stands still, or is about to: what counts for whoever did not ask.
+    /// Whether everything but the agent is frozen, or is about to: what counts for whoever did not ask.
     pub fn is_to_be_frozen(&self) -> Result<bool, CgroupError> {
         let (parent, file) = match &self.cgroups.layout {
             Layout::Unified(parent) => (parent, "cgroup.freeze"),
@@ -537,7 +537,7 @@ impl Group {
         Ok(at("read", &path, fs::read_to_string(&path))?.trim() == "1")
     }
 
-    /// Whether everything but the agent stands still.
+    /// Whether everything but the agent is frozen.
     fn is_frozen(&self) -> Result<bool, CgroupError> {
         let (parent, file, frozen) = match &self.cgroups.layout {
             Layout::Unified(parent) => (parent, "cgroup.events", "frozen 1"),

@@ -111,7 +111,7 @@ impl Link {
         }
     }
 
-    /// Tells how many processes of the sandbox were killed for want of memory so far, so that a
+    /// Tells how many processes of the sandbox were killed because memory ran out so far, so that a
     /// command killed that way ends with the reason `out_of_memory`. Only the first call counts.
     pub fn count_out_of_memory_kills(&self, count: impl Fn() -> u64 + Send + Sync + 'static) {
         let _ = self.out_of_memory_kills.set(Arc::new(count));

@@ -82,7 +82,7 @@ impl OutOfMemory {
         Self { count, before }
     }
 
-    /// Says of a command that failed how many processes were killed for want of memory meanwhile, and corrects the
+    /// Says of a command that failed how many processes were killed because memory ran out meanwhile, and corrects the
     /// reason of one that the kernel killed. What ends well is not looked at: that is to cost nothing.
     fn explain(&self, mut status: ExitStatus) -> ExitStatus {
         if status.code != 0 {

@@ -31,7 +31,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const BACKLOG: u32 = 128;
 /// Between the end of a sandbox and the closing of sockets that their users do not look at.
 const CUT_GRACE: Duration = Duration::from_millis(500);
-/// After a failed accept, e.g. for want of descriptors.
+/// After a failed accept, e.g. because no descriptor is free.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The sandbox's first process, by which its network is found, and what was made there.

@@ -128,7 +128,7 @@ impl Images {
         })
     }
 
-    /// Copies the disk in a sandbox's directory, in use or not, and tells how long its writes stood still.
+    /// Copies the disk in a sandbox's directory, in use or not, and tells how long its writes were frozen.
     /// On error none of the images is left.
     pub fn copy(&self, directory: &Path, images: &[DiskImageId]) -> Result<Duration, CopyError> {
         let paths: Vec<PathBuf> = images.iter().map(|id| self.path(*id)).collect();
@@ -180,7 +180,7 @@ fn create(path: &Path) -> Result<File, CopyError> {
     file.map_err(on("create the copy of the disk"))
 }
 
-/// A mounted disk whose file system stands still for as long as this lives.
+/// A mounted disk whose file system is frozen for as long as this lives.
 struct Still {
     root: OwnedFd,
     mark: PathBuf,

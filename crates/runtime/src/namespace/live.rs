@@ -60,7 +60,7 @@ impl PidFd {
         has_ended(self.0.get_ref().as_fd())
     }
 
-    /// Whether it stands still because somebody stopped it (SIGSTOP), so that it answers nobody.
+    /// Whether somebody stopped it (SIGSTOP), so that it answers nobody.
     pub fn is_halted(&self) -> bool {
         let pid = fs::read_to_string(format!("/proc/self/fdinfo/{}", self.0.get_ref().as_raw_fd())).ok();
         let pid = pid.as_deref().and_then(|text| text.lines().find_map(|line| line.strip_prefix("Pid:")));

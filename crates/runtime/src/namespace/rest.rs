@@ -166,7 +166,7 @@ impl Inner {
     }
 }
 
-/// A file system that stands still would keep the sandbox's processes from ending.
+/// A frozen file system would keep the sandbox's processes from ending.
 async fn thaw_disk(directory: PathBuf) -> Result<(), DriverError> {
     if !images::is_marked_frozen(&directory) {
         return Ok(());

@@ -1,4 +1,4 @@
-//! Slots: sandboxes made ahead, but for what a request decides.
+//! Slots: pre-created sandboxes, but for what a request decides.
 //!
 //! A slot is a number, from which its host ids, its address and its cgroup follow, with a disk, a
 //! network, a file system and an agent that waits for a server. Taking it means to set its limits and
@@ -384,7 +384,7 @@ pub(super) fn group_name(number: u32) -> String {
     format!("slot-{number}")
 }
 
-/// What is made ahead.
+/// What is pre-created.
 pub(super) trait Product: Send + Sized + 'static {
     fn make(factory: &Factory, shape: Shape) -> Result<Self, SlotError>;
     fn started(&self) -> &Started;
@@ -529,7 +529,7 @@ impl<P: Product> Pool<P> {
                 return Some(slot);
             }
             let said = live::read_error(&slot.started().error);
-            tracing::warn!(pid = slot.started().pid, said, "a first process made ahead has ended; taking another");
+            tracing::warn!(pid = slot.started().pid, said, "a pre-created first process has ended; taking another");
             slot.discard(&self.factory);
         }
     }
@@ -549,7 +549,7 @@ impl<P: Product> Pool<P> {
         let coming = |state: &mut PoolState<P>| state.coming > 0;
         let waited = self.changed.wait_timeout_while(self.state(), COMING_MAX, coming);
         if waited.expect("the pool is changed without panics").1.timed_out() {
-            tracing::warn!("a slot that is being made ahead hangs; the next start removes what there is of it");
+            tracing::warn!("a slot that is being pre-created hangs; the next start removes what there is of it");
         }
     }
 }

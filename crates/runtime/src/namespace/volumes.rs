@@ -142,7 +142,7 @@ impl Volumes {
         let path = self.existing(id)?;
         let file = OpenOptions::new().read(true).write(true).open(&path).map_err(on("open the volume's image"))?;
         let devices = devices_in_use(&path)?;
-        let found = if devices.is_empty() { image::mend(&path) } else { Superblock::read(&file) };
+        let found = if devices.is_empty() { image::repair(&path) } else { Superblock::read(&file) };
         let found = found.map_err(on("grow a volume"))?;
         let bytes = whole_blocks(size_bytes) + found.journal_bytes;
         if bytes < found.bytes {
@@ -202,7 +202,7 @@ impl Volumes {
             return Err(DriverError::Busy);
         }
         if unused {
-            image::mend(&path).map_err(on("attach a volume"))?;
+            image::repair(&path).map_err(on("attach a volume"))?;
         }
         let device = attach_image(&path, wanted.readonly)?;
         let tree = mount_device(&device, wanted.readonly)?;

@@ -73,7 +73,7 @@ pub async fn a_sandbox_too_many_is_refused_with_the_limits_name_and_fits_when_on
     assert!(matches!(&refused, DriverError::Exhausted(Limit::Slots)), "{refused:?}");
     driver.destroy(made.pop().unwrap()).await.unwrap();
     place.settled().await;
-    // What it had is released in the background, and may be in use for a slot that is being made ahead meanwhile.
+    // What it had is released in the background, and may be in use for a slot that is being pre-created meanwhile.
     let id = fresh_id();
     let fits = async {
         while driver.create(id, &machine(), None).await.is_err() {

@@ -223,7 +223,7 @@ pub async fn a_disk_is_copied_whole_while_it_is_written_to(place: &mut Place) ->
     for _ in 0..3 {
         let image = fresh_image();
         let stopped_us = driver.copy_disk(source, &[image]).await.unwrap();
-        println!("writes stood still for {stopped_us} us");
+        println!("writes were frozen for {stopped_us} us");
         // The journal has been emptied, so what is there is what counts. What the writer's output was kept in
         // had no name, and is cleared as after a crash.
         assert_sound(&driver.image_path(image), true);

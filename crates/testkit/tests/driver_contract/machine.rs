@@ -103,7 +103,7 @@ pub async fn every_source_tells_of_the_sandboxs_own_time_and_load(place: &mut Pl
     let guest = driver.create(id, &Machine { cpu_cores: 1, memory_mb: MEMORY_MB, ..machine() }, None).await.unwrap();
     write(&*guest, "sysinfo.py", SYSINFO.as_bytes()).await.unwrap();
     let host: f64 = std::fs::read_to_string("/proc/uptime").unwrap().split(' ').next().unwrap().parse().unwrap();
-    // Slots are made ahead; this suite is not older than its host.
+    // Slots are pre-created; this suite is not older than its host.
     let ages = "cut -d. -f1 /proc/uptime; python3 sysinfo.py | cut -d' ' -f1; \
                 python3 -c 'import time; print(int(time.clock_gettime(time.CLOCK_BOOTTIME)))'; \
                 echo $(($(date +%s) - $(sed -n 's/^btime //p' /proc/stat)))";

@@ -475,7 +475,7 @@ async fn a_crash_inside_starts_no_program_of_the_host(_world: &World) -> Outcome
     if !collector.collects().await {
         return Err(NotRun("this host starts no program for core files here".into()));
     }
-    // What is made ahead goes by the pattern of its making, so this takes a server of its own.
+    // What is pre-created goes by the pattern of its making, so this takes a server of its own.
     let mut server = nagaya_testkit::Server::start_with("[network]\noutbound = false\n");
     let client = nagaya_testkit::Client::of(&server);
     let sandbox = client.create(&Wanted { name: "crasher".into(), ..Wanted::default() }).await.unwrap();

@@ -59,7 +59,7 @@ async fn killed_for_memory(client: &Client) {
     assert_eq!(exit.reason, "out_of_memory");
     let findings = explain(client, &sandbox.id).await;
     assert_eq!(findings[0].code, "out_of_memory", "{findings:?}");
-    assert_eq!(findings[0].detail, "a process was killed for want of memory while tail ran (limit 128 MB)");
+    assert_eq!(findings[0].detail, "a process was killed because memory ran out while tail ran (limit 128 MB)");
     assert!(findings[0].at.is_set());
     let last = events(client, &sandbox.id).await.pop().unwrap();
     assert_eq!((last.kind.as_str(), last.details["limit_mb"].as_str()), ("out_of_memory", "128"));

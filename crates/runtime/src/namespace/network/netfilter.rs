@@ -240,7 +240,7 @@ impl Flow {
         })
     }
 
-    /// Makes the kernel forget it: its next packet is judged like that of a new one. One that is gone is no error.
+    /// Makes the kernel forget it: its next packet is judged like that of a new one. One that is gone is skipped.
     pub fn cut(&self) -> io::Result<()> {
         let request = Message::request(DELETE_FLOW, ACKNOWLEDGE, &generic(libc::AF_INET as u8, 0));
         let request = self.name.iter().fold(request, |request, (kind, value)| match *kind {
