@@ -40,7 +40,7 @@ use tokio::sync::watch;
 pub use body::ResponseBody;
 use host::{Below, Host};
 pub use ingress::{Arrival, DomainIngress, LoopbackIngress};
-use page::Asker;
+use page::ErrorFormat;
 use pool::{Lease, Services};
 pub use token::PARAMETER as VIEWER_TOKEN_PARAMETER;
 use token::Shown;
@@ -71,7 +71,7 @@ pub struct Settings {
 }
 
 /// Who decides where a preview leads.
-pub trait Entrance: Send + Sync + 'static {
+pub trait PreviewResolver: Send + Sync + 'static {
     /// The service behind a label, awake. `token` is the viewer's, if one was shown.
     fn enter(&self, label: &str, token: Option<&str>) -> impl Future<Output = Result<Visit, Error>> + Send;
 }
@@ -86,7 +86,7 @@ pub struct Visit {
     pub hold: Box<dyn Send + Sync>,
 }
 
-impl Entrance for Engine {
+impl PreviewResolver for Engine {
     async fn enter(&self, label: &str, token: Option<&str>) -> Result<Visit, Error> {
         let visit = self.enter_preview(label, token).await?;
         Ok(Visit { guest: Arc::clone(&visit.guest), port: visit.port, hold: Box::new(visit) })
@@ -148,7 +148,7 @@ impl Answers {
     }
 }
 
-impl<E: Entrance> Proxy<E> {
+impl<E: PreviewResolver> Proxy<E> {
     /// Needs a Tokio runtime.
     pub fn start(entrance: Arc<E>, domain: Option<&str>, settings: Settings) -> Arc<Self> {
         Arc::new(Self {
@@ -192,7 +192,7 @@ impl<E: Entrance> Proxy<E> {
     /// Answers a request to a preview. Never fails: what goes wrong is told to the viewer.
     pub async fn answer(&self, request: Request<Incoming>, viewer: &Viewer) -> Response<ResponseBody> {
         let (parts, body) = request.into_parts();
-        let asker = Asker::of(&parts);
+        let asker = ErrorFormat::of(&parts);
         let expects_continue = exchange::expects_continue(&parts.headers);
         let mut body = Some(body);
         match self.relay(parts, &mut body, asker, viewer).await {
@@ -213,7 +213,7 @@ impl<E: Entrance> Proxy<E> {
         &self,
         mut parts: Parts,
         body: &mut Option<Incoming>,
-        asker: Asker,
+        asker: ErrorFormat,
         viewer: &Viewer,
     ) -> Result<Response<ResponseBody>, Error> {
         let (host, label) = self.target(&parts, viewer)?;

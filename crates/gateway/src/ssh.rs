@@ -4,10 +4,10 @@
 //! its own, nor keys, nor an address. Clients come through a WebSocket of the API, where a key of the API was shown
 //! already, or to a listener of SSH's own, where the certificate is all there is. See docs/decisions/0010.
 
+mod abortable;
 mod authority;
 mod channels;
 mod connection;
-mod cuttable;
 mod forward;
 mod inbound;
 mod login;
@@ -29,10 +29,10 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
+use abortable::Abortable;
 use authority::{Authority, Order};
 pub use authority::{Issued, Permissions};
-use connection::{Connection, Ended, Entrance};
-use cuttable::Cuttable;
+use connection::{Connection, Ended, Transport};
 pub use websocket::{WebSocket, accept_key};
 
 use crate::places::Places;
@@ -85,7 +85,7 @@ pub struct SshServer {
 }
 
 /// A place for one connection.
-pub struct Place(#[allow(dead_code)] OwnedSemaphorePermit);
+pub struct ConnectionPermit(#[allow(dead_code)] OwnedSemaphorePermit);
 
 impl SshServer {
     /// Makes the keys of this server when there are none yet.
@@ -148,21 +148,21 @@ impl SshServer {
     }
 
     /// A place for a connection that is about to be served.
-    pub fn place(&self) -> Result<Place, Error> {
+    pub fn place(&self) -> Result<ConnectionPermit, Error> {
         if *self.shared.closing.borrow() {
             return Err(Code::Draining.into());
         }
         let place = Arc::clone(&self.shared.places).try_acquire_owned();
         let place = place.map_err(|_| Error::new(Code::SshGatewayUnavailable, "ssh.connections_max is reached"))?;
-        Ok(Place(place))
+        Ok(ConnectionPermit(place))
     }
 
     /// Serves a client that has shown a key of the API for this session.
-    pub async fn serve_visit<S>(&self, stream: S, visit: SshSession, peer: Option<SocketAddr>, place: Place)
+    pub async fn serve_visit<S>(&self, stream: S, visit: SshSession, peer: Option<SocketAddr>, place: ConnectionPermit)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        self.serve(stream, Entrance::Bridge(Box::new(visit)), peer, place).await;
+        self.serve(stream, Transport::Bridge(Box::new(visit)), peer, place).await;
     }
 
     /// Listens for clients that have nothing but a certificate. Returns the address; serves until the shutdown.
@@ -199,18 +199,18 @@ impl SshServer {
                 tracing::debug!(%error, "failed to set TCP_NODELAY");
             }
             let server = self.clone();
-            tokio::spawn(async move { server.serve(stream, Entrance::Listener, Some(peer), place).await });
+            tokio::spawn(async move { server.serve(stream, Transport::Listener, Some(peer), place).await });
         }
     }
 
     /// Sees one connection through to its end.
-    async fn serve<S>(&self, stream: S, entrance: Entrance, peer: Option<SocketAddr>, place: Place)
+    async fn serve<S>(&self, stream: S, entrance: Transport, peer: Option<SocketAddr>, place: ConnectionPermit)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         // Who comes over the bridge has shown a key of the API already.
         let login =
-            peer.filter(|_| matches!(entrance, Entrance::Listener)).map(|peer| self.shared.logins.enter(peer.ip()));
+            peer.filter(|_| matches!(entrance, Transport::Listener)).map(|peer| self.shared.logins.enter(peer.ip()));
         let mut gave_way = Box::pin(async move {
             match login {
                 Some(login) => login.given_up().await,
@@ -218,7 +218,7 @@ impl SshServer {
             }
         });
         let mut closing = self.shared.closing.subscribe();
-        let (stream, scissors) = Cuttable::new(Counted::new(stream, Side::Client, &self.shared.traffic));
+        let (stream, scissors) = Abortable::new(Counted::new(stream, Side::Client, &self.shared.traffic));
         let (entered, entering) = oneshot::channel();
         let handler = Connection::new(Arc::clone(&self.shared), entrance, peer, entered);
         let deadline = tokio::time::Instant::now() + self.shared.limits.login_timeout;

@@ -3,9 +3,9 @@
 //! This crate talks to the host's kernel and never hears of a client family. The static programs it
 //! carries (spawner and agent) come from `nagaya-guest`.
 
+pub mod agent_client;
 pub mod cgroup;
 pub mod doctor;
-pub mod link;
 pub mod namespace;
 mod programs;
 pub mod spawner;

@@ -12,7 +12,7 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::ports::Clock;
 use nagaya_engine::{Caller, SessionUpdate, SshSession, validate};
-use nagaya_gateway::ssh::{self, Permissions, Place, WebSocket};
+use nagaya_gateway::ssh::{self, ConnectionPermit, Permissions, WebSocket};
 
 use super::parse::{invalid, milliseconds};
 use super::service::TenkiService;
@@ -137,7 +137,7 @@ pub(super) async fn bridge(
 async fn admit_bridge(
     tenki: &TenkiService,
     request: &Request<Incoming>,
-) -> Result<(SshSession, Place, HeaderValue), Error> {
+) -> Result<(SshSession, ConnectionPermit, HeaderValue), Error> {
     if tenki.lifecycle.phase() >= Phase::Draining {
         return Err(Code::Draining.into());
     }

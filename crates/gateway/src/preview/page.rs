@@ -9,12 +9,12 @@ use nagaya_api::error::{Code, Error};
 
 /// Whoever asked, as far as it matters for the form of our answers.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Asker {
+pub(super) struct ErrorFormat {
     html: bool,
     head: bool,
 }
 
-impl Asker {
+impl ErrorFormat {
     pub(super) fn of(parts: &Parts) -> Self {
         Self { html: wants_html(&parts.headers), head: parts.method == Method::HEAD }
     }

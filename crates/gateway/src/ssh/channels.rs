@@ -13,7 +13,7 @@ use russh::{Channel, ChannelId, ChannelOpenFailure, ChannelWriteHalf, Pty, Sig};
 
 use super::connection::{Connection, Visitor};
 use super::forward::{self, Origin};
-use super::inbound::{self, Feeder, Intake, Item};
+use super::inbound::{self, ChannelReader, ChannelWriter, Item};
 use super::process::{self, Preparation, Program};
 
 /// Variables that a client may set on one channel, and bytes of all of them.
@@ -27,14 +27,14 @@ const LISTEN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A channel as long as it is open.
 pub struct Entry {
-    feeder: Feeder,
+    feeder: ChannelWriter,
     /// Until something is started on it.
     waiting: Option<Waiting>,
 }
 
 struct Waiting {
     write: ChannelWriteHalf<Msg>,
-    intake: Intake,
+    intake: ChannelReader,
     preparation: Preparation,
 }
 

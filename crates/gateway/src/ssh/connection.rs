@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use super::Shared;
 use super::authority::Permissions;
 use super::channels::Entry;
-use super::inbound::{self, Feeder, Intake};
+use super::inbound::{self, ChannelReader, ChannelWriter};
 use super::login::{self, Account};
 
 /// How long a session may take to be resumed for somebody who comes in.
@@ -29,7 +29,7 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 pub type Ended = std::pin::Pin<Box<dyn Future<Output = &'static str> + Send>>;
 
 /// How somebody came to the server.
-pub enum Entrance {
+pub enum Transport {
     /// With a key of the API that opens this session.
     Bridge(Box<SshSession>),
     /// With nothing but what SSH itself will tell.
@@ -55,8 +55,8 @@ pub struct Visitor {
 }
 
 enum Half {
-    Feeder(Feeder),
-    Intake(Intake),
+    ChannelWriter(ChannelWriter),
+    ChannelReader(ChannelReader),
 }
 
 impl Visitor {
@@ -103,28 +103,28 @@ impl Visitor {
     }
 
     /// What the client sends on a channel that the server opened.
-    pub fn intake_of(&self, id: ChannelId) -> Intake {
+    pub fn intake_of(&self, id: ChannelId) -> ChannelReader {
         let (feeder, intake) = inbound::channel(&self.backlog);
         let mut halves = self.rendezvous.lock().expect("no holder of this lock panics");
         let Some(halves) = &mut *halves else { return intake };
         match halves.remove(&id) {
-            Some(Half::Intake(intake)) => intake,
-            Some(Half::Feeder(_)) | None => {
-                halves.insert(id, Half::Feeder(feeder));
+            Some(Half::ChannelReader(intake)) => intake,
+            Some(Half::ChannelWriter(_)) | None => {
+                halves.insert(id, Half::ChannelWriter(feeder));
                 intake
             }
         }
     }
 
     /// The other end of [`Visitor::intake_of`].
-    pub fn feeder_of(&self, id: ChannelId) -> Feeder {
+    pub fn feeder_of(&self, id: ChannelId) -> ChannelWriter {
         let (feeder, intake) = inbound::channel(&self.backlog);
         let mut halves = self.rendezvous.lock().expect("no holder of this lock panics");
         let Some(halves) = &mut *halves else { return feeder };
         match halves.remove(&id) {
-            Some(Half::Feeder(feeder)) => feeder,
-            Some(Half::Intake(_)) | None => {
-                halves.insert(id, Half::Intake(intake));
+            Some(Half::ChannelWriter(feeder)) => feeder,
+            Some(Half::ChannelReader(_)) | None => {
+                halves.insert(id, Half::ChannelReader(intake));
                 feeder
             }
         }
@@ -136,7 +136,7 @@ pub struct Connection {
     pub(super) shared: Arc<Shared>,
     peer: Option<SocketAddr>,
     /// Taken when somebody is let in.
-    entrance: Option<Entrance>,
+    entrance: Option<Transport>,
     accepted: Option<(Account, SessionId, Permissions)>,
     /// Told when somebody is in.
     entered: Option<oneshot::Sender<Ended>>,
@@ -152,7 +152,7 @@ pub struct Connection {
 impl Connection {
     pub fn new(
         shared: Arc<Shared>,
-        entrance: Entrance,
+        entrance: Transport,
         peer: Option<SocketAddr>,
         entered: oneshot::Sender<Ended>,
     ) -> Self {
@@ -180,10 +180,10 @@ impl Connection {
     fn login(&self, user: &str) -> Option<(Account, SessionId)> {
         let (account, named) = login::parse(user)?;
         match (&self.entrance, named) {
-            (Some(Entrance::Bridge(visit)), None) => Some((account, visit.session_id)),
-            (Some(Entrance::Bridge(visit)), Some(id)) => (id == visit.session_id).then_some((account, id)),
-            (Some(Entrance::Listener), Some(id)) => Some((account, id)),
-            (Some(Entrance::Listener), None) | (None, _) => None,
+            (Some(Transport::Bridge(visit)), None) => Some((account, visit.session_id)),
+            (Some(Transport::Bridge(visit)), Some(id)) => (id == visit.session_id).then_some((account, id)),
+            (Some(Transport::Listener), Some(id)) => Some((account, id)),
+            (Some(Transport::Listener), None) | (None, _) => None,
         }
     }
 
@@ -207,7 +207,7 @@ impl Connection {
 
     /// The session's own keys are good only where the API's key was shown first.
     pub(super) fn public_key(&mut self, user: &str, key: VerifiedPublicKey<'_>) -> Auth {
-        let (Some((account, id)), Some(Entrance::Bridge(visit))) = (self.login(user), &self.entrance) else {
+        let (Some((account, id)), Some(Transport::Bridge(visit))) = (self.login(user), &self.entrance) else {
             return Auth::reject();
         };
         if !login::is_authorized(&visit.ssh_authorized_keys, key.public_key) {
@@ -223,8 +223,8 @@ impl Connection {
             return Err(russh::Error::Inconsistent);
         };
         let visit = match entrance {
-            Entrance::Bridge(visit) => Ok(*visit),
-            Entrance::Listener => {
+            Transport::Bridge(visit) => Ok(*visit),
+            Transport::Listener => {
                 match tokio::time::timeout(OPEN_TIMEOUT, self.shared.engine.visit_certified(id)).await {
                     Ok(visit) => visit.map_err(|error| error.wire_text()),
                     Err(_) => Err("the session was not resumed in time".to_owned()),

@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::oneshot;
 
 use super::connection::Visitor;
-use super::inbound::{Intake, Item};
+use super::inbound::{ChannelReader, Item};
 
 /// How long connecting in the sandbox may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -64,7 +64,7 @@ pub async fn connect(
     address: Address,
     reply: ChannelOpenHandle,
     write: ChannelWriteHalf<Msg>,
-    intake: Intake,
+    intake: ChannelReader,
 ) {
     match tokio::time::timeout(CONNECT_TIMEOUT, visitor.guest().connect(&address)).await {
         Ok(Ok(stream)) => {
@@ -123,7 +123,7 @@ pub fn writer(channel: Channel<Msg>) -> ChannelWriteHalf<Msg> {
 }
 
 /// Carries bytes both ways until both sides have ended, or one has gone.
-async fn carry(stream: BoxStream, write: ChannelWriteHalf<Msg>, mut intake: Intake) {
+async fn carry(stream: BoxStream, write: ChannelWriteHalf<Msg>, mut intake: ChannelReader) {
     let (reader, writer) = tokio::io::split(stream);
     let (ended, client_ended) = oneshot::channel();
     let expired = intake.expired();
@@ -152,7 +152,7 @@ async fn outward(mut reader: ReadHalf<BoxStream>, write: &ChannelWriteHalf<Msg>)
 }
 
 /// Returns when the channel was closed.
-async fn inward(intake: &mut Intake, mut writer: WriteHalf<BoxStream>, ended: oneshot::Sender<()>) {
+async fn inward(intake: &mut ChannelReader, mut writer: WriteHalf<BoxStream>, ended: oneshot::Sender<()>) {
     let mut ended = Some(ended);
     // A service that reads no more may still have something to say.
     let mut is_read = true;

@@ -55,7 +55,7 @@ struct Backlog {
 
 /// The end that is fed. Dropping it tells the reader that the channel was closed.
 #[derive(Debug)]
-pub struct Feeder {
+pub struct ChannelWriter {
     items: mpsc::UnboundedSender<Item>,
     backlog: Arc<Backlog>,
     _open: oneshot::Sender<Infallible>,
@@ -63,7 +63,7 @@ pub struct Feeder {
 
 /// The end that is read.
 #[derive(Debug)]
-pub struct Intake {
+pub struct ChannelReader {
     items: mpsc::UnboundedReceiver<Item>,
     /// The cost of the item that was taken last: it counts until the next one is asked for.
     taken: usize,
@@ -75,16 +75,16 @@ pub struct Intake {
 #[derive(Debug, PartialEq, Eq)]
 pub struct TooMuch;
 
-pub fn channel(of_connection: &Arc<AtomicUsize>) -> (Feeder, Intake) {
+pub fn channel(of_connection: &Arc<AtomicUsize>) -> (ChannelWriter, ChannelReader) {
     let (sender, items) = mpsc::unbounded_channel();
     let of_connection = Arc::clone(of_connection);
     let backlog = Arc::new(Backlog { of_channel: AtomicUsize::new(0), of_connection, caught_up: Notify::new() });
     let (closing, open) = oneshot::channel();
-    let feeder = Feeder { items: sender, backlog: Arc::clone(&backlog), _open: closing };
-    (feeder, Intake { items, taken: 0, backlog, open: Some(open) })
+    let feeder = ChannelWriter { items: sender, backlog: Arc::clone(&backlog), _open: closing };
+    (feeder, ChannelReader { items, taken: 0, backlog, open: Some(open) })
 }
 
-impl Feeder {
+impl ChannelWriter {
     pub fn push(&self, item: Item) -> Result<(), TooMuch> {
         let Backlog { of_channel, of_connection, .. } = &*self.backlog;
         let cost = item.cost();
@@ -118,11 +118,11 @@ impl Feeder {
 }
 
 /// How much is granted next, to whichever channel runs out.
-pub fn next_window<'a>(mut feeders: impl Iterator<Item = &'a Feeder>) -> u32 {
-    if feeders.any(Feeder::is_behind) { TRICKLE_BYTES } else { WINDOW_BYTES }
+pub fn next_window<'a>(mut feeders: impl Iterator<Item = &'a ChannelWriter>) -> u32 {
+    if feeders.any(ChannelWriter::is_behind) { TRICKLE_BYTES } else { WINDOW_BYTES }
 }
 
-impl Intake {
+impl ChannelReader {
     /// The next item; `None` when the channel or the connection was closed. Cancelling loses nothing.
     pub async fn next(&mut self) -> Option<Item> {
         self.release();
@@ -153,7 +153,7 @@ impl Intake {
     }
 }
 
-impl Drop for Intake {
+impl Drop for ChannelReader {
     fn drop(&mut self) {
         self.items.close();
         self.release();

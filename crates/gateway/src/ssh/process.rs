@@ -10,7 +10,7 @@ use russh::{ChannelWriteHalf, Sig};
 use tokio::sync::mpsc;
 
 use super::connection::Visitor;
-use super::inbound::{Intake, Item};
+use super::inbound::{ChannelReader, Item};
 
 /// Extended data of this kind is standard error.
 const STANDARD_ERROR: u32 = 1;
@@ -46,7 +46,7 @@ pub async fn run(
     program: Program,
     preparation: Preparation,
     write: ChannelWriteHalf<Msg>,
-    mut intake: Intake,
+    mut intake: ChannelReader,
 ) {
     let id = write.id();
     let hangs_up = preparation.terminal.is_some();
@@ -117,7 +117,7 @@ async fn command(visitor: &Visitor, program: &Program, preparation: Preparation)
 
 /// Passes on what the client sends. When the channel is closed a program at a terminal has lost it, and this returns;
 /// any other may still work on what it was sent, as long as that is waited for.
-async fn feed(intake: &mut Intake, input: &mpsc::Sender<ProcessInput>, hangs_up: bool) {
+async fn feed(intake: &mut ChannelReader, input: &mpsc::Sender<ProcessInput>, hangs_up: bool) {
     // A client may say anything after its end of file; a program has one.
     let mut ended = false;
     while let Some(item) = intake.next().await {

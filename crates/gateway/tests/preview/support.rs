@@ -14,7 +14,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::ExecutionId;
 use nagaya_engine::ports::*;
-use nagaya_gateway::preview::{Entrance, Proxy, Settings, Viewer, Visit};
+use nagaya_gateway::preview::{PreviewResolver, Proxy, Settings, Viewer, Visit};
 use nagaya_gateway::strict::{self, Strict};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -180,7 +180,7 @@ impl Door {
     }
 }
 
-impl Entrance for Door {
+impl PreviewResolver for Door {
     async fn enter(&self, label: &str, token: Option<&str>) -> Result<Visit, Error> {
         if let Some(error) = self.error.lock().unwrap().clone() {
             return Err(error);

@@ -134,7 +134,7 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = UnixListener::from_std(listener)?;
     let control = settings.control.take();
-    let mut leash = settings.leash.take().map(|pipe| tokio::spawn(end_with(pipe)));
+    let mut lifeline = settings.lifeline.take().map(|pipe| tokio::spawn(end_with(pipe)));
     let agent = Arc::new(Agent {
         root: Root::open(&settings.home)?,
         null: rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?,
@@ -161,7 +161,7 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
     let keeper = agent.clone();
     tokio::spawn(async move { keeper.executions.sweep(&keeper.clock).await });
     // Whoever waits for this sandbox already would wait for it to no gain.
-    if leash.is_some() && !is_awaited(&listener) {
+    if lifeline.is_some() && !is_awaited(&listener) {
         warm_up(&agent).await;
     }
     if let Some(control) = control {
@@ -181,8 +181,8 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
             }
         };
         // From here on the sandbox is somebody's, and lives on without a server.
-        if let Some(leash) = leash.take() {
-            leash.abort();
+        if let Some(lifeline) = lifeline.take() {
+            lifeline.abort();
         }
         machine::show(&agent);
         let (agent, newest) = (agent.clone(), newest.clone());
@@ -216,9 +216,9 @@ async fn warm_up(agent: &Arc<Agent>) {
 }
 
 /// Ends the agent when nobody holds the other end of the pipe any more.
-async fn end_with(leash: OwnedFd) {
-    if let Ok(mut leash) = tokio::net::unix::pipe::Receiver::from_owned_fd(leash) {
-        let _ = tokio::io::AsyncReadExt::read_u8(&mut leash).await;
+async fn end_with(lifeline: OwnedFd) {
+    if let Ok(mut lifeline) = tokio::net::unix::pipe::Receiver::from_owned_fd(lifeline) {
+        let _ = tokio::io::AsyncReadExt::read_u8(&mut lifeline).await;
         std::process::exit(0);
     }
 }

@@ -44,7 +44,7 @@ pub struct Settings {
     pub secret: Option<OwnedFd>,
     /// Until the first server connects, the end of this pipe is the end of the agent: a prepared
     /// sandbox goes with the server that prepared it.
-    pub leash: Option<OwnedFd>,
+    pub lifeline: Option<OwnedFd>,
     /// Gets one byte when the agent is ready.
     pub control: Option<OwnedFd>,
     /// Where relative paths start.
@@ -119,7 +119,7 @@ impl Settings {
                 "--processor-texts-fd" => settings.processor_texts = Some(take(&argument, value)?),
                 "--calls-fd" => settings.calls = Some(take(&argument, value)?),
                 "--secret-fd" => settings.secret = Some(take(&argument, value)?),
-                "--leash-fd" => settings.leash = Some(take(&argument, value)?),
+                "--lifeline-fd" => settings.lifeline = Some(take(&argument, value)?),
                 "--kept-output-bytes-max" => settings.kept_bytes = Some(number(&argument, value)?),
                 "--kept-output-seconds-max" => settings.kept_seconds = Some(number(&argument, value)?),
                 "--home" if value.starts_with('/') => settings.home = Some(value.into()),
@@ -144,7 +144,7 @@ impl Settings {
             processor_texts: settings.processor_texts,
             calls: settings.calls,
             secret: settings.secret,
-            leash: settings.leash,
+            lifeline: settings.lifeline,
             control: settings.control,
             home: settings.home.unwrap_or_else(|| "/home/tenki".into()),
             kept_max: KeptMax {
@@ -172,7 +172,7 @@ struct PartialSettings {
     processor_texts: Option<OwnedFd>,
     calls: Option<OwnedFd>,
     secret: Option<OwnedFd>,
-    leash: Option<OwnedFd>,
+    lifeline: Option<OwnedFd>,
     control: Option<OwnedFd>,
     home: Option<String>,
     kept_bytes: Option<u64>,

@@ -83,7 +83,7 @@ const READ_ONLY_DIRECTORIES: [&str; 2] = ["1", "sys"];
 /// The request's descriptors by name; see [`Sandbox`] for their order.
 struct Parts<'a> {
     error: BorrowedFd<'a>,
-    leash: BorrowedFd<'a>,
+    lifeline: BorrowedFd<'a>,
     disk: BorrowedFd<'a>,
     user: BorrowedFd<'a>,
     network: BorrowedFd<'a>,
@@ -101,7 +101,7 @@ impl<'a> Parts<'a> {
         let mut rest = descriptors.iter().map(AsFd::as_fd);
         let parts = Self {
             error: rest.next()?,
-            leash: rest.next()?,
+            lifeline: rest.next()?,
             disk: rest.next()?,
             user: rest.next()?,
             network: rest.next()?,
@@ -521,7 +521,7 @@ fn run_agent(
     agent: BorrowedFd<'_>,
 ) -> Result<std::convert::Infallible, StepError> {
     let named = [
-        ("leash", parts.leash),
+        ("lifeline", parts.lifeline),
         ("listen", listen),
         ("memory-usage", parts.memory_usage),
         ("memory-limit", parts.memory_limit),

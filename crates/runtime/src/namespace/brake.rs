@@ -95,7 +95,7 @@ impl Brake {
         let stopped = Arc::new((Mutex::new(false), Condvar::new()));
         let seen = stopped.clone();
         let watch = move || {
-            let mut keeper = Keeper { storage, disk_free_mb_min, held: BTreeMap::new(), hold: Hold::Nobody };
+            let mut keeper = PoolGrower { storage, disk_free_mb_min, held: BTreeMap::new(), hold: Hold::Nobody };
             keeper.find_held();
             loop {
                 keeper.look();
@@ -121,7 +121,7 @@ impl Drop for Brake {
     }
 }
 
-struct Keeper {
+struct PoolGrower {
     storage: PathBuf,
     disk_free_mb_min: u64,
     /// What those that are held kept for themselves before.
@@ -129,7 +129,7 @@ struct Keeper {
     hold: Hold,
 }
 
-impl Keeper {
+impl PoolGrower {
     /// What an earlier server held, which was killed.
     fn find_held(&mut self) {
         for device in devices(&self.storage) {

@@ -196,7 +196,7 @@ pub fn grow(path: &Path, size_gb: u32) -> Result<(), DiskError> {
         return Ok(());
     }
     // Not by the kernel, to which only servers with CAP_SYS_RESOURCE may say so.
-    if image::repair(path).map(has)? {
+    if image::recover(path).map(has)? {
         return Ok(());
     }
     if at("look at", path, file.metadata())?.len() < bytes {

@@ -1,11 +1,11 @@
-//! Destinations of sandboxes, as sessions name them.
+//! EgressPolicy of sandboxes, as sessions name them.
 
 use nagaya_api::ids::SessionId;
 use nagaya_engine::model::{Connection, Egress};
 use nagaya_engine::ports::DriverError;
 
 use super::record::Record;
-use super::{Inner, failed, room};
+use super::{Inner, capacity, failed};
 
 impl Inner {
     /// Changes where a running or frozen sandbox may go. The record comes first: a later server sets what it says.
@@ -14,7 +14,7 @@ impl Inner {
         if record.egress != egress {
             let changed = Record { egress: egress.clone(), ..record };
             let written = changed.write_synced(&self.directory(id));
-            written.map_err(|error| room::refusal("write the sandbox's record", &error))?;
+            written.map_err(|error| capacity::refusal("write the sandbox's record", &error))?;
         }
         // A sandbox without a link has no destinations, which is as narrow as can be.
         let Some(network) = &self.factory.network else { return Ok(()) };

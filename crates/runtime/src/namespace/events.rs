@@ -9,8 +9,8 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::live::Live;
-use super::{Inner, room};
-use crate::link::Link;
+use super::{Inner, capacity};
+use crate::agent_client::Link;
 
 /// Between two looks at the host's memory.
 const MEMORY_LOOK: Duration = Duration::from_secs(1);
@@ -57,7 +57,7 @@ impl Inner {
             loop {
                 look.tick().await;
                 let Some(inner) = inner.upgrade() else { return };
-                let low = room::available_memory_mb().is_some_and(|found| found < inner.config.memory_low_mb);
+                let low = capacity::available_memory_mb().is_some_and(|found| found < inner.config.memory_low_mb);
                 if low && told.is_none_or(|told| told.elapsed() >= MEMORY_EVENT) {
                     told = Some(Instant::now());
                     inner.tell(DriverEvent::MemoryLow);

@@ -19,12 +19,12 @@ use std::time::{Duration, Instant};
 use nagaya_api::ids::DiskImageId;
 use rustix::fs::{Mode, OFlags};
 
+use super::capacity;
 use super::disk::{self, DiskError};
-use super::room;
 use super::storage::shares_blocks;
 use crate::sys::ext4;
-use crate::sys::grace::{self, Expedited};
 use crate::sys::loop_device::LoopDevice;
+use crate::sys::rcu::{self, Expedited};
 
 const SUFFIX: &str = "ext4";
 /// An image that is being made.
@@ -146,7 +146,7 @@ impl Images {
         const BLOCK_BYTES: u64 = 512;
         let copied = if self.shares_blocks { 0 } else { source.metadata().map_err(on("look at the disk"))?.blocks() };
         let copied_mb = ((copied * BLOCK_BYTES) >> 20) * copies as u64;
-        match room::free_disk_mb(&self.directory) {
+        match capacity::free_disk_mb(&self.directory) {
             Some(free) if free.saturating_sub(copied_mb) < self.disk_free_mb_min => {
                 Err(CopyError::NoRoom(self.disk_free_mb_min))
             }
@@ -160,9 +160,9 @@ impl Images {
         self.check_room(&source, paths.len())?;
         let first = create(&first.with_extension(FRESH))?;
         let stopped = {
-            let still = Still::hold(directory)?;
+            let still = FsFreezeGuard::hold(directory)?;
             disk::copy(&source, &first).map_err(on("copy the disk"))?;
-            still.map_or(Ok(Duration::ZERO), Still::end)?
+            still.map_or(Ok(Duration::ZERO), FsFreezeGuard::end)?
         };
         for path in others {
             let other = create(&path.with_extension(FRESH))?;
@@ -181,21 +181,21 @@ fn create(path: &Path) -> Result<File, CopyError> {
 }
 
 /// A mounted disk whose file system is frozen for as long as this lives.
-struct Still {
+struct FsFreezeGuard {
     root: OwnedFd,
     mark: PathBuf,
     expedited: Option<Expedited>,
     since: Instant,
 }
 
-impl Still {
+impl FsFreezeGuard {
     /// `None` when the disk is not mounted.
     fn hold(directory: &Path) -> Result<Option<Self>, CopyError> {
         let Some(root) = open_root(directory)? else { return Ok(None) };
         // What is written back now need not be while everything waits.
         rustix::fs::syncfs(&root).map_err(on("sync the disk"))?;
         let mark = directory.join(FROZEN);
-        let content = if grace::can_be_expedited() { EXPEDITED } else { "" };
+        let content = if rcu::can_be_expedited() { EXPEDITED } else { "" };
         fs::write(&mark, content).map_err(on("mark the disk as frozen"))?;
         let expedited = Some(Expedited::begin());
         let still = Self { root, mark, expedited, since: Instant::now() };
@@ -210,7 +210,7 @@ impl Still {
     }
 }
 
-impl Drop for Still {
+impl Drop for FsFreezeGuard {
     fn drop(&mut self) {
         let thawed = ext4::thaw(self.root.as_fd());
         // Before the mark that tells of it.
@@ -226,11 +226,11 @@ impl Drop for Still {
 /// same mark tells of as when it is frozen. Where they cannot be, flushing takes less time than not to.
 pub(super) fn mount_unflushed(device: &LoopDevice, directory: &Path) -> Result<OwnedFd, CopyError> {
     let mark = directory.join(FROZEN);
-    let content = if grace::can_be_expedited() { EXPEDITED } else { "" };
+    let content = if rcu::can_be_expedited() { EXPEDITED } else { "" };
     fs::write(&mark, content).map_err(on("mark the disk"))?;
     let expedited = Expedited::begin();
     let path = disk::path(directory);
-    let mounted = match grace::are_expedited() {
+    let mounted = match rcu::are_expedited() {
         true => disk::mount_unflushed(device, &path),
         false => disk::mount(device, &path),
     };
@@ -259,7 +259,7 @@ pub(super) fn thaw(directory: &Path) -> Result<(), CopyError> {
     }
     let mark = directory.join(FROZEN);
     if fs::read_to_string(&mark).is_ok_and(|content| content == EXPEDITED) {
-        grace::end().map_err(on("end expedited grace periods"))?;
+        rcu::end().map_err(on("end expedited grace periods"))?;
     }
     fs::remove_file(mark).map_err(on("unmark the disk"))
 }

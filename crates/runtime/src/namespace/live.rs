@@ -21,8 +21,8 @@ use tokio::io::unix::AsyncFd;
 use super::record::Record;
 use super::slots::{Slot, group_name};
 use super::{Inner, failed, too_long};
+use crate::agent_client::Link;
 use crate::cgroup::{Cgroups, Group, Limits, Part};
-use crate::link::Link;
 use crate::sys;
 
 const SOCKET: &str = "agent.sock";

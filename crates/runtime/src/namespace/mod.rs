@@ -13,8 +13,8 @@
 //! `sandboxes/`, images of disks, and volumes. Everything else (slots of the pool, mounts, loop devices) is held by descriptors
 //! and goes with it, but for files and cgroups of slots, which the next start sweeps.
 
-mod birth;
 mod brake;
+mod capacity;
 mod ceilings;
 mod disk;
 mod egress;
@@ -22,15 +22,15 @@ mod events;
 mod host_image;
 mod images;
 mod live;
-mod load;
 mod locks;
 mod network;
 mod pause;
 mod record;
-mod rest;
-mod room;
 mod slots;
+mod start;
+mod stop;
 mod storage;
+mod usage;
 mod volumes;
 
 use std::collections::{HashMap, HashSet};
@@ -56,7 +56,7 @@ use brake::Brake;
 use images::{CopyError, Images};
 use live::Live;
 use record::Record;
-use slots::{Factory, Ground, Pool, Shape, group_name};
+use slots::{Factory, Pool, PreparedSlot, SlotSpec, group_name};
 use storage::Storage;
 use volumes::Volumes;
 
@@ -162,7 +162,7 @@ struct Inner {
     sandboxes: PathBuf,
     factory: Arc<Factory>,
     pools: Vec<Arc<Pool>>,
-    grounds: Vec<Arc<Pool<Ground>>>,
+    grounds: Vec<Arc<Pool<PreparedSlot>>>,
     live: Mutex<HashMap<SessionId, Arc<Live>>>,
     /// New sandboxes that are not on the host's disk for sure, and whether their disks are to be synced too.
     unsynced: Mutex<HashMap<SessionId, bool>>,
@@ -231,13 +231,15 @@ impl NamespaceDriver {
         );
         claim_what_exists(&factory, &sandboxes, &images);
         let factory = Arc::new(factory);
-        let mut shapes =
-            vec![(Shape { disk_gb: nagaya_api::limits::DEFAULT_DISK_GB, outbound: false }, config.pool_ready_isolated)];
+        let mut shapes = vec![(
+            SlotSpec { disk_gb: nagaya_api::limits::DEFAULT_DISK_GB, outbound: false },
+            config.pool_ready_isolated,
+        )];
         if config.network_outbound {
-            shapes.push((Shape { disk_gb: nagaya_api::limits::DEFAULT_DISK_GB, outbound: true }, config.pool_ready));
+            shapes.push((SlotSpec { disk_gb: nagaya_api::limits::DEFAULT_DISK_GB, outbound: true }, config.pool_ready));
         }
         let ground =
-            |(shape, target): &(Shape, usize)| Pool::start(factory.clone(), *shape, GROUNDS_READY.min(*target));
+            |(shape, target): &(SlotSpec, usize)| Pool::start(factory.clone(), *shape, GROUNDS_READY.min(*target));
         let grounds = shapes.iter().map(ground).collect();
         let pools = shapes.into_iter().map(|(shape, target)| Pool::start(factory.clone(), shape, target)).collect();
         let (events, receiver) = mpsc::unbounded_channel();
@@ -461,7 +463,7 @@ impl Driver for NamespaceDriver {
             }
             inner.images.copy(&directory, &images).map_err(|error| match error {
                 CopyError::NoRoom(_) => DriverError::Exhausted(Limit::DiskFreeMin),
-                error => room::refusal("copy the disk", &error),
+                error => capacity::refusal("copy the disk", &error),
             })
         });
         Ok(stopped.await?.as_micros() as u64)
@@ -473,7 +475,7 @@ impl Driver for NamespaceDriver {
 
     async fn prepare_image(&self, id: DiskImageId) -> Result<PathBuf, DriverError> {
         let inner = self.inner.clone();
-        blocking(move || inner.images.prepare(id)).await.map_err(|error| room::refusal("prepare the image", &error))
+        blocking(move || inner.images.prepare(id)).await.map_err(|error| capacity::refusal("prepare the image", &error))
     }
 
     async fn remove_image(&self, id: DiskImageId) -> Result<(), DriverError> {

@@ -6,12 +6,12 @@
 //! outbound access has no link at all.
 
 mod connections;
-mod destinations;
-mod names;
+mod dns_message;
+mod dns_proxy;
+mod egress_policy;
 mod netfilter;
 mod ranges;
 mod rules;
-mod stub;
 
 use std::fs;
 use std::io::{self, Write};
@@ -28,10 +28,10 @@ use tokio::sync::mpsc;
 use crate::sys;
 use crate::sys::netlink::{GUEST_LINK, LOOPBACK, Netlink};
 
-use destinations::Destinations;
+use dns_proxy::{DnsProxy, Sockets};
+use egress_policy::EgressPolicy;
 use netfilter::{Batch, Element};
 use rules::{Rules, Share};
-use stub::{Sockets, Stub};
 
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
@@ -142,10 +142,10 @@ pub struct Network {
     cidr: Cidr,
     /// Four hexadecimal digits that tell this server's links and rules from another's.
     instance: String,
-    destinations: Arc<Destinations>,
+    destinations: Arc<EgressPolicy>,
     share: Share,
     /// Ends with the network.
-    _stub: Stub,
+    _stub: DnsProxy,
 }
 
 impl Network {
@@ -170,7 +170,7 @@ impl Network {
         let denied = rules::DENIED.iter().map(|text| range(text)).collect::<Result<_, _>>()?;
         let opened = settings.allowed.iter().map(|text| range(text)).collect::<Result<_, _>>()?;
         let (used_up, told) = mpsc::unbounded_channel();
-        let destinations = Arc::new(Destinations::new(table.clone(), denied, opened, used_up));
+        let destinations = Arc::new(EgressPolicy::new(table.clone(), denied, opened, used_up));
         let share = share_of_connections(settings.connections_max);
         let stale_names = take_over(&destinations, cidr, &table, existing);
         let (restricted, networks) = destinations.describe();
@@ -193,7 +193,7 @@ impl Network {
             tracing::debug!(error = &error as &dyn std::error::Error, "the rules of an earlier server are not kept");
             run_nft(&rules.script(false))?;
         }
-        let stub = Stub::start(sockets, upstream, destinations.clone(), watched(number))
+        let stub = DnsProxy::start(sockets, upstream, destinations.clone(), watched(number))
             .map_err(on("start the name server of sandboxes"))?;
         Ok((Self { cidr, instance: instance.to_owned(), destinations, share, _stub: stub }, told))
     }
@@ -213,7 +213,7 @@ impl Network {
         let table = self.table();
         let mut batch = Batch::new(&table);
         batch.add(
-            destinations::UNTRACKED,
+            egress_policy::UNTRACKED,
             &[Element { first: port.to_be_bytes().into(), last: None, timeout_ms: None }],
         );
         batch.commit()
@@ -236,12 +236,12 @@ impl Network {
         format!("ngy{}", self.instance)
     }
 
-    /// Sets where the sandbox in a slot may go, before anything of its user's runs in it. See [`Destinations::begin`].
+    /// Sets where the sandbox in a slot may go, before anything of its user's runs in it. See [`EgressPolicy::begin`].
     pub fn begin(&self, slot: u32, egress: Option<&Egress>) -> io::Result<()> {
         self.destinations.begin(self.cidr.guest(slot), egress)
     }
 
-    /// Changes that; see [`Destinations::change`]. Blocks.
+    /// Changes that; see [`EgressPolicy::change`]. Blocks.
     pub fn change(&self, slot: u32, egress: Option<&Egress>) -> io::Result<()> {
         self.destinations.change(self.cidr.guest(slot), egress)
     }
@@ -342,7 +342,7 @@ fn name_servers(settings: &Settings) -> (Option<SocketAddr>, Option<SocketAddr>)
 
 /// Takes over sandboxes of an earlier server, with the names that its kernel set still holds; returns elements of that
 /// set that belong to none of them.
-fn take_over(destinations: &Destinations, cidr: Cidr, table: &str, existing: &[(u32, Option<Egress>)]) -> Vec<String> {
+fn take_over(destinations: &EgressPolicy, cidr: Cidr, table: &str, existing: &[(u32, Option<Egress>)]) -> Vec<String> {
     let mut left = names_in_kernel(table);
     for (slot, egress) in existing {
         let guest = cidr.guest(*slot);
@@ -363,7 +363,7 @@ struct KeptName {
 /// What an earlier server's set holds; nothing where there is none.
 fn names_in_kernel(table: &str) -> Vec<KeptName> {
     let output = Command::new("nft")
-        .args(["-j", "list", "set", "inet", table, destinations::NAMES])
+        .args(["-j", "list", "set", "inet", table, egress_policy::NAMES])
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         .stderr(Stdio::null())
         .output();

@@ -9,9 +9,9 @@ use nagaya_engine::ports::DriverError;
 
 use super::live::Live;
 use super::slots::group_name;
-use super::{Inner, blocking, failed, room};
+use super::{Inner, blocking, capacity, failed};
+use crate::agent_client::Link;
 use crate::cgroup::Group;
-use crate::link::Link;
 
 /// How long an agent has for halting clocks; and one that stands still itself, which counts nothing meanwhile.
 const CLOCKS_MAX: Duration = Duration::from_secs(2);
@@ -43,7 +43,7 @@ impl Inner {
     /// A sandbox whose disk takes no more writes can only go on from that, once it is repaired: its processes are ended. As
     /// long as there is no space to repair it with, it stays as it is.
     async fn give_up_memory(&self, live: &Live) -> Result<(), DriverError> {
-        if let Some(limit) = room::lacking(&self.config, self.storage.root()) {
+        if let Some(limit) = capacity::lacking(&self.config, self.storage.root()) {
             return Err(DriverError::Exhausted(limit));
         }
         tracing::warn!(id = %live.id, "the sandbox's disk had errors: it goes on from its disk, which is repaired first");

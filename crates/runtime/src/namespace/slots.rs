@@ -3,7 +3,7 @@
 //! A slot is a number, from which its host ids, its address and its cgroup follow, with a disk, a
 //! network, a file system and an agent that waits for a server. Taking it means to set its limits and
 //! to connect. It is used by one session and never again: the number is, once everything with it is
-//! gone. A slot that nobody took ends with the server: its agent is on a leash.
+//! gone. A slot that nobody took ends with the server: its agent is on a lifeline.
 //!
 //! A sandbox on a disk that exists needs a slot around that. What does not depend on the disk, its ground, is made
 //! ahead as well: its first process is there and waits for the disk.
@@ -63,14 +63,14 @@ pub enum SlotError {
 
 /// What slots of one pool have in common.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Shape {
+pub(super) struct SlotSpec {
     pub disk_gb: u32,
     pub outbound: bool,
 }
 
 /// Where a slot's directory and its disk come from.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Home<'a> {
+pub(super) enum SlotDisk<'a> {
     /// Made with the slot, and removed with it.
     Pool,
     /// A directory with a disk that is kept whatever becomes of the slot, and the base layer under that disk.
@@ -80,7 +80,7 @@ pub(super) enum Home<'a> {
 }
 
 /// What a sandbox stands on, whatever its disk is.
-pub(super) struct Ground {
+pub(super) struct PreparedSlot {
     number: u32,
     group: Group,
     user: OwnedFd,
@@ -128,7 +128,7 @@ pub(super) struct Started {
     /// Where the first process tells why it failed.
     pub error: OwnedFd,
     /// Closing it before a server connects ends the first process.
-    pub leash: OwnedFd,
+    pub lifeline: OwnedFd,
 }
 
 /// The first host uid and gid of a slot.
@@ -204,21 +204,21 @@ impl Factory {
     }
 
     /// Makes a slot from nothing; takes some ten milliseconds.
-    pub fn make(&self, shape: Shape, home: Home<'_>) -> Result<Slot, SlotError> {
+    pub fn make(&self, shape: SlotSpec, home: SlotDisk<'_>) -> Result<Slot, SlotError> {
         self.build(self.prepare(shape.outbound)?, shape.disk_gb, home)
     }
 
     /// Makes the ground of a slot.
-    pub fn prepare(&self, outbound: bool) -> Result<Ground, SlotError> {
+    pub fn prepare(&self, outbound: bool) -> Result<PreparedSlot, SlotError> {
         let number = self.number()?;
         self.prepare_numbered(number, outbound).inspect_err(|_| self.clear(number))
     }
 
     /// Makes a slot on a ground.
-    pub fn build(&self, ground: Ground, disk_gb: u32, home: Home<'_>) -> Result<Slot, SlotError> {
+    pub fn build(&self, ground: PreparedSlot, disk_gb: u32, home: SlotDisk<'_>) -> Result<Slot, SlotError> {
         match self.place_on(&ground, disk_gb, home) {
             Ok(directory) => {
-                let Ground { number, group, disk: sizes, started, .. } = ground;
+                let PreparedSlot { number, group, disk: sizes, started, .. } = ground;
                 Ok(Slot { number, group, directory, sizes, started })
             }
             Err(error) => {
@@ -229,8 +229,8 @@ impl Factory {
     }
 
     /// Takes a ground apart that has no slot.
-    pub fn abandon(&self, ground: Ground) {
-        let Ground { number, started, .. } = ground;
+    pub fn abandon(&self, ground: PreparedSlot) {
+        let PreparedSlot { number, started, .. } = ground;
         live::kill_and_wait(&started.pidfd);
         self.clear(number);
     }
@@ -239,7 +239,7 @@ impl Factory {
         self.pool_directory.join(number.to_string())
     }
 
-    fn prepare_numbered(&self, number: u32, outbound: bool) -> Result<Ground, SlotError> {
+    fn prepare_numbered(&self, number: u32, outbound: bool) -> Result<PreparedSlot, SlotError> {
         let group = self.cgroups.make_group(&group_name(number))?;
         let (network, user) = self.spawner.namespaces(first_id(number))?;
         match &self.network {
@@ -250,7 +250,13 @@ impl Factory {
     }
 
     /// Starts the first process, which makes what it can and waits for its disk.
-    fn start_first(&self, number: u32, group: Group, network: OwnedFd, user: OwnedFd) -> Result<Ground, SlotError> {
+    fn start_first(
+        &self,
+        number: u32,
+        group: Group,
+        network: OwnedFd,
+        user: OwnedFd,
+    ) -> Result<PreparedSlot, SlotError> {
         let layers = self.image.layers.iter().map(|(_, path)| layer(path, user.as_fd()));
         let layers: Vec<OwnedFd> = layers.collect::<Result<_, _>>()?;
         let agent_files = group.agent_files()?;
@@ -258,7 +264,7 @@ impl Factory {
         let memory_files = [group.memory_usage_file()?, group.memory_limit_file()?, group.memory_statistics_file()?];
         let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| on("make a pipe")(errno.into()));
         let (error, error_write) = pipe()?;
-        let (leash_read, leash) = pipe()?;
+        let (lifeline_read, lifeline) = pipe()?;
         let (disk, disk_read) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(|errno| on("make a socket")(errno.into()))?;
@@ -276,7 +282,7 @@ impl Factory {
             kept_output_seconds_max: self.kept_output.1,
         };
         let mut fds: Vec<BorrowedFd<'_>> =
-            vec![error_write.as_fd(), leash_read.as_fd(), disk_read.as_fd(), user.as_fd(), network.as_fd()];
+            vec![error_write.as_fd(), lifeline_read.as_fd(), disk_read.as_fd(), user.as_fd(), network.as_fd()];
         fds.extend(layers.iter().map(AsFd::as_fd));
         fds.extend(agent_files.iter().chain(&command_files.common).map(File::as_fd));
         for group in &command_files.groups {
@@ -284,27 +290,27 @@ impl Factory {
         }
         fds.extend(memory_files.iter().map(File::as_fd));
         let (pid, pidfd) = self.spawner.sandbox(order, &fds)?;
-        Ok(Ground { number, group, user, disk, started: Started { pid, pidfd, error, leash } })
+        Ok(PreparedSlot { number, group, user, disk, started: Started { pid, pidfd, error, lifeline } })
     }
 
     /// Gives a ground its disk: the slot's directory.
-    fn place_on(&self, ground: &Ground, disk_gb: u32, home: Home<'_>) -> Result<PathBuf, SlotError> {
+    fn place_on(&self, ground: &PreparedSlot, disk_gb: u32, home: SlotDisk<'_>) -> Result<PathBuf, SlotError> {
         let (directory, base, disk) = match home {
-            Home::Pool => {
+            SlotDisk::Pool => {
                 let directory = self.directory(ground.number);
                 fs::create_dir(&directory).map_err(on("make the slot's directory"))?;
                 self.disks.make(&disk::path(&directory), disk_gb)?;
                 let disk = disk::attach(&disk::path(&directory))?;
                 (directory, self.image.base.as_path(), disk)
             }
-            Home::Kept { directory, base } => {
+            SlotDisk::Kept { directory, base } => {
                 // Of an attempt that failed a moment ago.
                 disk::wait_until_unmounted(&disk::path(directory))?;
                 disk::repair(&disk::path(directory))?;
                 disk::grow(&disk::path(directory), disk_gb)?;
                 (directory.to_owned(), base, disk::attach(&disk::path(directory))?)
             }
-            Home::New { directory, device } => {
+            SlotDisk::New { directory, device } => {
                 let path = disk::path(directory);
                 disk::grow(&path, disk_gb)?;
                 device.take_size().map_err(on("size the disk's device"))?;
@@ -332,7 +338,7 @@ impl Factory {
     }
 
     /// Makes a slot of another shape from one that no session used, without letting go of its number.
-    pub fn reshape(&self, slot: Slot, shape: Shape, home: Home<'_>) -> Result<Slot, SlotError> {
+    pub fn reshape(&self, slot: Slot, shape: SlotSpec, home: SlotDisk<'_>) -> Result<Slot, SlotError> {
         let Slot { number, started, .. } = slot;
         live::kill_and_wait(&started.pidfd);
         drop(started);
@@ -340,13 +346,13 @@ impl Factory {
     }
 
     /// As [`Factory::reshape`], from a ground.
-    pub fn rebuild(&self, ground: Ground, shape: Shape, home: Home<'_>) -> Result<Slot, SlotError> {
-        let Ground { number, started, .. } = ground;
+    pub fn rebuild(&self, ground: PreparedSlot, shape: SlotSpec, home: SlotDisk<'_>) -> Result<Slot, SlotError> {
+        let PreparedSlot { number, started, .. } = ground;
         live::kill_and_wait(&started.pidfd);
         self.make_again(number, shape, home)
     }
 
-    fn make_again(&self, number: u32, shape: Shape, home: Home<'_>) -> Result<Slot, SlotError> {
+    fn make_again(&self, number: u32, shape: SlotSpec, home: SlotDisk<'_>) -> Result<Slot, SlotError> {
         self.remove(number);
         let ground = self.prepare_numbered(number, shape.outbound).inspect_err(|_| self.clear(number))?;
         self.build(ground, shape.disk_gb, home)
@@ -386,14 +392,14 @@ pub(super) fn group_name(number: u32) -> String {
 
 /// What is pre-created.
 pub(super) trait Product: Send + Sized + 'static {
-    fn make(factory: &Factory, shape: Shape) -> Result<Self, SlotError>;
+    fn make(factory: &Factory, shape: SlotSpec) -> Result<Self, SlotError>;
     fn started(&self) -> &Started;
     fn discard(self, factory: &Factory);
 }
 
 impl Product for Slot {
-    fn make(factory: &Factory, shape: Shape) -> Result<Self, SlotError> {
-        factory.make(shape, Home::Pool)
+    fn make(factory: &Factory, shape: SlotSpec) -> Result<Self, SlotError> {
+        factory.make(shape, SlotDisk::Pool)
     }
 
     fn started(&self) -> &Started {
@@ -405,8 +411,8 @@ impl Product for Slot {
     }
 }
 
-impl Product for Ground {
-    fn make(factory: &Factory, shape: Shape) -> Result<Self, SlotError> {
+impl Product for PreparedSlot {
+    fn make(factory: &Factory, shape: SlotSpec) -> Result<Self, SlotError> {
         factory.prepare(shape.outbound)
     }
 
@@ -422,7 +428,7 @@ impl Product for Ground {
 /// Slots, or grounds, of one shape, refilled by threads of its own.
 pub(super) struct Pool<P: Product = Slot> {
     factory: Arc<Factory>,
-    shape: Shape,
+    shape: SlotSpec,
     state: Mutex<PoolState<P>>,
     changed: Condvar,
 }
@@ -445,7 +451,7 @@ const COMING_MAX: Duration = Duration::from_secs(5);
 const MAKERS: usize = 4;
 
 impl<P: Product> Pool<P> {
-    pub fn start(factory: Arc<Factory>, shape: Shape, target: usize) -> Arc<Self> {
+    pub fn start(factory: Arc<Factory>, shape: SlotSpec, target: usize) -> Arc<Self> {
         let state = PoolState { ready: Vec::new(), taken: Instant::now(), coming: 0, target, closed: false };
         let pool = Arc::new(Self { factory, shape, state: Mutex::new(state), changed: Condvar::new() });
         for _ in 0..MAKERS.min(target) {
@@ -507,7 +513,7 @@ impl<P: Product> Pool<P> {
         }
     }
 
-    pub fn shape(&self) -> Shape {
+    pub fn shape(&self) -> SlotSpec {
         self.shape
     }
 

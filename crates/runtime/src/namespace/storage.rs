@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use pool::{Keeper, Pool};
+use pool::{Pool, PoolGrower};
 
 pub use pool::PoolError;
 
@@ -61,7 +61,7 @@ pub(crate) fn shares_blocks(directory: &Path) -> io::Result<bool> {
 pub(super) struct Storage {
     root: PathBuf,
     pool: Option<Arc<Pool>>,
-    keeper: Mutex<Option<Keeper>>,
+    keeper: Mutex<Option<PoolGrower>>,
 }
 
 impl Storage {
@@ -84,7 +84,11 @@ impl Storage {
         }
         pool.mount()?;
         let pool = Arc::new(pool);
-        Ok(Self { root: storage_root(data), keeper: Mutex::new(Some(Keeper::start(pool.clone()))), pool: Some(pool) })
+        Ok(Self {
+            root: storage_root(data),
+            keeper: Mutex::new(Some(PoolGrower::start(pool.clone()))),
+            pool: Some(pool),
+        })
     }
 
     pub fn root(&self) -> &Path {

@@ -24,7 +24,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountAttrFlags;
 use rustix::thread::CapabilitySet;
 
-use super::room;
+use super::capacity;
 use super::slots::first_id;
 use super::{Inner, blocking, failed, too_long};
 use crate::spawner::Spawner;
@@ -57,7 +57,7 @@ pub(super) struct Volumes {
     directory: PathBuf,
     /// Free space of the host's file system below which no volume is made or grown, MiB.
     disk_free_mb_min: u64,
-    turns: Turns,
+    turns: KeyedLocks,
 }
 
 /// A running sandbox, for a volume on its way in or out.
@@ -88,7 +88,7 @@ impl Volumes {
             }
         }
         File::open(storage)?.sync_all()?;
-        Ok(Self { directory, disk_free_mb_min, turns: Turns::default() })
+        Ok(Self { directory, disk_free_mb_min, turns: KeyedLocks::default() })
     }
 
     fn path(&self, id: VolumeId) -> PathBuf {
@@ -142,7 +142,7 @@ impl Volumes {
         let path = self.existing(id)?;
         let file = OpenOptions::new().read(true).write(true).open(&path).map_err(on("open the volume's image"))?;
         let devices = devices_in_use(&path)?;
-        let found = if devices.is_empty() { image::repair(&path) } else { Superblock::read(&file) };
+        let found = if devices.is_empty() { image::recover(&path) } else { Superblock::read(&file) };
         let found = found.map_err(on("grow a volume"))?;
         let bytes = whole_blocks(size_bytes) + found.journal_bytes;
         if bytes < found.bytes {
@@ -202,7 +202,7 @@ impl Volumes {
             return Err(DriverError::Busy);
         }
         if unused {
-            image::repair(&path).map_err(on("attach a volume"))?;
+            image::recover(&path).map_err(on("attach a volume"))?;
         }
         let device = attach_image(&path, wanted.readonly)?;
         let tree = mount_device(&device, wanted.readonly)?;
@@ -271,7 +271,7 @@ impl Volumes {
     }
 
     fn check_room(&self) -> Result<(), DriverError> {
-        match room::free_disk_mb(&self.directory) {
+        match capacity::free_disk_mb(&self.directory) {
             Some(free) if free < self.disk_free_mb_min => Err(DriverError::Exhausted(Limit::DiskFreeMin)),
             _ => Ok(()),
         }
@@ -337,17 +337,17 @@ impl Sandbox {
 
 /// Lets everything that is done to one volume, or to the volumes of one sandbox, happen one after the other.
 #[derive(Default)]
-struct Turns {
+struct KeyedLocks {
     taken: Mutex<HashSet<String>>,
     given_back: Condvar,
 }
 
 struct Turn<'a, const COUNT: usize> {
-    turns: &'a Turns,
+    turns: &'a KeyedLocks,
     names: [String; COUNT],
 }
 
-impl Turns {
+impl KeyedLocks {
     fn take<const COUNT: usize>(&self, names: [String; COUNT]) -> Turn<'_, COUNT> {
         let mut taken = self.taken.lock().expect("turns are changed without panics");
         // All at once, so that nobody waits for a second one while others wait for the first.
@@ -370,7 +370,7 @@ impl<const COUNT: usize> Drop for Turn<'_, COUNT> {
 }
 
 fn on<E: std::error::Error + 'static>(step: &'static str) -> impl Fn(E) -> DriverError {
-    move |error| room::refusal(step, &error)
+    move |error| capacity::refusal(step, &error)
 }
 
 fn whole_blocks(bytes: u64) -> u64 {

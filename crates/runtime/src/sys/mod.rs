@@ -2,9 +2,9 @@
 #![allow(unsafe_code)]
 
 pub mod ext4;
-pub mod grace;
 pub mod loop_device;
 pub mod netlink;
+pub mod rcu;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

@@ -16,9 +16,9 @@ use std::net::{Ipv4Addr, SocketAddr};
 use nagaya_engine::model::CONNECTIONS_USED_UP;
 
 use super::Cidr;
-use super::destinations::{NAMES, NETWORKS, NOT_ALLOWED, RESTRICTED, UNTRACKED};
+use super::egress_policy::{NAMES, NETWORKS, NOT_ALLOWED, RESTRICTED, UNTRACKED};
 
-/// Destinations that no sandbox reaches unless the operator allows them: this network, private and
+/// EgressPolicy that no sandbox reaches unless the operator allows them: this network, private and
 /// shared ranges, loopback, link-local (cloud metadata among them), documentation, benchmarking,
 /// multicast, reserved. Source: IANA's special-purpose address registry.
 pub(super) const DENIED: [&str; 13] = [

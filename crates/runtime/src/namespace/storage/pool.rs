@@ -22,7 +22,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, UnmountFlags};
 
 use super::{MOUNT_POINT, POOL_FILE};
-use crate::namespace::room::free_bytes;
+use crate::namespace::capacity::free_bytes;
 use crate::sys::loop_device::LoopDevice;
 
 const MIB: u64 = 1 << 20;
@@ -272,12 +272,12 @@ fn run(program: &'static str, options: &[&str], path: &Path) -> Result<(), PoolE
 }
 
 /// The thread that lets a pool grow, until this is dropped.
-pub(super) struct Keeper {
+pub(super) struct PoolGrower {
     stopped: Arc<(Mutex<bool>, Condvar)>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Keeper {
+impl PoolGrower {
     pub fn start(pool: Arc<Pool>) -> Self {
         let stopped = Arc::new((Mutex::new(false), Condvar::new()));
         let seen = stopped.clone();
@@ -289,7 +289,7 @@ impl Keeper {
     }
 }
 
-impl Drop for Keeper {
+impl Drop for PoolGrower {
     fn drop(&mut self) {
         *self.stopped.0.lock().expect("the flag is changed without panics") = true;
         self.stopped.1.notify_all();

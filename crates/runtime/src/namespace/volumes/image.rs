@@ -108,7 +108,7 @@ pub fn format(path: &Path, size: u64) -> Result<(), ImageError> {
 
 /// Puts a file system in order that nobody has mounted: replays its journal, and repairs what is not in order, such as
 /// what a growth left that the host had no space for.
-pub fn repair(path: &Path) -> Result<Superblock, ImageError> {
+pub fn recover(path: &Path) -> Result<Superblock, ImageError> {
     let file = File::open(path).map_err(on("open the volume's image"))?;
     let found = Superblock::read(&file)?;
     if !found.needs_check {

@@ -55,7 +55,7 @@ fn growing_the_unknown_and_shrinking_are_refused() {
 
 #[test]
 fn turns_of_one_name_come_one_after_the_other() {
-    let turns = Turns::default();
+    let turns = KeyedLocks::default();
     let both = turns.take(["volume".into(), "sandbox".into()]);
     let _other = turns.take(["other".into()]);
     std::thread::scope(|scope| {

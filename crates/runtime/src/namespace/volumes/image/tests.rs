@@ -50,7 +50,7 @@ fn the_smallest_grows_to_the_largest_step_by_step() {
     let copy = format!("write {} kept", content.display());
     tool("debugfs", &["-w", "-R", &copy], &path);
     for size in [2 * MIB, 16 * MIB, 128 * MIB, 129 * MIB, GIB, 10 * GIB, 100 * GIB] {
-        let before = repair(&path).expect("repair");
+        let before = recover(&path).expect("recover");
         let file = OpenOptions::new().write(true).open(&path).expect("open");
         file.set_len(size + before.journal_bytes).expect("size");
         grow(&path, size + before.journal_bytes).expect("grow");
@@ -70,7 +70,7 @@ fn what_is_no_file_system_is_said_to_be_none() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("volume");
     fs::write(&path, vec![0; 8192]).expect("write");
-    assert!(matches!(repair(&path), Err(ImageError::Foreign)));
+    assert!(matches!(recover(&path), Err(ImageError::Foreign)));
 }
 
 #[test]
@@ -80,6 +80,6 @@ fn an_image_that_was_in_use_is_put_in_order() {
     format(&path, MIB).expect("format");
     tool("debugfs", &["-w", "-R", "set_super_value state 0"], &path);
     assert!(Superblock::read(&File::open(&path).expect("open")).expect("read").needs_check);
-    assert!(!repair(&path).expect("repair").needs_check);
+    assert!(!recover(&path).expect("recover").needs_check);
     assert_sound(&path);
 }

@@ -15,8 +15,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::timeout;
 
-use super::destinations::{Destinations, Refusal};
-use super::names::{self, Answer, Question, Received, UDP_BYTES_MAX};
+use super::dns_message::{self, Answer, Question, Received, UDP_BYTES_MAX};
+use super::egress_policy::{EgressPolicy, Refusal};
 use super::netfilter::{self, Event};
 use super::rules;
 use crate::sys;
@@ -76,17 +76,17 @@ impl Sockets {
 }
 
 /// The running thread; dropping it ends it.
-pub(super) struct Stub {
+pub(super) struct DnsProxy {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Stub {
+impl DnsProxy {
     /// `upstream` answers what sandboxes may ask; without one, nothing can be answered. `watched` sockets bring events.
     pub fn start(
         sockets: Sockets,
         upstream: Option<SocketAddr>,
-        destinations: Arc<Destinations>,
+        destinations: Arc<EgressPolicy>,
         watched: Vec<OwnedFd>,
     ) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -113,7 +113,7 @@ impl Stub {
     }
 }
 
-impl Drop for Stub {
+impl Drop for DnsProxy {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
@@ -166,7 +166,7 @@ impl Drop for Pass {
 
 struct Server {
     upstream: Option<SocketAddr>,
-    destinations: Arc<Destinations>,
+    destinations: Arc<EgressPolicy>,
     questions: Gate,
     connections: Gate,
 }
@@ -224,7 +224,7 @@ impl Server {
     }
 
     async fn answer(&self, guest: Ipv4Addr, bytes: &[u8], udp: bool) -> Option<Vec<u8>> {
-        let question = match names::read(bytes) {
+        let question = match dns_message::read(bytes) {
             Received::Question(question) => question,
             Received::Refused(answer) => return Some(answer),
             Received::Nothing => return None,
@@ -323,7 +323,7 @@ async fn write_framed(stream: &mut tokio::net::TcpStream, bytes: &[u8]) -> io::R
 }
 
 /// Writes down what happens on a socket of the packet filter, for as long as it works.
-async fn watch(socket: OwnedFd, destinations: Arc<Destinations>) {
+async fn watch(socket: OwnedFd, destinations: Arc<EgressPolicy>) {
     let mut buffer = vec![0; 64 << 10];
     let watched = match sys::wait_readable(socket) {
         Ok(watched) => watched,

@@ -10,7 +10,7 @@ use domain::base::message_builder::AnswerBuilder;
 use domain::base::{Message, MessageBuilder, ParsedName, StaticCompressor, Ttl};
 use domain::rdata::{A, AllRecordData};
 
-use super::destinations::TTL_MAX;
+use super::egress_policy::TTL_MAX;
 
 /// What fits into a packet on every path.
 pub(super) const UDP_BYTES_MAX: usize = 1_232;

@@ -136,25 +136,25 @@ async fn it_is_small_again_after_heavy_use() {
 }
 
 #[tokio::test]
-async fn an_agent_that_nobody_took_ends_with_its_leash() {
-    let (leash, held) = std::io::pipe().unwrap();
-    let mut agent = Agent::start_with(&[("leash", leash.as_fd())]);
-    drop((leash, held));
+async fn an_agent_that_nobody_took_ends_with_its_lifeline() {
+    let (lifeline, held) = std::io::pipe().unwrap();
+    let mut agent = Agent::start_with(&[("lifeline", lifeline.as_fd())]);
+    drop((lifeline, held));
     let status = tokio::task::spawn_blocking(move || agent.process.wait().unwrap()).await.unwrap();
     assert!(status.success());
 }
 
 #[tokio::test]
-async fn an_agent_that_was_taken_lives_on_without_its_leash() {
+async fn an_agent_that_was_taken_lives_on_without_its_lifeline() {
     let directory = TempDir::new().unwrap();
     let meminfo = file(&directory, "meminfo", "");
     std::fs::create_dir(directory.path().join("processors")).unwrap();
     let processors = File::open(directory.path().join("processors")).unwrap();
-    let (leash, held) = std::io::pipe().unwrap();
+    let (lifeline, held) = std::io::pipe().unwrap();
     let shown = [("meminfo", meminfo.as_fd()), ("processors", processors.as_fd())];
-    let agent = Agent::start_with(&[&[("leash", leash.as_fd())], &shown[..]].concat());
+    let agent = Agent::start_with(&[&[("lifeline", lifeline.as_fd())], &shown[..]].concat());
     let link = agent.connect().await;
-    drop((leash, held));
+    drop((lifeline, held));
     assert_eq!(link.stat("/nowhere").await.unwrap(), None);
     drop(link);
     let again = agent.connect().await;

@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::*;
-use crate::link::LinkError;
+use crate::agent_client::LinkError;
 
 async fn raw(agent: &Agent) -> UnixStream {
     UnixStream::connect(agent.directory.path().join("socket")).await.unwrap()
@@ -105,7 +105,7 @@ async fn unknown_fields_and_requests_of_a_newer_server_are_survived() {
     // Field 1000 with a varint: a request this agent has never heard of.
     let (_sender, mut receiver) = link.mux.open(Bytes::from_static(&[0xc0, 0x3e, 1])).await.unwrap();
     let Some(nagaya_guest::mux::Incoming::End(end)) = receiver.next().await else { panic!("no outcome") };
-    let error = crate::link::finish(&end).unwrap_err();
+    let error = crate::agent_client::finish(&end).unwrap_err();
     assert_eq!(error.code, Code::CapabilityUnavailable);
 
     let stat = messages::Stat { path: "/".into() };
@@ -113,7 +113,7 @@ async fn unknown_fields_and_requests_of_a_newer_server_are_survived() {
     payload.extend_from_slice(&[0xc0, 0x3e, 1]);
     let (_sender, mut receiver) = link.mux.open(payload.into()).await.unwrap();
     let Some(nagaya_guest::mux::Incoming::End(end)) = receiver.next().await else { panic!("no outcome") };
-    assert!(crate::link::finish(&end).unwrap().is_some());
+    assert!(crate::agent_client::finish(&end).unwrap().is_some());
 }
 
 #[tokio::test]

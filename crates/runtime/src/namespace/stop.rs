@@ -10,7 +10,7 @@ use nagaya_engine::ports::{Adopted, DriverError};
 
 use super::live::{self, Live, PidFd};
 use super::record::Record;
-use super::{Inner, blocking, disk, failed, images, room, too_long};
+use super::{Inner, blocking, capacity, disk, failed, images, too_long};
 
 /// How long a disk may take to be written back before whoever waits is told; it goes on meanwhile.
 const WRITE_BACK_MAX: Duration = Duration::from_secs(120);
@@ -76,7 +76,7 @@ impl Inner {
                         let error = &error as &dyn std::error::Error;
                         tracing::warn!(error, %id, "stopping a sandbox whose disk had errors; its next start repairs it");
                     }
-                    written => written.map_err(|error| room::refusal("write the disk back", &error))?,
+                    written => written.map_err(|error| capacity::refusal("write the disk back", &error))?,
                 }
             }
             live.end(&self.factory.cgroups).await?;
@@ -128,7 +128,7 @@ impl Inner {
         match Record::read(&directory) {
             Some(record) if powered_off && !record.powered_off => Record { powered_off, ..record }
                 .write_synced(&directory)
-                .map_err(|error| room::refusal("write the sandbox's record", &error)),
+                .map_err(|error| capacity::refusal("write the sandbox's record", &error)),
             _ => Ok(()),
         }
     }
@@ -144,7 +144,7 @@ impl Inner {
         live::remove_group(&self.factory.cgroups, slot);
         Record { slot: None, ..record }
             .write_synced(&directory)
-            .map_err(|error| room::refusal("write the sandbox's record", &error))?;
+            .map_err(|error| capacity::refusal("write the sandbox's record", &error))?;
         self.factory.release(slot);
         Ok(())
     }

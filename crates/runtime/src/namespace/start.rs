@@ -11,8 +11,8 @@ use nagaya_engine::ports::{DriverError, Guest};
 
 use super::live::{self, Live, PidFd};
 use super::record::{self, Record};
-use super::slots::{Ground, Home, Shape, Slot, SlotError, Started};
-use super::{Inner, blocking, disk, failed, room};
+use super::slots::{PreparedSlot, Slot, SlotDisk, SlotError, SlotSpec, Started};
+use super::{Inner, blocking, capacity, disk, failed};
 
 /// Before a new sandbox is synced: the host's disk serves first whoever waits for the sandbox. What the database syncs
 /// meanwhile would wait for all of its disk.
@@ -76,7 +76,7 @@ impl Inner {
 
     fn start_fresh(&self, id: SessionId, machine: &Machine) -> Result<(u32, Started), DriverError> {
         self.check_request(machine)?;
-        let slot = self.slot(machine, Home::Pool)?;
+        let slot = self.slot(machine, SlotDisk::Pool)?;
         self.take(id, machine, slot, &self.factory.image.base)
     }
 
@@ -88,11 +88,11 @@ impl Inner {
             .take(image, &directory)
             .map_err(|error| match error.kind() {
                 std::io::ErrorKind::NotFound => DriverError::Gone,
-                _ => room::refusal("take the image over", &error),
+                _ => capacity::refusal("take the image over", &error),
             })
             .and_then(|device| {
                 self.check_request(machine)?;
-                let slot = self.slot(machine, Home::New { directory: &directory, device: &device })?;
+                let slot = self.slot(machine, SlotDisk::New { directory: &directory, device: &device })?;
                 self.take(id, machine, slot, &self.factory.image.base)
             });
         if started.is_err() {
@@ -112,7 +112,7 @@ impl Inner {
         if !disk::path(directory).exists() {
             return Err(DriverError::Gone);
         }
-        let slot = self.slot(machine, Home::Kept { directory, base })?;
+        let slot = self.slot(machine, SlotDisk::Kept { directory, base })?;
         self.take(id, machine, slot, base)
     }
 
@@ -122,12 +122,12 @@ impl Inner {
                 "this server gives no sandbox outbound access; ask for allow_outbound=false".into(),
             ));
         }
-        room::lacking(&self.config, self.storage.root()).map_or(Ok(()), |limit| Err(DriverError::Exhausted(limit)))
+        capacity::lacking(&self.config, self.storage.root()).map_or(Ok(()), |limit| Err(DriverError::Exhausted(limit)))
     }
 
-    fn slot(&self, machine: &Machine, home: Home<'_>) -> Result<Slot, DriverError> {
-        let shape = Shape { disk_gb: machine.disk_gb, outbound: machine.outbound };
-        let pool = self.pools.iter().find(|pool| matches!(home, Home::Pool) && pool.shape() == shape);
+    fn slot(&self, machine: &Machine, home: SlotDisk<'_>) -> Result<Slot, DriverError> {
+        let shape = SlotSpec { disk_gb: machine.disk_gb, outbound: machine.outbound };
+        let pool = self.pools.iter().find(|pool| matches!(home, SlotDisk::Pool) && pool.shape() == shape);
         if let Some(slot) = pool.and_then(|pool| pool.take()) {
             return Ok(slot);
         }
@@ -142,15 +142,15 @@ impl Inner {
         };
         made.map_err(|error| match error {
             SlotError::Exhausted(_) => DriverError::Exhausted(Limit::Slots),
-            error => room::refusal("make a sandbox", &error),
+            error => capacity::refusal("make a sandbox", &error),
         })
     }
 
-    fn ground(&self, shape: Shape) -> Option<Ground> {
+    fn ground(&self, shape: SlotSpec) -> Option<PreparedSlot> {
         self.grounds.iter().find(|pool| pool.shape().outbound == shape.outbound)?.take()
     }
 
-    fn make_in_place_of_another(&self, shape: Shape, home: Home<'_>, max: u32) -> Result<Slot, SlotError> {
+    fn make_in_place_of_another(&self, shape: SlotSpec, home: SlotDisk<'_>, max: u32) -> Result<Slot, SlotError> {
         if let Some(slot) = self.pools.iter().find_map(|pool| pool.take()) {
             return self.factory.reshape(slot, shape, home);
         }
@@ -204,8 +204,8 @@ impl Inner {
         slot: u32,
         started: Started,
     ) -> Result<Arc<dyn Guest>, DriverError> {
-        // The leash is held until the agent is connected.
-        let Started { pidfd, error: told, leash: _leash, .. } = started;
+        // The lifeline is held until the agent is connected.
+        let Started { pidfd, error: told, lifeline: _lifeline, .. } = started;
         let pidfd = PidFd::new(pidfd).map_err(|error| failed("watch the sandbox", &error))?;
         let live = Arc::new(Live::new(id, slot, pidfd));
         self.live().insert(id, live.clone());

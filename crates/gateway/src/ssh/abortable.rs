@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 
-pub struct Cuttable<S> {
+pub struct Abortable<S> {
     stream: S,
     /// Resolves when the other end is dropped.
     cut: oneshot::Receiver<Infallible>,
@@ -17,12 +17,12 @@ pub struct Cuttable<S> {
 
 /// Dropping it cuts the stream.
 #[derive(Debug)]
-pub struct Scissors(#[allow(dead_code)] oneshot::Sender<Infallible>);
+pub struct AbortHandle(#[allow(dead_code)] oneshot::Sender<Infallible>);
 
-impl<S> Cuttable<S> {
-    pub fn new(stream: S) -> (Self, Scissors) {
+impl<S> Abortable<S> {
+    pub fn new(stream: S) -> (Self, AbortHandle) {
         let (sender, cut) = oneshot::channel();
-        (Self { stream, cut, is_cut: false }, Scissors(sender))
+        (Self { stream, cut, is_cut: false }, AbortHandle(sender))
     }
 
     fn check(&mut self, context: &mut Context<'_>) -> io::Result<()> {
@@ -31,7 +31,7 @@ impl<S> Cuttable<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Cuttable<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for Abortable<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -42,7 +42,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Cuttable<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Cuttable<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Abortable<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.check(context)?;
         Pin::new(&mut self.stream).poll_write(context, bytes)

@@ -52,7 +52,7 @@ pub(super) enum Refusal {
     Failed,
 }
 
-pub(super) struct Destinations {
+pub(super) struct EgressPolicy {
     /// The table in which the sets are.
     table: String,
     denied: Vec<Range>,
@@ -128,7 +128,7 @@ impl Policy {
     }
 }
 
-impl Destinations {
+impl EgressPolicy {
     pub fn new(
         table: String,
         denied: Vec<Range>,
@@ -507,7 +507,7 @@ mod tests {
     #[test]
     fn private_addresses_and_the_hosts_are_inside_unless_the_operator_opened_them() {
         let range = |text| ranges::parse(text).expect("a network");
-        let destinations = Destinations::new(
+        let destinations = EgressPolicy::new(
             "t".into(),
             vec![range("10.0.0.0/8"), range("169.254.0.0/16")],
             vec![range("10.1.2.0/24")],
