@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use nagaya_image::Manifest;
+use nagaya_blobs::Manifest;
 
 fuzz_target!(|input: &[u8]| {
     let Ok(manifest) = Manifest::parse(input) else { return };

@@ -12,6 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use nagaya_api::ids::{DiskImageId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use nagaya_api::limits;
+use nagaya_blobs::Manifest;
 use nagaya_daemon::config::Config;
 use nagaya_daemon::host::HostEntropy;
 use nagaya_engine::model::{
@@ -19,7 +20,6 @@ use nagaya_engine::model::{
     Workspace, WorkspaceSettings,
 };
 use nagaya_engine::ports::{Change, Driver, Entropy, Store, StoreError};
-use nagaya_image::Manifest;
 use nagaya_runtime::namespace::{NamespaceDriver, PoolChoice, storage_root};
 use nagaya_store::SqliteStore;
 
@@ -119,7 +119,7 @@ async fn describe(store: &SqliteStore, driver: &NamespaceDriver, storage: &Path)
         }
     }
     let snapshots = store.all_snapshots().await.map_err(guard::store_error)?;
-    for (digest, manifest) in nagaya_image::manifests(&storage.join(BLOBS))? {
+    for (digest, manifest) in nagaya_blobs::manifests(&storage.join(BLOBS))? {
         if !snapshots.iter().any(|snapshot| snapshot.manifest == digest) {
             records.push(Change::Snapshot(snapshot(digest, &manifest, workspace_id, now)));
         }

@@ -9,12 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use nagaya_blobs::{BlobStore, S3Config, S3Credentials};
 use nagaya_daemon::config::{Config, DiskPool};
 use nagaya_daemon::host::{HostClock, HostEntropy};
 use nagaya_daemon::{Daemon, GiveBack, Hooks, Level, Levels, Listeners};
 use nagaya_engine::ports::{Blobs, Driver, Entropy, Store};
 use nagaya_engine::{Engine, check_secret};
-use nagaya_image::{BlobStore, S3Config, S3Credentials};
 use nagaya_runtime::namespace::{self, NamespaceDriver, PoolChoice};
 
 use crate::guard;

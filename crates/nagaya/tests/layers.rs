@@ -9,7 +9,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ("nagaya-api", &[]),
     ("nagaya-engine", &["nagaya-api"]),
     ("nagaya-store", &["nagaya-api", "nagaya-engine"]),
-    ("nagaya-image", &["nagaya-api", "nagaya-engine"]),
+    ("nagaya-blobs", &["nagaya-api", "nagaya-engine"]),
     ("nagaya-guest", &["nagaya-api"]),
     ("nagaya-runtime", &["nagaya-api", "nagaya-engine", "nagaya-guest"]),
     ("nagaya-gateway", &["nagaya-api", "nagaya-engine"]),
@@ -22,7 +22,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
             "nagaya-api",
             "nagaya-engine",
             "nagaya-store",
-            "nagaya-image",
+            "nagaya-blobs",
             "nagaya-runtime",
             "nagaya-gateway",
             "nagaya-daemon",
@@ -30,7 +30,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
         ],
     ),
     ("nagaya-codegen", &[]),
-    ("nagaya-testkit", &["nagaya-api", "nagaya-engine", "nagaya-store", "nagaya-image", "nagaya-runtime"]),
+    ("nagaya-testkit", &["nagaya-api", "nagaya-engine", "nagaya-store", "nagaya-blobs", "nagaya-runtime"]),
 ];
 
 fn own_dependencies(manifest: &toml::Table) -> BTreeSet<String> {

@@ -11,8 +11,8 @@ use std::process::Child;
 use std::time::Duration;
 
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use nagaya_blobs::{BlobStore, S3Config, S3Credentials};
 use nagaya_engine::ports::{BlobError, Blobs};
-use nagaya_image::{BlobStore, S3Config, S3Credentials};
 use tempfile::TempDir;
 
 use common::{CHUNK, argument, assert_whole, blobs, image, name, read_through, runtime, start};

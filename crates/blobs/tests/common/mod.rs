@@ -8,8 +8,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use nagaya_blobs::{BlobStore, Digest, Manifest};
 use nagaya_engine::ports::{BlobError, Blobs};
-use nagaya_image::{BlobStore, Digest, Manifest};
 
 pub const BLOCK: u64 = 4096;
 pub const CHUNK: u64 = 4 << 20;

@@ -11,9 +11,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use nagaya_blobs::{BlobStore, Manifest};
 use nagaya_engine::model::Limit;
 use nagaya_engine::ports::{BlobError, Blobs};
-use nagaya_image::{BlobStore, Manifest};
 use proptest::prelude::*;
 
 use common::{
@@ -198,7 +198,7 @@ fn a_chunk_in_the_wrong_place_is_not_believed() {
         // Well formed, with the right name, and asking for more blocks than the chunk has.
         manifest.chunks[0].blocks.insert(7);
         let bytes = manifest.encode();
-        let forged = nagaya_image::Digest::of(&bytes).to_string();
+        let forged = nagaya_blobs::Digest::of(&bytes).to_string();
         fs::write(path("blobs").join("images").join(&forged), bytes).unwrap();
         let chunk = name(&blobs(&path("blobs"), "chunks")[0]);
         for error in [
@@ -409,7 +409,7 @@ struct OwnDisk(tempfile::TempDir);
 
 impl OwnDisk {
     fn small(size: &str) -> Option<Self> {
-        Self::mount(Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "nagaya-image-test"]))
+        Self::mount(Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "nagaya-blobs-test"]))
     }
 
     /// One whose files can share blocks; `image` is where it keeps them.
