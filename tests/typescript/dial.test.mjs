@@ -2,23 +2,14 @@
 
 import assert from "node:assert/strict";
 import { createHash, randomBytes } from "node:crypto";
-import { after, before, test } from "node:test";
-import { SMALL, client, eventually, readAll, rejection, shell } from "./lib/helpers.mjs";
-import { sharedServer } from "./lib/server.mjs";
+import { test } from "node:test";
+import { useSandbox } from "./lib/fixtures.mjs";
+import { eventually, readAll, rejection, shell } from "./lib/helpers.mjs";
 
 let server;
 let tenki;
 let session;
-before(async () => {
-  server = await sharedServer();
-  tenki = client(server);
-  session = await tenki.create(SMALL);
-});
-after(async () => {
-  await session?.close();
-  await tenki[Symbol.asyncDispose]();
-  await server.remove();
-});
+useSandbox((made) => ({ server, tenki, session } = made));
 
 const sha256 = (data) => createHash("sha256").update(data).digest("hex");
 

@@ -1,13 +1,14 @@
 // The SDK's typed errors, and the parts of the contract that are not built yet.
 
 import assert from "node:assert/strict";
-import { after, before, describe, test } from "node:test";
+import { describe, test } from "node:test";
 import {
   CapacityUnavailableError, DataPlaneNotReadyError, MissingAuthTokenError, SandboxError,
   SessionNotFoundError, UnauthorizedError,
 } from "@tenkicloud/sandbox";
+import { useSandbox } from "./lib/fixtures.mjs";
 import { SMALL, client, rejection, shell } from "./lib/helpers.mjs";
-import { Server, sharedServer } from "./lib/server.mjs";
+import { Server } from "./lib/server.mjs";
 
 const UNKNOWN = "01890000-0000-7000-8000-00000000dead";
 const UNIMPLEMENTED = 12;
@@ -15,16 +16,7 @@ const UNIMPLEMENTED = 12;
 let server;
 let tenki;
 let session;
-before(async () => {
-  server = await sharedServer();
-  tenki = client(server);
-  session = await tenki.create(SMALL);
-});
-after(async () => {
-  await session?.close();
-  await tenki[Symbol.asyncDispose]();
-  await server.remove();
-});
+useSandbox((made) => ({ server, tenki, session } = made));
 
 describe("credentials", () => {
   test("a wrong key is Unauthorized in every form the SDK sends", async () => {

@@ -2,26 +2,17 @@
 
 import assert from "node:assert/strict";
 import { createHash, randomBytes } from "node:crypto";
-import { after, before, describe, test } from "node:test";
+import { describe, test } from "node:test";
 import {
   FileNotFoundError, InvalidStateError, PermissionDeniedError, QuotaExceededError, SandboxError,
 } from "@tenkicloud/sandbox";
-import { SMALL, bytes, client, readAll, rejection, shell, streamOf, text, unique } from "./lib/helpers.mjs";
-import { sharedServer } from "./lib/server.mjs";
+import { useSandbox } from "./lib/fixtures.mjs";
+import { SMALL, bytes, readAll, rejection, shell, streamOf, text, unique } from "./lib/helpers.mjs";
 
 let server;
 let tenki;
 let session;
-before(async () => {
-  server = await sharedServer();
-  tenki = client(server);
-  session = await tenki.create(SMALL);
-});
-after(async () => {
-  await session?.close();
-  await tenki[Symbol.asyncDispose]();
-  await server.remove();
-});
+useSandbox((made) => ({ server, tenki, session } = made));
 
 const sha256 = (content) => createHash("sha256").update(content).digest("hex");
 const names = (entries) => entries.map(({ path }) => path);

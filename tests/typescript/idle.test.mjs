@@ -1,20 +1,13 @@
 // Idle sessions pause. In a file of its own: the shortest idle time there is takes a minute.
 
 import assert from "node:assert/strict";
-import { after, before, test } from "node:test";
-import { SMALL, client, eventually, shell } from "./lib/helpers.mjs";
-import { sharedServer } from "./lib/server.mjs";
+import { test } from "node:test";
+import { useClient } from "./lib/fixtures.mjs";
+import { SMALL, eventually, shell } from "./lib/helpers.mjs";
 
 let server;
 let tenki;
-before(async () => {
-  server = await sharedServer();
-  tenki = client(server);
-});
-after(async () => {
-  await tenki[Symbol.asyncDispose]();
-  await server.remove();
-});
+useClient((made) => ({ server, tenki } = made));
 
 test("a session pauses when it was idle for as long as it said, and no earlier use is lost", async () => {
   const session = await tenki.create({ ...SMALL, idleTimeoutMinutes: 1 });

@@ -6,19 +6,12 @@ import {
   InvalidResourceConfigError, SandboxError, SessionNotFoundError, SessionTerminatedError, isReady, isTerminal,
 } from "@tenkicloud/sandbox";
 import { call } from "./lib/connect.mjs";
-import { SMALL, client, eventually, rejection, shell, unique } from "./lib/helpers.mjs";
-import { sharedServer } from "./lib/server.mjs";
+import { useClient } from "./lib/fixtures.mjs";
+import { SMALL, eventually, rejection, shell, unique } from "./lib/helpers.mjs";
 
 let server;
 let tenki;
-before(async () => {
-  server = await sharedServer();
-  tenki = client(server);
-});
-after(async () => {
-  await tenki[Symbol.asyncDispose]();
-  await server.remove();
-});
+useClient((made) => ({ server, tenki } = made));
 
 const activeSessions = async () => (await tenki.getUsage()).find(({ key }) => key === "active_sessions").current;
 

@@ -6,22 +6,16 @@ import {
   InvalidStateError, QuotaExceededError, ResumeFailedError, SandboxError, SessionNotFoundError, SessionTerminatedError,
 } from "@tenkicloud/sandbox";
 import { bearer, call, post, stream } from "./lib/connect.mjs";
+import { useClient } from "./lib/fixtures.mjs";
 import { SMALL, client, eventually, rejection, shell, text, unique } from "./lib/helpers.mjs";
 import { OWN } from "./lib/rpcs.mjs";
-import { Server, sharedServer } from "./lib/server.mjs";
+import { Server } from "./lib/server.mjs";
 
 const UNKNOWN = "01890000-0000-7000-8000-00000000dead";
 
 let server;
 let tenki;
-before(async () => {
-  server = await sharedServer();
-  tenki = client(server);
-});
-after(async () => {
-  await tenki[Symbol.asyncDispose]();
-  await server.remove();
-});
+useClient((made) => ({ server, tenki } = made));
 
 const activeSessions = async (of = tenki) => (await of.getUsage()).find(({ key }) => key === "active_sessions").current;
 

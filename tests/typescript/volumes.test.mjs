@@ -8,21 +8,15 @@ import {
   VolumeLimitExceededError, VolumeNotFoundError, volumeIsDeletable,
 } from "@tenkicloud/sandbox";
 import { call, refused } from "./lib/connect.mjs";
+import { useClient } from "./lib/fixtures.mjs";
 import { SMALL, client, eventually, rejection, shell, unique } from "./lib/helpers.mjs";
-import { Server, sharedServer } from "./lib/server.mjs";
+import { Server } from "./lib/server.mjs";
 
 const UNKNOWN = "01890000-0000-7000-8000-00000000dead";
 
 let server;
 let tenki;
-before(async () => {
-  server = await sharedServer();
-  tenki = client(server);
-});
-after(async () => {
-  await tenki[Symbol.asyncDispose]();
-  await server.remove();
-});
+useClient((made) => ({ server, tenki } = made));
 
 const make = (sizeBytes = 16 * MiB, name = unique("volume")) => tenki.createVolume({ name, sizeBytes });
 const invalid = async (promise) => {
