@@ -95,10 +95,10 @@ impl Brake {
         let stopped = Arc::new((Mutex::new(false), Condvar::new()));
         let seen = stopped.clone();
         let watch = move || {
-            let mut keeper = PoolGrower { storage, disk_free_mb_min, held: BTreeMap::new(), hold: Hold::Nobody };
-            keeper.find_held();
+            let mut watcher = DiskWatcher { storage, disk_free_mb_min, held: BTreeMap::new(), hold: Hold::Nobody };
+            watcher.find_held();
             loop {
-                keeper.look();
+                watcher.look();
                 let guard = seen.0.lock().expect("the flag is changed without panics");
                 let waited = seen.1.wait_timeout_while(guard, LOOK_EVERY, |stopped| !*stopped);
                 if *waited.expect("the flag is changed without panics").0 {
@@ -121,7 +121,7 @@ impl Drop for Brake {
     }
 }
 
-struct PoolGrower {
+struct DiskWatcher {
     storage: PathBuf,
     disk_free_mb_min: u64,
     /// What those that are held kept for themselves before.
@@ -129,7 +129,7 @@ struct PoolGrower {
     hold: Hold,
 }
 
-impl PoolGrower {
+impl DiskWatcher {
     /// What an earlier server held, which was killed.
     fn find_held(&mut self) {
         for device in devices(&self.storage) {
