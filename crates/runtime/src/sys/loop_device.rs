@@ -4,8 +4,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+const LOOP_CTL_REMOVE: libc::c_ulong = 0x4C81;
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
 const LOOP_SET_STATUS64: libc::c_ulong = 0x4C04;
@@ -74,6 +75,14 @@ impl LoopDevice {
             if number < 0 {
                 return Err(io::Error::last_os_error());
             }
+            if forbids_discards(number) {
+                // SAFETY: takes no pointers.
+                let removed = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_REMOVE, libc::c_long::from(number)) };
+                if removed == 0 {
+                    continue;
+                }
+                // Somebody has it open. On it, a file only keeps its size.
+            }
             let path = format!("/dev/loop{number}");
             let device = match OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(&path) {
                 Ok(device) => device,
@@ -138,7 +147,7 @@ impl LoopDevice {
     /// Lets nobody punch holes into the file by discarding blocks of the device.
     pub fn forbid_discards(&self) -> io::Result<()> {
         let name = Path::new(&self.path).file_name().unwrap_or_default();
-        fs::write(Path::new("/sys/block").join(name).join("queue/discard_max_bytes"), "0")
+        fs::write(queue(&name.to_string_lossy(), "discard_max_bytes"), "0")
     }
 
     /// Whether [`LoopDevice::cut_off`] was called on it.
@@ -170,6 +179,18 @@ impl LoopDevice {
     }
 }
 
+fn queue(name: &str, setting: &str) -> PathBuf {
+    Path::new("/sys/block").join(name).join("queue").join(setting)
+}
+
+/// Whether [`LoopDevice::forbid_discards`] was called on whoever had that number before. The kernel keeps it with the
+/// number and takes no other value any more, so that such a device has to be removed; the next one is made anew.
+fn forbids_discards(number: libc::c_int) -> bool {
+    let name = format!("loop{number}");
+    let limit = |setting| -> Option<u64> { fs::read_to_string(queue(&name, setting)).ok()?.trim().parse().ok() };
+    limit("discard_max_bytes") == Some(0) && limit("discard_max_hw_bytes").is_some_and(|most| most > 0)
+}
+
 /// Names of the loop devices that have a file. Hosts keep those that once had one, thousands of them, and asking each takes
 /// many times as long as this list, which leaves out what has no size.
 fn attached() -> io::Result<Vec<String>> {
@@ -190,4 +211,26 @@ fn configure(device: BorrowedFd<'_>, file: BorrowedFd<'_>, flags: u32) -> io::Re
 
 fn done(result: libc::c_int) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_discards_again_for_whoever_has_it_next() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let limit = |device: &LoopDevice| {
+            let name = device.path.trim_start_matches("/dev/");
+            fs::read_to_string(queue(name, "discard_max_bytes")).unwrap()
+        };
+        // The kernel gives the lowest number that is free, so that the next one is mostly the same.
+        for _ in 0..8 {
+            let device = LoopDevice::attach(file.as_fd()).expect("as root");
+            assert_ne!(limit(&device).trim(), "0", "{}", device.path);
+            device.forbid_discards().unwrap();
+            assert_eq!(limit(&device).trim(), "0");
+        }
+    }
 }
