@@ -7,7 +7,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 
 use crate::wire::body::ResponseBody;
-use crate::wire::connection::From;
+use crate::wire::connection::Via;
 
 pub(crate) type Answer<'a> = Pin<Box<dyn Future<Output = Response<ResponseBody>> + Send + 'a>>;
 
@@ -16,7 +16,7 @@ pub(crate) trait Facade: Send + Sync {
     /// Whether it answers for this path, with whatever outcome. The first façade of the list that does is asked.
     fn claims(&self, path: &str) -> bool;
 
-    fn call<'a>(&'a self, request: Request<Incoming>, from: From<'a>) -> Answer<'a>;
+    fn call<'a>(&'a self, request: Request<Incoming>, via: Via<'a>) -> Answer<'a>;
 
     /// What is served, for whoever asks for a path that nobody claims.
     fn offers(&self) -> String;

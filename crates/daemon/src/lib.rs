@@ -177,7 +177,7 @@ mod tests {
     use super::*;
     use crate::facade::Answer;
     use crate::wire::body::ResponseBody;
-    use crate::wire::connection::From;
+    use crate::wire::connection::Via;
 
     /// Tells what a file of a session holds, to whoever has a key: a family of clients of another kind.
     struct Reader(Engine);
@@ -187,7 +187,7 @@ mod tests {
             path.starts_with("/reader/")
         }
 
-        fn call<'a>(&'a self, request: Request<Incoming>, _: From<'a>) -> Answer<'a> {
+        fn call<'a>(&'a self, request: Request<Incoming>, _: Via<'a>) -> Answer<'a> {
             Box::pin(async move {
                 let text = self.read(&request).await.unwrap_or_else(|error| error.code.name().to_owned());
                 Response::new(ResponseBody::text(text))

@@ -28,7 +28,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::config::{Config, Limits};
 use crate::metrics::Metrics;
-use crate::wire::connection::{From, Open, UrlScheme};
+use crate::wire::connection::{Open, UrlScheme, Via};
 use crate::wire::lifecycle::{Lifecycle, Phase};
 pub use listeners::{ListenError, Listeners};
 use preface::Version;
@@ -240,16 +240,16 @@ where
             let (from, watch) = (Arc::clone(&from), watch.clone());
             async move {
                 let (viewer, open, shared) = &*from;
-                let from = From { scheme, viewer, open };
+                let via = Via { scheme, viewer, open };
                 let active = open.begin().ok_or(GaveWay)?;
                 let answer = match watch.as_deref().map(|watch| (watch, watch.next())) {
                     Some((_, Err(refusal))) => routes::refuse(&refusal),
                     Some((watch, Ok(()))) => {
-                        let answer = shared.routes.answer(request, from).await;
+                        let answer = shared.routes.answer(request, via).await;
                         watch.answered(answer.status() == StatusCode::SWITCHING_PROTOCOLS);
                         answer
                     }
-                    None => shared.routes.answer(request, from).await,
+                    None => shared.routes.answer(request, via).await,
                 };
                 Ok::<_, GaveWay>(answer.map(|body| body.held(active)))
             }

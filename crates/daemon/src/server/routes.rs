@@ -15,7 +15,7 @@ use crate::download::Downloads;
 use crate::facade::Facade;
 use crate::metrics::Metrics;
 use crate::wire::body::ResponseBody;
-use crate::wire::connection::{From, Open};
+use crate::wire::connection::{Open, Via};
 use crate::wire::lifecycle::{Lifecycle, Phase};
 
 pub(crate) struct Routes {
@@ -28,14 +28,14 @@ pub(crate) struct Routes {
 }
 
 impl Routes {
-    pub(crate) async fn answer(&self, request: Request<Incoming>, from: From<'_>) -> Response<ResponseBody> {
-        if from.viewer.label.is_some() || self.previews.is_asked(&request) {
+    pub(crate) async fn answer(&self, request: Request<Incoming>, via: Via<'_>) -> Response<ResponseBody> {
+        if via.viewer.label.is_some() || self.previews.is_asked(&request) {
             let busy = self.lifecycle.enter();
-            return self.previews.answer(request, from.viewer).await.map(|body| ResponseBody::preview(body, busy));
+            return self.previews.answer(request, via.viewer).await.map(|body| ResponseBody::preview(body, busy));
         }
         let path = request.uri().path();
         if let Some(facade) = self.facades.iter().find(|facade| facade.claims(path)) {
-            return facade.call(request, from).await;
+            return facade.call(request, via).await;
         }
         let readable = matches!(*request.method(), Method::GET | Method::HEAD);
         let mut response = match (request.uri().path(), readable) {
@@ -52,7 +52,7 @@ impl Routes {
                 response
             }
             (path, true) if Downloads::snapshot_of(path).is_some() => {
-                return self.download(request.method(), request.uri(), from.open).await;
+                return self.download(request.method(), request.uri(), via.open).await;
             }
             (path, false)
                 if matches!(path, "/" | "/healthz" | "/readyz" | "/metrics")

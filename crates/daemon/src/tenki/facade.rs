@@ -24,7 +24,7 @@ use crate::download::Downloads;
 use crate::facade::{Answer, Facade};
 use crate::metrics::Metrics;
 use crate::wire::body::{self, ReadLimits, RequestBody, ResponseBody};
-use crate::wire::connection::{From, UrlScheme};
+use crate::wire::connection::{UrlScheme, Via};
 use crate::wire::instrument::{self, Instrumented};
 use crate::wire::lifecycle::{Lifecycle, Phase};
 use crate::wire::measured::Measured;
@@ -67,10 +67,10 @@ impl Facade for TenkiFacade {
         Self::serves(path) || ssh::bridge_to(path).is_some()
     }
 
-    fn call<'a>(&'a self, request: Request<Incoming>, from: From<'a>) -> Answer<'a> {
+    fn call<'a>(&'a self, request: Request<Incoming>, via: Via<'a>) -> Answer<'a> {
         match ssh::bridge_to(request.uri().path()) {
-            Some(_) => Box::pin(ssh::bridge(&self.tenki, request, from)),
-            None => Box::pin(self.answer(request, from)),
+            Some(_) => Box::pin(ssh::bridge(&self.tenki, request, via)),
+            None => Box::pin(self.answer(request, via)),
         }
     }
 
@@ -151,7 +151,7 @@ impl TenkiFacade {
         }
     }
 
-    async fn answer(&self, request: Request<Incoming>, from: From<'_>) -> Response<ResponseBody> {
+    async fn answer(&self, request: Request<Incoming>, via: Via<'_>) -> Response<ResponseBody> {
         let (mut parts, mut incoming) = request.into_parts();
         let path = parts.uri.path().strip_prefix('/').unwrap_or_default();
         let method = self.service.dispatcher().lookup(path);
@@ -161,8 +161,8 @@ impl TenkiFacade {
         };
 
         let outcome = Outcome::of(&parts);
-        let admitted = self.admit(path, method, &parts, from.scheme);
-        let admitted = match admitted.and_then(|admitted| from.open.admit().map(|()| admitted)) {
+        let admitted = self.admit(path, method, &parts, via.scheme);
+        let admitted = match admitted.and_then(|admitted| via.open.admit().map(|()| admitted)) {
             Ok(admitted) => admitted,
             Err(error) => return outcome.tell(self.refuse(error, method, &parts, incoming)),
         };

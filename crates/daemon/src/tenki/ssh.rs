@@ -19,7 +19,7 @@ use super::service::TenkiService;
 use super::{auth, convert};
 use crate::host::HostClock;
 use crate::wire::body::ResponseBody;
-use crate::wire::connection::From;
+use crate::wire::connection::Via;
 use crate::wire::lifecycle::Phase;
 
 /// What clients show of a refusal, bytes.
@@ -105,16 +105,16 @@ pub(super) fn bridge_to(path: &str) -> Option<&str> {
 pub(super) async fn bridge(
     tenki: &TenkiService,
     mut request: Request<Incoming>,
-    from: From<'_>,
+    via: Via<'_>,
 ) -> Response<ResponseBody> {
     let admitted = admit_bridge(tenki, &request).await;
-    let (visit, place, accept) = match admitted.and_then(|admitted| from.open.admit().map(|()| admitted)) {
+    let (visit, place, accept) = match admitted.and_then(|admitted| via.open.admit().map(|()| admitted)) {
         Ok(admitted) => admitted,
         Err(error) => return refusal(&error),
     };
     let upgrade = hyper::upgrade::on(&mut request);
-    let (server, connection) = (tenki.ssh.clone(), from.viewer.connection.clone());
-    let peer = SocketAddr::new(from.viewer.peer, 0);
+    let (server, connection) = (tenki.ssh.clone(), via.viewer.connection.clone());
+    let peer = SocketAddr::new(via.viewer.peer, 0);
     tokio::spawn(async move {
         match upgrade.await {
             Ok(stream) => {

@@ -27,7 +27,7 @@ impl UrlScheme {
 
 /// What a request came on.
 #[derive(Clone, Copy)]
-pub(crate) struct From<'a> {
+pub(crate) struct Via<'a> {
     pub(crate) scheme: UrlScheme,
     pub(crate) viewer: &'a Viewer,
     pub(crate) open: &'a Open,
