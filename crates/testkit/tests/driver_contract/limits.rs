@@ -41,7 +41,8 @@ pub async fn what_the_file_calls_keep_in_memory_counts_as_the_sandboxs(place: &m
     write(&*guest, "/dev/shm/some", &vec![7; 60 * MIB]).await.unwrap();
     assert_eq!(read(&*guest, "/dev/shm/some").await.unwrap(), vec![7; 60 * MIB]);
     let after = driver.usage(id).await.unwrap().memory_bytes;
-    assert!(after.saturating_sub(before) >= 60 * MIB as u64, "{before} bytes before, {after} after");
+    // But for a page or two of what was there before, which may have gone meanwhile.
+    assert!(after.saturating_sub(before) >= 59 * MIB as u64, "{before} bytes before, {after} after");
     // More than there is: refused, and neither the agent nor the sandbox is harmed.
     let error = write(&*guest, "/dev/shm/more", &vec![7; 300 * MIB]).await.unwrap_err();
     assert!([Code::DiskFull, Code::CapacityUnavailable, Code::FileSystem].contains(&error.code), "{error}");
