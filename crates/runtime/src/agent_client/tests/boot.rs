@@ -127,12 +127,13 @@ async fn it_is_small_again_after_heavy_use() {
     while let Some(result) = transfers.join_next().await {
         result.unwrap();
     }
-    let private = || -> u64 {
+    // The pages of its program do not count: all agents of a server have the same.
+    let own = || -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", agent.process.id())).unwrap();
-        let line = text.lines().find(|line| line.starts_with("Private_Dirty:")).unwrap();
+        let line = text.lines().find(|line| line.starts_with("Anonymous:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     };
-    until("its memory is given back", || private() <= 2048).await;
+    until("its memory is given back", || own() <= 768).await;
 }
 
 #[tokio::test]
