@@ -207,6 +207,8 @@ codes! {
     SnapshotNotReady => "snapshot_not_ready", FailedPrecondition, "snapshot is not ready", "Wait until the snapshot's state is READY.";
     SnapshotDamaged => "snapshot_damaged", FailedPrecondition, "snapshot is damaged", "A part of it is missing or changed in the blob store; restore that part from a backup, or use another snapshot.";
     PauseFailed => "pause_failed", FailedPrecondition, "the session could not be paused", "It runs on; try again, and look at the server's log if it stays so.";
+    RootUnavailable => "root_unavailable", FailedPrecondition, "the image under the disk is not on this host", "Bring the image that the message names back to the host; a disk is never started over another one.";
+    RootMismatch => "root_mismatch", FailedPrecondition, "the disk was written over another image", "Start it over the image that the message names first: what is on a disk means nothing over another one.";
     ResumeFailed => "resume_failed", FailedPrecondition, "the session could not be resumed", "Its disk is intact; remove the cause that the message names and resume it again.";
     TemplateBuildInProgress => "template_build_in_progress", FailedPrecondition, "template build already in progress", "Wait for the build, or cancel it.";
     VolumeInUse => "volume_in_use", FailedPrecondition, "volume is in use", "Detach it from every session first.";

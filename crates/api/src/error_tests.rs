@@ -103,6 +103,8 @@ fn intended(code: Code) -> Option<&'static str> {
         | Code::PreviewPaused
         | Code::PauseFailed
         | Code::ResumeFailed
+        | Code::RootUnavailable
+        | Code::RootMismatch
         | Code::IsADirectory
         | Code::NotADirectory
         | Code::NotARegularFile

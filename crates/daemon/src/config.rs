@@ -43,6 +43,7 @@ pub struct Config {
     pub limits: Limits,
     pub engine: EngineConfig,
     pub network: Network,
+    pub drivers: Drivers,
     pub pools: Pools,
     pub namespace: Namespace,
     pub disks: Disks,
@@ -142,6 +143,20 @@ pub struct Network {
     /// Connections to the outside that one sandbox may have at a time; it begins a twentieth of them per second, after
     /// all of them at once. No more than a 64th of the host's table of connections (`nf_conntrack_max`). Default 4096.
     pub connections_max: u32,
+}
+
+/// What runs sandboxes.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Drivers {
+    /// The driver of sessions that ask for none. Default `namespace`, which is the only one.
+    pub default: String,
+}
+
+impl Default for Drivers {
+    fn default() -> Self {
+        Self { default: "namespace".into() }
+    }
 }
 
 /// Pre-created resources, so that creating a sandbox does not wait for them.
@@ -298,6 +313,7 @@ impl Default for Config {
             limits: Limits::default(),
             engine: EngineConfig::default(),
             network: Network::default(),
+            drivers: Drivers::default(),
             pools: Pools::default(),
             namespace: Namespace::default(),
             disks: Disks::default(),

@@ -12,7 +12,9 @@ use crate::access::Caller;
 use crate::actor::{DiskPreparation, StartMode};
 use crate::engine_core::{Engine, EngineCore};
 use crate::handle::{Job, SessionHandle};
-use crate::model::{DiskSource, EventKind, Session, SessionState, Snapshot, SnapshotKind, SnapshotState};
+use crate::model::{
+    DiskSource, EventKind, Machine, Resources, Session, SessionState, Snapshot, SnapshotKind, SnapshotState,
+};
 use crate::ports::Change;
 use crate::requests::{Fork, NewSession};
 use crate::session::Request;
@@ -40,7 +42,7 @@ impl Engine {
         if session.sticky {
             inner.check_sticky(caller.workspace_id, None)?;
         }
-        let slot = inner.reserve(session.workspace_id, &session.machine)?;
+        let slot = inner.reserve(session.workspace_id, &session.machine.resources)?;
         inner.hold_all(&session)?;
         // From here on the session's own task does everything, so that a caller who goes away
         // leaves nothing half done.
@@ -93,6 +95,17 @@ impl EngineCore {
         Ok(DiskPreparation::Pause { session: paused, snapshot_id: snapshot.id, image })
     }
 
+    /// The name of the driver that was asked for, or of the server's default.
+    fn choose_driver(&self, asked: Option<String>) -> Result<String, Error> {
+        let Some(name) = asked else { return Ok(self.drivers.default_name().to_owned()) };
+        if self.drivers.find(&name).is_none() {
+            let known: Vec<&str> = self.drivers.names().collect();
+            let detail = format!("this server has no driver {name:?}, but {}", known.join(", "));
+            return Err(Error::new(Code::InvalidArgument, detail));
+        }
+        Ok(name)
+    }
+
     fn new_session(&self, caller: &Caller, new: NewSession, snapshot: Option<&Snapshot>) -> Result<Session, Error> {
         let inherited = snapshot.map(|snapshot| &snapshot.machine);
         let env = match snapshot {
@@ -106,19 +119,23 @@ impl EngineCore {
         if let Some(duration_ms) = new.max_duration_ms {
             validate::max_duration_ms(duration_ms, &self.config)?;
         }
-        let mut machine = validate::machine(
-            new.cpu_cores.or(inherited.map(|machine| machine.cpu_cores)),
-            new.memory_mb.or(inherited.map(|machine| machine.memory_mb)),
-            new.disk_gb.or(inherited.map(|machine| machine.disk_gb)),
-            new.outbound,
-        )?;
-        machine.egress = match new.egress {
+        let base = inherited.map_or(new.default_resources, |machine| machine.resources);
+        let resources = Resources {
+            cpu_millis: new.cpu_millis.unwrap_or(base.cpu_millis),
+            memory_bytes: new.memory_bytes.unwrap_or(base.memory_bytes),
+            disk_bytes: new.disk_bytes.unwrap_or(base.disk_bytes),
+        };
+        validate::resources(&resources)?;
+        if inherited.is_some_and(|inherited| resources.disk_bytes < inherited.resources.disk_bytes) {
+            return Err(Error::new(Code::InvalidResources, "the disk is smaller than the snapshot's"));
+        }
+        let egress = match new.egress {
             Some(egress) => Some(egress::checked(egress)?),
             None => inherited.and_then(|machine| machine.egress.clone()),
         };
-        if inherited.is_some_and(|inherited| machine.disk_gb < inherited.disk_gb) {
-            return Err(Error::new(Code::InvalidResources, "disk_gb is smaller than the snapshot's disk"));
-        }
+        let root = inherited.map_or_else(|| self.host.default_root(), |machine| machine.root.clone());
+        let machine = Machine { resources, root, outbound: new.outbound, egress };
+        let driver = self.choose_driver(new.driver)?;
         let mut attachments = Vec::new();
         for mount in &new.mounts {
             attachments.push(self.new_attachment(mount, &attachments)?);
@@ -147,7 +164,7 @@ impl EngineCore {
             end_reason: None,
             terminal_error: String::new(),
             exhausted: None,
-            driver: String::new(),
+            driver,
             source_snapshot_id: None,
             source_image_id: None,
             pause: None,
@@ -167,7 +184,7 @@ impl EngineCore {
         let forks: Vec<Session> = (1..=fork.count).map(|n| self.forked(caller, &parent, &fork, n)).collect();
         let mut slots = Vec::new();
         for session in &forks {
-            slots.push(self.reserve(session.workspace_id, &session.machine)?);
+            slots.push(self.reserve(session.workspace_id, &session.machine.resources)?);
         }
         let images: Vec<DiskImageId> = forks.iter().filter_map(|session| session.source_image_id).collect();
         let copy = |reply| Job::Copy { images: images.clone(), pause: None, reply };
@@ -231,7 +248,6 @@ impl EngineCore {
             ready_at: None,
             timeout_at: duration_ms.map(|duration_ms| now.saturating_add(duration_ms)),
             last_activity_at: now,
-            driver: String::new(),
             source_snapshot_id: None,
             source_image_id: Some(DiskImageId::new(now, self.random())),
             pause: None,

@@ -26,7 +26,7 @@ impl Engine {
     /// What is known of a live session's connections to the outside, oldest first: the last ones, while it runs.
     pub async fn connections(&self, caller: &Caller, id: SessionId) -> Result<Vec<Connection>, Error> {
         self.0.find_live(caller, id, Request::Change).await?;
-        self.0.driver.connections(id).await.map_err(egress_error)
+        self.0.host.connections(id).await.map_err(egress_error)
     }
 }
 

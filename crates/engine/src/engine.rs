@@ -22,7 +22,7 @@ use crate::model::{
     ApiKey, EventKind, Execution, ExecutionStatus, Session, SessionState, UnixMs, Workspace, WorkspaceSettings,
 };
 use crate::open::OpenSession;
-use crate::ports::{Blobs, Change, Clock, Driver, DriverEvent, Entropy, Ingress, ProcessEvent, SessionQuery, Store};
+use crate::ports::{Change, Ended, HostEvent, Ports, ProcessEvent, SessionQuery};
 use crate::preview_table::Previews;
 use crate::requests::{Certificate, ListSessions, NewExecution, SessionUpdate, Usage};
 use crate::session::{Request, check};
@@ -34,16 +34,8 @@ use crate::{query, recovery};
 impl Engine {
     /// Starts the engine: recovers everything recorded, then serves. The ingress is asked to publish before this returns;
     /// visitors who come so early have to wait for it.
-    #[allow(clippy::too_many_arguments)] // one for each port
-    pub async fn start(
-        config: EngineConfig,
-        store: Arc<dyn Store>,
-        driver: Arc<dyn Driver>,
-        blobs: Arc<dyn Blobs>,
-        ingress: Arc<dyn Ingress>,
-        clock: Arc<dyn Clock>,
-        entropy: Arc<dyn Entropy>,
-    ) -> Result<Self, Error> {
+    pub async fn start(config: EngineConfig, ports: Ports) -> Result<Self, Error> {
+        let Ports { store, drivers, host, blobs, ingress, clock, entropy } = ports;
         let key = certificate_key(&*store, &*entropy).await?;
         let workspaces = store.workspaces().await.map_err(store_error)?;
         let keys = store.api_keys().await.map_err(store_error)?;
@@ -52,7 +44,8 @@ impl Engine {
             creates: Semaphore::new(config.creates_concurrent_max.max(1) as usize),
             config,
             store,
-            driver,
+            drivers,
+            host,
             blobs,
             ingress,
             clock,
@@ -65,8 +58,10 @@ impl Engine {
             deadlines: Deadlines::new(),
             tasks: Tasks::new(),
         });
-        let events = inner.driver.events();
+        let ends: Vec<_> = inner.drivers.all().map(|(_, driver)| driver.ends()).collect();
+        let events = inner.host.events();
         recovery::recover(&inner, records).await?;
+        ends.into_iter().try_for_each(|ends| inner.spawn_ends(ends))?;
         inner.spawn_events(events)?;
         inner.spawn_timer()?;
         Ok(Self(inner))
@@ -259,9 +254,9 @@ impl Engine {
         Ok(Usage {
             active_sessions: u64::from(used.sessions),
             sessions_max: Some(workspace.settings.sessions_max.map_or(server, |max| server.min(u64::from(max)))),
-            cpu_cores: used.cpu_cores,
-            memory_mb: used.memory_mb,
-            disk_gb: used.disk_gb,
+            cpu_millis: used.cpu_millis,
+            memory_bytes: used.memory_bytes,
+            disk_bytes: used.disk_bytes,
         })
     }
 
@@ -326,13 +321,13 @@ impl Engine {
     }
 
     fn open_live(&self, live: &SessionHandle) -> Result<OpenSession, Error> {
-        let (env, memory_mb) = {
+        let (env, memory_bytes) = {
             let session = live.published.borrow();
             check(session.state, Request::Use)?;
-            (session.env.clone(), session.machine.memory_mb)
+            (session.env.clone(), session.machine.resources.memory_bytes)
         };
         let guest = live.guest().ok_or(Code::GuestUnreachable)?;
-        let commands = CommandLog { engine: self.0.clone(), session_id: live.id, memory_mb };
+        let commands = CommandLog { engine: self.0.clone(), session_id: live.id, memory_bytes };
         Ok(OpenSession { guest, env, commands, _activity: None })
     }
 
@@ -383,11 +378,28 @@ impl Engine {
 }
 
 impl EngineCore {
-    /// Passes on what the driver tells.
-    pub(crate) fn spawn_events(
-        self: &Arc<Self>,
-        mut events: mpsc::UnboundedReceiver<DriverEvent>,
-    ) -> Result<(), Error> {
+    /// Passes on what a driver tells.
+    fn spawn_ends(self: &Arc<Self>, mut ends: mpsc::UnboundedReceiver<Ended>) -> Result<(), Error> {
+        let (engine, running) = (self.clone(), self.tasks.enter()?);
+        tokio::spawn(async move {
+            let _running = running;
+            loop {
+                let Ended { id, powered_off, cause } = tokio::select! {
+                    biased;
+                    () = engine.tasks.stopping() => return,
+                    Some(ended) = ends.recv() => ended,
+                };
+                if let Some(live) = engine.registry.get(id) {
+                    live.set_exit(Exit { cause, powered_off, host_restarted: false });
+                    live.alarm.notify_one();
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// Passes on what the host tells.
+    fn spawn_events(self: &Arc<Self>, mut events: mpsc::UnboundedReceiver<HostEvent>) -> Result<(), Error> {
         let (engine, running) = (self.clone(), self.tasks.enter()?);
         tokio::spawn(async move {
             let _running = running;
@@ -398,14 +410,8 @@ impl EngineCore {
                     Some(event) = events.recv() => event,
                 };
                 match event {
-                    DriverEvent::Ended { id, powered_off, cause } => {
-                        if let Some(live) = engine.registry.get(id) {
-                            live.set_exit(Exit { cause, powered_off, host_restarted: false });
-                            live.alarm.notify_one();
-                        }
-                    }
-                    DriverEvent::MemoryLow => engine.release_longest_paused(),
-                    DriverEvent::Refused { id, request, limit } => {
+                    HostEvent::MemoryLow => engine.release_longest_paused(),
+                    HostEvent::Refused { id, request, limit } => {
                         if engine.registry.get(id).is_some() {
                             engine.record(id, EventKind::Refused { request, limit }, None).await;
                         }

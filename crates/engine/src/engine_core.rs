@@ -14,8 +14,8 @@ use crate::config::EngineConfig;
 use crate::deadlines::Deadlines;
 use crate::errors::store_error;
 use crate::handle::{Registry, SessionHandle, Slot};
-use crate::model::{Machine, Session};
-use crate::ports::{Blobs, Change, Clock, Driver, Entropy, Ingress, Store};
+use crate::model::{DiskOrigin, Resources, SandboxSpec, Session};
+use crate::ports::{Blobs, Change, Clock, Driver, DriverError, Drivers, Entropy, Host, Ingress, Store};
 use crate::preview_table::Previews;
 use crate::session::{Request, check};
 use crate::snapshot_locks::SnapshotLocks;
@@ -28,7 +28,8 @@ const CERTIFICATE_KEY: &str = "session_certificate_key";
 pub(crate) struct EngineCore {
     pub(crate) config: EngineConfig,
     pub(crate) store: Arc<dyn Store>,
-    pub(crate) driver: Arc<dyn Driver>,
+    pub(crate) drivers: Drivers,
+    pub(crate) host: Arc<dyn Host>,
     pub(crate) blobs: Arc<dyn Blobs>,
     pub(crate) ingress: Arc<dyn Ingress>,
     pub(crate) clock: Arc<dyn Clock>,
@@ -69,6 +70,24 @@ impl EngineCore {
         bytes
     }
 
+    /// The driver that a session's sandbox runs on.
+    pub(crate) fn driver_of(&self, session: &Session) -> Arc<dyn Driver> {
+        self.drivers.of(&session.driver)
+    }
+
+    /// What the driver is told to start a session's sandbox.
+    pub(crate) async fn spec(&self, session: &Session, disk: DiskOrigin) -> Result<SandboxSpec, DriverError> {
+        let machine = &session.machine;
+        Ok(SandboxSpec {
+            resources: machine.resources,
+            root: self.host.root(&machine.root).await?,
+            disk,
+            memory: None,
+            outbound: machine.outbound,
+            egress: machine.egress.clone(),
+        })
+    }
+
     /// The one place where a caller's right to a session is checked.
     pub(crate) async fn find(&self, caller: &Caller, id: SessionId) -> Result<Found, Error> {
         let found = match self.registry.get(id) {
@@ -103,9 +122,9 @@ impl EngineCore {
     }
 
     /// Room for one more running session, if its workspace and the server have it.
-    pub(crate) fn reserve(&self, workspace_id: WorkspaceId, machine: &Machine) -> Result<Slot, Error> {
+    pub(crate) fn reserve(&self, workspace_id: WorkspaceId, resources: &Resources) -> Result<Slot, Error> {
         let of_workspace = self.access.settings(workspace_id).sessions_max;
-        self.registry.reserve(workspace_id, machine, of_workspace, self.config.sessions_max)
+        self.registry.reserve(workspace_id, resources, of_workspace, self.config.sessions_max)
     }
 
     /// How long a workspace's paused sessions are kept that do not say so themselves.

@@ -23,14 +23,14 @@ const PROGRAM_CHARS_MAX: usize = 64;
 const PAGE: u32 = 100;
 
 /// What is worth keeping of a command's end; nothing of one that ended by itself.
-fn of_exit(program: &str, status: &ExitStatus, memory_mb: u32) -> Option<EventKind> {
+fn of_exit(program: &str, status: &ExitStatus, memory_bytes: u64) -> Option<EventKind> {
     let program = program_name(program);
     let failed = status.code != 0 || !status.signal.is_empty();
     if status.reason == ExitReason::SessionEnded {
         // The session's own events say what happened.
         None
     } else if failed && status.memory_kills > 0 {
-        Some(EventKind::OutOfMemory { program, limit_mb: memory_mb })
+        Some(EventKind::OutOfMemory { program, limit_mb: u32::try_from(memory_bytes >> 20).unwrap_or(u32::MAX) })
     } else if status.timed_out {
         Some(EventKind::CommandTimedOut { program, after_ms: status.duration_ms })
     } else if !status.signal.is_empty() {
@@ -168,9 +168,9 @@ impl EngineCore {
         execution_id: ExecutionId,
         program: &str,
         status: &ExitStatus,
-        memory_mb: u32,
+        memory_bytes: u64,
     ) -> Option<Change> {
-        let fact = of_exit(program, status, memory_mb)?;
+        let fact = of_exit(program, status, memory_bytes)?;
         Some(self.command_event(session_id, fact, Some(execution_id)))
     }
 }
@@ -180,7 +180,7 @@ impl EngineCore {
 pub struct CommandLog {
     pub(crate) engine: Arc<EngineCore>,
     pub(crate) session_id: SessionId,
-    pub(crate) memory_mb: u32,
+    pub(crate) memory_bytes: u64,
 }
 
 impl CommandLog {
@@ -191,13 +191,13 @@ impl CommandLog {
 
     /// Whether this end of a command is worth recording, by whoever cannot wait for nothing.
     pub fn is_abnormal(&self, status: &ExitStatus) -> bool {
-        of_exit("", status, self.memory_mb).is_some()
+        of_exit("", status, self.memory_bytes).is_some()
     }
 
     /// Records how a command ended, if that was abnormal: killed, timed out, out of memory. `program` is its first
     /// argument. Returns when that is in the store, so that whoever hears of the end finds it explained.
     pub async fn ended(&self, id: ExecutionId, program: &str, status: &ExitStatus) {
-        if let Some(fact) = of_exit(program, status, self.memory_mb) {
+        if let Some(fact) = of_exit(program, status, self.memory_bytes) {
             self.engine.record(self.session_id, fact, Some(id)).await;
         }
     }
@@ -232,7 +232,7 @@ mod tests {
 
     #[test]
     fn only_abnormal_ends_of_commands_are_facts() {
-        let of = |status: &ExitStatus| of_exit("/bin/prog", status, 256);
+        let of = |status: &ExitStatus| of_exit("/bin/prog", status, 256 << 20);
         let program = || "prog".to_owned();
         let exit = |code| ExitStatus { code, ..ExitStatus::default() };
         assert_eq!((of(&exit(0)), of(&exit(1)), of(&exit(127))), (None, None, None));

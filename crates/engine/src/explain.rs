@@ -109,7 +109,7 @@ impl Engine {
         };
         let events = inner.store.events(id, 0, u32::MAX).await.map_err(store_error)?;
         let now = match session.state {
-            SessionState::Running => inner.seen_now(id).await,
+            SessionState::Running => inner.seen_now(&session).await,
             _ => Now::default(),
         };
         Ok(findings(&session, &events, &now, inner.clock.now()))
@@ -124,11 +124,12 @@ struct Now {
 }
 
 impl EngineCore {
-    async fn seen_now(&self, id: SessionId) -> Now {
+    async fn seen_now(&self, session: &Session) -> Now {
+        let id = session.id;
         let logged = |error| tracing::debug!(session = %id, %error, "a sandbox could not be looked at");
         Now {
-            load: self.driver.usage(id).await.map_err(logged).ok(),
-            connections: self.driver.connections(id).await.map_err(logged).unwrap_or_default(),
+            load: self.driver_of(session).usage(id).await.map_err(logged).ok(),
+            connections: self.host.connections(id).await.map_err(logged).unwrap_or_default(),
         }
     }
 }
@@ -275,7 +276,7 @@ fn of_load(session: &Session, load: &ResourceUsage, found: &mut Vec<Finding>) {
         }
     }
     if load.memory_kills > 0 && !found.iter().any(|finding| finding.code == OutOfMemory) {
-        let (kills, limit) = (load.memory_kills, session.machine.memory_mb);
+        let (kills, limit) = (load.memory_kills, session.machine.resources.memory_mib());
         found.push(finding(OutOfMemory, format!("{kills} since the sandbox started; its limit is {limit} MB"), None));
     }
     let nearly = |used: u64, all: u64| all > 0 && is_percent(used, all, NEARLY_PERCENT);
@@ -293,16 +294,17 @@ fn of_load(session: &Session, load: &ResourceUsage, found: &mut Vec<Finding>) {
     of_all(ProcessesNearlyFull, load.processes, load.processes_max, " processes and threads exist");
     if load.cpu_periods >= SPANS_MIN && is_percent(load.cpu_periods_throttled, load.cpu_periods, THROTTLED_PERCENT) {
         let percent = load.cpu_periods_throttled * 100 / load.cpu_periods;
-        let (halted, cores) = (seconds(load.cpu_throttled_us / 1_000), session.machine.cpu_cores);
+        let (halted, cores) = (seconds(load.cpu_throttled_us / 1_000), session.machine.resources.cpus());
         let detail =
             format!("it was halted in {percent} % of the time it worked, for {halted} in all; it has {cores} cores");
         found.push(finding(CpuThrottled, detail, None));
     }
-    let may_us = load.cpu_window_us.saturating_mul(session.machine.cpu_cores.into());
+    let may_us = load.cpu_window_us.saturating_mul(u64::from(session.machine.resources.cpus()));
     let wanted_us = load.cpu_used_us.saturating_add(load.cpu_waited_us);
     if may_us > 0 && is_percent(wanted_us, may_us, BUSY_PERCENT) {
         let percent = |us: u64| us.saturating_mul(100) / may_us;
-        let (used, waited, cores) = (percent(load.cpu_used_us), percent(load.cpu_waited_us), session.machine.cpu_cores);
+        let (used, waited, cores) =
+            (percent(load.cpu_used_us), percent(load.cpu_waited_us), session.machine.resources.cpus());
         let detail = format!("its threads use {used} % of its {cores} cores, and wait for another {waited} %");
         found.push(finding(CpuBusy, detail, None));
     }

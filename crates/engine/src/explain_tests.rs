@@ -3,7 +3,7 @@ use std::collections::BTreeSet;
 use nagaya_api::ids::{KeyId, SnapshotId, WorkspaceId};
 
 use super::*;
-use crate::model::{Machine, Pause};
+use crate::model::{Machine, Pause, Resources};
 
 const NOW: UnixMs = 1_000_000;
 
@@ -14,7 +14,12 @@ fn session(state: SessionState) -> Session {
         owner_id: KeyId::new(1, [1; 10]),
         name: String::new(),
         state,
-        machine: Machine { cpu_cores: 2, memory_mb: 256, disk_gb: 5, outbound: true, egress: None },
+        machine: Machine {
+            resources: Resources::of(2, 256, 5),
+            root: Default::default(),
+            outbound: true,
+            egress: None,
+        },
         inbound: true,
         env: Default::default(),
         metadata: Default::default(),

@@ -15,12 +15,13 @@ mod programs;
 mod sockets;
 mod store;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 pub use blobs::FakeBlobs;
 pub use clock::FakeClock;
 pub use disks::FakeVolume;
-pub use driver::FakeDriver;
+pub use driver::{FAKE_DRIVER, FakeDriver};
 pub use faults::{Faults, Rng};
 pub use guest::FakeGuest;
 pub use ingress::FakeIngress;
@@ -29,7 +30,7 @@ pub use store::FakeStore;
 use crate::access::Caller;
 use crate::config::EngineConfig;
 use crate::engine_core::Engine;
-use crate::ports::Entropy;
+use crate::ports::{Drivers, Entropy, Ports};
 
 /// Randomness that a seed repeats.
 pub struct FakeEntropy(Mutex<Rng>);
@@ -86,9 +87,20 @@ impl Fakes {
     /// Starts an engine in this world; again after it was shut down or dropped with its runtime.
     pub async fn start(&self, config: EngineConfig) -> Result<Engine, nagaya_api::error::Error> {
         self.disconnect();
-        let (store, driver, blobs) = (self.store.clone(), self.driver.clone(), self.blobs.clone());
-        let (ingress, clock, entropy) = (self.ingress.clone(), self.clock.clone(), self.entropy.clone());
-        Engine::start(config, store, driver, blobs, ingress, clock, entropy).await
+        Engine::start(config, self.ports()).await
+    }
+
+    /// The ports of an engine in this world, with one driver called `fake`.
+    pub fn ports(&self) -> Ports {
+        Ports {
+            store: self.store.clone(),
+            drivers: Drivers::new(FAKE_DRIVER, BTreeMap::from([(FAKE_DRIVER.to_owned(), self.driver.clone() as _)])),
+            host: self.driver.clone(),
+            blobs: self.blobs.clone(),
+            ingress: self.ingress.clone(),
+            clock: self.clock.clone(),
+            entropy: self.entropy.clone(),
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{DiskImageId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use crate::model::{Attachment, Egress, Execution, Machine, Session, SessionState, UnixMs};
+use crate::model::{Attachment, Egress, Execution, Resources, Session, SessionState, UnixMs};
 use crate::ports::{Clock, Guest};
 use crate::requests::{NewExecution, NewMount, SessionUpdate};
 
@@ -235,16 +235,16 @@ struct Table {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Used {
     pub(crate) sessions: u32,
-    pub(crate) cpu_cores: u64,
-    pub(crate) memory_mb: u64,
-    pub(crate) disk_gb: u64,
+    pub(crate) cpu_millis: u64,
+    pub(crate) memory_bytes: u64,
+    pub(crate) disk_bytes: u64,
 }
 
 /// A session's share of its workspace's and the server's quota; given back on drop.
 pub(crate) struct Slot {
     registry: Arc<Registry>,
     workspace_id: WorkspaceId,
-    machine: Machine,
+    resources: Resources,
 }
 
 impl Drop for Slot {
@@ -253,9 +253,9 @@ impl Drop for Slot {
             table.total -= 1;
             if let Some(used) = table.used.get_mut(&self.workspace_id) {
                 used.sessions -= 1;
-                used.cpu_cores -= u64::from(self.machine.cpu_cores);
-                used.memory_mb -= u64::from(self.machine.memory_mb);
-                used.disk_gb -= u64::from(self.machine.disk_gb);
+                used.cpu_millis -= u64::from(self.resources.cpu_millis);
+                used.memory_bytes -= self.resources.memory_bytes;
+                used.disk_bytes -= self.resources.disk_bytes;
             }
         });
     }
@@ -290,7 +290,7 @@ impl Registry {
     pub(crate) fn reserve(
         self: &Arc<Self>,
         workspace_id: WorkspaceId,
-        machine: &Machine,
+        resources: &Resources,
         of_workspace: Option<u32>,
         sessions_max: u32,
     ) -> Result<Slot, Error> {
@@ -303,27 +303,27 @@ impl Registry {
                 let detail = format!("the server's sessions_max is {sessions_max}");
                 return Err(Error::new(Code::CapacityUnavailable, detail));
             }
-            table.count(workspace_id, machine);
+            table.count(workspace_id, resources);
             Ok(())
         })?;
-        Ok(Slot { registry: self.clone(), workspace_id, machine: machine.clone() })
+        Ok(Slot { registry: self.clone(), workspace_id, resources: *resources })
     }
 
     /// Counts a session that exists already, whatever the limits say now.
-    pub(crate) fn take(self: &Arc<Self>, workspace_id: WorkspaceId, machine: &Machine) -> Slot {
-        self.with(|table| table.count(workspace_id, machine));
-        Slot { registry: self.clone(), workspace_id, machine: machine.clone() }
+    pub(crate) fn take(self: &Arc<Self>, workspace_id: WorkspaceId, resources: &Resources) -> Slot {
+        self.with(|table| table.count(workspace_id, resources));
+        Slot { registry: self.clone(), workspace_id, resources: *resources }
     }
 }
 
 impl Table {
-    fn count(&mut self, workspace_id: WorkspaceId, machine: &Machine) {
+    fn count(&mut self, workspace_id: WorkspaceId, resources: &Resources) {
         self.total += 1;
         let used = self.used.entry(workspace_id).or_default();
         used.sessions += 1;
-        used.cpu_cores += u64::from(machine.cpu_cores);
-        used.memory_mb += u64::from(machine.memory_mb);
-        used.disk_gb += u64::from(machine.disk_gb);
+        used.cpu_millis += u64::from(resources.cpu_millis);
+        used.memory_bytes += resources.memory_bytes;
+        used.disk_bytes += resources.disk_bytes;
     }
 }
 
@@ -335,13 +335,13 @@ mod tests {
     fn racing_creators_never_get_more_than_the_quota() {
         let registry = Arc::new(Registry::default());
         let workspace = WorkspaceId::new(1, [0; 10]);
-        let machine = Machine { cpu_cores: 2, memory_mb: 256, disk_gb: 5, outbound: false, egress: None };
+        let resources = Resources::of(2, 256, 5);
         let taken = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..50 {
-                        if let Ok(slot) = registry.reserve(workspace, &machine, Some(100), 1_000) {
+                        if let Ok(slot) = registry.reserve(workspace, &resources, Some(100), 1_000) {
                             taken.lock().unwrap().push(slot);
                         }
                     }
@@ -349,9 +349,12 @@ mod tests {
             }
         });
         assert_eq!(taken.lock().unwrap().len(), 100);
-        assert_eq!(registry.used(workspace), Used { sessions: 100, cpu_cores: 200, memory_mb: 25_600, disk_gb: 500 });
+        assert_eq!(
+            registry.used(workspace),
+            Used { sessions: 100, cpu_millis: 200_000, memory_bytes: 25_600 << 20, disk_bytes: 500 << 30 }
+        );
         drop(taken);
         assert_eq!(registry.used(workspace), Used::default());
-        assert!(registry.reserve(workspace, &machine, None, 0).is_err(), "the server's own limit");
+        assert!(registry.reserve(workspace, &resources, None, 0).is_err(), "the server's own limit");
     }
 }

@@ -20,7 +20,7 @@ use crate::actor::StartMode;
 use crate::engine_core::EngineCore;
 use crate::errors::store_error;
 use crate::model::{Preview, Session, SessionState, Snapshot, SnapshotState, Volume};
-use crate::ports::{DriverError, Store};
+use crate::ports::{Change, DriverError, Store};
 use crate::tasks::Running;
 
 /// What was recorded before the start.
@@ -45,9 +45,14 @@ pub(crate) async fn recover(engine: &Arc<EngineCore>, records: Records) -> Resul
         tracing::error!(%error, "the driver could not tell which {what} exist");
         Error::new(Code::Internal, format!("the driver could not tell which {what} exist"))
     };
-    let sandboxes = engine.driver.list().await.map_err(|error| unknown("sandboxes", error))?;
-    let images = engine.driver.images().await.map_err(|error| unknown("images", error))?;
-    let volumes = engine.driver.volumes().await.map_err(|error| unknown("volumes", error))?;
+    let records = name_roots(engine, records).await?;
+    let mut sandboxes = Vec::new();
+    for (name, driver) in engine.drivers.all() {
+        let found = driver.list().await.map_err(|error| unknown("sandboxes", error))?;
+        sandboxes.extend(found.into_iter().map(|id| (name.to_owned(), id)));
+    }
+    let images = engine.host.images().await.map_err(|error| unknown("images", error))?;
+    let volumes = engine.host.volumes().await.map_err(|error| unknown("volumes", error))?;
     let mut unrecorded = Vec::new();
     for id in volumes.into_iter().filter(|id| !records.volumes.iter().any(|volume| volume.id == *id)) {
         if engine.give_up("volume", &id) {
@@ -60,17 +65,17 @@ pub(crate) async fn recover(engine: &Arc<EngineCore>, records: Records) -> Resul
     let mut attempts = Vec::new();
     for session in records.sessions {
         let stopped = matches!(session.state, SessionState::Paused | SessionState::UserShutdown);
-        let slot = (!stopped).then(|| engine.registry.take(session.workspace_id, &session.machine));
+        let slot = (!stopped).then(|| engine.registry.take(session.workspace_id, &session.machine.resources));
         let (attempted, attempt) = oneshot::channel();
         engine.spawn(session, slot, StartMode::Recovered { attempted }, engine.tasks.enter()?);
         attempts.push(attempt);
     }
-    for id in sandboxes.into_iter().filter(|id| !live.contains(id)) {
+    for (driver, id) in sandboxes.into_iter().filter(|(_, id)| !live.contains(id)) {
         if engine.store.session(id).await.map_err(store_error)?.is_none() && !engine.give_up("sandbox", &id) {
             continue;
         }
         let (attempted, attempt) = oneshot::channel();
-        tokio::spawn(sweep(engine.clone(), id, attempted, engine.tasks.enter()?));
+        tokio::spawn(sweep(engine.clone(), driver, id, attempted, engine.tasks.enter()?));
         attempts.push(attempt);
     }
     engine.await_attempts(attempts).await;
@@ -82,6 +87,35 @@ pub(crate) async fn recover(engine: &Arc<EngineCore>, records: Records) -> Resul
         freeing.insist("blobs that no snapshot needs could not be removed", || freeing.free_blobs()).await;
     });
     Ok(())
+}
+
+/// Records of servers that knew one image only say nothing of it: they get what the disk says, else the host's own image.
+/// What no record needs is removed then.
+async fn name_roots(engine: &EngineCore, mut records: Records) -> Result<Records, Error> {
+    let mut changes = Vec::new();
+    for session in records.sessions.iter_mut().filter(|session| session.machine.root.is_unknown()) {
+        let of_disk = engine.host.root_of(session.id).await.ok().flatten();
+        session.machine.root = of_disk.unwrap_or_else(|| engine.host.default_root());
+        // Nor did they name the driver before its sandbox was up.
+        if session.driver.is_empty() {
+            session.driver = engine.drivers.default_name().to_owned();
+        }
+        changes.push(Change::Session(session.clone()));
+    }
+    for snapshot in records.snapshots.iter_mut().filter(|snapshot| snapshot.machine.root.is_unknown()) {
+        snapshot.machine.root = engine.host.default_root();
+        changes.push(Change::Snapshot(snapshot.clone()));
+    }
+    if !changes.is_empty() {
+        engine.write(changes).await?;
+    }
+    let of_sessions = records.sessions.iter().map(|session| &session.machine.root);
+    let of_snapshots = records.snapshots.iter().map(|snapshot| &snapshot.machine.root);
+    let used: Vec<_> = of_sessions.chain(of_snapshots).cloned().collect();
+    if let Err(error) = engine.host.retain_roots(&used).await {
+        tracing::warn!(%error, "root file systems that nobody needs could not be removed");
+    }
+    Ok(records)
 }
 
 impl EngineCore {
@@ -131,16 +165,23 @@ fn remove_nameless(engine: &Arc<EngineCore>, records: &Records, images: Vec<Disk
         }
         for id in volumes {
             let what = "a volume that no record names could not be removed";
-            removing.insist(what, || removing.driver.remove_volume(id)).await;
+            removing.insist(what, || removing.host.remove_volume(id)).await;
         }
     });
 }
 
 /// Destroys a sandbox that no live record names, however long that takes.
-async fn sweep(engine: Arc<EngineCore>, id: SessionId, attempted: oneshot::Sender<()>, _running: Running) {
+async fn sweep(
+    engine: Arc<EngineCore>,
+    driver: String,
+    id: SessionId,
+    attempted: oneshot::Sender<()>,
+    _running: Running,
+) {
+    let driver = engine.drivers.of(&driver);
     let mut attempted = Some(attempted);
     let mut backoff = engine.backoff();
-    while let Err(error) = engine.driver.destroy(id).await {
+    while let Err(error) = driver.destroy(id).await {
         tracing::warn!(session = %id, %error, "a leftover sandbox could not be removed; trying again");
         drop(attempted.take());
         if !engine.pause(backoff.next_ms()).await {

@@ -4,17 +4,19 @@ use std::collections::BTreeMap;
 
 use nagaya_api::ids::{SessionId, SnapshotId, VolumeId, WorkspaceId};
 
-use crate::model::{Binding, Egress, Preview, SessionState, UnixMs};
+use crate::model::{Binding, Egress, Preview, Resources, SessionState, UnixMs};
 
-/// A session to create. Absent values are those of the snapshot, else the contract's defaults.
+/// A session to create. Absent values are those of the snapshot, else defaults.
 #[derive(Debug, Clone, Default)]
 pub struct NewSession {
     pub name: String,
-    pub cpu_cores: Option<u32>,
-    /// MiB.
-    pub memory_mb: Option<u32>,
-    /// GiB.
-    pub disk_gb: Option<u32>,
+    /// The driver it runs on; absent: the server's default.
+    pub driver: Option<String>,
+    pub cpu_millis: Option<u32>,
+    pub memory_bytes: Option<u64>,
+    pub disk_bytes: Option<u64>,
+    /// What counts where neither the fields above nor a snapshot say anything.
+    pub default_resources: Resources,
     pub env: BTreeMap<String, String>,
     pub metadata: BTreeMap<String, String>,
     pub tags: Vec<String>,
@@ -247,9 +249,7 @@ pub struct Usage {
     pub active_sessions: u64,
     /// The smaller of the workspace's and the server's limit.
     pub sessions_max: Option<u64>,
-    pub cpu_cores: u64,
-    /// MiB.
-    pub memory_mb: u64,
-    /// GiB.
-    pub disk_gb: u64,
+    pub cpu_millis: u64,
+    pub memory_bytes: u64,
+    pub disk_bytes: u64,
 }

@@ -325,7 +325,7 @@ impl EngineCore {
     async fn store_copy(&self, id: SnapshotId, image: DiskImageId) -> Result<StoredImage, Error> {
         let stored = {
             let _gate = self.snapshots.blobs.read().await;
-            let stored = self.blobs.store(&self.driver.image_path(image)).await.map_err(blob_error)?;
+            let stored = self.blobs.store(&self.host.image_path(image)).await.map_err(blob_error)?;
             let now = self.clock.now();
             let ready = |snapshot: &mut Snapshot| {
                 snapshot.state = SnapshotState::Ready;
@@ -346,7 +346,7 @@ impl EngineCore {
     }
 
     pub(crate) async fn remove_image(&self, image: DiskImageId) {
-        self.insist("a disk image could not be removed", || self.driver.remove_image(image)).await;
+        self.insist("a disk image could not be removed", || self.host.remove_image(image)).await;
     }
 
     /// False when the engine stops, and leaves the rest to the next start.

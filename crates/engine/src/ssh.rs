@@ -75,7 +75,8 @@ impl Engine {
         };
         let (in_use, guest) = inner.reach(&live).await?;
         let session = live.published.borrow().clone();
-        let commands = CommandLog { engine: self.0.clone(), session_id: id, memory_mb: session.machine.memory_mb };
+        let commands =
+            CommandLog { engine: self.0.clone(), session_id: id, memory_bytes: session.machine.resources.memory_bytes };
         Ok(SshSession {
             session_id: id,
             open: OpenSession { guest, env: session.env, commands, _activity: Some(in_use) },

@@ -6,8 +6,11 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::limits;
 
 use crate::config::EngineConfig;
-use crate::model::{Machine, UnixMs};
+use crate::model::{Resources, UnixMs};
 use crate::ports::Command;
+
+/// In which disks and memory are given out.
+const BLOCK_BYTES: u64 = 4096;
 
 fn invalid(detail: impl Into<String>) -> Error {
     Error::new(Code::InvalidArgument, detail)
@@ -51,31 +54,16 @@ fn is_tag(tag: &str) -> bool {
         && tag.bytes().all(|byte| plain(byte) || b"_:.-".contains(&byte))
 }
 
-/// The machine that was asked for, with the contract's defaults.
-pub fn machine(
-    cpu_cores: Option<u32>,
-    memory_mb: Option<u32>,
-    disk_gb: Option<u32>,
-    outbound: bool,
-) -> Result<Machine, Error> {
-    let machine = Machine {
-        cpu_cores: cpu_cores.unwrap_or(limits::DEFAULT_CPU_CORES),
-        memory_mb: memory_mb.unwrap_or(limits::DEFAULT_MEMORY_MB),
-        disk_gb: disk_gb.unwrap_or(limits::DEFAULT_DISK_GB),
-        outbound,
-        egress: None,
-    };
-    let refuse = |field: &str| Err(Error::new(Code::InvalidResources, field));
-    if !limits::CPU_CORES.contains(&machine.cpu_cores) {
-        return refuse("cpu_cores must be 1 to 16");
+/// Resources that every driver can give.
+pub fn resources(resources: &Resources) -> Result<(), Error> {
+    let refuse = |detail: &str| Err(Error::new(Code::InvalidResources, detail));
+    if resources.cpu_millis == 0 || resources.memory_bytes == 0 || resources.disk_bytes == 0 {
+        return refuse("a sandbox needs processor time, memory and a disk");
     }
-    if !limits::MEMORY_MB.contains(&machine.memory_mb) || !machine.memory_mb.is_multiple_of(2) {
-        return refuse("memory_mb must be an even number from 128 to 65536");
+    if resources.disk_bytes % BLOCK_BYTES != 0 || resources.memory_bytes % BLOCK_BYTES != 0 {
+        return refuse("memory and disk are multiples of 4096 bytes");
     }
-    if !limits::DISK_GB.contains(&machine.disk_gb) {
-        return refuse("disk_gb must be 5 to 100");
-    }
-    Ok(machine)
+    Ok(())
 }
 
 /// An environment the kernel can hand to a program.
@@ -234,22 +222,18 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn resources_outside_the_contract_are_refused() {
-        let check = |cpu, memory, disk| machine(cpu, memory, disk, true).map_err(|error| error.code);
-        assert_eq!(
-            check(None, None, None),
-            Ok(Machine { cpu_cores: 2, memory_mb: 4_096, disk_gb: 5, outbound: true, egress: None })
-        );
-        assert!(check(Some(16), Some(65_536), Some(100)).is_ok());
-        assert!(check(Some(1), Some(128), Some(5)).is_ok());
-        for (cpu, memory, disk) in
-            [(0, 128, 5), (17, 128, 5), (1, 127, 5), (1, 129, 5), (1, 65_537, 5), (1, 128, 4), (1, 128, 101)]
-        {
-            assert_eq!(
-                check(Some(cpu), Some(memory), Some(disk)),
-                Err(Code::InvalidResources),
-                "{cpu} {memory} {disk}"
-            );
+    fn resources_that_are_nothing_or_no_whole_blocks_are_refused() {
+        assert!(resources(&Resources::default()).is_ok());
+        let least = Resources { cpu_millis: 1, memory_bytes: 4096, disk_bytes: 4096 };
+        assert!(resources(&least).is_ok());
+        for bad in [
+            Resources { cpu_millis: 0, ..least },
+            Resources { memory_bytes: 0, ..least },
+            Resources { memory_bytes: 5000, ..least },
+            Resources { disk_bytes: 0, ..least },
+            Resources { disk_bytes: 4095, ..least },
+        ] {
+            assert_eq!(resources(&bad).map_err(|error| error.code), Err(Code::InvalidResources), "{bad:?}");
         }
     }
 

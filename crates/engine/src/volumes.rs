@@ -201,7 +201,7 @@ impl EngineCore {
             self.record_volume(&mut volume).await?;
         }
         let _quiet = self.volumes.quiet(id).await;
-        if let Err(error) = self.driver.create_volume(id, volume.size_bytes).await {
+        if let Err(error) = self.host.create_volume(id, volume.size_bytes).await {
             tracing::warn!(volume = %id, %error, "a volume could not be made");
             self.keep_removing(id);
             return Err(volume_error(error));
@@ -238,13 +238,13 @@ impl EngineCore {
     async fn finish_growing(&self, mut volume: Volume) -> Result<Volume, Error> {
         let Some(size_bytes) = volume.growing_to_bytes.take() else { return Ok(volume) };
         let grown = match size_bytes > volume.size_bytes {
-            true => self.driver.grow_volume(volume.id, size_bytes).await,
+            true => self.host.grow_volume(volume.id, size_bytes).await,
             false => Ok(()),
         };
         let is_grown = match &grown {
             Ok(()) => true,
             // What failed may have come after it, as may a crash of which this is the recovery.
-            Err(_) => self.driver.volume_size(volume.id).await.is_ok_and(|size| size >= size_bytes),
+            Err(_) => self.host.volume_size(volume.id).await.is_ok_and(|size| size >= size_bytes),
         };
         if is_grown {
             volume.size_bytes = size_bytes;
@@ -291,7 +291,7 @@ impl EngineCore {
 
     /// Removes a volume that is recorded as going, and forgets it. Can be repeated.
     async fn remove_volume(&self, id: VolumeId) -> Result<(), Error> {
-        self.driver.remove_volume(id).await.map_err(volume_error)?;
+        self.host.remove_volume(id).await.map_err(volume_error)?;
         self.write(vec![Change::ForgetVolume(id)]).await?;
         self.volumes.with(|table| table.remove(&id));
         Ok(())

@@ -8,7 +8,7 @@ use nagaya_api::error::Code;
 use nagaya_api::ids::SessionId;
 use nagaya_engine::fake::{self, Fakes};
 use nagaya_engine::model::{EventKind, Limit};
-use nagaya_engine::model::{ExecutionStatus, Session, SessionState};
+use nagaya_engine::model::{ExecutionStatus, Resources, Session, SessionState};
 use nagaya_engine::ports::{Clock, Command, DriverError, Entropy, ExitStatus, ProcessEvent, Store};
 use nagaya_engine::{Caller, Engine, EngineConfig, ListSessions, NewExecution, NewSession, SessionUpdate};
 
@@ -50,7 +50,7 @@ async fn a_new_session_runs_and_ends_when_asked() {
     let (engine, caller, fakes) = world().await;
     let new = NewSession { name: "n".into(), tags: vec!["t".into()], outbound: true, ..NewSession::default() };
     let session = running(&engine, &caller, new).await;
-    assert_eq!((session.driver.as_str(), session.machine.cpu_cores, session.machine.memory_mb), ("fake", 2, 4_096));
+    assert_eq!((session.driver.as_str(), session.machine.resources), ("fake", Resources::of(2, 4_096, 5)));
     assert!(session.ready_at.is_some() && session.machine.outbound);
     assert_eq!(engine.usage(&caller, None).await.unwrap().active_sessions, 1);
 
@@ -99,9 +99,9 @@ async fn bad_input_creates_nothing() {
     let (engine, caller, fakes) = world().await;
     let bad = [
         NewSession { name: "a".repeat(65), ..NewSession::default() },
-        NewSession { cpu_cores: Some(17), ..NewSession::default() },
-        NewSession { memory_mb: Some(129), ..NewSession::default() },
-        NewSession { disk_gb: Some(4), ..NewSession::default() },
+        NewSession { cpu_millis: Some(0), ..NewSession::default() },
+        NewSession { memory_bytes: Some(1 << 11), ..NewSession::default() },
+        NewSession { disk_bytes: Some(0), ..NewSession::default() },
         NewSession { tags: vec!["Upper".into()], ..NewSession::default() },
         NewSession { env: [("A\0".into(), "".into())].into(), ..NewSession::default() },
         NewSession { max_duration_ms: Some(0), ..NewSession::default() },

@@ -82,13 +82,11 @@ pub enum MountOutcome {
 }
 
 /// Descriptors, in this order: error pipe (write end), lifeline pipe (read end), the socket for the [`Disk`], user
-/// namespace, network namespace, one detached mount for each of `layers`, `agent_cgroups` files,
+/// namespace, network namespace, `agent_cgroups` files,
 /// `command_cgroups` files, for each of `command_groups` as many files and one that reads as the number of its
 /// processes, and the files of memory usage, memory limit and memory statistics.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Sandbox {
-    /// Directories below the root that have a layer and an overlay of their own, such as `usr`.
-    pub layers: Vec<String>,
     /// Number of cgroup files that the first process writes itself into.
     pub agent_cgroups: usize,
     /// Number of cgroup files that the agent writes each command into.
@@ -110,10 +108,28 @@ pub struct Sandbox {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Sizes;
 
-/// What a sandbox lives on, sent to its first process. Descriptors: the disk (a detached mount), the base layer
-/// (a detached mount), and the socket that its agent listens on. Without it the process ends with the server.
+/// What a sandbox lives on, sent to its first process. Descriptors: the disk (a detached mount), the socket that its agent
+/// listens on, and a detached mount for each layer. Without it the process ends with the server.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Disk;
+pub struct Disk {
+    /// The directory of the root that each layer is the content of: one of [`PLACES`], or empty for the root itself. The
+    /// uppermost comes first.
+    pub layers: Vec<String>,
+}
+
+/// Layers of a root file system at most.
+pub const LAYERS_MAX: usize = 16;
+
+/// Directories of a root that layers may be the content of. Each has an overlay of its own.
+pub const PLACES: [&str; 7] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"];
+
+/// The names of all overlays that a root may have, under which a disk holds what was written to them.
+pub fn overlays() -> impl Iterator<Item = &'static str> {
+    std::iter::once(ROOT_OVERLAY).chain(PLACES)
+}
+
+/// The overlay of the root itself.
+pub const ROOT_OVERLAY: &str = "root";
 
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Answer {

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Context;
 use nagaya_api::error::{Code, Error};
 use nagaya_engine::ports::{Store, StoreError};
-use nagaya_runtime::namespace::storage_root;
+use nagaya_runtime::host::storage_root;
 use nagaya_store::{Kind, SqliteStore};
 
 use crate::server::{BLOBS, DATABASE};

@@ -7,11 +7,11 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use nagaya_daemon::config::Config;
-use nagaya_engine::ports::Driver;
-use nagaya_runtime::namespace::{NETWORK_FILE, NamespaceDriver, PoolChoice, storage_root};
+use nagaya_engine::ports::{Driver, Host};
+use nagaya_runtime::host::{HostPort, NETWORK_FILE, storage_root};
 use nagaya_store::DirectoryLock;
 
-use crate::server::{ADDRESS_FILE, BLOBS, DATABASE, KEY_FILE, driver_settings, open_blobs};
+use crate::server::{ADDRESS_FILE, BLOBS, DATABASE, KEY_FILE, open_blobs, open_host_at_rest};
 
 /// Everything that a server may have put into its data directory.
 const DIRECTORIES: [&str; 8] = ["sandboxes", "pool", "images", "templates", "disks", "volumes", "records", BLOBS];
@@ -32,25 +32,26 @@ pub fn run(config: Config) -> anyhow::Result<ExitCode> {
 pub async fn purge(config: &Config) -> anyhow::Result<usize> {
     // The store's lock keeps a running server's sandboxes safe from us.
     let lock = DirectoryLock::acquire(&config.data_dir).context("is a server still running here?")?;
-    let mut settings = driver_settings(config)?;
-    settings.pool_ready = 0;
-    settings.pool_ready_isolated = 0;
-    settings.pool = PoolChoice::Off;
-    let driver = tokio::task::spawn_blocking(move || NamespaceDriver::start(settings)).await??;
+    let (host, driver) = open_host_at_rest(config).await?;
+    let port = HostPort(host.clone());
     let ids = driver.list().await?;
     for id in &ids {
         driver.destroy(*id).await?;
     }
     driver.settled().await;
-    for id in driver.volumes().await? {
+    for id in port.volumes().await? {
         // The last sandbox that had it lets go of it a moment after its own end.
-        driver.settle_volume(id).await?;
-        driver.remove_volume(id).await?;
+        port.settle_volume(id).await?;
+        port.remove_volume(id).await?;
     }
     if config.blobs.s3.is_some() {
         open_blobs(config)?.retain(&[]).await.context("remove what is in the bucket")?;
     }
-    tokio::task::spawn_blocking(move || driver.remove_host_state()).await?;
+    tokio::task::spawn_blocking(move || {
+        driver.shut_down();
+        host.remove();
+    })
+    .await?;
     let storage = storage_root(&config.data_dir);
     anyhow::ensure!(
         storage == config.data_dir,

@@ -11,20 +11,20 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use nagaya_api::ids::{DiskImageId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
-use nagaya_api::limits;
 use nagaya_blobs::Manifest;
 use nagaya_daemon::config::Config;
 use nagaya_daemon::host::HostEntropy;
 use nagaya_engine::model::{
-    Durability, Machine, Session, SessionState, Snapshot, SnapshotKind, SnapshotState, UnixMs, Volume, VolumeState,
-    Workspace, WorkspaceSettings,
+    Durability, ImageDigest, Machine, Resources, Session, SessionState, Snapshot, SnapshotKind, SnapshotState, UnixMs,
+    Volume, VolumeState, Workspace, WorkspaceSettings,
 };
-use nagaya_engine::ports::{Change, Driver, Entropy, Store, StoreError};
-use nagaya_runtime::namespace::{NamespaceDriver, PoolChoice, storage_root};
+use nagaya_engine::ports::{Change, Driver, Entropy, Host, Store, StoreError};
+use nagaya_runtime::host::{HostPort, storage_root};
+use nagaya_runtime::namespace::NamespaceDriver;
 use nagaya_store::SqliteStore;
 
 use crate::guard;
-use crate::server::{BLOBS, DATABASE, driver_settings};
+use crate::server::{BLOBS, DATABASE, NAMESPACE, open_host_at_rest};
 
 const GIB: u64 = 1 << 30;
 
@@ -40,13 +40,8 @@ pub fn run(config: Config) -> anyhow::Result<ExitCode> {
 async fn recover(config: &Config) -> anyhow::Result<String> {
     let store = open_or_set_aside(&config.data_dir)?;
     let (records, unreadable) = store.put_back().await.map_err(guard::store_error)?;
-    let mut settings = driver_settings(config)?;
-    settings.pool_ready = 0;
-    settings.pool_ready_isolated = 0;
-    settings.pool = PoolChoice::Off;
-    let driver = tokio::task::spawn_blocking(move || NamespaceDriver::start(settings)).await?;
-    let driver = driver.context("`nagaya doctor` tells what this host lacks")?;
-    let made = describe(&store, &driver, &storage_root(&config.data_dir)).await?;
+    let (host, driver) = open_host_at_rest(config).await?;
+    let made = describe(&store, &HostPort(host), &driver, &storage_root(&config.data_dir)).await?;
     let count = |matches: fn(&Change) -> bool| made.iter().filter(|change| matches(change)).count();
     let told = format!(
         "{records} records put back from their copies, {unreadable} copies set aside that could not be read\n\
@@ -93,7 +88,12 @@ fn set_aside(data_dir: &Path, aside: &Path) -> std::io::Result<()> {
 }
 
 /// Records for everything that has none.
-async fn describe(store: &SqliteStore, driver: &NamespaceDriver, storage: &Path) -> anyhow::Result<Vec<Change>> {
+async fn describe(
+    store: &SqliteStore,
+    host: &HostPort,
+    driver: &NamespaceDriver,
+    storage: &Path,
+) -> anyhow::Result<Vec<Change>> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as UnixMs);
     let mut records = Vec::new();
     let workspace_id = match store.workspaces().await.map_err(guard::store_error)?.first() {
@@ -109,12 +109,13 @@ async fn describe(store: &SqliteStore, driver: &NamespaceDriver, storage: &Path)
         if store.session(id).await.map_err(guard::store_error)?.is_none() {
             let disk = storage.join("sandboxes").join(id.to_string()).join("disk.ext4");
             let bytes = fs::metadata(disk).map_or(0, |disk| disk.len());
-            records.push(Change::Session(session(id, workspace_id, machine(bytes), now)));
+            let root = host.root_of(id).await?.unwrap_or_default();
+            records.push(Change::Session(session(id, workspace_id, machine(bytes, root), now)));
         }
     }
-    for id in driver.volumes().await? {
+    for id in host.volumes().await? {
         if store.volume(id).await.map_err(guard::store_error)?.is_none() {
-            let size_bytes = driver.volume_size(id).await?;
+            let size_bytes = host.volume_size(id).await?;
             records.push(Change::Volume(volume(id, workspace_id, size_bytes, now)));
         }
     }
@@ -134,15 +135,10 @@ fn random<const N: usize>() -> [u8; N] {
 }
 
 /// What it has beyond its disk is not known any more: it gets what sandboxes get, and no way out.
-fn machine(disk_bytes: u64) -> Machine {
-    let gigabytes = u32::try_from(disk_bytes.div_ceil(GIB)).unwrap_or(u32::MAX);
-    Machine {
-        cpu_cores: limits::DEFAULT_CPU_CORES,
-        memory_mb: limits::DEFAULT_MEMORY_MB,
-        disk_gb: gigabytes.clamp(*limits::DISK_GB.start(), *limits::DISK_GB.end()),
-        outbound: false,
-        egress: None,
-    }
+fn machine(disk_bytes: u64, root: ImageDigest) -> Machine {
+    let least = Resources::default();
+    let disk_bytes = disk_bytes.next_multiple_of(GIB).max(least.disk_bytes);
+    Machine { resources: Resources { disk_bytes, ..least }, root, outbound: false, egress: None }
 }
 
 fn session(id: SessionId, workspace_id: WorkspaceId, machine: Machine, now: UnixMs) -> Session {
@@ -170,7 +166,7 @@ fn session(id: SessionId, workspace_id: WorkspaceId, machine: Machine, now: Unix
         end_reason: None,
         terminal_error: String::new(),
         exhausted: None,
-        driver: "namespace".into(),
+        driver: NAMESPACE.into(),
         source_snapshot_id: None,
         source_image_id: None,
         pause: None,
@@ -208,7 +204,8 @@ fn snapshot(digest: String, manifest: &Manifest, workspace_id: WorkspaceId, now:
         expires_at: None,
         local_ready_at: Some(now),
         durable_at: None,
-        machine: machine(manifest.image_size),
+        // The next start takes it for a copy of a disk over the host's own image.
+        machine: machine(manifest.image_size, ImageDigest::default()),
         env: Default::default(),
         image_id: DiskImageId::new(now, random()),
         copied: false,
@@ -233,10 +230,10 @@ mod tests {
 
     #[test]
     fn a_machine_is_large_enough_for_the_disk_that_was_found() {
-        assert_eq!(machine(0).disk_gb, 5);
-        assert_eq!(machine(7 * GIB).disk_gb, 7);
-        assert_eq!(machine(7 * GIB + 1).disk_gb, 8);
-        assert!(!machine(GIB).outbound);
+        let of = |bytes| machine(bytes, ImageDigest::default());
+        let gigabytes = |bytes| of(bytes).resources.disk_bytes / GIB;
+        assert_eq!((gigabytes(0), gigabytes(7 * GIB), gigabytes(7 * GIB + 1)), (5, 7, 8));
+        assert!(!of(GIB).outbound);
     }
 
     #[test]

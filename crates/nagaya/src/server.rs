@@ -1,5 +1,6 @@
 //! The parts of a server, put together: store, driver, engine, daemon.
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
@@ -13,9 +14,10 @@ use nagaya_blobs::{BlobStore, S3Config, S3Credentials};
 use nagaya_daemon::config::{Config, DiskPool};
 use nagaya_daemon::host::{HostClock, HostEntropy};
 use nagaya_daemon::{Daemon, GiveBack, Hooks, Level, Levels, Listeners};
-use nagaya_engine::ports::{Blobs, Driver, Entropy, Store};
+use nagaya_engine::ports::{Blobs, Driver, Drivers, Entropy, Ports, Store};
 use nagaya_engine::{Engine, check_secret};
-use nagaya_runtime::namespace::{self, NamespaceDriver, PoolChoice};
+use nagaya_runtime::host::{self, Host, HostPort, PoolChoice};
+use nagaya_runtime::namespace::{self, NamespaceDriver};
 
 use crate::guard;
 
@@ -54,16 +56,16 @@ impl Server {
             false => guard::after_opening(&store, &config.data_dir).await?,
         }
         let store: Arc<dyn Store> = Arc::new(store);
-        let settings = driver_settings(&config)?;
-        let driver = tokio::task::spawn_blocking(move || NamespaceDriver::start(settings)).await?;
-        let driver = Arc::new(driver.context("`nagaya doctor` tells what this host lacks")?);
-        let port: Arc<dyn Driver> = driver.clone();
+        let host = open_host(&config).await?;
+        let driver = Arc::new(NamespaceDriver::start(host.clone(), NAMESPACE, &pools(&config)));
+        let drivers = drivers(&config.drivers.default, [(NAMESPACE, driver.clone() as Arc<dyn Driver>)])?;
         let blobs = open_blobs(&config)?;
         let (clock, entropy) = (Arc::new(HostClock), Arc::new(HostEntropy));
         let listeners = Listeners::open(&config).await?;
-        driver.keep_reachable(listeners.local_addr().port());
-        let engine =
-            Engine::start(config.engine.clone(), store, port, blobs, listeners.ingress(), clock, entropy).await?;
+        host.keep_reachable(listeners.local_addr().port());
+        let ingress = listeners.ingress();
+        let ports = Ports { store, drivers, host: Arc::new(HostPort(host)), blobs, ingress, clock, entropy };
+        let engine = Engine::start(config.engine.clone(), ports).await?;
         for key in [key.as_deref(), config.api_key.as_deref()].into_iter().flatten() {
             engine.first_start(Some(key)).await?;
         }
@@ -158,7 +160,7 @@ fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
 /// The place of the snapshots' bytes, after the driver has opened the storage that it is in. A bucket need not be
 /// reachable yet.
 pub fn open_blobs(config: &Config) -> anyhow::Result<Arc<dyn Blobs>> {
-    let directory = namespace::storage_root(&config.data_dir).join(BLOBS);
+    let directory = host::storage_root(&config.data_dir).join(BLOBS);
     let Some(s3) = &config.blobs.s3 else {
         return Ok(Arc::new(BlobStore::open(&directory)?));
     };
@@ -187,16 +189,47 @@ fn name_server(text: &str) -> anyhow::Result<SocketAddr> {
     address.with_context(|| format!("network.name_server {text:?} is neither ADDRESS nor ADDRESS:PORT"))
 }
 
-/// The driver's part of the configuration.
-pub fn driver_settings(config: &Config) -> anyhow::Result<namespace::Config> {
-    let mut settings = namespace::Config::new(config.data_dir.clone());
+/// What the namespace driver is called.
+pub const NAMESPACE: &str = "namespace";
+
+/// The drivers of this server.
+fn drivers<const N: usize>(default: &str, drivers: [(&str, Arc<dyn Driver>); N]) -> anyhow::Result<Drivers> {
+    let by_name: BTreeMap<String, _> = drivers.into_iter().map(|(name, driver)| (name.to_owned(), driver)).collect();
+    let known = || by_name.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+    anyhow::ensure!(by_name.contains_key(default), "drivers.default {default:?} is none of this server's: {}", known());
+    Ok(Drivers::new(default, by_name))
+}
+
+/// Prepares the host.
+pub async fn open_host(config: &Config) -> anyhow::Result<Arc<Host>> {
+    let settings = host_settings(config)?;
+    let opened = tokio::task::spawn_blocking(move || Host::open(settings)).await?;
+    opened.context("`nagaya doctor` tells what this host lacks")
+}
+
+/// As [`open_host`], for looking after what is there: without a pool of disks of its own, and with a driver that pre-creates
+/// nothing.
+pub async fn open_host_at_rest(config: &Config) -> anyhow::Result<(Arc<Host>, NamespaceDriver)> {
+    let mut config = config.clone();
+    config.disks.pool = DiskPool::Off;
+    let host = open_host(&config).await?;
+    let pools = namespace::Config { pool_ready: 0, pool_ready_isolated: 0 };
+    Ok((host.clone(), NamespaceDriver::start(host, NAMESPACE, &pools)))
+}
+
+fn pools(config: &Config) -> namespace::Config {
+    let pools = &config.pools;
+    namespace::Config { pool_ready: pools.slots_ready, pool_ready_isolated: pools.isolated_slots_ready }
+}
+
+/// The host's part of the configuration.
+fn host_settings(config: &Config) -> anyhow::Result<host::Config> {
+    let mut settings = host::Config::new(config.data_dir.clone());
     settings.network_cidr = config.network.cidr.as_deref().map(str::parse).transpose()?;
     settings.network_allow = config.network.allow.clone();
     settings.network_outbound = config.network.outbound;
     settings.connections_max = config.network.connections_max;
     settings.name_server = config.network.name_server.as_deref().map(name_server).transpose()?;
-    settings.pool_ready = config.pools.slots_ready;
-    settings.pool_ready_isolated = config.pools.isolated_slots_ready;
     settings.slots_max = config.namespace.slots_max;
     settings.processes_max = config.namespace.processes_max;
     settings.kept_output_mb_max = config.namespace.kept_output_mb_max;

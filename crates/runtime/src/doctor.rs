@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::cgroup::Cgroups;
-use crate::namespace::{ceilings_lacking, has_pool, shares_blocks, storage_is_plain, storage_root};
+use crate::host::{ceilings_lacking, has_pool, shares_blocks, storage_is_plain, storage_root};
 
 /// Where programs are looked for, whatever the caller's PATH.
 const PROGRAMS: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

@@ -6,6 +6,7 @@
 pub mod agent_client;
 pub mod cgroup;
 pub mod doctor;
+pub mod host;
 pub mod namespace;
 mod programs;
 pub mod spawner;

@@ -15,6 +15,7 @@ const SCRIPTS: &[&str] = &[
     include_str!("../migrations/0004_egress.sql"),
     include_str!("../migrations/0005_events.sql"),
     include_str!("../migrations/0006_end_reasons.sql"),
+    include_str!("../migrations/0007_resources.sql"),
 ];
 
 const TABLE: &str = "CREATE TABLE IF NOT EXISTS schema_migrations (

@@ -56,7 +56,7 @@ impl fmt::Display for Leftovers {
 pub fn leftovers(data_dir: &Path) -> Leftovers {
     let mut found = Leftovers::default();
     let name = data_dir.to_str().expect("tests use plain paths");
-    let instance = nagaya_runtime::namespace::instance_name(data_dir);
+    let instance = nagaya_runtime::host::instance_name(data_dir);
     processes_and_mounts(name, &instance, &mut found);
     for root in cgroup_roots() {
         let own = root.join("nagaya").join(&instance);
@@ -86,7 +86,7 @@ pub fn leftovers(data_dir: &Path) -> Leftovers {
             found.add(Kind::Socket, path);
         }
     }
-    for path in entries(&nagaya_runtime::namespace::storage_root(data_dir).join("sandboxes")) {
+    for path in entries(&nagaya_runtime::host::storage_root(data_dir).join("sandboxes")) {
         found.add(Kind::Directory, path.display().to_string());
     }
     socket_files(data_dir, &mut found);

@@ -15,7 +15,7 @@ mod suite;
 pub use chance::{fresh_seed, number, settle};
 pub use client::{Client, Finished, Running, Sandbox, Wanted};
 pub use leftovers::{Kind, Leftovers, leftovers};
-pub use nagaya_runtime::namespace::{instance_name, storage_root};
+pub use nagaya_runtime::host::{instance_name, storage_root};
 pub use server::{Server, binary};
 pub use small_disk::SmallDisk;
 pub use suite::{NotRun, Outcome, Suite, run_in_own_network};

@@ -281,20 +281,20 @@ impl TenkiService {
                 usage.sessions_max,
                 "Sessions that are neither paused nor ended.",
             ),
-            limit("cpu_cores", "Cores", COUNT, usage.cpu_cores, None, "Cores of the active sessions together."),
             limit(
-                "memory_bytes",
-                "Memory",
-                BYTES,
-                usage.memory_mb.saturating_mul(1 << 20),
+                "cpu_cores",
+                "Cores",
+                COUNT,
+                usage.cpu_millis.div_ceil(1_000),
                 None,
-                "Memory of the active sessions together.",
+                "Cores of the active sessions together.",
             ),
+            limit("memory_bytes", "Memory", BYTES, usage.memory_bytes, None, "Memory of the active sessions together."),
             limit(
                 "disk_bytes",
                 "Disk",
                 BYTES,
-                usage.disk_gb.saturating_mul(1 << 30),
+                usage.disk_bytes,
                 None,
                 "Disks of the active sessions together, at their full size.",
             ),
@@ -338,7 +338,7 @@ pub(super) struct List {
 }
 
 /// Reads a create request. Flags that are absent are off (see docs/decisions/0003).
-fn new_session(request: wire::CreateSessionRequest) -> Result<NewSession, Error> {
+fn new_session(mut request: wire::CreateSessionRequest) -> Result<NewSession, Error> {
     if request.owner_id.is_empty() {
         return Err(invalid("owner_id must not be empty"));
     }
@@ -356,9 +356,11 @@ fn new_session(request: wire::CreateSessionRequest) -> Result<NewSession, Error>
         max_duration_ms: milliseconds(request.max_duration.as_option(), "max_duration")?,
         pause_retention_ms: milliseconds(request.pause_retention.as_option(), "pause_retention")?,
         name: request.name,
-        cpu_cores: request.cpu_cores.map(convert::count),
-        memory_mb: request.memory_mb.map(convert::count),
-        disk_gb: request.disk_size_gb.map(convert::count),
+        driver: request.metadata.remove(convert::DRIVER_KEY),
+        cpu_millis: request.cpu_cores.map(parse::cpu_cores).transpose()?,
+        memory_bytes: request.memory_mb.map(parse::memory_mb).transpose()?,
+        disk_bytes: request.disk_size_gb.map(parse::disk_size_gb).transpose()?,
+        default_resources: parse::DEFAULT_RESOURCES,
         env: request.env,
         metadata: request.metadata,
         tags: request.tags,

@@ -85,11 +85,6 @@ pub(super) fn or_none(text: &str) -> Option<&str> {
     Some(text).filter(|text| !text.is_empty())
 }
 
-/// A count that the wire has as signed. Negative ones become 0, which every such field refuses.
-pub(super) fn count(number: i32) -> u32 {
-    u32::try_from(number).unwrap_or(0)
-}
-
 pub(super) fn state(state: SessionState) -> wire::SessionState {
     match state {
         SessionState::Creating => wire::SessionState::Creating,
@@ -139,10 +134,10 @@ pub(super) fn session(session: Session) -> wire::SandboxSession {
         inbound_enabled: session.inbound,
         outbound_enabled: session.machine.outbound,
         egress: session.machine.egress.map(egress).into(),
-        cpu_cores: signed(session.machine.cpu_cores),
-        memory_mb: signed(session.machine.memory_mb),
-        disk_size_gb: signed(session.machine.disk_gb),
-        metadata: session.metadata,
+        cpu_cores: signed(session.machine.resources.cpus()),
+        memory_mb: saturating_32(session.machine.resources.memory_mib()),
+        disk_size_gb: saturating_32(session.machine.resources.disk_gib()),
+        metadata: told(session.metadata, session.driver),
         // A workspace has exactly one project, which clients of an older generation ask for.
         project_id: workspace_id.clone(),
         workspace_id,
@@ -222,9 +217,9 @@ pub(super) fn snapshot(snapshot: Snapshot) -> wire::Snapshot {
         expires_at: snapshot.expires_at.map(timestamp).into(),
         local_ready_at: snapshot.local_ready_at.map(timestamp).into(),
         tags: snapshot.tags,
-        cpu_cores: signed(snapshot.machine.cpu_cores),
-        memory_mb: signed(snapshot.machine.memory_mb),
-        disk_size_gb: signed(snapshot.machine.disk_gb),
+        cpu_cores: signed(snapshot.machine.resources.cpus()),
+        memory_mb: saturating_32(snapshot.machine.resources.memory_mib()),
+        disk_size_gb: saturating_32(snapshot.machine.resources.disk_gib()),
         failure_reason: snapshot.failure_reason,
         propagation_error: snapshot.propagation_error,
         raw_image_available: state == wire::SnapshotState::Ready && kind != wire::SnapshotType::Pause,
@@ -334,6 +329,18 @@ pub(super) fn egress(egress: Egress) -> wire::SessionEgressPolicy {
 /// The name that the user chose.
 pub(super) fn slug(preview: &Preview) -> Option<String> {
     (preview.kind == PreviewKind::Named).then(|| preview.label.clone())
+}
+
+/// Metadata key under which the driver of a session is asked for and told; the contract has no field for it.
+pub(super) const DRIVER_KEY: &str = "nagaya_driver";
+
+fn told(mut metadata: BTreeMap<String, String>, driver: String) -> BTreeMap<String, String> {
+    metadata.insert(DRIVER_KEY.to_owned(), driver);
+    metadata
+}
+
+fn saturating_32(number: u64) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
 }
 
 fn signed(count: u32) -> i32 {

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,13 +13,13 @@ use connectrpc::{ConnectError, Protocol};
 use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use nagaya_api::ids::{DiskImageId, ExecutionId, SessionId, VolumeId};
+use nagaya_api::ids::{ExecutionId, SessionId};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_daemon::config::Config;
 use nagaya_daemon::{Daemon, Hooks};
 use nagaya_engine::Engine;
-use nagaya_engine::fake::Fakes;
-use nagaya_engine::model::{Connection, Egress, Guarantees, Machine};
+use nagaya_engine::fake::{FAKE_DRIVER, Fakes};
+use nagaya_engine::model::{Capabilities, DiskOrigin, SandboxSpec};
 use nagaya_engine::ports::*;
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
@@ -58,16 +57,8 @@ impl World {
             running: running.clone(),
             hold_creations: hold_creations.clone(),
         };
-        let engine = Engine::start(
-            config.engine.clone(),
-            fakes.store.clone(),
-            Arc::new(driver),
-            fakes.blobs.clone(),
-            fakes.ingress.clone(),
-            fakes.clock.clone(),
-            fakes.entropy.clone(),
-        );
-        let engine = engine.await.unwrap();
+        let drivers = Drivers::new(FAKE_DRIVER, [(FAKE_DRIVER.to_owned(), Arc::new(driver) as Arc<dyn Driver>)].into());
+        let engine = Engine::start(config.engine.clone(), Ports { drivers, ..fakes.ports() }).await.unwrap();
         let secret = engine.first_start(None).await.unwrap().unwrap();
         let daemon = Daemon::start(&config, engine, Hooks::default()).await.unwrap();
         Self { daemon, fakes, secret, running: running.subscribe(), hold_creations }
@@ -223,22 +214,15 @@ macro_rules! delegated {
 
 #[async_trait]
 impl Driver for WatchedDriver {
-    fn name(&self) -> &'static str {
-        self.inner.name()
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
     }
 
-    fn guarantees(&self) -> Guarantees {
-        self.inner.guarantees()
-    }
-
-    async fn create(
-        &self,
-        id: SessionId,
-        machine: &Machine,
-        disk: Option<DiskImageId>,
-    ) -> Result<Arc<dyn Guest>, DriverError> {
-        let _ = self.hold_creations.subscribe().wait_for(|hold| !hold).await;
-        let inner = self.inner.create(id, machine, disk).await?;
+    async fn start(&self, id: SessionId, spec: &SandboxSpec) -> Result<Arc<dyn Guest>, DriverError> {
+        if spec.disk != DiskOrigin::Kept {
+            let _ = self.hold_creations.subscribe().wait_for(|hold| !hold).await;
+        }
+        let inner = self.inner.start(id, spec).await?;
         Ok(self.watched(inner))
     }
 
@@ -246,29 +230,8 @@ impl Driver for WatchedDriver {
         self.inner.adopt(id).await
     }
 
-    async fn boot(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError> {
-        let inner = self.inner.boot(id, machine).await?;
-        Ok(self.watched(inner))
-    }
-
-    fn image_path(&self, id: DiskImageId) -> PathBuf {
-        self.inner.image_path(id)
-    }
-
-    fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent> {
-        self.inner.events()
-    }
-
-    async fn copy_disk(&self, id: SessionId, images: &[DiskImageId]) -> Result<u64, DriverError> {
-        self.inner.copy_disk(id, images).await
-    }
-
-    async fn set_egress(&self, id: SessionId, egress: Option<&Egress>) -> Result<(), DriverError> {
-        self.inner.set_egress(id, egress).await
-    }
-
-    async fn connections(&self, id: SessionId) -> Result<Vec<Connection>, DriverError> {
-        self.inner.connections(id).await
+    fn ends(&self) -> mpsc::UnboundedReceiver<Ended> {
+        self.inner.ends()
     }
 
     async fn attach_volume(&self, id: SessionId, mount: &Mount) -> Result<(), DriverError> {
@@ -285,14 +248,6 @@ impl Driver for WatchedDriver {
         stop(id: SessionId) -> ();
         destroy(id: SessionId) -> ();
         list() -> Vec<SessionId>;
-        remove_image(id: DiskImageId) -> ();
-        images() -> Vec<DiskImageId>;
-        create_volume(id: VolumeId, size_bytes: u64) -> ();
-        grow_volume(id: VolumeId, size_bytes: u64) -> ();
-        volume_size(id: VolumeId) -> u64;
-        remove_volume(id: VolumeId) -> ();
-        volumes() -> Vec<VolumeId>;
-        settle_volume(id: VolumeId) -> ();
         usage(id: SessionId) -> ResourceUsage;
     }
 }

@@ -96,11 +96,11 @@ impl Actor {
         };
         if !self.meanwhile(finishing).await {
             tracing::warn!(session = %id, "ending a session although its driver is still at something else");
-            let remover = engine.clone();
+            let (remover, driver) = (engine.clone(), engine.driver_of(&self.session));
             engine.background(async move {
                 future.await;
                 let what = "what a late step made of an ended session could not be removed";
-                remover.insist(what, || remover.driver.destroy(id)).await;
+                remover.insist(what, || driver.destroy(id)).await;
             });
         }
     }
@@ -110,7 +110,7 @@ impl Actor {
     async fn remove_sandbox(&mut self) -> Result<(), DriverError> {
         let (engine, session) = (self.engine.clone(), self.session.clone());
         self.meanwhile(async move {
-            match engine.driver.destroy(session.id).await {
+            match engine.driver_of(&session).destroy(session.id).await {
                 Ok(()) | Err(DriverError::Gone) => {}
                 Err(error) => return Err(error),
             }
@@ -118,7 +118,7 @@ impl Actor {
                 engine.settle(attachment).await?;
             }
             match session.source_image_id {
-                Some(image) => engine.driver.remove_image(image).await,
+                Some(image) => engine.host.remove_image(image).await,
                 None => Ok(()),
             }
         })

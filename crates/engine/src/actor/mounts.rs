@@ -93,15 +93,15 @@ impl Actor {
 
     /// Mounts what is Attaching and unmounts what is SyncPending.
     pub(super) fn settle_mounts(&self) -> Work {
-        let (engine, id) = (self.engine.clone(), self.session.id);
+        let (engine, session) = (self.engine.clone(), self.session.clone());
         let unsettled = self.session.attachments.iter().filter(|of| of.state != AttachmentState::Attached);
         let unsettled: Vec<_> = unsettled.map(|of| (of.clone(), self.forced.contains(&of.id))).collect();
         work(async move {
             let mut results = Vec::new();
             for (attachment, force) in unsettled {
                 let result = match attachment.state {
-                    AttachmentState::SyncPending => engine.unmount(id, &attachment, force).await,
-                    _ => engine.mount(id, &attachment).await,
+                    AttachmentState::SyncPending => engine.unmount(&session, &attachment, force).await,
+                    _ => engine.mount(&session, &attachment).await,
                 };
                 results.push((attachment.id, result));
             }
@@ -221,7 +221,7 @@ impl Actor {
         }
         let (engine, id) = (self.engine.clone(), self.session.id);
         self.work = Some(work(async move {
-            let result = engine.driver.copy_disk(id, &images).await;
+            let result = engine.host.copy_disk(id, &images).await;
             Done::Copied { result, reply }
         }));
     }
@@ -242,7 +242,7 @@ fn mount_error(error: DriverError) -> Error {
         DriverError::Refused(reason) => Error::new(Code::PathRefused, reason),
         DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit.name()),
         DriverError::Gone => Code::GuestUnreachable.into(),
-        DriverError::Failed(reason) => Error::new(Code::VolumeFailed, reason),
+        error => Error::new(Code::VolumeFailed, error.to_string()),
     }
 }
 

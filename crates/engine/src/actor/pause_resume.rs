@@ -26,7 +26,7 @@ impl Actor {
             Err(cause) => {
                 let exhausted = match cause {
                     StartFailure::NoCapacity(limit) => Some(limit),
-                    StartFailure::Other(_) => None,
+                    StartFailure::Refused(_) | StartFailure::Other(_) => None,
                 };
                 let cause = cause.to_string();
                 tracing::warn!(session = %self.session.id, cause, "a sandbox could not be created");
@@ -37,7 +37,6 @@ impl Actor {
         let mut session = self.session.clone();
         session.state = SessionState::Running;
         session.ready_at = Some(now);
-        session.driver = self.engine.driver.name().to_owned();
         session.source_image_id = None;
         mark_attached(&mut session);
         // Set before the state is published, so that whoever reads RUNNING can use it.
@@ -68,7 +67,7 @@ impl Actor {
             return answer(reply, refusal);
         }
         self.show(Some(SessionState::Pausing));
-        let (driver, id) = (self.engine.driver.clone(), self.session.id);
+        let (driver, id) = (self.engine.driver_of(&self.session), self.session.id);
         self.work = Some(work(async move { Done::Frozen { result: driver.freeze(id).await, reply } }));
     }
 
@@ -160,7 +159,7 @@ impl Actor {
         if let Some(refusal) = self.settled(Request::Resume) {
             return answer(Some(reply), refusal);
         }
-        let slot = match self.engine.reserve(self.session.workspace_id, &self.session.machine) {
+        let slot = match self.engine.reserve(self.session.workspace_id, &self.session.machine.resources) {
             Ok(slot) => slot,
             Err(error) => {
                 self.note_refusal("resuming the session", &error).await;
@@ -172,7 +171,7 @@ impl Actor {
         if !self.session.pause.as_ref().is_some_and(|pause| pause.in_memory) {
             return self.start_boot(self.session.clone(), Vec::new(), Vec::new(), reply).await;
         }
-        let (driver, id) = (self.engine.driver.clone(), self.session.id);
+        let (driver, id) = (self.engine.driver_of(&self.session), self.session.id);
         self.work = Some(work(async move { Done::Thawed { result: driver.thaw(id).await, reply } }));
     }
 
@@ -264,7 +263,7 @@ impl Actor {
             Ok(_) => answer(reply, Ok(self.session.clone())),
             Err(cause) => {
                 self.slot = None;
-                answer(reply, Err(Error::new(Code::ResumeFailed, cause.to_string())));
+                answer(reply, Err(cause.into_error()));
             }
         }
     }
@@ -300,7 +299,7 @@ impl Actor {
         if accept(self.session.state, Request::Exit) != Verdict::Do || !self.is_in_memory() {
             return;
         }
-        let (driver, id) = (self.engine.driver.clone(), self.session.id);
+        let (driver, id) = (self.engine.driver_of(&self.session), self.session.id);
         let frozen = self.session.state == SessionState::Paused;
         self.work = Some(work(async move {
             let result = if frozen { driver.freeze(id).await } else { driver.thaw(id).await };

@@ -172,8 +172,8 @@ impl Actor {
             }
         };
         if let (Outcome::Exited(status), Some(execution)) = (&ended.outcome, &execution) {
-            let (id, memory_mb) = (self.session.id, self.session.machine.memory_mb);
-            changes.extend(self.engine.exit_event(id, ended.id, &execution.command, status, memory_mb));
+            let (id, memory_bytes) = (self.session.id, self.session.machine.resources.memory_bytes);
+            changes.extend(self.engine.exit_event(id, ended.id, &execution.command, status, memory_bytes));
         }
         match self.engine.write(changes.clone()).await {
             Ok(()) => self.live.tell_recorded(),

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{AttachmentId, DiskImageId, SessionId, SnapshotId};
+use nagaya_api::ids::{AttachmentId, DiskImageId, SnapshotId};
 
 use super::Actor;
 use crate::engine_core::EngineCore;
 use crate::handle::{Exit, Job, Reply, SessionHandle};
-use crate::model::{Attachment, AttachmentState, Egress, Execution, Limit, Session, SessionState};
+use crate::model::{Attachment, AttachmentState, DiskOrigin, Egress, Execution, Limit, Session, SessionState};
 use crate::ports::{Adopted, BlobError, BoxFuture, DriverError, Guest, Mount};
 
 pub(super) struct Work {
@@ -63,14 +63,36 @@ pub(super) enum AdoptError {
 #[derive(Debug)]
 pub(super) enum StartFailure {
     NoCapacity(Limit),
+    /// With a code of its own.
+    Refused(Error),
     /// In words for the user.
     Other(String),
+}
+
+impl StartFailure {
+    /// What whoever asked for a resume is told.
+    pub(super) fn into_error(self) -> Error {
+        match self {
+            Self::Refused(error) => error,
+            cause => Error::new(Code::ResumeFailed, cause.to_string()),
+        }
+    }
+
+    /// What the driver's errors mean wherever it starts a sandbox; `None` for those that depend on where.
+    fn of(error: &DriverError) -> Option<Self> {
+        match error {
+            DriverError::Exhausted(limit) => Some(Self::NoCapacity(*limit)),
+            DriverError::OtherRoot { .. } => Some(Self::Refused(Error::new(Code::RootMismatch, error.to_string()))),
+            _ => None,
+        }
+    }
 }
 
 impl std::fmt::Display for StartFailure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::NoCapacity(limit) => write!(f, "{}", Error::new(Code::CapacityUnavailable, limit.name())),
+            Self::Refused(error) => write!(f, "{error}"),
             Self::Other(cause) => f.write_str(cause),
         }
     }
@@ -162,7 +184,7 @@ impl Actor {
     pub(super) fn stop(&self) -> Work {
         let (engine, session) = (self.engine.clone(), self.session.clone());
         work(async move {
-            let mut result = engine.driver.stop(session.id).await;
+            let mut result = engine.driver_of(&session).stop(session.id).await;
             for attachment in &session.attachments {
                 if result.is_ok() {
                     result = engine.settle(attachment).await;
@@ -176,12 +198,13 @@ impl Actor {
     pub(super) fn undo(&self, freeze: bool) -> Work {
         let begun = Arc::new(AtomicBool::new(true));
         let (engine, id, begun_too) = (self.engine.clone(), self.session.id, begun.clone());
+        let driver = engine.driver_of(&self.session);
         let future = Box::pin(async move {
             let mut backoff = engine.backoff();
             loop {
                 let result = match freeze {
-                    true => engine.driver.freeze(id).await,
-                    false => engine.driver.thaw(id).await,
+                    true => driver.freeze(id).await,
+                    false => driver.thaw(id).await,
                 };
                 match result {
                     Ok(()) | Err(DriverError::Gone) => return Done::Undone,
@@ -201,13 +224,13 @@ async fn create(
     session: &Session,
     source: DiskPreparation,
 ) -> Result<Arc<dyn Guest>, StartFailure> {
-    let image = match source {
-        DiskPreparation::Fresh => None,
-        DiskPreparation::Image(image) => Some(image),
+    let disk = match source {
+        DiskPreparation::Fresh => DiskOrigin::Fresh,
+        DiskPreparation::Image(image) => DiskOrigin::Image(image),
         DiskPreparation::Snapshot { manifest, image } => {
-            let path = engine.driver.prepare_image(image).await.map_err(creation_failure)?;
+            let path = engine.host.prepare_image(image).await.map_err(creation_failure)?;
             engine.blobs.restore(&manifest, &path).await.map_err(restore_failure)?;
-            Some(image)
+            DiskOrigin::Image(image)
         }
         DiskPreparation::Pause { session, snapshot_id, image } => {
             let pause = Some(snapshot_id);
@@ -215,20 +238,29 @@ async fn create(
             copied.map_err(|error| {
                 StartFailure::Other(format!("the paused session's disk could not be copied: {error}"))
             })?;
-            Some(image)
+            DiskOrigin::Image(image)
         }
     };
-    let guest = engine.driver.create(session.id, &session.machine, image).await.map_err(creation_failure)?;
+    let spec = engine.spec(session, disk).await.map_err(root_failure(session))?;
+    let guest = engine.driver_of(session).start(session.id, &spec).await.map_err(creation_failure)?;
     attach_all(engine, session).await?;
     Ok(guest)
 }
 
+/// Why there is no root file system to start on.
+fn root_failure(session: &Session) -> impl Fn(DriverError) -> StartFailure {
+    let root = &session.machine.root;
+    move |error| match error {
+        DriverError::Gone => StartFailure::Refused(Error::new(Code::RootUnavailable, root.to_string())),
+        error => StartFailure::Other(format!("the root file system {root} could not be opened: {error}")),
+    }
+}
+
 fn creation_failure(error: DriverError) -> StartFailure {
-    match error {
-        DriverError::Exhausted(limit) => StartFailure::NoCapacity(limit),
+    StartFailure::of(&error).unwrap_or_else(|| match error {
         DriverError::Gone => StartFailure::Other("the sandbox ended while it was being created".to_owned()),
         error => StartFailure::Other(format!("the sandbox could not be created: {error}")),
-    }
+    })
 }
 
 fn restore_failure(error: BlobError) -> StartFailure {
@@ -243,16 +275,16 @@ async fn adopt(
     session: &Session,
     begun: &AtomicBool,
 ) -> Result<(Adopted, Vec<Execution>), AdoptError> {
-    let id = session.id;
+    let (id, driver) = (session.id, engine.driver_of(session));
     let other = |error: DriverError| AdoptError::Other(error.to_string());
-    let adopted = match engine.driver.adopt(id).await {
+    let adopted = match driver.adopt(id).await {
         Ok(adopted) => adopted,
         Err(DriverError::Gone) => return Err(AdoptError::Gone),
         Err(error) => return Err(other(error)),
     };
     if matches!(adopted, Adopted::Running(_) | Adopted::Frozen(_)) && session.machine.outbound {
         // The server may have been killed between recording destinations and setting them.
-        engine.driver.set_egress(id, session.machine.egress.as_ref()).await.map_err(other)?;
+        engine.host.set_egress(id, session.machine.egress.as_ref()).await.map_err(other)?;
     }
     let executions = engine.store.executions(id).await.map_err(|error| AdoptError::Other(error.to_string()))?;
     let runs = matches!(session.state, SessionState::Running | SessionState::Pausing | SessionState::Resuming);
@@ -260,11 +292,11 @@ async fn adopt(
     begun.store(true, Ordering::Release);
     let settled = match adopted {
         Adopted::Frozen(guest) if runs => {
-            engine.driver.thaw(id).await.map_err(other)?;
+            driver.thaw(id).await.map_err(other)?;
             Adopted::Running(guest)
         }
         Adopted::Running(guest) if !runs && in_memory => {
-            engine.driver.freeze(id).await.map_err(other)?;
+            driver.freeze(id).await.map_err(other)?;
             Adopted::Frozen(guest)
         }
         // The server was killed before it had given up the memory.
@@ -278,28 +310,28 @@ async fn adopt(
 
 async fn boot(engine: &EngineCore, session: &Session, stop_first: bool) -> Result<Arc<dyn Guest>, StartFailure> {
     if stop_first {
-        engine.driver.stop(session.id).await.map_err(boot_failure)?;
+        engine.driver_of(session).stop(session.id).await.map_err(boot_failure)?;
         for attachment in &session.attachments {
             engine.settle(attachment).await.map_err(boot_failure)?;
         }
     }
-    let guest = engine.driver.boot(session.id, &session.machine).await.map_err(boot_failure)?;
+    let spec = engine.spec(session, DiskOrigin::Kept).await.map_err(root_failure(session))?;
+    let guest = engine.driver_of(session).start(session.id, &spec).await.map_err(boot_failure)?;
     attach_all(engine, session).await?;
     Ok(guest)
 }
 
 fn boot_failure(error: DriverError) -> StartFailure {
-    match error {
-        DriverError::Exhausted(limit) => StartFailure::NoCapacity(limit),
+    StartFailure::of(&error).unwrap_or_else(|| match error {
         DriverError::Gone => StartFailure::Other("the sandbox ended while it was being started".to_owned()),
         error => StartFailure::Other(format!("the sandbox could not be started: {error}")),
-    }
+    })
 }
 
 /// Mounts every volume of a sandbox that just came up.
 async fn attach_all(engine: &EngineCore, session: &Session) -> Result<(), StartFailure> {
     for attachment in session.attachments.iter().filter(|of| of.state != AttachmentState::SyncPending) {
-        engine.mount(session.id, attachment).await.map_err(|error| match error {
+        engine.mount(session, attachment).await.map_err(|error| match error {
             DriverError::Exhausted(limit) => StartFailure::NoCapacity(limit),
             error => StartFailure::Other(format!("volume {} could not be mounted: {error}", attachment.volume_id)),
         })?;
@@ -309,20 +341,20 @@ async fn attach_all(engine: &EngineCore, session: &Session) -> Result<(), StartF
 
 impl EngineCore {
     /// Mounts a volume, while nothing else happens to it.
-    pub(super) async fn mount(&self, id: SessionId, attachment: &Attachment) -> Result<(), DriverError> {
+    pub(super) async fn mount(&self, session: &Session, attachment: &Attachment) -> Result<(), DriverError> {
         let _quiet = self.volumes.quiet(attachment.volume_id).await;
-        self.driver.attach_volume(id, &mount_of(attachment)).await
+        self.driver_of(session).attach_volume(session.id, &mount_of(attachment)).await
     }
 
-    pub(super) async fn unmount(&self, id: SessionId, of: &Attachment, force: bool) -> Result<(), DriverError> {
+    pub(super) async fn unmount(&self, session: &Session, of: &Attachment, force: bool) -> Result<(), DriverError> {
         let _quiet = self.volumes.quiet(of.volume_id).await;
-        self.driver.detach_volume(id, &mount_of(of), force).await
+        self.driver_of(session).detach_volume(session.id, &mount_of(of), force).await
     }
 
     /// Waits until what a dead sandbox wrote to a volume is safe.
     pub(super) async fn settle(&self, attachment: &Attachment) -> Result<(), DriverError> {
         let _quiet = self.volumes.quiet(attachment.volume_id).await;
-        match self.driver.settle_volume(attachment.volume_id).await {
+        match self.host.settle_volume(attachment.volume_id).await {
             // A volume that is gone has nothing left to write.
             Err(DriverError::Gone) => Ok(()),
             other => other,

@@ -10,12 +10,19 @@ use super::blobs::Images;
 use super::disks::Volume;
 use super::files::Files;
 use super::{FakeGuest, Faults};
-use crate::model::{Connection, Egress, Guarantees, Limit, Machine};
-use crate::ports::{Adopted, Driver, DriverError, DriverEvent, Guest, Mount, ResourceUsage};
+use crate::model::{
+    Capabilities, Connection, DiskOrigin, Egress, ImageDigest, Isolation, Limit, RootImage, SandboxSpec,
+};
+use crate::ports::{Adopted, Driver, DriverError, Ended, Guest, Host, HostEvent, Mount, ResourceUsage};
 
-/// A driver whose sandboxes are records. They outlive the engine, whole or half made. Clones share them.
+/// What the fake driver is called in [`Fakes`](super::Fakes).
+pub const FAKE_DRIVER: &str = "fake";
+
+/// A driver, and the host of all drivers, whose sandboxes are records. They outlive the engine, whole or half made. Clones
+/// share them.
 #[derive(Clone)]
 pub struct FakeDriver {
+    name: &'static str,
     pub(super) faults: Arc<Faults>,
     pub(super) images: Arc<Images>,
     world: Arc<Mutex<World>>,
@@ -27,7 +34,11 @@ pub struct FakeDriver {
 pub(super) struct World {
     sandboxes: BTreeMap<SessionId, Sandbox>,
     pub(super) volumes: BTreeMap<VolumeId, Volume>,
-    events: Option<mpsc::UnboundedSender<DriverEvent>>,
+    ends: BTreeMap<&'static str, mpsc::UnboundedSender<Ended>>,
+    events: Option<mpsc::UnboundedSender<HostEvent>>,
+    /// The image of sandboxes that ask for none, and those that the host has lost.
+    default_root: Option<ImageDigest>,
+    lost_roots: Vec<ImageDigest>,
     /// Answers of the next creations and boots, first first.
     refusals: Vec<DriverError>,
     sandboxes_max: Option<usize>,
@@ -43,6 +54,9 @@ pub(super) struct World {
 /// Its parts are made in this order, and removed in the opposite one.
 #[derive(Default)]
 pub(super) struct Sandbox {
+    driver: &'static str,
+    /// The image under its disk.
+    root: ImageDigest,
     network: bool,
     pub(super) disk: Option<Arc<Mutex<Files>>>,
     processes: Option<Processes>,
@@ -123,7 +137,27 @@ impl Drop for Busy<'_> {
 /// What tests do to the world, and see of it.
 impl FakeDriver {
     pub(super) fn new(faults: Arc<Faults>, images: Arc<Images>) -> Self {
-        Self { faults, images, world: Arc::default(), held: watch::Sender::new(false) }
+        Self { name: FAKE_DRIVER, faults, images, world: Arc::default(), held: watch::Sender::new(false) }
+    }
+
+    /// Another driver on the same host.
+    pub fn named(&self, name: &'static str) -> Self {
+        Self { name, ..self.clone() }
+    }
+
+    /// What sandboxes stand on from now on that ask for no image.
+    pub fn set_default_root(&self, digest: &str) {
+        self.with(|world| world.default_root = Some(ImageDigest::new(digest)));
+    }
+
+    /// The host has this image no more.
+    pub fn lose_root(&self, digest: &str) {
+        self.with(|world| world.lost_roots.push(ImageDigest::new(digest)));
+    }
+
+    /// The image that a sandbox's disk was written over, and the driver it runs on.
+    pub fn stands_on(&self, id: SessionId) -> Option<(ImageDigest, &'static str)> {
+        self.with(|world| world.sandboxes.get(&id).map(|sandbox| (sandbox.root.clone(), sandbox.driver)))
     }
 
     pub(super) fn with<T>(&self, action: impl FnOnce(&mut World) -> T) -> T {
@@ -187,9 +221,9 @@ impl FakeDriver {
                 return false;
             }
             sandbox.powered_off = powered_off;
-            if let Some(events) = world.events.as_ref().filter(|_| sandbox.attached) {
+            if let Some(ends) = world.ends.get(sandbox.driver).filter(|_| sandbox.attached) {
                 // Nobody listening is what happens while the engine starts or stops.
-                let _ = events.send(DriverEvent::Ended { id, powered_off, cause: cause.to_owned() });
+                let _ = ends.send(Ended { id, powered_off, cause: cause.to_owned() });
             }
             world.let_mounts_linger(id);
             true
@@ -199,8 +233,8 @@ impl FakeDriver {
     /// Says that a sandbox ended, though it may have been started again since.
     pub fn report_end(&self, id: SessionId) {
         let cause = "an earlier end".to_owned();
-        let event = DriverEvent::Ended { id, powered_off: false, cause };
-        self.with(|world| world.events.as_ref().map(|events| events.send(event)));
+        let ended = Ended { id, powered_off: false, cause };
+        self.with(|world| world.ends.get(self.name).map(|ends| ends.send(ended)));
     }
 
     /// Every process on the host ends and every mount goes; only disks stay. For between two engines.
@@ -216,7 +250,7 @@ impl FakeDriver {
 
     /// Tells the engine that memory runs low.
     pub fn report_memory_low(&self) {
-        self.with(|world| world.events.as_ref().map(|events| events.send(DriverEvent::MemoryLow)));
+        self.with(|world| world.events.as_ref().map(|events| events.send(HostEvent::MemoryLow)));
     }
 
     /// Every sandbox of which anything exists, and whether it has processes.
@@ -256,6 +290,7 @@ impl FakeDriver {
     pub fn disconnect(&self) {
         self.with(|world| {
             world.events = None;
+            world.ends.clear();
             world.busy.clear();
             for sandbox in world.sandboxes.values_mut() {
                 sandbox.attached = false;
@@ -306,12 +341,7 @@ impl FakeDriver {
         refusal.map_or(Ok(()), Err)
     }
 
-    async fn create_parts(
-        self,
-        id: SessionId,
-        machine: Machine,
-        disk: Option<DiskImageId>,
-    ) -> Result<Arc<dyn Guest>, DriverError> {
+    async fn create_parts(self, id: SessionId, spec: SandboxSpec) -> Result<Arc<dyn Guest>, DriverError> {
         let _busy = self.busy(id, "create");
         self.step().await?;
         self.refusal()?;
@@ -321,13 +351,14 @@ impl FakeDriver {
                 world.sandboxes.insert(id, other);
             }
             let sandbox = world.sandboxes.entry(id).or_default();
-            (sandbox.network, sandbox.egress) = (true, machine.egress);
+            (sandbox.network, sandbox.egress) = (true, spec.egress);
+            (sandbox.driver, sandbox.root) = (self.name, spec.root.digest);
         });
         // A failure from here on leaves what was made so far for `list` to find.
         self.step().await?;
-        let files = match disk {
-            None => Files::default(),
-            Some(image) => self.images.with(|images| images.remove(&image)).ok_or(DriverError::Gone)?,
+        let files = match spec.disk {
+            DiskOrigin::Image(image) => self.images.with(|images| images.remove(&image)).ok_or(DriverError::Gone)?,
+            DiskOrigin::Fresh | DiskOrigin::Kept => Files::default(),
         };
         self.with(|world| world.sandboxes.entry(id).or_default().disk = Some(Arc::new(Mutex::new(files))));
         self.step().await?;
@@ -336,6 +367,29 @@ impl FakeDriver {
         let guest = self.with(|world| world.sandboxes.get_mut(&id)?.start(self.faults.clone()));
         self.step().await?;
         guest.map(|guest| guest as Arc<dyn Guest>).ok_or(DriverError::Gone)
+    }
+
+    async fn boot(&self, id: SessionId, spec: &SandboxSpec) -> Result<Arc<dyn Guest>, DriverError> {
+        let _busy = self.busy(id, "boot");
+        self.step().await?;
+        self.refusal()?;
+        self.with(|world| {
+            let sandbox = world.sandbox(id)?;
+            sandbox.disk.as_ref().ok_or(DriverError::Gone)?;
+            if sandbox.root != spec.root.digest {
+                return Err(DriverError::OtherRoot { disk: sandbox.root.clone(), asked: spec.root.digest.clone() });
+            }
+            let stopped = !sandbox.network && sandbox.processes.is_none();
+            (sandbox.network, sandbox.egress) = (true, spec.egress.clone());
+            if !stopped {
+                world.violations.push(format!("boot of {id}, which was not stopped"));
+            }
+            Ok::<(), DriverError>(())
+        })?;
+        self.step().await?;
+        let guest = self.with(|world| world.sandbox(id)?.start(self.faults.clone()).ok_or(DriverError::Gone))?;
+        self.step().await?;
+        Ok(guest)
     }
 
     async fn set_frozen(&self, id: SessionId, frozen: bool) -> Result<(), DriverError> {
@@ -406,22 +460,21 @@ async fn release_parts(driver: FakeDriver, id: SessionId) {
 
 #[async_trait]
 impl Driver for FakeDriver {
-    fn name(&self) -> &'static str {
-        "fake"
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            isolation: Isolation::SharedKernel,
+            memory_checkpoint: false,
+            live_resize: false,
+            nested_containers: false,
+        }
     }
 
-    fn guarantees(&self) -> Guarantees {
-        Guarantees { isolation: "none".to_owned(), memory_snapshot: false }
-    }
-
-    async fn create(
-        &self,
-        id: SessionId,
-        machine: &Machine,
-        disk: Option<DiskImageId>,
-    ) -> Result<Arc<dyn Guest>, DriverError> {
+    async fn start(&self, id: SessionId, spec: &SandboxSpec) -> Result<Arc<dyn Guest>, DriverError> {
+        if spec.disk == DiskOrigin::Kept {
+            return self.boot(id, spec).await;
+        }
         // Goes on when nobody waits for it any more, as a real driver's threads do.
-        let creation = tokio::spawn(self.clone().create_parts(id, machine.clone(), disk));
+        let creation = tokio::spawn(self.clone().create_parts(id, spec.clone()));
         creation.await.map_err(|error| DriverError::Failed(error.to_string()))?
     }
 
@@ -459,26 +512,6 @@ impl Driver for FakeDriver {
         self.repeatable(|| self.stop_parts(id)).await
     }
 
-    async fn boot(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError> {
-        let _busy = self.busy(id, "boot");
-        self.step().await?;
-        self.refusal()?;
-        self.with(|world| {
-            let sandbox = world.sandbox(id)?;
-            sandbox.disk.as_ref().ok_or(DriverError::Gone)?;
-            let stopped = !sandbox.network && sandbox.processes.is_none();
-            (sandbox.network, sandbox.egress) = (true, machine.egress.clone());
-            if !stopped {
-                world.violations.push(format!("boot of {id}, which was not stopped"));
-            }
-            Ok::<(), DriverError>(())
-        })?;
-        self.step().await?;
-        let guest = self.with(|world| world.sandbox(id)?.start(self.faults.clone()).ok_or(DriverError::Gone))?;
-        self.step().await?;
-        Ok(guest)
-    }
-
     async fn destroy(&self, id: SessionId) -> Result<(), DriverError> {
         let _busy = self.busy(id, "destroy");
         self.repeatable(|| self.end_sandbox(id)).await
@@ -488,10 +521,45 @@ impl Driver for FakeDriver {
         self.step().await?;
         Ok(self.with(|world| match world.blind {
             true => Vec::new(),
-            false => world.sandboxes.iter().filter(|(_, of)| !of.releasing).map(|(id, _)| *id).collect(),
+            false => world
+                .sandboxes
+                .iter()
+                .filter(|(_, of)| !of.releasing && of.driver == self.name)
+                .map(|(id, _)| *id)
+                .collect(),
         }))
     }
 
+    async fn attach_volume(&self, id: SessionId, mount: &Mount) -> Result<(), DriverError> {
+        let _busy = self.busy(id, "attach_volume");
+        self.repeatable(|| self.mount_volume(id, mount)).await
+    }
+
+    async fn detach_volume(&self, id: SessionId, mount: &Mount, force: bool) -> Result<(), DriverError> {
+        let _busy = self.busy(id, "detach_volume");
+        self.repeatable(|| self.unmount_volume(id, mount, force)).await
+    }
+
+    async fn usage(&self, id: SessionId) -> Result<ResourceUsage, DriverError> {
+        self.with(|world| {
+            world.processes(id)?;
+            Ok(world.sandbox(id)?.load.clone())
+        })
+    }
+
+    fn ends(&self) -> mpsc::UnboundedReceiver<Ended> {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        self.with(|world| {
+            if world.ends.insert(self.name, sender).is_some() {
+                world.violations.push("ends was called twice".to_owned());
+            }
+        });
+        receiver
+    }
+}
+
+#[async_trait]
+impl Host for FakeDriver {
     async fn copy_disk(&self, id: SessionId, images: &[DiskImageId]) -> Result<u64, DriverError> {
         let _busy = self.busy(id, "copy_disk");
         self.repeatable(|| self.copy_to_images(id, images)).await
@@ -499,6 +567,10 @@ impl Driver for FakeDriver {
 
     fn image_path(&self, id: DiskImageId) -> PathBuf {
         Images::path(id)
+    }
+
+    async fn prepare_image(&self, id: DiskImageId) -> Result<PathBuf, DriverError> {
+        Ok(Images::path(id))
     }
 
     async fn remove_image(&self, id: DiskImageId) -> Result<(), DriverError> {
@@ -536,16 +608,6 @@ impl Driver for FakeDriver {
         Ok(if self.with(|world| world.blind) { Vec::new() } else { self.volumes_now().into_keys().collect() })
     }
 
-    async fn attach_volume(&self, id: SessionId, mount: &Mount) -> Result<(), DriverError> {
-        let _busy = self.busy(id, "attach_volume");
-        self.repeatable(|| self.mount_volume(id, mount)).await
-    }
-
-    async fn detach_volume(&self, id: SessionId, mount: &Mount, force: bool) -> Result<(), DriverError> {
-        let _busy = self.busy(id, "detach_volume");
-        self.repeatable(|| self.unmount_volume(id, mount, force)).await
-    }
-
     async fn settle_volume(&self, id: VolumeId) -> Result<(), DriverError> {
         self.repeatable(|| self.let_volume_settle(id)).await
     }
@@ -568,14 +630,26 @@ impl Driver for FakeDriver {
         })
     }
 
-    async fn usage(&self, id: SessionId) -> Result<ResourceUsage, DriverError> {
-        self.with(|world| {
-            world.processes(id)?;
-            Ok(world.sandbox(id)?.load.clone())
-        })
+    fn default_root(&self) -> ImageDigest {
+        self.with(|world| world.default_root.clone()).unwrap_or_else(|| ImageDigest::new("host:fake"))
     }
 
-    fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent> {
+    async fn root(&self, digest: &ImageDigest) -> Result<RootImage, DriverError> {
+        match self.with(|world| world.lost_roots.contains(digest)) {
+            true => Err(DriverError::Gone),
+            false => Ok(RootImage { digest: digest.clone(), layers: Vec::new() }),
+        }
+    }
+
+    async fn root_of(&self, id: SessionId) -> Result<Option<ImageDigest>, DriverError> {
+        Ok(self.with(|world| world.sandboxes.get(&id).map(|sandbox| sandbox.root.clone())))
+    }
+
+    async fn retain_roots(&self, _used: &[ImageDigest]) -> Result<(), DriverError> {
+        Ok(())
+    }
+
+    fn events(&self) -> mpsc::UnboundedReceiver<HostEvent> {
         let (sender, receiver) = mpsc::unbounded_channel();
         self.with(|world| {
             if world.events.replace(sender).is_some() {

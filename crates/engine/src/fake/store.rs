@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use nagaya_api::ids::{ExecutionId, KeyId, PreviewId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 
 use super::Faults;
-use crate::model::Event;
 use crate::model::{ApiKey, Execution, Preview, Session, SessionState, Snapshot, UnixMs, Volume, Workspace};
+use crate::model::{Event, ImageDigest};
 use crate::ports::{Change, PreviewQuery, SessionQuery, SnapshotQuery, Store, StoreError, VolumeQuery};
 
 /// A store in memory. It outlives the engine that writes to it.
@@ -97,6 +97,14 @@ impl FakeStore {
     /// Every event of a session, without faults.
     pub fn events_now(&self, id: SessionId) -> Vec<Event> {
         self.with(|tables| tables.events.get(&id).cloned().unwrap_or_default())
+    }
+
+    /// Records become such as servers wrote that knew one image only.
+    pub fn forget_roots(&self) {
+        self.with(|tables| {
+            tables.sessions.values_mut().for_each(|session| session.machine.root = ImageDigest::default());
+            tables.snapshots.values_mut().for_each(|snapshot| snapshot.machine.root = ImageDigest::default());
+        });
     }
 
     /// Loses the newest session record, as a store that does not sync would: for tests of tests.

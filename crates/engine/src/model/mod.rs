@@ -2,6 +2,7 @@
 
 mod event;
 mod limit;
+mod machine;
 
 use std::collections::BTreeMap;
 
@@ -12,6 +13,9 @@ use serde::{Deserialize, Serialize};
 
 pub use event::{DiskOnlyReason, DiskSource, EndReason, Event, EventKind, PauseReason, RestoreMode};
 pub use limit::{Limit, Resource};
+pub use machine::{
+    Capabilities, DiskOrigin, ImageDigest, Isolation, Layer, Machine, Resources, RootImage, SandboxSpec,
+};
 
 /// Milliseconds since the Unix epoch.
 pub type UnixMs = u64;
@@ -99,21 +103,6 @@ impl SessionState {
     }
 }
 
-/// The machine a driver is asked for. Everything here can be enforced by every driver.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Machine {
-    pub cpu_cores: u32,
-    /// MiB.
-    pub memory_mb: u32,
-    /// GiB.
-    pub disk_gb: u32,
-    /// False: no packet leaves the sandbox.
-    pub outbound: bool,
-    /// The only destinations outside that it reaches; `None` is all that the server lets sandboxes reach.
-    #[serde(default)]
-    pub egress: Option<Egress>,
-}
-
 /// Destinations a sandbox may reach. What the server denies to all sandboxes stays denied.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Egress {
@@ -179,7 +168,7 @@ pub struct Session {
     /// What was used up, where that kept it from being created.
     #[serde(default)]
     pub exhausted: Option<Limit>,
-    /// The driver it runs on; empty until one is chosen.
+    /// The name of the driver it runs on.
     pub driver: String,
     /// The snapshot it was made from.
     pub source_snapshot_id: Option<SnapshotId>,
@@ -413,12 +402,4 @@ pub struct Execution {
     pub duration_ms: u64,
     pub started_at: UnixMs,
     pub ended_at: Option<UnixMs>,
-}
-
-/// What a driver promises about the sandboxes it makes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Guarantees {
-    /// "shared kernel", "user-space kernel" or "hardware virtualisation".
-    pub isolation: String,
-    pub memory_snapshot: bool,
 }

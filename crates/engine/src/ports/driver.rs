@@ -1,14 +1,15 @@
 //! What runs sandboxes. `nagaya-runtime` implements it.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use nagaya_api::ids::{DiskImageId, SessionId, VolumeId};
+use nagaya_api::ids::{SessionId, VolumeId};
 use tokio::sync::mpsc;
 
 use super::guest::Guest;
-use crate::model::{Connection, Egress, Guarantees, Limit, Machine};
+use crate::model::{Capabilities, ImageDigest, Isolation, Limit, SandboxSpec};
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum DriverError {
@@ -24,32 +25,25 @@ pub enum DriverError {
     /// What was asked for cannot be, e.g. a mount over another mount; in words for the user.
     #[error("{0}")]
     Refused(String),
+    /// Not offered by this driver, e.g. writing memory down.
+    #[error("this driver cannot {0}")]
+    Unsupported(&'static str),
+    /// The disk was written over another image than the one that is asked for.
+    #[error("the disk belongs to image {disk}, not to {asked}")]
+    OtherRoot { disk: ImageDigest, asked: ImageDigest },
     #[error("{0}")]
     Failed(String),
 }
 
-/// Something happened that nobody asked for.
+/// A running sandbox has no processes any more, though nobody asked for that. Its disk is kept until `destroy`; the rest is
+/// released by `stop`.
 #[derive(Debug, Clone)]
-pub enum DriverEvent {
-    /// A running sandbox has no processes any more. Its disk is kept until `destroy`; the rest is
-    /// released by `stop`.
-    Ended {
-        id: SessionId,
-        /// The sandbox powered itself off. False: it was killed, or its host failed it.
-        powered_off: bool,
-        /// In words for the user, e.g. "the sandbox's first process was killed".
-        cause: String,
-    },
-    /// The host is short of memory: paused sandboxes in RAM should be stopped.
-    MemoryLow,
-    /// Something that a sandbox did was refused at a limit. Told now and then, not each time.
-    Refused {
-        id: SessionId,
-        /// What was refused, e.g. "a connection to the outside".
-        request: String,
-        /// The limit and its value.
-        limit: String,
-    },
+pub struct Ended {
+    pub id: SessionId,
+    /// The sandbox powered itself off. False: it was killed, or its host failed it.
+    pub powered_off: bool,
+    /// In words for the user, e.g. "the sandbox's first process was killed".
+    pub cause: String,
 }
 
 /// What an earlier process left of a sandbox.
@@ -109,21 +103,18 @@ pub struct ResourceUsage {
 }
 
 /// A technology that runs sandboxes. Every call may be repeated after a crash between any two of
-/// its steps; sandboxes live on when the process that made them dies. What a call acknowledges
-/// about disks (`copy_disk`, volumes) is fsync'ed, names included.
+/// its steps; sandboxes live on when the process that made them dies. What all drivers of a server share, disks and
+/// volumes among it, is the [`Host`](super::Host)'s.
 #[async_trait]
 pub trait Driver: Send + Sync + 'static {
-    fn name(&self) -> &'static str;
-    fn guarantees(&self) -> Guarantees;
-    /// Makes a sandbox and returns when commands can run in it. Its disk is a fresh one, or `disk`,
-    /// which it takes over and grows to the machine's size. On error nothing is left behind, or what is left
-    /// is found by [`Driver::list`]; `disk` may be used up.
-    async fn create(
-        &self,
-        id: SessionId,
-        machine: &Machine,
-        disk: Option<DiskImageId>,
-    ) -> Result<Arc<dyn Guest>, DriverError>;
+    fn capabilities(&self) -> Capabilities;
+    /// Starts a sandbox and returns when commands can run in it: a new one, whose disk is a fresh one or an image that it
+    /// takes over, or a stopped one on its own disk, without its volumes. `OtherRoot` where the kept disk was written over
+    /// another image.
+    ///
+    /// On error nothing is left of a new one, or what is left is found by [`Driver::list`]; its image may be used up. Of a
+    /// stopped one `stop` takes away what came up.
+    async fn start(&self, id: SessionId, spec: &SandboxSpec) -> Result<Arc<dyn Guest>, DriverError>;
     /// Takes over a sandbox that an earlier process made. `Gone` when not even its disk is there.
     async fn adopt(&self, id: SessionId) -> Result<Adopted, DriverError>;
     /// Halts every process of the sandbox where it is; clocks of running commands' timeouts stand still.
@@ -131,65 +122,135 @@ pub trait Driver: Send + Sync + 'static {
     async fn freeze(&self, id: SessionId) -> Result<(), DriverError>;
     /// Lets a frozen sandbox go on. It is idempotent; `Gone` when it has no processes.
     async fn thaw(&self, id: SessionId) -> Result<(), DriverError>;
+    /// Writes the processes and the memory of a frozen sandbox into this directory, from where a start goes on with them.
+    async fn checkpoint(&self, _id: SessionId, _directory: &Path) -> Result<(), DriverError> {
+        Err(DriverError::Unsupported("write down processes and memory"))
+    }
     /// Ends all processes and keeps the disk, everything written to it included, and nothing else.
     /// Volumes are unmounted and written back. It is idempotent.
     async fn stop(&self, id: SessionId) -> Result<(), DriverError>;
-    /// Starts a stopped sandbox on its kept disk, without its volumes. After an error `stop` takes away what came up.
-    async fn boot(&self, id: SessionId, machine: &Machine) -> Result<Arc<dyn Guest>, DriverError>;
     /// Ends a sandbox, also while another call about it hangs: what that still makes is destroyed again when it returns. On
     /// return none of its processes is alive; its disk and network are being
     /// released in the background and [`Driver::list`] names it until they are. It is idempotent, for unknown
     /// sandboxes too.
     async fn destroy(&self, id: SessionId) -> Result<(), DriverError>;
-    /// Every sandbox of which anything exists on this host, alive, stopped or half removed, except
+    /// Every sandbox of this driver of which anything exists on this host, alive, stopped or half removed, except
     /// those whose release is already under way in this process.
     async fn list(&self) -> Result<Vec<SessionId>, DriverError>;
 
-    /// Copies a sandbox's disk, as it is at one moment, to these images, whatever state it is in.
-    /// Returns how long its writes were frozen, microseconds. Images that exist are replaced; on error none is left.
-    async fn copy_disk(&self, id: SessionId, images: &[DiskImageId]) -> Result<u64, DriverError>;
-    /// Where an image is, or can be made.
-    fn image_path(&self, id: DiskImageId) -> PathBuf;
-    /// Makes the empty file in which an image is about to be written, so that what the image needs can be ready when it is
-    /// whole; `create` takes it then, and until then it is no image. A driver with nothing to make ready lets the image
-    /// be made where it will be.
-    async fn prepare_image(&self, id: DiskImageId) -> Result<PathBuf, DriverError> {
-        Ok(self.image_path(id))
-    }
-    /// Removes an image, or what was prepared for one. Removing an unknown one has no effect.
-    async fn remove_image(&self, id: DiskImageId) -> Result<(), DriverError>;
-    async fn images(&self) -> Result<Vec<DiskImageId>, DriverError>;
-
-    /// Makes an empty volume. One that exists already is left as it is.
-    async fn create_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), DriverError>;
-    /// Makes it larger, mounted read-write or not at all; `Busy` where it is mounted read-only. On error it is as before,
-    /// or grown nevertheless.
-    async fn grow_volume(&self, id: VolumeId, size_bytes: u64) -> Result<(), DriverError>;
-    /// How large it is; up to one block more than what was asked for.
-    async fn volume_size(&self, id: VolumeId) -> Result<u64, DriverError>;
-    /// Removing an unknown one has no effect.
-    async fn remove_volume(&self, id: VolumeId) -> Result<(), DriverError>;
-    async fn volumes(&self) -> Result<Vec<VolumeId>, DriverError>;
     /// Mounts a volume in a running sandbox. It is idempotent. `Refused` when the path is a
     /// mount already, or not a directory.
     async fn attach_volume(&self, id: SessionId, mount: &Mount) -> Result<(), DriverError>;
     /// Unmounts a volume and writes it back; `Busy` while a process uses it, unless `force`: then its later
     /// reads and writes there fail. Unmounting what is not mounted has no effect.
     async fn detach_volume(&self, id: SessionId, mount: &Mount, force: bool) -> Result<(), DriverError>;
-    /// Waits until no sandbox has the volume mounted any more, after their ends, and until what they
-    /// wrote is on disk.
-    async fn settle_volume(&self, id: VolumeId) -> Result<(), DriverError>;
-
-    /// Names the only destinations that a sandbox with outbound access reaches from now on, frozen or not; `None` lifts
-    /// that. What the machine of `create` and `boot` names holds before the sandbox's first instruction, and outlives
-    /// this process. On return connections to what is not allowed any more are cut. It is idempotent.
-    async fn set_egress(&self, id: SessionId, egress: Option<&Egress>) -> Result<(), DriverError>;
-    /// The last connections of a running or frozen sandbox to the outside, oldest first.
-    async fn connections(&self, id: SessionId) -> Result<Vec<Connection>, DriverError>;
 
     /// What a running sandbox uses now; takes some tenths of a second. `Gone` when it has no processes.
     async fn usage(&self, id: SessionId) -> Result<ResourceUsage, DriverError>;
 
-    /// Events of sandboxes that this process created or adopted. May be called once.
-    fn events(&self) -> mpsc::UnboundedReceiver<DriverEvent>;
+    /// Sandboxes that this process started or adopted and that ended unasked. May be called once.
+    fn ends(&self) -> mpsc::UnboundedReceiver<Ended>;
+}
+
+/// The drivers of a server by name, and which of them a session gets that asks for none.
+#[derive(Clone)]
+pub struct Drivers {
+    by_name: BTreeMap<String, Arc<dyn Driver>>,
+    default: String,
+}
+
+impl Drivers {
+    /// # Panics
+    /// Where the default is none of them.
+    pub fn new(default: &str, by_name: BTreeMap<String, Arc<dyn Driver>>) -> Self {
+        assert!(by_name.contains_key(default), "the default driver is one of the drivers");
+        Self { by_name, default: default.to_owned() }
+    }
+
+    pub fn default_name(&self) -> &str {
+        &self.default
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.by_name.keys().map(String::as_str)
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = (&str, &Arc<dyn Driver>)> {
+        self.by_name.iter().map(|(name, driver)| (name.as_str(), driver))
+    }
+
+    pub fn find(&self, name: &str) -> Option<&Arc<dyn Driver>> {
+        self.by_name.get(name)
+    }
+
+    /// The driver of a session. One that the server has no more answers to everything that it is not there: its sandboxes
+    /// are neither lost nor touched until it is configured again.
+    pub fn of(&self, name: &str) -> Arc<dyn Driver> {
+        self.find(name).cloned().unwrap_or_else(|| Arc::new(Absent(name.to_owned())))
+    }
+}
+
+/// A driver that sandboxes were made by, and that this server was started without.
+struct Absent(String);
+
+impl Absent {
+    fn error<T>(&self) -> Result<T, DriverError> {
+        Err(DriverError::Failed(format!("this server runs without the driver {:?}, which the sandbox needs", self.0)))
+    }
+}
+
+#[async_trait]
+impl Driver for Absent {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            isolation: Isolation::SharedKernel,
+            memory_checkpoint: false,
+            live_resize: false,
+            nested_containers: false,
+        }
+    }
+
+    async fn start(&self, _id: SessionId, _spec: &SandboxSpec) -> Result<Arc<dyn Guest>, DriverError> {
+        self.error()
+    }
+
+    async fn adopt(&self, _id: SessionId) -> Result<Adopted, DriverError> {
+        self.error()
+    }
+
+    async fn freeze(&self, _id: SessionId) -> Result<(), DriverError> {
+        self.error()
+    }
+
+    async fn thaw(&self, _id: SessionId) -> Result<(), DriverError> {
+        self.error()
+    }
+
+    async fn stop(&self, _id: SessionId) -> Result<(), DriverError> {
+        self.error()
+    }
+
+    async fn destroy(&self, _id: SessionId) -> Result<(), DriverError> {
+        self.error()
+    }
+
+    async fn list(&self) -> Result<Vec<SessionId>, DriverError> {
+        Ok(Vec::new())
+    }
+
+    async fn attach_volume(&self, _id: SessionId, _mount: &Mount) -> Result<(), DriverError> {
+        self.error()
+    }
+
+    async fn detach_volume(&self, _id: SessionId, _mount: &Mount, _force: bool) -> Result<(), DriverError> {
+        self.error()
+    }
+
+    async fn usage(&self, _id: SessionId) -> Result<ResourceUsage, DriverError> {
+        self.error()
+    }
+
+    fn ends(&self) -> mpsc::UnboundedReceiver<Ended> {
+        mpsc::unbounded_channel().1
+    }
 }

@@ -1,11 +1,14 @@
-//! The engine's view of the world: a store, a driver, blobs, an ingress, a clock and a source of randomness.
+//! The engine's view of the world: a store, drivers and their host, blobs, an ingress, a clock and a source of randomness.
 //!
 //! These modules depend on [`crate::model`] only. [`crate::fake`] implements all of them, for tests.
+
+use std::sync::Arc;
 
 mod blobs;
 mod clock;
 mod driver;
 mod guest;
+mod host;
 mod ingress;
 mod store;
 
@@ -13,5 +16,17 @@ pub use blobs::*;
 pub use clock::*;
 pub use driver::*;
 pub use guest::*;
+pub use host::*;
 pub use ingress::*;
 pub use store::*;
+
+/// The world that an engine works on.
+pub struct Ports {
+    pub store: Arc<dyn Store>,
+    pub drivers: Drivers,
+    pub host: Arc<dyn Host>,
+    pub blobs: Arc<dyn Blobs>,
+    pub ingress: Arc<dyn Ingress>,
+    pub clock: Arc<dyn Clock>,
+    pub entropy: Arc<dyn Entropy>,
+}

@@ -15,7 +15,7 @@ async fn forks_have_their_parents_disk_and_an_identity_of_their_own() {
     let world = World::new().await;
     let new = NewSession {
         name: "parent".into(),
-        cpu_cores: Some(3),
+        cpu_millis: Some(3_000),
         env: [("A".into(), "1".into())].into(),
         metadata: [("m".into(), "1".into())].into(),
         tags: vec!["t".into()],
@@ -34,7 +34,7 @@ async fn forks_have_their_parents_disk_and_an_identity_of_their_own() {
         assert_eq!(created.state, SessionState::Creating);
         let session = world.settled(created.id).await;
         assert_eq!((session.state, session.sticky), (SessionState::Running, false));
-        assert_eq!((session.machine.cpu_cores, session.env["A"].as_str()), (3, "1"));
+        assert_eq!((session.machine.resources.cpus(), session.env["A"].as_str()), (3, "1"));
         assert_eq!(session.metadata, [("m".to_owned(), "1".to_owned())].into());
         assert_eq!((session.tags.as_slice(), session.source_image_id), (["t".to_owned()].as_slice(), None));
         assert_eq!(world.read(session.id, "/root/log").await.as_deref(), Some("before"));

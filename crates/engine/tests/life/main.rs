@@ -6,6 +6,7 @@
 
 #[path = "../common/audit.rs"]
 mod audit;
+mod drivers;
 mod egress;
 mod events;
 mod forks;

@@ -6,8 +6,8 @@ use std::time::Duration;
 use nagaya_api::error::Code;
 use nagaya_api::ids::{SessionId, VolumeId};
 use nagaya_engine::fake::Fakes;
-use nagaya_engine::model::{Durability, Machine, SessionState, SnapshotState};
-use nagaya_engine::ports::Driver;
+use nagaya_engine::model::{DiskOrigin, Durability, Resources, SandboxSpec, SessionState, SnapshotState};
+use nagaya_engine::ports::{Driver, Host};
 use nagaya_engine::{NewSession, NewSnapshot};
 
 use crate::support::{MIB, World, code, idle};
@@ -40,11 +40,22 @@ async fn volumes_keep_their_holders_over_a_restart() {
     assert!(world.fakes.driver.volumes_now().is_empty());
 }
 
+/// What a driver is told of a new sandbox.
+async fn fresh(fakes: &Fakes) -> SandboxSpec {
+    SandboxSpec {
+        resources: Resources::of(1, 128, 5),
+        root: fakes.driver.root(&fakes.driver.default_root()).await.unwrap(),
+        disk: DiskOrigin::Fresh,
+        memory: None,
+        outbound: false,
+        egress: None,
+    }
+}
+
 /// A sandbox and a volume of which no record says anything.
 async fn strangers(fakes: &Fakes) -> (SessionId, VolumeId) {
     let (session, volume) = (SessionId::new(1, [7; 10]), VolumeId::new(1, [7; 10]));
-    let machine = Machine { cpu_cores: 1, memory_mb: 128, disk_gb: 5, outbound: false, egress: None };
-    fakes.driver.create(session, &machine, None).await.unwrap();
+    fakes.driver.start(session, &fresh(fakes).await).await.unwrap();
     fakes.driver.create_volume(volume, MIB).await.unwrap();
     (session, volume)
 }
@@ -72,8 +83,7 @@ async fn what_is_recorded_as_ended_is_removed_as_ever() {
     let id = world.running().await;
     world.engine.terminate_session(&world.caller, id).await.unwrap();
     idle().await;
-    let machine = Machine { cpu_cores: 1, memory_mb: 128, disk_gb: 5, outbound: false, egress: None };
-    world.fakes.driver.create(id, &machine, None).await.unwrap();
+    world.fakes.driver.start(id, &fresh(&world.fakes).await).await.unwrap();
     let world = world.restart(|_| ()).await;
     assert!(world.fakes.driver.sandboxes().is_empty());
 }

@@ -2,7 +2,7 @@
 
 use nagaya_api::error::Code;
 use nagaya_api::ids::WorkspaceId;
-use nagaya_engine::model::{Durability, SessionState, Snapshot, SnapshotKind, SnapshotState};
+use nagaya_engine::model::{Durability, Resources, SessionState, Snapshot, SnapshotKind, SnapshotState};
 use nagaya_engine::ports::Clock;
 use nagaya_engine::{Caller, ListSnapshots, NewSession, NewSnapshot, SnapshotUpdate, WorkspaceSettingsUpdate};
 
@@ -26,9 +26,9 @@ impl World {
 async fn a_snapshot_is_the_disk_as_it_was() {
     let world = World::new().await;
     let new = NewSession {
-        cpu_cores: Some(1),
-        memory_mb: Some(512),
-        disk_gb: Some(7),
+        cpu_millis: Some(1_000),
+        memory_bytes: Some(512 << 20),
+        disk_bytes: Some(7 << 30),
         env: [("A".into(), "1".into()), ("B".into(), "1".into())].into(),
         ..NewSession::default()
     };
@@ -44,13 +44,12 @@ async fn a_snapshot_is_the_disk_as_it_was() {
 
     let new = NewSession {
         snapshot_id: Some(snapshot.id),
-        memory_mb: Some(1_024),
+        memory_bytes: Some(1 << 30),
         env: [("B".into(), "2".into())].into(),
         ..NewSession::default()
     };
     let session = world.run(new).await;
-    let machine = (session.machine.cpu_cores, session.machine.memory_mb, session.machine.disk_gb);
-    assert_eq!(machine, (1, 1_024, 7));
+    assert_eq!(session.machine.resources, Resources::of(1, 1_024, 7));
     assert_eq!((session.env["A"].as_str(), session.env["B"].as_str()), ("1", "2"));
     assert_eq!((session.source_snapshot_id, session.source_image_id), (Some(snapshot.id), None));
     assert_eq!(world.read(session.id, "/root/log").await.as_deref(), Some("one"));
@@ -289,16 +288,16 @@ async fn snapshots_are_listed_changed_limited_and_nobody_elses() {
     let new = NewSession { snapshot_id: Some(expected[0]), ..NewSession::default() };
     let error = world.engine.create_session(&stranger, new.clone()).await.unwrap_err();
     assert!(matches!(error.code, Code::SnapshotNotFound | Code::WorkspaceNotFound), "{error}");
-    let small = NewSession { disk_gb: Some(5), ..new };
-    assert_eq!(world.run(small).await.machine.disk_gb, 5);
+    let small = NewSession { disk_bytes: Some(5 << 30), ..new };
+    assert_eq!(world.run(small).await.machine.resources.disk_gib(), 5);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_smaller_disk_than_the_snapshots_is_refused() {
     let world = World::new().await;
-    let source = world.run(NewSession { disk_gb: Some(10), ..NewSession::default() }).await.id;
+    let source = world.run(NewSession { disk_bytes: Some(10 << 30), ..NewSession::default() }).await.id;
     let snapshot_id = Some(world.snapshot(source).await.id);
-    let new = |disk_gb| NewSession { snapshot_id, disk_gb: Some(disk_gb), ..NewSession::default() };
+    let new = |gigabytes: u64| NewSession { snapshot_id, disk_bytes: Some(gigabytes << 30), ..NewSession::default() };
     assert_eq!(code(world.engine.create_session(&world.caller, new(9)).await), Code::InvalidResources);
-    assert_eq!(world.run(new(11)).await.machine.disk_gb, 11);
+    assert_eq!(world.run(new(11)).await.machine.resources.disk_gib(), 11);
 }

@@ -6,7 +6,7 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{SessionId, VolumeId};
 use nagaya_engine::fake::{self, Fakes};
 use nagaya_engine::model::{Session, SessionState, Volume};
-use nagaya_engine::ports::{Guest, WriteOptions};
+use nagaya_engine::ports::{Guest, Ports, WriteOptions};
 use nagaya_engine::{Caller, Engine, EngineConfig, NewMount, NewSession, NewVolume};
 
 pub const MIB: u64 = 1 << 20;
@@ -30,10 +30,17 @@ impl World {
 
     /// Stops the engine and starts another one in the same world; `between` happens while none runs.
     pub async fn restart(self, between: impl FnOnce(&Fakes)) -> Self {
+        let world = self.restart_with(between, Fakes::ports).await;
+        idle().await;
+        world
+    }
+
+    /// As [`World::restart`], with other ports.
+    pub async fn restart_with(self, between: impl FnOnce(&Fakes), ports: impl FnOnce(&Fakes) -> Ports) -> Self {
         self.engine.shut_down().await;
         between(&self.fakes);
-        let engine = self.fakes.start(self.config.clone()).await.unwrap();
-        idle().await;
+        self.fakes.disconnect();
+        let engine = Engine::start(self.config.clone(), ports(&self.fakes)).await.unwrap();
         Self { engine, ..self }
     }
 

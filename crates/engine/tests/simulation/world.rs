@@ -447,8 +447,8 @@ async fn quiet(world: &World, engine: &Engine) -> Result<(), String> {
         let model = world.model.borrow();
         let mine = || model.live().filter(|row| row.workspace_id == tenant.workspace_id && is_active(row));
         ensure!(used.active_sessions == mine().count() as u64, "{used:?} is not what the records say");
-        let memory: u64 = mine().map(|row| u64::from(row.machine.memory_mb)).sum();
-        ensure!(used.memory_mb == memory, "{used:?} is not what the records say");
+        let memory: u64 = mine().map(|row| row.machine.resources.memory_bytes).sum();
+        ensure!(used.memory_bytes == memory, "{used:?} is not what the records say");
     }
     Ok(())
 }

@@ -12,11 +12,10 @@ use rustix::mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags};
 
 use super::{Step, StepError, process};
 use crate::mount;
-use crate::spawn::PROCESSOR_TEXT_BYTES;
+use crate::spawn::{LAYERS_MAX, PROCESSOR_TEXT_BYTES};
 
-/// Where a sandbox's disk, base layer, further layers and finished root are attached.
+/// Where a sandbox's disk, layers and finished root are attached.
 pub(super) const DISK: &str = "/disk";
-pub(super) const BASE: &str = "/base";
 pub(super) const LAYERS: &str = "/layers";
 pub(super) const NEW_ROOT: &str = "/root";
 /// Where the parts of a root wait that need no disk, by their names in it.
@@ -29,7 +28,6 @@ pub(super) const COVERS: &str = "/covers";
 pub(super) const FIXED: &str = "/fixed";
 /// What `/proc/cpuinfo` has on each processor.
 pub(super) const PROCESSOR_TEXTS: &str = "/processors";
-pub(super) const LAYERS_MAX: usize = 16;
 pub(super) const PARTS: [&str; 3] = ["dev", "proc", "sys"];
 
 /// Character devices of every sandbox: name, major, minor.
@@ -47,7 +45,7 @@ pub(super) fn prepare() -> Result<(), StepError> {
     // Any directory will do: the mount moves to the top at once.
     mount::attach(root.as_fd(), "/proc").step("attach the spawner's root")?;
     std::env::set_current_dir("/proc").step("enter the spawner's root")?;
-    for directory in ["proc", "disk", "base", "layers", "root", "ready", "dev", "sys", "covers", "fixed"] {
+    for directory in ["proc", "disk", "layers", "root", "ready", "dev", "sys", "covers", "fixed"] {
         fs::create_dir(directory).step("fill the spawner's root")?;
     }
     for index in 0..LAYERS_MAX {

@@ -17,13 +17,11 @@ use rustix::mount::{MountAttrFlags, UnmountFlags};
 use rustix::thread::{CapabilitySet, LinkNameSpaceType};
 
 use super::process::{self, Clone, Exit};
-use super::root::{
-    BASE, COVERS, DEVICES, DISK, FIXED, LAYERS, LAYERS_MAX, NEW_ROOT, PARTS, PROCESSOR_TEXTS, READY, SYSTEM,
-};
+use super::root::{COVERS, DEVICES, DISK, FIXED, LAYERS, NEW_ROOT, PARTS, PROCESSOR_TEXTS, READY, SYSTEM};
 use super::{Step, StepError, limits};
 use crate::mount::{self, NO_DEVICES, NO_EXEC, NO_SUID, READ_ONLY};
 use crate::seccomp;
-use crate::spawn::{self, ChannelError, Sandbox};
+use crate::spawn::{self, ChannelError, LAYERS_MAX, Sandbox};
 
 const NAMESPACES: i32 = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
 
@@ -87,7 +85,6 @@ struct Parts<'a> {
     disk: BorrowedFd<'a>,
     user: BorrowedFd<'a>,
     network: BorrowedFd<'a>,
-    layers: Vec<BorrowedFd<'a>>,
     agent_cgroups: Vec<BorrowedFd<'a>>,
     command_cgroups: Vec<BorrowedFd<'a>>,
     command_groups: Vec<(Vec<BorrowedFd<'a>>, BorrowedFd<'a>)>,
@@ -105,7 +102,6 @@ impl<'a> Parts<'a> {
             disk: rest.next()?,
             user: rest.next()?,
             network: rest.next()?,
-            layers: rest.by_ref().take(order.layers.len()).collect(),
             agent_cgroups: rest.by_ref().take(order.agent_cgroups).collect(),
             command_cgroups: rest.by_ref().take(order.command_cgroups).collect(),
             command_groups: order
@@ -117,7 +113,7 @@ impl<'a> Parts<'a> {
             memory_limit: rest.next()?,
             memory_statistics: rest.next()?,
         };
-        (rest.next().is_none() && order.layers.len() <= LAYERS_MAX).then_some(parts)
+        rest.next().is_none().then_some(parts)
     }
 }
 
@@ -154,14 +150,14 @@ fn become_sandbox(
     process::unshare(libc::CLONE_NEWCGROUP).step("unshare the cgroup namespace")?;
     enter_time_namespace().step("start the sandbox's clock")?;
     let pin_cores = limits::forbid_foreign_core_dumps()?;
-    let (shown, sizes) = make_ready(order, parts)?;
+    let (shown, sizes) = make_ready(order)?;
     let descriptors = [sizes.shared_memory.as_fd(), sizes.segments.as_fd()];
     if let Err(error) = spawn::send(parts.disk, &spawn::Sizes, &descriptors) {
         return Err(lost("tell what has a size", error));
     }
     drop(sizes);
-    let [disk, base, listen] = await_disk(parts.disk)?;
-    build_root(order, disk.as_fd(), base.as_fd())?;
+    let Stand { disk, listen, layers } = await_disk(parts.disk)?;
+    build_root(order, disk.as_fd(), &layers)?;
 
     // From here on the process gives away what it can do.
     rustix::thread::move_into_link_name_space(parts.network, Some(LinkNameSpaceType::Network))
@@ -178,13 +174,29 @@ fn become_sandbox(
     run_agent(order, parts, listen.as_fd(), &shown, calls, agent)
 }
 
-/// Waits for the disk, the base layer under it, and the socket to listen on. A server that ended sends none, and
+/// What a sandbox lives on; see [`spawn::Disk`].
+struct Stand {
+    disk: OwnedFd,
+    listen: OwnedFd,
+    /// By the directory of the root that each is the content of.
+    layers: Vec<(String, OwnedFd)>,
+}
+
+/// Waits for the disk, the layers under it, and the socket to listen on. A server that ended sends none, and
 /// nobody is left who would read of an error.
-fn await_disk(socket: BorrowedFd<'_>) -> Result<[OwnedFd; 3], StepError> {
-    let malformed = StepError { step: "read what the disk is", errno: Errno::INVAL };
-    match spawn::receive::<spawn::Disk>(socket) {
-        Ok((spawn::Disk, descriptors)) => descriptors.try_into().map_err(|_| malformed),
-        Err(error) => Err(lost("wait for the disk", error)),
+fn await_disk(socket: BorrowedFd<'_>) -> Result<Stand, StepError> {
+    let (spawn::Disk { layers: places }, descriptors) =
+        spawn::receive(socket).map_err(|error| lost("wait for the disk", error))?;
+    let mut descriptors = descriptors.into_iter();
+    let (disk, listen) = (descriptors.next(), descriptors.next());
+    let known = |place: &String| place.is_empty() || spawn::PLACES.contains(&place.as_str());
+    match (disk, listen) {
+        (Some(disk), Some(listen))
+            if descriptors.len() == places.len() && places.len() <= LAYERS_MAX && places.iter().all(known) =>
+        {
+            Ok(Stand { disk, listen, layers: places.into_iter().zip(descriptors).collect() })
+        }
+        _ => Err(StepError { step: "read what the disk is", errno: Errno::INVAL }),
     }
 }
 
@@ -241,12 +253,9 @@ struct Sizes {
 }
 
 /// Makes everything that needs no disk.
-fn make_ready(order: &Sandbox, parts: &Parts<'_>) -> Result<(Shown, Sizes), StepError> {
+fn make_ready(order: &Sandbox) -> Result<(Shown, Sizes), StepError> {
     let segments = limits::bound_system_v()?;
     rustix::system::sethostname(order.hostname.as_bytes()).step("set the host name")?;
-    for (index, layer) in parts.layers.iter().enumerate() {
-        mount::attach(*layer, &format!("{LAYERS}/{index}")).step("attach a layer")?;
-    }
     let shared_memory = build_devices(order)?;
     let tree = mount::clone_tree(rustix::fs::CWD, SYSTEM, false).step("copy /sys")?;
     mount::set_attributes(tree.as_fd(), READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC, None).step("protect /sys")?;
@@ -260,16 +269,27 @@ fn ready(path: &str) -> String {
 }
 
 /// Assembles the file system and makes it the root.
-fn build_root(order: &Sandbox, disk: BorrowedFd<'_>, base: BorrowedFd<'_>) -> Result<(), StepError> {
+fn build_root(order: &Sandbox, disk: BorrowedFd<'_>, layers: &[(String, OwnedFd)]) -> Result<(), StepError> {
     mount::attach(disk, DISK).step("attach the disk")?;
-    mount::attach(base, BASE).step("attach the base layer")?;
+    for (index, (_, layer)) in layers.iter().enumerate() {
+        mount::attach(layer.as_fd(), &format!("{LAYERS}/{index}")).step("attach a layer")?;
+    }
+    let at = |place: &str| -> Vec<String> {
+        let of_place = layers.iter().enumerate().filter(|(_, (of, _))| of == place);
+        of_place.map(|(index, _)| format!("{LAYERS}/{index}")).collect()
+    };
     // An overlay works on its disk as whoever mounted it. The disk knows the sandbox's ids only, so
     // that has to be the sandbox's root.
     act_as(order.first_id).step("act as the sandbox's root")?;
-    overlay(BASE, "root", NEW_ROOT)?;
-    for (index, name) in order.layers.iter().enumerate() {
-        // What the base holds in a layer's directory lies over the layer.
-        overlay(&format!("{BASE}/{name}:{LAYERS}/{index}"), name, &format!("{NEW_ROOT}/{name}"))?;
+    let of_root = at("");
+    overlay(&of_root, spawn::ROOT_OVERLAY, NEW_ROOT)?;
+    for place in spawn::PLACES {
+        let of_place = at(place);
+        if !of_place.is_empty() {
+            // What the root's own layers hold in that directory lies over it.
+            let over: Vec<String> = of_root.iter().map(|layer| format!("{layer}/{place}")).collect();
+            overlay(&[over, of_place].concat(), place, &format!("{NEW_ROOT}/{place}"))?;
+        }
     }
     act_as(0).step("act as the host's root")?;
     for part in PARTS {
@@ -298,13 +318,14 @@ pub(super) fn act_as(id: u32) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Mounts `lower`, one directory over another, under the disk's upper directory of that name.
-fn overlay(lower: &str, name: &str, target: &str) -> Result<(), StepError> {
+/// Mounts `lower`, the uppermost directory first, under the disk's upper directory of that name.
+fn overlay(lower: &[String], name: &str, target: &str) -> Result<(), StepError> {
+    let lower = lower.join(":");
     let mount = mount::new_filesystem(
         "overlay",
         &[
             ("source", Some("nagaya")),
-            ("lowerdir", Some(lower)),
+            ("lowerdir", Some(&lower)),
             ("upperdir", Some(&format!("{DISK}/{name}/upper"))),
             ("workdir", Some(&format!("{DISK}/{name}/work"))),
             // Without it, renaming a directory of the image fails with EXDEV.

@@ -15,12 +15,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::mount::MountAttrFlags;
+use rustix::process::{Pid, Signal};
 
 #[cfg(test)]
 mod tests;
 
 /// Microseconds; the period over which processor time is shared out.
 const CPU_PERIOD_US: u64 = 100_000;
+/// The kernel takes no less.
+const CPU_QUOTA_MIN_US: u64 = 1_000;
 /// Groups over which a sandbox's commands are spread. Each costs some 0.1 ms when a slot is made.
 const COMMAND_GROUPS: usize = 4;
 /// What one group may not have of a sandbox's processes: this part of them, and at least that many.
@@ -55,7 +58,7 @@ fn at<T>(step: &'static str, path: &Path, result: io::Result<T>) -> Result<T, Cg
 /// What a sandbox may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    pub cpu_cores: u32,
+    pub cpu_millis: u32,
     pub memory_bytes: u64,
     pub processes_max: u64,
 }
@@ -316,7 +319,7 @@ impl Group {
 
     /// Sets the limits of everything but the agent.
     pub fn set_limits(&self, limits: Limits) -> Result<(), CgroupError> {
-        let quota = u64::from(limits.cpu_cores) * CPU_PERIOD_US;
+        let quota = (u64::from(limits.cpu_millis) * CPU_PERIOD_US / 1_000).max(CPU_QUOTA_MIN_US);
         let memory_bytes = limits.memory_bytes.to_string();
         let processes = limits.processes_max.to_string();
         let reserve = (limits.processes_max / RESERVE_PART).max(RESERVE_MIN).min(limits.processes_max / 2);
@@ -496,6 +499,20 @@ impl Group {
             }
         };
         list.lines().filter_map(|line| line.trim().parse().ok()).collect()
+    }
+
+    /// Kills whatever is in it.
+    pub fn kill_all(&self) {
+        self.kill(Part::Agent);
+        self.kill(Part::Commands);
+        // What is frozen would not end.
+        let _ = self.thaw();
+    }
+
+    pub fn kill(&self, part: Part) {
+        for pid in self.processes(part).into_iter().filter_map(Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
     }
 
     /// Halts everything but the agent where it is, and waits until it is frozen. Blocks.

@@ -24,7 +24,7 @@ fn split() -> (tempfile::TempDir, String) {
     (root, mounts)
 }
 
-const LIMITS: Limits = Limits { cpu_cores: 2, memory_bytes: 512 << 20, processes_max: 100 };
+const LIMITS: Limits = Limits { cpu_millis: 2_000, memory_bytes: 512 << 20, processes_max: 100 };
 
 fn read(root: &tempfile::TempDir, path: &str) -> String {
     fs::read_to_string(root.path().join(path)).unwrap_or_else(|error| panic!("{path}: {error}")).trim().to_owned()

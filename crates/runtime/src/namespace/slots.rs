@@ -5,10 +5,9 @@
 //! to connect. It is used by one session and never again: the number is, once everything with it is
 //! gone. A slot that nobody took ends with the server: its agent is on a lifeline.
 //!
-//! A sandbox on a disk that exists needs a slot around that. What does not depend on the disk, its ground, is made
-//! ahead as well: its first process is there and waits for the disk.
+//! A sandbox on a disk that exists, or on an image that no slot waits with, needs a slot around that. What depends on neither is
+//! pre-created as well: its first process is there and waits for the disk and the layers of the image.
 
-use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,35 +15,30 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use nagaya_engine::model::RootImage;
 use nagaya_guest::mount::{self, NO_DEVICES, READ_ONLY};
-use nagaya_guest::spawn::{self, IDS_PER_SANDBOX};
+use nagaya_guest::spawn;
 use rustix::net::sockopt::Timeout;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 
-use super::disk::{self, DiskError, Disks};
-use super::host_image::Image;
-use super::images::{self, CopyError};
-use super::live;
-use super::network::{Network, NetworkError};
-use super::{Config, ceilings};
-use crate::cgroup::{CgroupError, Cgroups, Group};
-use crate::spawner::{SpawnError, Spawner};
+use super::running;
+use crate::cgroup::{CgroupError, Group};
+use crate::host::disk::{self, DiskError};
+use crate::host::disk_images::{self, CopyError};
+use crate::host::numbers::{UsedUp, first_id};
+use crate::host::{Host, Network, NetworkError};
+use crate::spawner::SpawnError;
 use crate::sys;
 use crate::sys::loop_device::LoopDevice;
 
-/// The first host id of slot 0. systemd leaves the range from 0x7000_0000 on to nobody; see its
-/// page on users, groups and ids.
-const FIRST_ID: u32 = 0x7000_0000;
-/// All ids stay below 0x8000_0000: programs that keep them in signed numbers are many.
-const SLOTS_LIMIT: u32 = 4_096;
 /// A first process has what needs no disk within milliseconds.
 const FIRST_PROCESS_ANSWER_MAX: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum SlotError {
-    #[error("all {0} slots are in use")]
-    Exhausted(u32),
+    #[error(transparent)]
+    Exhausted(#[from] UsedUp),
     #[error("make namespaces")]
     Namespaces(#[from] SpawnError),
     #[error("set up the network")]
@@ -62,10 +56,11 @@ pub enum SlotError {
 }
 
 /// What slots of one pool have in common.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SlotSpec {
-    pub disk_gb: u32,
+    pub disk_bytes: u64,
     pub outbound: bool,
+    pub root: Arc<RootImage>,
 }
 
 /// Where a slot's directory and its disk come from.
@@ -73,13 +68,13 @@ pub(super) struct SlotSpec {
 pub(super) enum SlotDisk<'a> {
     /// Made with the slot, and removed with it.
     Pool,
-    /// A directory with a disk that is kept whatever becomes of the slot, and the base layer under that disk.
-    Kept { directory: &'a Path, base: &'a Path },
+    /// A directory with a disk that is kept whatever becomes of the slot.
+    Kept { directory: &'a Path },
     /// A directory with a disk that was made just now, and its device. Nothing of it was flushed.
     New { directory: &'a Path, device: &'a LoopDevice },
 }
 
-/// What a sandbox stands on, whatever its disk is.
+/// What a sandbox has before its disk and its image are known.
 pub(super) struct PreparedSlot {
     number: u32,
     group: Group,
@@ -116,7 +111,7 @@ impl Slot {
     }
 
     fn not_told(&self, error: &spawn::ChannelError) -> SlotError {
-        let said = live::read_error(&self.started.error);
+        let said = running::read_error(&self.started.error);
         SlotError::FirstProcess(if said.is_empty() { error.to_string() } else { said })
     }
 }
@@ -131,118 +126,52 @@ pub(super) struct Started {
     pub lifeline: OwnedFd,
 }
 
-/// The first host uid and gid of a slot.
-pub(super) const fn first_id(slot: u32) -> u32 {
-    FIRST_ID + slot * IDS_PER_SANDBOX
-}
-
-/// Makes slots and keeps account of their numbers.
+/// Makes slots.
 pub(super) struct Factory {
-    pub spawner: Spawner,
-    pub network: Option<Network>,
-    pub disks: Disks,
-    pub cgroups: Cgroups,
-    pub image: Image,
-    /// Where slots wait that no session has yet.
-    pub pool_directory: PathBuf,
-    /// Bytes and seconds; see [`spawn::Sandbox`].
-    pub kept_output: (u64, u64),
-    numbers: Mutex<Numbers>,
-}
-
-struct Numbers {
-    used: BTreeSet<u32>,
-    /// Numbers are given out in a circle, so that a freed one rests as long as possible.
-    next: u32,
-    max: u32,
+    pub host: Arc<Host>,
 }
 
 impl Factory {
-    pub fn new(
-        spawner: Spawner,
-        network: Option<Network>,
-        disks: Disks,
-        cgroups: Cgroups,
-        image: Image,
-        pool_directory: PathBuf,
-        config: &Config,
-    ) -> Self {
-        let kept_output = (config.kept_output_mb_max << 20, config.kept_output_minutes_max * 60);
-        let room = network.as_ref().map_or(SLOTS_LIMIT, Network::capacity);
-        let held = ceilings::raise(config.slots_max, config.processes_max);
-        let max = config.slots_max.min(SLOTS_LIMIT).min(room).min(held);
-        let numbers = Numbers { used: BTreeSet::new(), next: 0, max };
-        Self { spawner, network, disks, cgroups, image, pool_directory, kept_output, numbers: Mutex::new(numbers) }
-    }
-
-    fn numbers(&self) -> MutexGuard<'_, Numbers> {
-        self.numbers.lock().expect("numbers are changed without panics")
-    }
-
-    /// Takes the number of a sandbox that already runs.
-    pub fn claim(&self, number: u32) {
-        self.numbers().used.insert(number);
-    }
-
-    /// Gives a number back, after everything that bears it is gone. Blocks.
-    pub fn release(&self, number: u32) {
-        if let Some(network) = &self.network {
-            network.forget(number);
-        }
-        self.numbers().used.remove(&number);
-    }
-
-    fn number(&self) -> Result<u32, SlotError> {
-        let mut numbers = self.numbers();
-        let max = numbers.max;
-        let start = numbers.next;
-        let free = (0..max).map(|step| (start + step) % max).find(|number| !numbers.used.contains(number));
-        let number = free.ok_or(SlotError::Exhausted(max))?;
-        numbers.used.insert(number);
-        numbers.next = (number + 1) % max;
-        Ok(number)
-    }
-
     /// Makes a slot from nothing; takes some ten milliseconds.
-    pub fn make(&self, shape: SlotSpec, home: SlotDisk<'_>) -> Result<Slot, SlotError> {
-        self.build(self.prepare(shape.outbound)?, shape.disk_gb, home)
+    pub fn make(&self, spec: &SlotSpec, disk: SlotDisk<'_>) -> Result<Slot, SlotError> {
+        self.build(self.prepare(spec.outbound)?, spec, disk)
     }
 
-    /// Makes the ground of a slot.
+    /// Makes what a slot has whatever its disk and its image are.
     pub fn prepare(&self, outbound: bool) -> Result<PreparedSlot, SlotError> {
-        let number = self.number()?;
+        let number = self.host.numbers.take()?;
         self.prepare_numbered(number, outbound).inspect_err(|_| self.clear(number))
     }
 
-    /// Makes a slot on a ground.
-    pub fn build(&self, ground: PreparedSlot, disk_gb: u32, home: SlotDisk<'_>) -> Result<Slot, SlotError> {
-        match self.place_on(&ground, disk_gb, home) {
+    /// Gives a prepared slot its disk and its image.
+    pub fn build(&self, prepared: PreparedSlot, spec: &SlotSpec, disk: SlotDisk<'_>) -> Result<Slot, SlotError> {
+        match self.give_disk(&prepared, spec, disk) {
             Ok(directory) => {
-                let PreparedSlot { number, group, disk: sizes, started, .. } = ground;
+                let PreparedSlot { number, group, disk: sizes, started, .. } = prepared;
                 Ok(Slot { number, group, directory, sizes, started })
             }
             Err(error) => {
-                self.abandon(ground);
+                self.abandon(prepared);
                 Err(error)
             }
         }
     }
 
-    /// Takes a ground apart that has no slot.
-    pub fn abandon(&self, ground: PreparedSlot) {
-        let PreparedSlot { number, started, .. } = ground;
-        live::kill_and_wait(&started.pidfd);
+    /// Takes a prepared slot apart that got no disk.
+    pub fn abandon(&self, prepared: PreparedSlot) {
+        let PreparedSlot { number, started, .. } = prepared;
+        running::kill_and_wait(&started.pidfd);
         self.clear(number);
     }
 
     fn directory(&self, number: u32) -> PathBuf {
-        self.pool_directory.join(number.to_string())
+        self.host.pool_directory.join(number.to_string())
     }
 
     fn prepare_numbered(&self, number: u32, outbound: bool) -> Result<PreparedSlot, SlotError> {
-        let group = self.cgroups.make_group(&group_name(number))?;
-        let (network, user) = self.spawner.namespaces(first_id(number))?;
-        match &self.network {
+        let group = self.host.make_group(number)?;
+        let (network, user) = self.host.spawner.namespaces(first_id(number))?;
+        match &self.host.network {
             Some(rules) => rules.set_up(network.as_fd(), outbound.then_some(number))?,
             None => Network::set_up_isolated(network.as_fd())?,
         }
@@ -257,8 +186,6 @@ impl Factory {
         network: OwnedFd,
         user: OwnedFd,
     ) -> Result<PreparedSlot, SlotError> {
-        let layers = self.image.layers.iter().map(|(_, path)| layer(path, user.as_fd()));
-        let layers: Vec<OwnedFd> = layers.collect::<Result<_, _>>()?;
         let agent_files = group.agent_files()?;
         let command_files = group.command_files()?;
         let memory_files = [group.memory_usage_file()?, group.memory_limit_file()?, group.memory_statistics_file()?];
@@ -272,101 +199,108 @@ impl Factory {
         rustix::net::sockopt::set_socket_timeout(&disk, Timeout::Recv, Some(FIRST_PROCESS_ANSWER_MAX))
             .map_err(|errno| on("make a socket")(errno.into()))?;
         let order = spawn::Sandbox {
-            layers: self.image.layer_names(),
             agent_cgroups: agent_files.len(),
             command_cgroups: command_files.common.len(),
             command_groups: command_files.groups.iter().map(|group| group.join.len()).collect(),
             first_id: first_id(number),
             hostname: "sandbox".into(),
-            kept_output_bytes_max: self.kept_output.0,
-            kept_output_seconds_max: self.kept_output.1,
+            kept_output_bytes_max: self.host.config.kept_output_mb_max << 20,
+            kept_output_seconds_max: self.host.config.kept_output_minutes_max * 60,
         };
         let mut fds: Vec<BorrowedFd<'_>> =
             vec![error_write.as_fd(), lifeline_read.as_fd(), disk_read.as_fd(), user.as_fd(), network.as_fd()];
-        fds.extend(layers.iter().map(AsFd::as_fd));
         fds.extend(agent_files.iter().chain(&command_files.common).map(File::as_fd));
         for group in &command_files.groups {
             fds.extend(group.join.iter().chain([&group.processes]).map(File::as_fd));
         }
         fds.extend(memory_files.iter().map(File::as_fd));
-        let (pid, pidfd) = self.spawner.sandbox(order, &fds)?;
+        let (pid, pidfd) = self.host.spawner.sandbox(order, &fds)?;
         Ok(PreparedSlot { number, group, user, disk, started: Started { pid, pidfd, error, lifeline } })
     }
 
-    /// Gives a ground its disk: the slot's directory.
-    fn place_on(&self, ground: &PreparedSlot, disk_gb: u32, home: SlotDisk<'_>) -> Result<PathBuf, SlotError> {
-        let (directory, base, disk) = match home {
+    /// Gives the first process its disk and what lies under it; the slot's directory.
+    fn give_disk(&self, prepared: &PreparedSlot, spec: &SlotSpec, disk: SlotDisk<'_>) -> Result<PathBuf, SlotError> {
+        let (directory, disk) = match disk {
             SlotDisk::Pool => {
-                let directory = self.directory(ground.number);
+                let directory = self.directory(prepared.number);
                 fs::create_dir(&directory).map_err(on("make the slot's directory"))?;
-                self.disks.make(&disk::path(&directory), disk_gb)?;
+                self.host.disks.make(&disk::path(&directory), spec.disk_bytes)?;
                 let disk = disk::attach(&disk::path(&directory))?;
-                (directory, self.image.base.as_path(), disk)
+                (directory, disk)
             }
-            SlotDisk::Kept { directory, base } => {
+            SlotDisk::Kept { directory } => {
                 // Of an attempt that failed a moment ago.
                 disk::wait_until_unmounted(&disk::path(directory))?;
                 disk::repair(&disk::path(directory))?;
-                disk::grow(&disk::path(directory), disk_gb)?;
-                (directory.to_owned(), base, disk::attach(&disk::path(directory))?)
+                disk::grow(&disk::path(directory), spec.disk_bytes)?;
+                (directory.to_owned(), disk::attach(&disk::path(directory))?)
             }
             SlotDisk::New { directory, device } => {
                 let path = disk::path(directory);
-                disk::grow(&path, disk_gb)?;
+                disk::grow(&path, spec.disk_bytes)?;
                 device.take_size().map_err(on("size the disk's device"))?;
-                (directory.to_owned(), self.image.base.as_path(), images::mount_unflushed(device, directory)?)
+                (directory.to_owned(), disk_images::mount_unflushed(device, directory)?)
             }
         };
-        mount::set_attributes(disk.as_fd(), NO_DEVICES, Some(ground.user.as_fd()))
+        mount::set_attributes(disk.as_fd(), NO_DEVICES, Some(prepared.user.as_fd()))
             .map_err(|errno| on("map the disk")(errno.into()))?;
-        let base = layer(base, ground.user.as_fd())?;
-        let listen = live::listen(&directory).map_err(on("make the agent's socket"))?;
-        spawn::send(ground.disk.as_fd(), &spawn::Disk, &[disk.as_fd(), base.as_fd(), listen.as_fd()]).map_err(
-            |error| match live::read_error(&ground.started.error) {
+        let layers = spec.root.layers.iter().map(|of| layer(&of.source, prepared.user.as_fd()));
+        let layers: Vec<OwnedFd> = layers.collect::<Result<_, _>>()?;
+        let listen = running::listen(&directory).map_err(on("make the agent's socket"))?;
+        let order = spawn::Disk { layers: spec.root.layers.iter().map(|of| of.place.clone()).collect() };
+        let mut fds = vec![disk.as_fd(), listen.as_fd()];
+        fds.extend(layers.iter().map(AsFd::as_fd));
+        spawn::send(prepared.disk.as_fd(), &order, &fds).map_err(|error| {
+            match running::read_error(&prepared.started.error) {
                 said if said.is_empty() => SlotError::FirstProcess(error.to_string()),
                 said => SlotError::FirstProcess(said),
-            },
-        )?;
+            }
+        })?;
         Ok(directory)
     }
 
     /// Takes a slot apart that no session used, but for a disk that is kept.
     pub fn discard(&self, slot: Slot) {
         let Slot { number, started, .. } = slot;
-        live::kill_and_wait(&started.pidfd);
+        running::kill_and_wait(&started.pidfd);
         self.clear(number);
     }
 
-    /// Makes a slot of another shape from one that no session used, without letting go of its number.
-    pub fn reshape(&self, slot: Slot, shape: SlotSpec, home: SlotDisk<'_>) -> Result<Slot, SlotError> {
+    /// Makes a slot of another kind from one that no session used, without letting go of its number.
+    pub fn reshape(&self, slot: Slot, spec: &SlotSpec, disk: SlotDisk<'_>) -> Result<Slot, SlotError> {
         let Slot { number, started, .. } = slot;
-        live::kill_and_wait(&started.pidfd);
+        self.make_again(number, started, spec, disk)
+    }
+
+    /// As [`Factory::reshape`], from one that was only prepared.
+    pub fn rebuild(&self, prepared: PreparedSlot, spec: &SlotSpec, disk: SlotDisk<'_>) -> Result<Slot, SlotError> {
+        let PreparedSlot { number, started, .. } = prepared;
+        self.make_again(number, started, spec, disk)
+    }
+
+    fn make_again(
+        &self,
+        number: u32,
+        started: Started,
+        spec: &SlotSpec,
+        disk: SlotDisk<'_>,
+    ) -> Result<Slot, SlotError> {
+        running::kill_and_wait(&started.pidfd);
         drop(started);
-        self.make_again(number, shape, home)
-    }
-
-    /// As [`Factory::reshape`], from a ground.
-    pub fn rebuild(&self, ground: PreparedSlot, shape: SlotSpec, home: SlotDisk<'_>) -> Result<Slot, SlotError> {
-        let PreparedSlot { number, started, .. } = ground;
-        live::kill_and_wait(&started.pidfd);
-        self.make_again(number, shape, home)
-    }
-
-    fn make_again(&self, number: u32, shape: SlotSpec, home: SlotDisk<'_>) -> Result<Slot, SlotError> {
         self.remove(number);
-        let ground = self.prepare_numbered(number, shape.outbound).inspect_err(|_| self.clear(number))?;
-        self.build(ground, shape.disk_gb, home)
+        let prepared = self.prepare_numbered(number, spec.outbound).inspect_err(|_| self.clear(number))?;
+        self.build(prepared, spec, disk)
     }
 
     /// Removes what bears a number and has no processes any more, and frees the number.
     fn clear(&self, number: u32) {
         self.remove(number);
-        self.release(number);
+        self.host.release_number(number);
     }
 
     fn remove(&self, number: u32) {
         let directory = self.directory(number);
-        live::remove_group(&self.cgroups, number);
+        running::remove_group(&self.host.group(number));
         if let Err(error) = fs::remove_dir_all(&directory)
             && error.kind() != io::ErrorKind::NotFound
         {
@@ -386,20 +320,16 @@ fn layer(path: &Path, user: BorrowedFd<'_>) -> Result<OwnedFd, SlotError> {
     made.map_err(|errno| on("map a layer")(errno.into()))
 }
 
-pub(super) fn group_name(number: u32) -> String {
-    format!("slot-{number}")
-}
-
 /// What is pre-created.
 pub(super) trait Product: Send + Sized + 'static {
-    fn make(factory: &Factory, shape: SlotSpec) -> Result<Self, SlotError>;
+    fn make(factory: &Factory, spec: &SlotSpec) -> Result<Self, SlotError>;
     fn started(&self) -> &Started;
     fn discard(self, factory: &Factory);
 }
 
 impl Product for Slot {
-    fn make(factory: &Factory, shape: SlotSpec) -> Result<Self, SlotError> {
-        factory.make(shape, SlotDisk::Pool)
+    fn make(factory: &Factory, spec: &SlotSpec) -> Result<Self, SlotError> {
+        factory.make(spec, SlotDisk::Pool)
     }
 
     fn started(&self) -> &Started {
@@ -412,8 +342,8 @@ impl Product for Slot {
 }
 
 impl Product for PreparedSlot {
-    fn make(factory: &Factory, shape: SlotSpec) -> Result<Self, SlotError> {
-        factory.prepare(shape.outbound)
+    fn make(factory: &Factory, spec: &SlotSpec) -> Result<Self, SlotError> {
+        factory.prepare(spec.outbound)
     }
 
     fn started(&self) -> &Started {
@@ -425,10 +355,10 @@ impl Product for PreparedSlot {
     }
 }
 
-/// Slots, or grounds, of one shape, refilled by threads of its own.
-pub(super) struct Pool<P: Product = Slot> {
+/// Slots of one kind, whole or prepared, refilled by threads of its own.
+pub(super) struct SlotPool<P: Product = Slot> {
     factory: Arc<Factory>,
-    shape: SlotSpec,
+    spec: SlotSpec,
     state: Mutex<PoolState<P>>,
     changed: Condvar,
 }
@@ -450,10 +380,10 @@ const COMING_MAX: Duration = Duration::from_secs(5);
 /// Making a slot waits for the kernel more than it computes, so several are made at once.
 const MAKERS: usize = 4;
 
-impl<P: Product> Pool<P> {
-    pub fn start(factory: Arc<Factory>, shape: SlotSpec, target: usize) -> Arc<Self> {
+impl<P: Product> SlotPool<P> {
+    pub fn start(factory: Arc<Factory>, spec: SlotSpec, target: usize) -> Arc<Self> {
         let state = PoolState { ready: Vec::new(), taken: Instant::now(), coming: 0, target, closed: false };
-        let pool = Arc::new(Self { factory, shape, state: Mutex::new(state), changed: Condvar::new() });
+        let pool = Arc::new(Self { factory, spec, state: Mutex::new(state), changed: Condvar::new() });
         for _ in 0..MAKERS.min(target) {
             let pool = pool.clone();
             std::thread::Builder::new()
@@ -488,7 +418,7 @@ impl<P: Product> Pool<P> {
             }
             state.coming += 1;
             drop(state);
-            let made = P::make(&self.factory, self.shape);
+            let made = P::make(&self.factory, &self.spec);
             let mut state = self.state();
             match made {
                 Ok(slot) if !state.closed => {
@@ -513,8 +443,8 @@ impl<P: Product> Pool<P> {
         }
     }
 
-    pub fn shape(&self) -> SlotSpec {
-        self.shape
+    pub fn spec(&self) -> &SlotSpec {
+        &self.spec
     }
 
     /// Slots that are ready now.
@@ -531,10 +461,10 @@ impl<P: Product> Pool<P> {
             drop(state);
             self.changed.notify_one();
             let slot = slot?;
-            if !live::has_ended(slot.started().pidfd.as_fd()) {
+            if !running::has_ended(slot.started().pidfd.as_fd()) {
                 return Some(slot);
             }
-            let said = live::read_error(&slot.started().error);
+            let said = running::read_error(&slot.started().error);
             tracing::warn!(pid = slot.started().pid, said, "a pre-created first process has ended; taking another");
             slot.discard(&self.factory);
         }

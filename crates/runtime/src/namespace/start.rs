@@ -1,99 +1,81 @@
 //! How a sandbox comes to run: on a fresh disk, on an image's, or on the one it had before.
 
 use std::fs::{self, File};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nagaya_api::ids::{DiskImageId, SessionId};
-use nagaya_engine::model::{Limit, Machine};
+use nagaya_engine::model::{DiskOrigin, Limit, SandboxSpec};
 use nagaya_engine::ports::{DriverError, Guest};
+use nagaya_guest::spawn::LAYERS_MAX;
 
-use super::live::{self, Live, PidFd};
-use super::record::{self, Record};
+use super::Inner;
+use super::running::{self, PidFd, RunningSandbox};
 use super::slots::{PreparedSlot, Slot, SlotDisk, SlotError, SlotSpec, Started};
-use super::{Inner, blocking, capacity, disk, failed};
+use crate::host::numbers::UsedUp;
+use crate::host::record::{self, Record};
+use crate::host::{blocking, capacity, disk, failed};
 
 /// Before a new sandbox is synced: the host's disk serves first whoever waits for the sandbox. What the database syncs
 /// meanwhile would wait for all of its disk.
 const KEEP_AFTER: Duration = Duration::from_millis(20);
 
 impl Inner {
-    /// Makes a sandbox. What is left of one that fails is its directory, at most.
-    pub(super) async fn create(
+    /// Starts a sandbox, new or stopped. What is left of a new one that fails is its directory, at most; of a stopped one the
+    /// disk is as it was.
+    pub(super) async fn start(
         self: &Arc<Self>,
         id: SessionId,
-        machine: &Machine,
-        image: Option<DiskImageId>,
+        spec: &SandboxSpec,
     ) -> Result<Arc<dyn Guest>, DriverError> {
+        if spec.memory.is_some() {
+            return Err(DriverError::Unsupported("go on with processes and memory"));
+        }
         let begin = Instant::now();
-        let (inner, wanted) = (self.clone(), machine.clone());
-        let (slot, started) = blocking(move || match image {
-            None => inner.start_fresh(id, &wanted),
-            Some(image) => inner.start_from(id, &wanted, image),
+        let (inner, wanted) = (self.clone(), spec.clone());
+        let (slot, started) = blocking(move || match wanted.disk {
+            DiskOrigin::Fresh => inner.start_fresh(id, &wanted),
+            DiskOrigin::Image(image) => inner.start_from(id, &wanted, image),
+            DiskOrigin::Kept => inner.start_kept(id, &wanted),
         })
         .await?;
-        self.keep(id, image.is_some());
+        self.keep(id, matches!(spec.disk, DiskOrigin::Image(_)));
         match self.connect(id, slot, started).await {
             Ok(guest) => {
                 tracing::debug!(%id, ready = ?begin.elapsed(), "sandbox started");
                 Ok(guest)
             }
             Err(error) => {
-                self.destroy(id).await?;
+                match spec.disk {
+                    DiskOrigin::Kept => self.stop(id).await?,
+                    DiskOrigin::Fresh | DiskOrigin::Image(_) => self.destroy(id).await?,
+                }
                 Err(error)
             }
         }
     }
 
-    /// Starts a stopped sandbox again. When it fails the disk is as it was.
-    pub(super) async fn boot(
-        self: &Arc<Self>,
-        id: SessionId,
-        machine: &Machine,
-    ) -> Result<Arc<dyn Guest>, DriverError> {
-        let (inner, wanted) = (self.clone(), machine.clone());
-        let (slot, started) = blocking(move || {
-            let directory = inner.directory(id);
-            let record = Record::read(&directory).ok_or(DriverError::Gone)?;
-            if record.slot.is_some() {
-                return Err(DriverError::Failed("the sandbox has not been stopped".into()));
-            }
-            // A base layer is lost only with the directory of images; a newer one serves as well.
-            let base = if record.base.exists() { &record.base } else { &inner.factory.image.base };
-            inner.start_kept(id, &wanted, &directory, base)
-        })
-        .await?;
-        self.keep(id, false);
-        match self.connect(id, slot, started).await {
-            Ok(guest) => Ok(guest),
-            Err(error) => {
-                self.stop(id).await?;
-                Err(error)
-            }
-        }
+    fn start_fresh(&self, id: SessionId, spec: &SandboxSpec) -> Result<(u32, Started), DriverError> {
+        self.check_request(spec)?;
+        let slot = self.slot(spec, SlotDisk::Pool)?;
+        self.take(id, spec, slot)
     }
 
-    fn start_fresh(&self, id: SessionId, machine: &Machine) -> Result<(u32, Started), DriverError> {
-        self.check_request(machine)?;
-        let slot = self.slot(machine, SlotDisk::Pool)?;
-        self.take(id, machine, slot, &self.factory.image.base)
-    }
-
-    fn start_from(&self, id: SessionId, machine: &Machine, image: DiskImageId) -> Result<(u32, Started), DriverError> {
-        let directory = self.directory(id);
+    fn start_from(&self, id: SessionId, spec: &SandboxSpec, image: DiskImageId) -> Result<(u32, Started), DriverError> {
+        let directory = self.host.directory(id);
         fs::create_dir(&directory).map_err(|error| failed("make the sandbox's directory", &error))?;
         let started = self
-            .images
+            .host
+            .disk_images
             .take(image, &directory)
             .map_err(|error| match error.kind() {
                 std::io::ErrorKind::NotFound => DriverError::Gone,
                 _ => capacity::refusal("take the image over", &error),
             })
             .and_then(|device| {
-                self.check_request(machine)?;
-                let slot = self.slot(machine, SlotDisk::New { directory: &directory, device: &device })?;
-                self.take(id, machine, slot, &self.factory.image.base)
+                self.check_request(spec)?;
+                let slot = self.slot(spec, SlotDisk::New { directory: &directory, device: &device })?;
+                self.take(id, spec, slot)
             });
         if started.is_err() {
             let _ = fs::remove_dir_all(&directory);
@@ -101,43 +83,54 @@ impl Inner {
         started
     }
 
-    fn start_kept(
-        &self,
-        id: SessionId,
-        machine: &Machine,
-        directory: &Path,
-        base: &Path,
-    ) -> Result<(u32, Started), DriverError> {
-        self.check_request(machine)?;
-        if !disk::path(directory).exists() {
+    fn start_kept(&self, id: SessionId, spec: &SandboxSpec) -> Result<(u32, Started), DriverError> {
+        let directory = self.host.directory(id);
+        let record = Record::read(&directory).ok_or(DriverError::Gone)?;
+        if record.slot.is_some() {
+            return Err(DriverError::Failed("the sandbox has not been stopped".into()));
+        }
+        if let Some(disk) = record.root.filter(|disk| *disk != spec.root.digest) {
+            return Err(DriverError::OtherRoot { disk, asked: spec.root.digest.clone() });
+        }
+        self.check_request(spec)?;
+        if !disk::path(&directory).exists() {
             return Err(DriverError::Gone);
         }
-        let slot = self.slot(machine, SlotDisk::Kept { directory, base })?;
-        self.take(id, machine, slot, base)
+        let slot = self.slot(spec, SlotDisk::Kept { directory: &directory })?;
+        self.take(id, spec, slot)
     }
 
-    fn check_request(&self, machine: &Machine) -> Result<(), DriverError> {
-        if machine.outbound && !self.config.network_outbound {
-            return Err(DriverError::Failed(
-                "this server gives no sandbox outbound access; ask for allow_outbound=false".into(),
-            ));
+    fn check_request(&self, spec: &SandboxSpec) -> Result<(), DriverError> {
+        let refuse = |why: &str| Err(DriverError::Refused(why.into()));
+        if spec.outbound && !self.host.config.network_outbound {
+            return refuse("this server gives no sandbox outbound access; ask for allow_outbound=false");
         }
-        capacity::lacking(&self.config, self.storage.root()).map_or(Ok(()), |limit| Err(DriverError::Exhausted(limit)))
+        if !disk::DISK_BYTES.contains(&spec.resources.disk_bytes) {
+            return refuse("disks have 64 MiB to 100 GiB");
+        }
+        if spec.root.layers.len() > LAYERS_MAX {
+            return refuse("the image has too many layers");
+        }
+        self.host.lacking().map_or(Ok(()), |limit| Err(DriverError::Exhausted(limit)))
     }
 
-    fn slot(&self, machine: &Machine, home: SlotDisk<'_>) -> Result<Slot, DriverError> {
-        let shape = SlotSpec { disk_gb: machine.disk_gb, outbound: machine.outbound };
-        let pool = self.pools.iter().find(|pool| matches!(home, SlotDisk::Pool) && pool.shape() == shape);
+    fn slot(&self, spec: &SandboxSpec, disk: SlotDisk<'_>) -> Result<Slot, DriverError> {
+        let wanted = SlotSpec {
+            disk_bytes: spec.resources.disk_bytes,
+            outbound: spec.outbound,
+            root: Arc::new(spec.root.clone()),
+        };
+        let pool = self.pools.iter().find(|pool| matches!(disk, SlotDisk::Pool) && *pool.spec() == wanted);
         if let Some(slot) = pool.and_then(|pool| pool.take()) {
             return Ok(slot);
         }
-        let made = match self.ground(shape) {
-            Some(ground) => self.factory.build(ground, shape.disk_gb, home),
-            None => self.factory.make(shape, home),
+        let made = match self.prepared(wanted.outbound) {
+            Some(prepared) => self.factory.build(prepared, &wanted, disk),
+            None => self.factory.make(&wanted, disk),
         };
         let made = match made {
-            // What is held ready of other shapes gives way to what is wanted now.
-            Err(SlotError::Exhausted(max)) => self.make_in_place_of_another(shape, home, max),
+            // What is held ready of other kinds gives way to what is wanted now.
+            Err(SlotError::Exhausted(used_up)) => self.make_in_place_of_another(&wanted, disk, used_up),
             made => made,
         };
         made.map_err(|error| match error {
@@ -146,23 +139,28 @@ impl Inner {
         })
     }
 
-    fn ground(&self, shape: SlotSpec) -> Option<PreparedSlot> {
-        self.grounds.iter().find(|pool| pool.shape().outbound == shape.outbound)?.take()
+    fn prepared(&self, outbound: bool) -> Option<PreparedSlot> {
+        self.prepared.iter().find(|pool| pool.spec().outbound == outbound)?.take()
     }
 
-    fn make_in_place_of_another(&self, shape: SlotSpec, home: SlotDisk<'_>, max: u32) -> Result<Slot, SlotError> {
+    fn make_in_place_of_another(
+        &self,
+        wanted: &SlotSpec,
+        disk: SlotDisk<'_>,
+        used_up: UsedUp,
+    ) -> Result<Slot, SlotError> {
         if let Some(slot) = self.pools.iter().find_map(|pool| pool.take()) {
-            return self.factory.reshape(slot, shape, home);
+            return self.factory.reshape(slot, wanted, disk);
         }
-        if let Some(ground) = self.ground(shape) {
-            return self.factory.build(ground, shape.disk_gb, home);
+        if let Some(prepared) = self.prepared(wanted.outbound) {
+            return self.factory.build(prepared, wanted, disk);
         }
-        let ground = self.grounds.iter().find_map(|pool| pool.take()).ok_or(SlotError::Exhausted(max))?;
-        self.factory.rebuild(ground, shape, home)
+        let prepared = self.prepared.iter().find_map(|pool| pool.take()).ok_or(SlotError::Exhausted(used_up))?;
+        self.factory.rebuild(prepared, wanted, disk)
     }
 
-    fn take(&self, id: SessionId, machine: &Machine, slot: Slot, base: &Path) -> Result<(u32, Started), DriverError> {
-        match live::take(self, id, machine, &slot, base) {
+    fn take(&self, id: SessionId, spec: &SandboxSpec, slot: Slot) -> Result<(u32, Started), DriverError> {
+        match running::take(self, id, spec, &slot) {
             Ok(()) => Ok((slot.number, slot.started)),
             Err(error) => {
                 self.factory.discard(slot);
@@ -186,7 +184,7 @@ impl Inner {
     /// Syncs a new sandbox now, if that is still to be done. Blocks.
     pub(super) fn sync_new(&self, id: SessionId) {
         let Some(disk_too) = self.unsynced().remove(&id) else { return };
-        let directory = self.directory(id);
+        let directory = self.host.directory(id);
         let sync_disk = || File::open(disk::path(&directory))?.sync_all();
         let synced = if disk_too { sync_disk() } else { Ok(()) }.and_then(|()| record::sync(&directory));
         // One that is being removed already need not be durable.
@@ -207,16 +205,16 @@ impl Inner {
         // The lifeline is held until the agent is connected.
         let Started { pidfd, error: told, lifeline: _lifeline, .. } = started;
         let pidfd = PidFd::new(pidfd).map_err(|error| failed("watch the sandbox", &error))?;
-        let live = Arc::new(Live::new(id, slot, pidfd));
-        self.live().insert(id, live.clone());
-        match live::connect(&self.directory(id), &self.factory.cgroups, &live).await {
+        let running = Arc::new(RunningSandbox::new(id, slot, pidfd));
+        self.running_sandboxes().insert(id, running.clone());
+        match running::connect(&self.host, &running).await {
             Ok(link) => {
-                self.watch(&live);
-                self.watch_power(&live, &link);
+                self.watch(&running);
+                self.watch_power(&running, &link);
                 Ok(link)
             }
             Err(error) => {
-                let told = live::read_error(&told);
+                let told = running::read_error(&told);
                 Err(if told.is_empty() { error } else { DriverError::Failed(told) })
             }
         }

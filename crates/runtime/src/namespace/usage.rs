@@ -8,16 +8,17 @@ use nagaya_api::ids::SessionId;
 use nagaya_engine::ports::{DriverError, ResourceUsage};
 use tokio::time::Instant;
 
-use super::{Inner, blocking, disk, failed};
+use super::Inner;
 use crate::cgroup::{Group, Part};
+use crate::host::{blocking, failed};
 
 /// How long processor times are compared: some of the scheduler's periods.
 const WINDOW: Duration = Duration::from_millis(250);
 
 impl Inner {
     pub(super) async fn usage(self: &Arc<Self>, id: SessionId) -> Result<ResourceUsage, DriverError> {
-        let live = self.running(id)?;
-        let group = self.group(&live);
+        let running = self.running(id)?;
+        let group = self.group(&running);
         let before = processor_times(&group).await;
         let begun = Instant::now();
         tokio::time::sleep(WINDOW).await;
@@ -26,13 +27,13 @@ impl Inner {
         let mut load = blocking(move || read(&group)).await.map_err(|error| failed("look at the disk", &error))?;
         (load.cpu_used_us, load.cpu_waited_us) = between(&before, &after);
         load.cpu_window_us = window.as_micros() as u64;
-        load.halted = live.pidfd.is_halted();
-        if let Some(link) = live.link().filter(|_| !load.halted) {
+        load.halted = running.pidfd.is_halted();
+        if let Some(link) = running.link().filter(|_| !load.halted) {
             // An older agent does not tell.
             load.kept_output_bytes = link.kept_output().await.unwrap_or(0);
         }
-        let directory = self.directory(id);
-        (load.disk_failed, load.disk_held) = blocking(move || disk::faults(&disk::path(&directory))).await;
+        let host = self.host.clone();
+        (load.disk_failed, load.disk_held) = blocking(move || host.disk_faults(id)).await;
         Ok(load)
     }
 }

@@ -1,32 +1,34 @@
 //! Sessions and their executions.
 
 use nagaya_api::ids::{DiskImageId, ExecutionId, KeyId, SessionId, SnapshotId, WorkspaceId};
-use nagaya_engine::model::{Execution, ExecutionStatus, Machine, Session, SessionState, UnixMs};
+use nagaya_engine::model::{
+    Execution, ExecutionStatus, ImageDigest, Machine, Resources, Session, SessionState, UnixMs,
+};
 use rusqlite::{Connection, Result, Row, params};
 
 use super::{from_json, id, integer, json, optional_from_json, optional_id, optional_unsigned, unsigned, variant};
 
-pub(crate) const SESSION_COLUMNS: &str = "id, workspace_id, owner_id, name, state, cpu_cores, memory_mb, disk_gb, outbound, \
+pub(crate) const SESSION_COLUMNS: &str = "id, workspace_id, owner_id, name, state, cpu_millis, memory_bytes, disk_bytes, outbound, \
      inbound, env, metadata, tags, ssh_authorized_keys, sticky, idle_timeout_minutes, pause_retention_ms, created_at, \
      ready_at, terminated_at, timeout_at, last_activity_at, terminal_error, driver, source_snapshot_id, source_image_id, \
-     pause, last_resume_error, attachments, egress, end_reason, exhausted";
+     pause, last_resume_error, attachments, egress, end_reason, exhausted, root";
 pub(crate) const EXECUTION_COLUMNS: &str =
     "id, session_id, command, args, status, exit_code, duration_ms, started_at, ended_at";
 
 pub(super) fn write_session(database: &Connection, session: &Session) -> Result<()> {
     database
         .prepare_cached(
-            "INSERT INTO sessions (id, workspace_id, owner_id, name, state, cpu_cores, memory_mb, disk_gb, outbound,
+            "INSERT INTO sessions (id, workspace_id, owner_id, name, state, cpu_millis, memory_bytes, disk_bytes, outbound,
                  inbound, env, metadata, tags, ssh_authorized_keys, sticky, idle_timeout_minutes, pause_retention_ms,
                  created_at, ready_at, terminated_at, timeout_at, last_activity_at, terminal_error, driver,
                  source_snapshot_id, source_image_id, pause, last_resume_error, attachments, egress, end_reason,
-                 exhausted)
+                 exhausted, root)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21,
-                 ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32)
+                 ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33)
              ON CONFLICT (id) DO UPDATE SET
                  workspace_id = excluded.workspace_id, owner_id = excluded.owner_id, name = excluded.name,
-                 state = excluded.state, cpu_cores = excluded.cpu_cores, memory_mb = excluded.memory_mb,
-                 disk_gb = excluded.disk_gb, outbound = excluded.outbound, inbound = excluded.inbound,
+                 state = excluded.state, cpu_millis = excluded.cpu_millis, memory_bytes = excluded.memory_bytes,
+                 disk_bytes = excluded.disk_bytes, outbound = excluded.outbound, inbound = excluded.inbound,
                  env = excluded.env, metadata = excluded.metadata, tags = excluded.tags,
                  ssh_authorized_keys = excluded.ssh_authorized_keys, sticky = excluded.sticky,
                  idle_timeout_minutes = excluded.idle_timeout_minutes, pause_retention_ms = excluded.pause_retention_ms,
@@ -36,7 +38,7 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
                  source_snapshot_id = excluded.source_snapshot_id, source_image_id = excluded.source_image_id,
                  pause = excluded.pause, last_resume_error = excluded.last_resume_error,
                  attachments = excluded.attachments, egress = excluded.egress,
-                 end_reason = excluded.end_reason, exhausted = excluded.exhausted",
+                 end_reason = excluded.end_reason, exhausted = excluded.exhausted, root = excluded.root",
         )?
         .execute(params![
             session.id.to_string(),
@@ -44,9 +46,9 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
             session.owner_id.to_string(),
             session.name,
             session.state as i64,
-            session.machine.cpu_cores,
-            session.machine.memory_mb,
-            session.machine.disk_gb,
+            session.machine.resources.cpu_millis,
+            integer(session.machine.resources.memory_bytes)?,
+            integer(session.machine.resources.disk_bytes)?,
             session.machine.outbound,
             session.inbound,
             json(&session.env)?,
@@ -71,6 +73,7 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
             session.machine.egress.as_ref().map(json).transpose()?,
             session.end_reason.as_ref().map(json).transpose()?,
             session.exhausted.as_ref().map(json).transpose()?,
+            session.machine.root.as_str(),
         ])?;
     Ok(())
 }
@@ -118,9 +121,12 @@ pub(crate) fn read_session(row: &Row<'_>) -> Result<Session> {
         name: row.get(3)?,
         state: variant(row, 4, &SessionState::ALL, |state| state as i64)?,
         machine: Machine {
-            cpu_cores: row.get(5)?,
-            memory_mb: row.get(6)?,
-            disk_gb: row.get(7)?,
+            resources: Resources {
+                cpu_millis: row.get(5)?,
+                memory_bytes: unsigned(row, 6)?,
+                disk_bytes: unsigned(row, 7)?,
+            },
+            root: ImageDigest::new(row.get::<_, String>(32)?),
             outbound: row.get(8)?,
             egress: optional_from_json(row, 29)?,
         },

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use nagaya_api::ids::{DiskImageId, SessionId, SnapshotId, VolumeId};
 use nagaya_engine::model::{
-    Durability, Machine, Session, SessionState, Snapshot, SnapshotKind, SnapshotState, Volume, VolumeState,
+    Durability, ImageDigest, Machine, Resources, Session, SessionState, Snapshot, SnapshotKind, SnapshotState, Volume,
+    VolumeState,
 };
 use nagaya_engine::ports::{Change, SnapshotQuery, Store, VolumeQuery};
 use proptest::collection::vec;
@@ -42,7 +43,12 @@ pub fn snapshot(created_at: u64, number: u32) -> Snapshot {
         expires_at: Some(created_at + 1),
         local_ready_at: Some(created_at + 2),
         durable_at: Some(created_at + 3),
-        machine: Machine { cpu_cores: 2, memory_mb: 4096, disk_gb: 5, outbound: true, egress: egress() },
+        machine: Machine {
+            resources: Resources::of(2, 4096, 5),
+            root: ImageDigest::new("host:1"),
+            outbound: true,
+            egress: egress(),
+        },
         env: BTreeMap::from([("EMPTY".into(), String::new()), ("LINES".into(), "a\nb".into())]),
         image_id: DiskImageId::new(created_at, [9; 10]),
         copied: true,
@@ -107,7 +113,12 @@ async fn snapshots_and_volumes_come_back_as_they_were_written(store: &dyn Store)
         manifest: String::new(),
         failure_reason: "the server stopped before the disk was copied".into(),
         propagation_error: String::new(),
-        machine: Machine { cpu_cores: 16, memory_mb: 65_536, disk_gb: 100, outbound: false, egress: None },
+        machine: Machine {
+            resources: Resources::of(16, 65_536, 100),
+            root: ImageDigest::new("host:1"),
+            outbound: false,
+            egress: None,
+        },
         ..snapshot(100, 9)
     });
     let states = [VolumeState::Creating, VolumeState::Available, VolumeState::Deleting];
@@ -144,7 +155,12 @@ async fn a_second_write_replaces_the_whole_snapshot_and_volume(store: &dyn Store
         expires_at: None,
         local_ready_at: None,
         durable_at: Some(9),
-        machine: Machine { cpu_cores: 1, memory_mb: 1, disk_gb: 1, outbound: false, egress: None },
+        machine: Machine {
+            resources: Resources::of(1, 1, 1),
+            root: ImageDigest::new("host:1"),
+            outbound: false,
+            egress: None,
+        },
         env: BTreeMap::new(),
         image_id: DiskImageId::new(7, [7; 10]),
         copied: false,

@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 
 use nagaya_api::ids::{AttachmentId, DiskImageId, ExecutionId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use nagaya_engine::model::{
-    ApiKey, Attachment, AttachmentState, DiskOnlyReason, Egress, EndReason, Execution, ExecutionStatus, Limit, Machine,
-    Pause, Session, SessionState, Workspace, WorkspaceSettings,
+    ApiKey, Attachment, AttachmentState, DiskOnlyReason, Egress, EndReason, Execution, ExecutionStatus, ImageDigest,
+    Limit, Machine, Pause, Resources, Session, SessionState, Workspace, WorkspaceSettings,
 };
 use nagaya_engine::ports::{Change, SessionQuery, Store};
 use proptest::collection::vec;
@@ -99,7 +99,12 @@ pub fn session(created_at: u64, number: u32) -> Session {
         owner_id: key(1),
         name: "a \"quoted\" name, a ' and a 長屋".into(),
         state: SessionState::Running,
-        machine: Machine { cpu_cores: 2, memory_mb: 4096, disk_gb: 5, outbound: true, egress: egress() },
+        machine: Machine {
+            resources: Resources::of(2, 4096, 5),
+            root: ImageDigest::new("host:1"),
+            outbound: true,
+            egress: egress(),
+        },
         inbound: false,
         env: BTreeMap::from([("EMPTY".into(), String::new()), ("LINES".into(), "a\nb".into())]),
         metadata: BTreeMap::from([("purpose".into(), "test".into())]),
@@ -204,7 +209,12 @@ async fn records_come_back_as_they_were_written(store: &dyn Store) {
         attachments: Vec::new(),
         sticky: false,
         inbound: true,
-        machine: Machine { cpu_cores: 16, memory_mb: 65_536, disk_gb: 100, outbound: false, egress: None },
+        machine: Machine {
+            resources: Resources::of(16, 65_536, 100),
+            root: ImageDigest::new("host:1"),
+            outbound: false,
+            egress: None,
+        },
         ..session(100, 2)
     };
     sessions.push(bare);

@@ -14,7 +14,7 @@ use super::streams::PATIENCE;
 
 pub async fn a_sandbox_is_created_used_and_destroyed(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     assert_eq!(run(&*guest, command(&["echo", "hello"])).await.text(), "hello");
     write(&*guest, "note", b"written").await.unwrap();
     assert_eq!(read(&*guest, "/home/tenki/note").await.unwrap(), b"written");
@@ -28,7 +28,7 @@ pub async fn a_sandbox_is_created_used_and_destroyed(place: &mut Place) -> Outco
 
 pub async fn destroying_twice_or_the_unknown_is_no_error(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    driver.create(id, &machine(), None).await.unwrap();
+    driver.start(id, &place.fresh()).await.unwrap();
     driver.destroy(id).await.unwrap();
     driver.destroy(id).await.unwrap();
     place.settled().await;
@@ -41,7 +41,7 @@ pub async fn the_list_names_every_sandbox_and_no_other(place: &mut Place) -> Out
     let driver = place.driver();
     let mut made = vec![fresh_id(), fresh_id(), fresh_id()];
     for id in &made {
-        driver.create(*id, &machine(), None).await.unwrap();
+        driver.start(*id, &place.fresh()).await.unwrap();
     }
     let listed = |mut ids: Vec<_>| {
         ids.sort();
@@ -64,7 +64,7 @@ pub async fn a_sandbox_too_many_is_refused_with_the_limits_name_and_fits_when_on
     let mut made = Vec::new();
     let refused = loop {
         let id = fresh_id();
-        match driver.create(id, &machine(), None).await {
+        match driver.start(id, &place.fresh()).await {
             Ok(_) => made.push(id),
             Err(error) => break error,
         }
@@ -76,7 +76,7 @@ pub async fn a_sandbox_too_many_is_refused_with_the_limits_name_and_fits_when_on
     // What it had is released in the background, and may be in use for a slot that is being pre-created meanwhile.
     let id = fresh_id();
     let fits = async {
-        while driver.create(id, &machine(), None).await.is_err() {
+        while driver.start(id, &place.fresh()).await.is_err() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
@@ -91,7 +91,7 @@ pub async fn a_sandbox_too_many_is_refused_with_the_limits_name_and_fits_when_on
 
 pub async fn a_sandbox_outlives_its_driver_with_files_and_running_commands(place: &mut Place) -> Outcome {
     let (id, running) = (fresh_id(), ExecutionId::new(1, [7; 10]));
-    let guest = place.driver().create(id, &machine(), None).await.unwrap();
+    let guest = place.driver().start(id, &place.fresh()).await.unwrap();
     write(&*guest, "kept", b"kept").await.unwrap();
     let pid = guest.run_detached(running, command(&["cat", "/dev/zero"])).await;
     // The fake's `cat` ends at once; a real one runs until its output is full, and then waits.
@@ -114,7 +114,7 @@ pub async fn a_sandbox_outlives_its_driver_with_files_and_running_commands(place
 
 pub async fn what_does_not_run_cannot_be_adopted(place: &mut Place) -> Outcome {
     let id = fresh_id();
-    place.driver().create(id, &machine(), None).await.unwrap();
+    place.driver().start(id, &place.fresh()).await.unwrap();
     place.driver().destroy(id).await.unwrap();
     place.settled().await;
     place.restart().await;
@@ -127,8 +127,8 @@ pub async fn what_does_not_run_cannot_be_adopted(place: &mut Place) -> Outcome {
 pub async fn a_killed_first_process_is_reported_and_a_destroyed_sandbox_is_not(place: &mut Place) -> Outcome {
     let (killed, destroyed) = (fresh_id(), fresh_id());
     let driver = place.driver();
-    let guest = driver.create(killed, &machine(), None).await.unwrap();
-    driver.create(destroyed, &machine(), None).await.unwrap();
+    let guest = driver.start(killed, &place.fresh()).await.unwrap();
+    driver.start(destroyed, &place.fresh()).await.unwrap();
     driver.destroy(destroyed).await.unwrap();
     place.kill_first_process(killed, &*guest).await;
     let (id, powered_off, cause) = place.ended().await;
@@ -144,7 +144,7 @@ pub async fn a_killed_first_process_is_reported_and_a_destroyed_sandbox_is_not(p
 
 pub async fn commands_get_their_environment_directory_and_input(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let env = [("GREETING".to_owned(), "hello".to_owned())].into();
     let finished = run(&*guest, Command { env, ..command(&["env"]) }).await;
     assert!(finished.text().lines().any(|line| line == "GREETING=hello"), "{finished:?}");
@@ -169,7 +169,7 @@ pub async fn commands_get_their_environment_directory_and_input(place: &mut Plac
 
 pub async fn signals_and_timeouts_end_commands_and_say_so(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let mut process = guest.run(Command { stdin: true, ..command(&["cat"]) }).await.unwrap();
     process.input.send(ProcessInput::Signal(Signal::Kill)).await.unwrap();
     let exit = finish(&mut process.events).await.exit;
@@ -187,7 +187,7 @@ pub async fn signals_and_timeouts_end_commands_and_say_so(place: &mut Place) -> 
 
 pub async fn files_are_whole_or_absent_and_listed_in_order(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     guest.make_directory("/tmp/a/b", 0, true).await.unwrap();
     for name in ["two", ".hidden", "one"] {
         write(&*guest, &format!("/tmp/a/{name}"), name.as_bytes()).await.unwrap();
@@ -227,7 +227,7 @@ pub async fn files_are_whole_or_absent_and_listed_in_order(place: &mut Place) ->
 
 pub async fn a_detached_command_starts_once_and_keeps_its_output(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let execution = ExecutionId::new(2, [3; 10]);
     let pid = guest.run_detached(execution, command(&["echo", "kept"])).await.unwrap();
     assert_eq!(guest.run_detached(execution, command(&["echo", "other"])).await.unwrap(), pid);
@@ -246,13 +246,13 @@ pub async fn a_detached_command_starts_once_and_keeps_its_output(place: &mut Pla
 pub async fn only_what_runs_tells_what_it_uses(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
     assert!(matches!(driver.usage(id).await, Err(DriverError::Gone)));
-    driver.create(id, &machine(), None).await.unwrap();
+    driver.start(id, &place.fresh()).await.unwrap();
     let load = driver.usage(id).await.unwrap();
     assert_eq!(load.memory_kills, 0);
     assert!(load.memory_bytes <= load.memory_limit_bytes && load.processes <= load.processes_max, "{load:?}");
     driver.stop(id).await.unwrap();
     assert!(matches!(driver.usage(id).await, Err(DriverError::Gone)));
-    driver.boot(id, &machine()).await.unwrap();
+    driver.start(id, &place.kept()).await.unwrap();
     driver.usage(id).await.unwrap();
     driver.destroy(id).await.unwrap();
     assert!(matches!(driver.usage(id).await, Err(DriverError::Gone)));

@@ -1,7 +1,7 @@
 //! What programs find in a sandbox; they need a real driver to run.
 
 use nagaya_api::ids::ExecutionId;
-use nagaya_engine::model::Machine;
+use nagaya_engine::model::SandboxSpec;
 use nagaya_engine::ports::{Builtin, Command, ProcessEvent, ProcessInput, TerminalSize};
 use nagaya_testkit::{NotRun, Outcome};
 
@@ -9,7 +9,7 @@ use super::place::*;
 
 pub async fn commands_run_as_tenki_and_privileged_ones_as_root(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let facts = "id -un; id -u; id -g; echo $HOME $USER $LOGNAME $SHELL; pwd; hostname";
     let expected = "tenki\n1000\n1000\n/home/tenki tenki tenki /bin/bash\n/home/tenki\nsandbox";
     assert_eq!(shell(&*guest, facts).await, expected);
@@ -32,7 +32,7 @@ pub async fn sudo_works_where_the_host_has_it(place: &mut Place) -> Outcome {
         return Err(NotRun("the host, whose programs the image has, has no sudo".into()));
     }
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     assert_eq!(shell(&*guest, "sudo id -u").await, "0");
     driver.destroy(id).await.unwrap();
     place.settled().await;
@@ -41,7 +41,7 @@ pub async fn sudo_works_where_the_host_has_it(place: &mut Place) -> Outcome {
 
 pub async fn a_terminal_is_one_and_changes_its_size(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let script =
         "tty; test -t 0 && echo terminal; trap 'stty size; exit 0' WINCH; echo ready; while :; do read -r _; done";
     let shell = Command { pty: true, stdin: true, ..command(&["/bin/bash", "-c", script]) };
@@ -92,7 +92,7 @@ pub async fn the_file_server_is_there_and_is_only_its_user(place: &mut Place) ->
     const STATUS: u8 = 101;
     const HANDLE: u8 = 102;
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     shell_as(&*guest, "chmod 700 /root", true).await;
     assert_eq!(opens_roots_home(&*guest, false).await, STATUS);
     assert_eq!(opens_roots_home(&*guest, true).await, HANDLE);
@@ -103,7 +103,7 @@ pub async fn the_file_server_is_there_and_is_only_its_user(place: &mut Place) ->
 
 pub async fn background_processes_live_on_and_orphans_are_reaped(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let background = "setsid sleep 1000 < /dev/null > /dev/null 2>&1 & echo $!";
     let pid = shell(&*guest, background).await;
     // The shell answers as soon as it has started it, and its program may still be loading.
@@ -126,7 +126,7 @@ pub async fn background_processes_live_on_and_orphans_are_reaped(place: &mut Pla
 
 pub async fn letting_go_of_a_command_ends_it_with_its_group(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let script = "trap 'echo told > told; exit 0' TERM; sleep 1000 & echo ready; wait";
     let mut process = guest.run(command(&["/bin/sh", "-c", script])).await.unwrap();
     wait_for_line(&mut process, "ready").await;
@@ -148,7 +148,7 @@ pub async fn letting_go_of_a_command_ends_it_with_its_group(place: &mut Place) -
 
 pub async fn a_command_nobody_reads_stalls_no_other(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let flood = guest.run(command(&["yes"])).await.unwrap();
     for round in 0..20 {
         assert_eq!(run(&*guest, command(&["echo", &round.to_string()])).await.text(), round.to_string());
@@ -162,7 +162,7 @@ pub async fn a_command_nobody_reads_stalls_no_other(place: &mut Place) -> Outcom
 
 pub async fn what_ignores_term_is_killed_and_says_so(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let stubborn = ["/bin/sh", "-c", "trap '' TERM; while :; do read -r _ || :; done"];
     // Long enough for the shell to have begun to ignore the signal, on a slow machine as well.
     let mut process = guest.run(Command { stdin: true, timeout_ms: 2_000, ..command(&stubborn) }).await.unwrap();
@@ -176,7 +176,7 @@ pub async fn what_ignores_term_is_killed_and_says_so(place: &mut Place) -> Outco
 
 pub async fn a_running_command_goes_on_under_the_next_driver(place: &mut Place) -> Outcome {
     let (id, execution) = (fresh_id(), ExecutionId::new(3, [9; 10]));
-    let guest = place.driver().create(id, &machine(), None).await.unwrap();
+    let guest = place.driver().start(id, &place.fresh()).await.unwrap();
     let script = "echo begun; while [ ! -e /tmp/go ]; do sleep 0.01; done; echo ended; exit 7";
     guest.run_detached(execution, command(&["/bin/sh", "-c", script])).await.unwrap();
     let mut events = guest.follow(execution).await.unwrap();
@@ -198,7 +198,7 @@ pub async fn only_sandboxes_with_outbound_access_have_a_link(place: &mut Place) 
     let driver = place.driver();
     for outbound in [false, true] {
         let id = fresh_id();
-        let guest = driver.create(id, &Machine { outbound, ..machine() }, None).await.unwrap();
+        let guest = driver.start(id, &SandboxSpec { outbound, ..place.fresh() }).await.unwrap();
         let links = shell(&*guest, "sed -n 's/^ *\\(.*\\):.*/\\1/p' /proc/net/dev | sort | tr '\\n' ' '").await;
         assert_eq!(links.split_whitespace().any(|link| link == "eth0"), outbound, "{links}");
         driver.destroy(id).await.unwrap();
@@ -212,9 +212,9 @@ pub async fn many_sandboxes_at_once_come_and_go(place: &mut Place) -> Outcome {
     // The pools hold two slots ready, which count.
     let ids: Vec<_> = (0..SLOTS_MAX - 2).map(|_| fresh_id()).collect();
     let work = ids.iter().map(|id| {
-        let driver = driver.clone();
+        let (driver, spec) = (driver.clone(), place.fresh());
         async move {
-            let guest = driver.create(*id, &machine(), None).await.unwrap();
+            let guest = driver.start(*id, &spec).await.unwrap();
             let text = id.to_string();
             assert_eq!(run(&*guest, command(&["echo", &text])).await.text(), text);
             driver.destroy(*id).await.unwrap();

@@ -7,8 +7,8 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use nagaya_api::ids::{ExecutionId, SessionId};
-use nagaya_engine::model::{Limit, Machine};
-use nagaya_engine::ports::{Command, DriverError, DriverEvent, ProcessInput};
+use nagaya_engine::model::{Limit, Resources, SandboxSpec};
+use nagaya_engine::ports::{Command, DriverError, HostEvent, ProcessInput};
 use nagaya_testkit::{Outcome, SmallDisk, storage_root};
 
 use super::life::{adopt_stopped, fresh_image};
@@ -19,7 +19,7 @@ const TICKS: &str = "n=0; while :; do n=$((n + 1)); echo $n > ticks; done";
 
 pub async fn frozen_processes_keep_their_memory_and_do_nothing(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let remember = "import sys; word = sys.stdin.readline(); print('heard', flush=True); sys.stdin.read(); print(word)";
     let python = Command { stdin: true, ..command(&["python3", "-c", remember]) };
     let mut process = guest.run(python).await.unwrap();
@@ -57,7 +57,7 @@ pub async fn frozen_processes_keep_their_memory_and_do_nothing(place: &mut Place
 /// A process that waits for its child of `vfork` is no reason to give up: the shell starts each program that way.
 pub async fn processes_that_start_others_all_the_time_stand_still(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     for n in 0..8 {
         let restless = ExecutionId::new(20 + n, [1; 10]);
         guest.run_detached(restless, command(&["/bin/sh", "-c", "while :; do sleep 0.01; done"])).await.unwrap();
@@ -74,7 +74,7 @@ pub async fn processes_that_start_others_all_the_time_stand_still(place: &mut Pl
 
 pub async fn timeouts_stand_still_while_frozen(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let mut process = guest.run(Command { timeout_ms: 1_000, ..command(&["sleep", "1000"]) }).await.unwrap();
     driver.freeze(id).await.unwrap();
     let early = tokio::time::timeout(Duration::from_millis(2_500), process.events.recv()).await;
@@ -90,13 +90,13 @@ pub async fn timeouts_stand_still_while_frozen(place: &mut Place) -> Outcome {
 
 pub async fn a_frozen_sandbox_is_stopped_without_running_again(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     guest.run_detached(ExecutionId::new(12, [1; 10]), command(&["/bin/sh", "-c", TICKS])).await.unwrap();
     while guest.stat("ticks").await.unwrap().is_none_or(|stat| stat.size == 0) {}
     driver.freeze(id).await.unwrap();
     let before = read(&*guest, "ticks").await.unwrap();
     driver.stop(id).await.unwrap();
-    let guest = driver.boot(id, &machine()).await.unwrap();
+    let guest = driver.start(id, &place.kept()).await.unwrap();
     assert_eq!(read(&*guest, "ticks").await.unwrap(), before, "a process ran once more");
     driver.destroy(id).await.unwrap();
     place.settled().await;
@@ -105,7 +105,7 @@ pub async fn a_frozen_sandbox_is_stopped_without_running_again(place: &mut Place
 
 pub async fn only_root_powers_off_and_every_way_works(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let mut guest = driver.create(id, &machine(), None).await.unwrap();
+    let mut guest = driver.start(id, &place.fresh()).await.unwrap();
     let refused = run(&*guest, command(&["poweroff"])).await;
     assert_eq!(refused.exit.code, 1, "{refused:?}");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("only root"), "{refused:?}");
@@ -120,7 +120,7 @@ pub async fn only_root_powers_off_and_every_way_works(place: &mut Place) -> Outc
         assert_eq!((ended, powered_off), (id, true), "{words}");
         assert!(guest.run(command(&["true"])).await.is_err(), "commands run after {words}");
         driver.stop(id).await.unwrap();
-        guest = driver.boot(id, &machine()).await.unwrap();
+        guest = driver.start(id, &place.kept()).await.unwrap();
     }
     driver.destroy(id).await.unwrap();
     place.settled().await;
@@ -129,7 +129,7 @@ pub async fn only_root_powers_off_and_every_way_works(place: &mut Place) -> Outc
 
 pub async fn powering_off_ends_processes_in_order_and_keeps_what_they_wrote(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let polite = "trap 'echo goodbye > last; exit' TERM; echo ready; while :; do sleep 0.1; done";
     let stubborn = "trap '' TERM; echo ready; while :; do sleep 0.1; done";
     for (number, script) in [(13, polite), (14, stubborn)] {
@@ -143,7 +143,7 @@ pub async fn powering_off_ends_processes_in_order_and_keeps_what_they_wrote(plac
     assert!(place.ended().await.1);
     assert!(begin.elapsed() >= Duration::from_secs(4), "a process that ignores TERM got no grace");
     driver.stop(id).await.unwrap();
-    let guest = driver.boot(id, &machine()).await.unwrap();
+    let guest = driver.start(id, &place.kept()).await.unwrap();
     assert_eq!(read(&*guest, "last").await.unwrap(), b"goodbye\n");
     driver.destroy(id).await.unwrap();
     place.settled().await;
@@ -152,7 +152,7 @@ pub async fn powering_off_ends_processes_in_order_and_keeps_what_they_wrote(plac
 
 pub async fn a_power_off_while_no_server_runs_is_not_lost(place: &mut Place) -> Outcome {
     let id = fresh_id();
-    let guest = place.driver().create(id, &machine(), None).await.unwrap();
+    let guest = place.driver().start(id, &place.fresh()).await.unwrap();
     let (_marked, host_pid) = marked_process(&*guest).await;
     let later = Command { privileged: true, ..command(&["/bin/sh", "-c", "sleep 1; poweroff"]) };
     guest.run_detached(ExecutionId::new(15, [1; 10]), later).await.unwrap();
@@ -181,7 +181,7 @@ pub async fn a_power_off_while_no_server_runs_is_not_lost(place: &mut Place) -> 
 
 pub async fn a_restart_of_the_host_is_told_from_the_end_of_a_sandbox(place: &mut Place) -> Outcome {
     let id = fresh_id();
-    let guest = place.driver().create(id, &machine(), None).await.unwrap();
+    let guest = place.driver().start(id, &place.fresh()).await.unwrap();
     write(&*guest, "note", b"kept").await.unwrap();
     place.kill_first_process(id, &*guest).await;
     place.ended().await;
@@ -196,14 +196,14 @@ pub async fn a_restart_of_the_host_is_told_from_the_end_of_a_sandbox(place: &mut
         })
         .await;
     assert_eq!(adopt_stopped(&*place.driver(), id).await, (false, true));
-    let guest = place.driver().boot(id, &machine()).await.unwrap();
+    let guest = place.driver().start(id, &place.kept()).await.unwrap();
     assert_eq!(read(&*guest, "note").await.unwrap(), b"kept");
     drop(guest);
     place.driver().stop(id).await.unwrap();
     // A power cut may take the record; the disk is what counts.
     place.restart_with(|| fs::write(directory.join("record.json"), "").unwrap()).await;
     assert!(!adopt_stopped(&*place.driver(), id).await.0);
-    let guest = place.driver().boot(id, &machine()).await.unwrap();
+    let guest = place.driver().start(id, &place.kept()).await.unwrap();
     assert_eq!(read(&*guest, "note").await.unwrap(), b"kept");
     place.driver().destroy(id).await.unwrap();
     place.settled().await;
@@ -216,19 +216,19 @@ fn directory_of(place: &Place, id: SessionId) -> PathBuf {
 
 pub async fn a_disk_is_copied_whole_while_it_is_written_to(place: &mut Place) -> Outcome {
     let (driver, source) = (place.driver(), fresh_id());
-    let guest = driver.create(source, &machine(), None).await.unwrap();
+    let guest = driver.start(source, &place.fresh()).await.unwrap();
     let writer = "n=0; while :; do n=$((n + 1)); echo line $n; echo $n > small-$((n % 50)); done > log";
     guest.run_detached(ExecutionId::new(16, [1; 10]), command(&["/bin/sh", "-c", writer])).await.unwrap();
     while guest.stat("log").await.unwrap().is_none_or(|stat| stat.size < 10_000) {}
     for _ in 0..3 {
         let image = fresh_image();
-        let stopped_us = driver.copy_disk(source, &[image]).await.unwrap();
+        let stopped_us = place.host().copy_disk(source, &[image]).await.unwrap();
         println!("writes were frozen for {stopped_us} us");
         // The journal has been emptied, so what is there is what counts. What the writer's output was kept in
         // had no name, and is cleared as after a crash.
-        assert_sound(&driver.image_path(image), true);
+        assert_sound(&place.host().image_path(image), true);
         let copy = fresh_id();
-        let other = driver.create(copy, &machine(), Some(image)).await.unwrap();
+        let other = driver.start(copy, &place.from(image)).await.unwrap();
         let whole = read(&*guest, "log").await.unwrap();
         let part = read(&*other, "log").await.unwrap();
         assert!(
@@ -262,11 +262,12 @@ fn assert_sound(image: &Path, orphans: bool) {
 
 pub async fn a_disk_grows_to_the_size_asked_for(place: &mut Place) -> Outcome {
     let (driver, source, copy) = (place.driver(), fresh_id(), fresh_id());
-    let guest = driver.create(source, &machine(), None).await.unwrap();
+    let guest = driver.start(source, &place.fresh()).await.unwrap();
     write(&*guest, "note", b"kept").await.unwrap();
     let image = fresh_image();
-    driver.copy_disk(source, &[image]).await.unwrap();
-    let guest = driver.create(copy, &Machine { disk_gb: 8, ..machine() }, Some(image)).await.unwrap();
+    place.host().copy_disk(source, &[image]).await.unwrap();
+    let guest =
+        driver.start(copy, &SandboxSpec { resources: Resources::of(1, 256, 8), ..place.from(image) }).await.unwrap();
     let size_kib: u64 = shell(&*guest, "df -k --output=size / | tail -1").await.trim().parse().unwrap();
     assert!((7_500_000..=8 << 20).contains(&size_kib), "df shows {size_kib} KiB for a disk of 8 GiB");
     assert_eq!(read(&*guest, "note").await.unwrap(), b"kept");
@@ -285,36 +286,37 @@ pub async fn a_disk_grows_to_the_size_asked_for(place: &mut Place) -> Outcome {
 
 pub async fn a_prepared_image_is_filled_by_others_and_leaves_nothing_when_it_is_not(place: &mut Place) -> Outcome {
     let (driver, source, copy) = (place.driver(), fresh_id(), fresh_id());
-    let guest = driver.create(source, &machine(), None).await.unwrap();
+    let guest = driver.start(source, &place.fresh()).await.unwrap();
     write(&*guest, "note", b"kept").await.unwrap();
     let (whole, filled, removed, forgotten) = (fresh_image(), fresh_image(), fresh_image(), fresh_image());
-    driver.copy_disk(source, &[whole]).await.unwrap();
-    let path = driver.prepare_image(filled).await.unwrap();
+    place.host().copy_disk(source, &[whole]).await.unwrap();
+    let path = place.host().prepare_image(filled).await.unwrap();
     assert_eq!(fs::metadata(&path).unwrap().len(), 0);
     let copied =
-        std::process::Command::new("cp").arg("--sparse=always").arg(driver.image_path(whole)).arg(&path).status();
+        std::process::Command::new("cp").arg("--sparse=always").arg(place.host().image_path(whole)).arg(&path).status();
     assert!(copied.unwrap().success());
-    assert_eq!(driver.images().await.unwrap(), [whole], "what is being made is no image");
-    let guest = driver.create(copy, &machine(), Some(filled)).await.unwrap();
+    assert_eq!(place.host().images().await.unwrap(), [whole], "what is being made is no image");
+    let guest = driver.start(copy, &place.from(filled)).await.unwrap();
     assert_eq!(read(&*guest, "note").await.unwrap(), b"kept");
     let directory = directory_of(place, copy);
     assert!(!path.exists() && !directory.join("frozen").exists());
     assert_barriers(&directory.join("disk.ext4"));
 
     // As a restoration that failed, and as one during which the server was killed.
-    let not_taken = [driver.prepare_image(removed).await.unwrap(), driver.prepare_image(forgotten).await.unwrap()];
-    driver.remove_image(removed).await.unwrap();
+    let not_taken =
+        [place.host().prepare_image(removed).await.unwrap(), place.host().prepare_image(forgotten).await.unwrap()];
+    place.host().remove_image(removed).await.unwrap();
     assert!(!not_taken[0].exists());
-    assert!(matches!(driver.create(fresh_id(), &machine(), Some(removed)).await, Err(DriverError::Gone)));
+    assert!(matches!(driver.start(fresh_id(), &place.from(removed)).await, Err(DriverError::Gone)));
     drop((driver, guest));
     place.restart().await;
     let driver = place.driver();
     assert!(!not_taken[1].exists());
-    assert_eq!(driver.images().await.unwrap(), [whole]);
+    assert_eq!(place.host().images().await.unwrap(), [whole]);
     for id in [source, copy] {
         driver.destroy(id).await.unwrap();
     }
-    driver.remove_image(whole).await.unwrap();
+    place.host().remove_image(whole).await.unwrap();
     place.settled().await;
     Ok(())
 }
@@ -330,7 +332,7 @@ fn assert_barriers(disk: &Path) {
 
 pub async fn a_freeze_that_a_killed_server_left_is_undone(place: &mut Place) -> Outcome {
     let id = fresh_id();
-    let guest = place.driver().create(id, &machine(), None).await.unwrap();
+    let guest = place.driver().start(id, &place.fresh()).await.unwrap();
     drop(guest);
     let directory = directory_of(place, id);
     freeze_as_a_killed_server_does(&directory);
@@ -372,13 +374,13 @@ pub async fn a_host_without_space_keeps_the_sandbox_usable_and_no_image(_place: 
     let data = tempfile::Builder::new().prefix("nagaya-contract-small-").tempdir_in(outer.path()).unwrap();
     let place = Place::namespace_with(data, |_| ()).await.unwrap();
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     // As much as leaves too little for a copy, and enough for whoever writes.
     shell(&*guest, "head -c 350M /dev/urandom > large && sync large").await;
     let image = fresh_image();
-    let refused = driver.copy_disk(id, &[image]).await.unwrap_err();
+    let refused = place.host().copy_disk(id, &[image]).await.unwrap_err();
     assert!(matches!(&refused, DriverError::Exhausted(Limit::DiskFreeMin | Limit::HostDisk)), "{refused:?}");
-    assert!(driver.images().await.unwrap().is_empty());
+    assert!(place.host().images().await.unwrap().is_empty());
     let parts = fs::read_dir(storage_root(place.data()).join("disks")).unwrap().map(|entry| entry.unwrap().file_name());
     let parts: Vec<_> = parts.filter(|name| name != "boot-id").collect();
     assert!(parts.is_empty(), "a part of a copy was left: {parts:?}");
@@ -396,7 +398,7 @@ pub async fn low_memory_of_the_host_is_told_and_not_all_the_time(_place: &mut Pl
     // Whatever this host has is less than that.
     let mut place = Place::namespace_with(data, |config| config.memory_low_mb = u64::MAX).await.unwrap();
     let first = tokio::time::timeout(Duration::from_secs(20), place.events.recv()).await.unwrap();
-    assert!(matches!(first, Some(DriverEvent::MemoryLow)), "{first:?}");
+    assert!(matches!(first, Some(HostEvent::MemoryLow)), "{first:?}");
     let second = tokio::time::timeout(Duration::from_secs(3), place.events.recv()).await;
     assert!(second.is_err(), "{second:?}");
     place.close().await;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use nagaya_api::error::Code;
 use nagaya_api::ids::SessionId;
-use nagaya_engine::model::Machine;
+use nagaya_engine::model::{Resources, SandboxSpec};
 use nagaya_engine::ports::{Command, Driver, ProcessEvent, ProcessInput, Signal};
 use nagaya_testkit::{NotRun, Outcome};
 
@@ -15,7 +15,7 @@ pub async fn a_process_above_the_memory_limit_dies_with_that_reason_and_the_agen
     place: &mut Place,
 ) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &Machine { memory_mb: 128, ..machine() }, None).await.unwrap();
+    let guest = driver.start(id, &SandboxSpec { resources: Resources::of(1, 128, 5), ..place.fresh() }).await.unwrap();
     let within = run(&*guest, command(&["python3", "-c", "print(len(b'x' * (40 << 20)))"])).await;
     assert_eq!(within.exit.code, 0, "{within:?}");
     for privileged in [false, true] {
@@ -36,7 +36,7 @@ pub async fn a_process_above_the_memory_limit_dies_with_that_reason_and_the_agen
 pub async fn what_the_file_calls_keep_in_memory_counts_as_the_sandboxs(place: &mut Place) -> Outcome {
     const MIB: usize = 1 << 20;
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &Machine { memory_mb: 256, ..machine() }, None).await.unwrap();
+    let guest = driver.start(id, &SandboxSpec { resources: Resources::of(1, 256, 5), ..place.fresh() }).await.unwrap();
     let before = driver.usage(id).await.unwrap().memory_bytes;
     write(&*guest, "/dev/shm/some", &vec![7; 60 * MIB]).await.unwrap();
     assert_eq!(read(&*guest, "/dev/shm/some").await.unwrap(), vec![7; 60 * MIB]);
@@ -71,7 +71,7 @@ input()
 
 pub async fn a_fork_bomb_is_contained_and_the_sandbox_stays_usable(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let bomb = FORK_BOMB.replace("LIMIT", &PROCESSES_MAX.to_string());
     let mut process = guest.run(Command { stdin: true, ..command(&["python3", "-c", &bomb]) }).await.unwrap();
     wait_for_line(&mut process, "11 True").await;
@@ -104,7 +104,7 @@ while True:
 
 pub async fn a_command_that_forks_without_end_ends_when_it_is_killed(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let mut process = guest.run(command(&["python3", "-c", HYDRA])).await.unwrap();
     wait_for_line(&mut process, "begun").await;
     // The agent has all those ends to collect, and answers nevertheless.
@@ -132,7 +132,7 @@ async fn eventually_empty(driver: &dyn Driver, id: SessionId) {
 
 pub async fn commands_share_processor_time_as_equals_however_many_processes_they_have(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let crowd = "
 import os
 for _ in range(40):
@@ -178,7 +178,7 @@ pub async fn a_full_disk_is_told_to_commands_and_to_the_file_calls_and_the_sandb
     place: &mut Place,
 ) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &Machine { disk_gb: 1, ..machine() }, None).await.unwrap();
+    let guest = driver.start(id, &SandboxSpec { resources: Resources::of(1, 256, 1), ..place.fresh() }).await.unwrap();
     let size_kib: u64 = shell(&*guest, "df -k --output=size /home/tenki | tail -1").await.trim().parse().unwrap();
     assert!((900_000..=1 << 20).contains(&size_kib), "df shows {size_kib} KiB for a disk of 1 GiB");
     let fill = "fallocate -l 800M most; head -c 1G /dev/zero > rest; echo $?";
@@ -201,7 +201,7 @@ pub async fn processor_time_is_limited_to_the_cores_asked_for(place: &mut Place)
         return Err(NotRun("one processor cannot tell one core from two".into()));
     }
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let (_process, host_pid) = marked_process(&*guest).await;
     // The one that all commands share.
     let group = cgroup_of(host_pid, "cpu").parent().unwrap().to_owned();
@@ -233,7 +233,7 @@ fn throttled(group: &std::path::Path) -> u64 {
 }
 
 /// The directory of a process's control group for one controller.
-fn cgroup_of(pid: i32, controller: &str) -> PathBuf {
+pub fn cgroup_of(pid: i32, controller: &str) -> PathBuf {
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     let find = |wanted: &dyn Fn(&str) -> bool, kind: &str, option: &str| {
@@ -253,7 +253,7 @@ fn cgroup_of(pid: i32, controller: &str) -> PathBuf {
 
 pub async fn the_tools_inside_show_the_sandboxs_own_limits(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &Machine { cpu_cores: 1, memory_mb: 384, ..machine() }, None).await.unwrap();
+    let guest = driver.start(id, &SandboxSpec { resources: Resources::of(1, 384, 5), ..place.fresh() }).await.unwrap();
     assert_eq!(shell(&*guest, "nproc").await, "1");
     assert_eq!(
         shell(&*guest, "getconf _NPROCESSORS_ONLN; python3 -c 'import os; print(os.cpu_count())'").await,
@@ -274,7 +274,7 @@ pub async fn the_tools_inside_show_the_sandboxs_own_limits(place: &mut Place) ->
 pub async fn what_is_used_is_told_in_figures(place: &mut Place) -> Outcome {
     const MIB: u64 = 1 << 20;
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &Machine { memory_mb: 256, ..machine() }, None).await.unwrap();
+    let guest = driver.start(id, &SandboxSpec { resources: Resources::of(1, 256, 5), ..place.fresh() }).await.unwrap();
     // What is only cached of files is not used up.
     shell(&*guest, "head -c 100M /dev/zero > cached && cat cached > /dev/null").await;
     let hold = "x = b'x' * (64 << 20); print('holding', flush=True); input()";

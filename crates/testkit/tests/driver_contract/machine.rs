@@ -1,6 +1,6 @@
 //! What tells programs of the machine they run on tells them of the sandbox's own.
 
-use nagaya_engine::model::Machine;
+use nagaya_engine::model::{Resources, SandboxSpec};
 use nagaya_testkit::Outcome;
 
 use super::place::*;
@@ -20,7 +20,8 @@ print(uptime, total // 1024, free // 1024, swap, processes)
 
 pub async fn every_source_tells_of_the_sandboxs_own_memory(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &Machine { cpu_cores: 1, memory_mb: MEMORY_MB, ..machine() }, None).await.unwrap();
+    let guest =
+        driver.start(id, &SandboxSpec { resources: Resources::of(1, MEMORY_MB, 5), ..place.fresh() }).await.unwrap();
     let total = (MEMORY_MB << 10).to_string();
     write(&*guest, "sysinfo.py", SYSINFO.as_bytes()).await.unwrap();
     for (what, script) in [
@@ -65,7 +66,8 @@ pub async fn every_source_tells_of_the_sandboxs_own_memory(place: &mut Place) ->
 
 pub async fn every_source_tells_of_the_sandboxs_own_processors(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &Machine { cpu_cores: 1, memory_mb: MEMORY_MB, ..machine() }, None).await.unwrap();
+    let guest =
+        driver.start(id, &SandboxSpec { resources: Resources::of(1, MEMORY_MB, 5), ..place.fresh() }).await.unwrap();
     for (what, script) in [
         ("affinity", "nproc"),
         ("all there are", "nproc --all"),
@@ -100,7 +102,8 @@ pub async fn every_source_tells_of_the_sandboxs_own_processors(place: &mut Place
 
 pub async fn every_source_tells_of_the_sandboxs_own_time_and_load(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &Machine { cpu_cores: 1, memory_mb: MEMORY_MB, ..machine() }, None).await.unwrap();
+    let guest =
+        driver.start(id, &SandboxSpec { resources: Resources::of(1, MEMORY_MB, 5), ..place.fresh() }).await.unwrap();
     write(&*guest, "sysinfo.py", SYSINFO.as_bytes()).await.unwrap();
     let host: f64 = std::fs::read_to_string("/proc/uptime").unwrap().split(' ').next().unwrap().parse().unwrap();
     // Slots are pre-created; this suite is not older than its host.
@@ -132,7 +135,7 @@ pub async fn every_source_tells_of_the_sandboxs_own_time_and_load(place: &mut Pl
 /// Whoever answers `sysinfo` must be able to write into any process; nobody else in the sandbox may.
 pub async fn commands_cannot_look_into_each_other(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     const PTRACE: u64 = 1 << 19;
     for privileged in [false, true] {
         let sets =

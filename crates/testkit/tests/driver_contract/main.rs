@@ -9,6 +9,7 @@ mod life_inside;
 mod limits;
 mod machine;
 mod place;
+mod roots;
 mod streams;
 mod streams_inside;
 mod volumes;
@@ -106,6 +107,11 @@ fn main() -> ExitCode {
             processor_time_is_limited_to_the_cores_asked_for,
             the_tools_inside_show_the_sandboxs_own_limits,
             what_is_used_is_told_in_figures,
+        );
+        behaviours!(suite, "namespace", namespace, roots:
+            an_image_is_a_stack_of_layers_and_none_of_the_host_is_in_it,
+            part_of_a_processor_and_a_disk_of_any_size_are_given,
+            two_drivers_of_one_host_keep_their_sandboxes_apart,
         );
         behaviours!(suite, "namespace", namespace, machine:
             every_source_tells_of_the_sandboxs_own_memory,

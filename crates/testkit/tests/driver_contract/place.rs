@@ -6,14 +6,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use nagaya_api::ids::SessionId;
+use nagaya_api::ids::{DiskImageId, SessionId};
 use nagaya_engine::fake::{FakeDriver, Fakes};
-use nagaya_engine::model::Machine;
+use nagaya_engine::model::{DiskOrigin, Resources, RootImage, SandboxSpec};
 use nagaya_engine::ports::{
-    Adopted, Command, Driver, DriverEvent, ExitStatus, Guest, GuestError, Process, ProcessEvent, ProcessInput,
-    WriteOptions,
+    self, Adopted, Command, Driver, Ended, ExitStatus, Guest, GuestError, Host as _, HostEvent, Process, ProcessEvent,
+    ProcessInput, WriteOptions,
 };
-use nagaya_runtime::namespace::{Config, NamespaceDriver};
+use nagaya_runtime::host::{Config, Host, HostPort};
+use nagaya_runtime::namespace::{self, NamespaceDriver};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 
@@ -25,20 +26,27 @@ const WAIT_MAX: Duration = Duration::from_secs(30);
 
 pub struct Place {
     kind: Kind,
-    pub events: mpsc::UnboundedReceiver<DriverEvent>,
+    ends: mpsc::UnboundedReceiver<Ended>,
+    pub events: mpsc::UnboundedReceiver<HostEvent>,
 }
 
 enum Kind {
     Fake(Arc<FakeDriver>),
-    Namespace { data: TempDir, driver: Option<Arc<NamespaceDriver>> },
+    Namespace { data: TempDir, server: Option<Server> },
+}
+
+/// What a server has of a host.
+struct Server {
+    host: Arc<Host>,
+    driver: Arc<NamespaceDriver>,
 }
 
 impl Place {
     pub fn fake() -> Self {
         let driver = Fakes::new(1).driver;
         driver.set_sandboxes_max(Some(SLOTS_MAX as usize));
-        let events = driver.events();
-        Self { kind: Kind::Fake(driver), events }
+        let (ends, events) = (driver.ends(), driver.events());
+        Self { kind: Kind::Fake(driver), ends, events }
     }
 
     /// `Err` says why this host has no namespace driver.
@@ -48,9 +56,9 @@ impl Place {
 
     /// A namespace driver with this data directory, set up otherwise than usual.
     pub async fn namespace_with(data: TempDir, set_up: impl FnOnce(&mut Config)) -> Result<Self, String> {
-        let driver = start(data.path(), set_up).await?;
-        let events = driver.events();
-        Ok(Self { kind: Kind::Namespace { data, driver: Some(driver) }, events })
+        let server = start(data.path(), set_up).await?;
+        let (ends, events) = (server.driver.ends(), HostPort(server.host.clone()).events());
+        Ok(Self { kind: Kind::Namespace { data, server: Some(server) }, ends, events })
     }
 
     /// The data directory of a driver that has one.
@@ -63,19 +71,48 @@ impl Place {
 
     /// The next sandbox that ended unasked: its id, whether it powered itself off, and the cause.
     pub async fn ended(&mut self) -> (SessionId, bool, String) {
-        loop {
-            match tokio::time::timeout(WAIT_MAX, self.events.recv()).await.expect("an event").unwrap() {
-                DriverEvent::Ended { id, powered_off, cause } => return (id, powered_off, cause),
-                // The host may be short of it for reasons of its own.
-                DriverEvent::MemoryLow | DriverEvent::Refused { .. } => {}
-            }
+        let Ended { id, powered_off, cause } =
+            tokio::time::timeout(WAIT_MAX, self.ends.recv()).await.expect("an event").unwrap();
+        (id, powered_off, cause)
+    }
+
+    /// A new sandbox: small, and without a way out.
+    pub fn fresh(&self) -> SandboxSpec {
+        let root = match &self.kind {
+            Kind::Fake(driver) => RootImage { digest: driver.default_root(), layers: Vec::new() },
+            Kind::Namespace { server, .. } => server.as_ref().expect(BETWEEN).host.default_root_image(),
+        };
+        let resources = Resources::of(1, 256, 5);
+        SandboxSpec { resources, root, disk: DiskOrigin::Fresh, memory: None, outbound: false, egress: None }
+    }
+
+    pub fn from(&self, image: DiskImageId) -> SandboxSpec {
+        SandboxSpec { disk: DiskOrigin::Image(image), ..self.fresh() }
+    }
+
+    pub fn kept(&self) -> SandboxSpec {
+        SandboxSpec { disk: DiskOrigin::Kept, ..self.fresh() }
+    }
+
+    /// The host of a real driver, for another one on it.
+    pub fn shared_host(&self) -> Arc<Host> {
+        match &self.kind {
+            Kind::Fake(_) => panic!("the fake is on no host"),
+            Kind::Namespace { server, .. } => server.as_ref().expect(BETWEEN).host.clone(),
+        }
+    }
+
+    pub fn host(&self) -> Arc<dyn ports::Host> {
+        match &self.kind {
+            Kind::Fake(driver) => driver.clone(),
+            Kind::Namespace { server, .. } => Arc::new(HostPort(server.as_ref().expect(BETWEEN).host.clone())),
         }
     }
 
     pub fn driver(&self) -> Arc<dyn Driver> {
         match &self.kind {
             Kind::Fake(driver) => driver.clone(),
-            Kind::Namespace { driver, .. } => driver.clone().expect("there is a driver between restarts"),
+            Kind::Namespace { server, .. } => server.as_ref().expect(BETWEEN).driver.clone(),
         }
     }
 
@@ -91,13 +128,13 @@ impl Place {
                 driver.disconnect();
                 meanwhile();
             }
-            Kind::Namespace { data, driver } => {
-                drop(driver.take());
+            Kind::Namespace { data, server } => {
+                drop(server.take());
                 meanwhile();
-                *driver = Some(start(data.path(), |_| ()).await.unwrap());
+                *server = Some(start(data.path(), |_| ()).await.unwrap());
             }
         }
-        self.events = self.driver().events();
+        (self.ends, self.events) = (self.driver().ends(), self.host().events());
     }
 
     /// Kills a sandbox's first process behind the driver's back.
@@ -132,23 +169,24 @@ impl Place {
         for id in driver.list().await.unwrap() {
             driver.destroy(id).await.unwrap();
         }
-        for id in driver.images().await.unwrap() {
-            driver.remove_image(id).await.unwrap();
+        for id in self.host().images().await.unwrap() {
+            self.host().remove_image(id).await.unwrap();
         }
         drop(driver);
         self.settled().await;
+        while self.ends.try_recv().is_ok() {}
         while self.events.try_recv().is_ok() {}
     }
 
     /// Ends all sandboxes and gives back what the driver set on the host.
     pub async fn close(mut self) {
         self.clear().await;
-        if let Kind::Namespace { data, driver } = &mut self.kind {
-            let driver = driver.take().expect("there is a driver between restarts");
+        if let Kind::Namespace { data, server } = &mut self.kind {
+            let Server { host, driver } = server.take().expect(BETWEEN);
             driver.settled().await;
             tokio::task::spawn_blocking(move || {
-                driver.remove_host_state();
-                drop(driver);
+                driver.shut_down();
+                host.remove();
             })
             .await
             .unwrap();
@@ -174,22 +212,25 @@ impl Place {
                     tokio::task::yield_now().await;
                 }
             }
-            Kind::Namespace { driver, .. } => {
-                driver.as_ref().expect("there is a driver between restarts").settled().await;
+            Kind::Namespace { server, .. } => {
+                server.as_ref().expect(BETWEEN).driver.settled().await;
             }
         }
     }
 }
 
-async fn start(data: &Path, set_up: impl FnOnce(&mut Config)) -> Result<Arc<NamespaceDriver>, String> {
+/// What is not so.
+const BETWEEN: &str = "there is a server between restarts";
+
+async fn start(data: &Path, set_up: impl FnOnce(&mut Config)) -> Result<Server, String> {
     let mut config = Config::new(data.to_owned());
     config.slots_max = SLOTS_MAX;
-    config.pool_ready = 1;
-    config.pool_ready_isolated = 1;
     config.processes_max = PROCESSES_MAX;
     set_up(&mut config);
-    let started = tokio::task::spawn_blocking(move || NamespaceDriver::start(config)).await.unwrap();
-    started.map(Arc::new).map_err(|error| {
+    let opened = tokio::task::spawn_blocking(move || Host::open(config)).await.unwrap();
+    let pools = namespace::Config { pool_ready: 1, pool_ready_isolated: 1 };
+    let driver = |host: Arc<Host>| Arc::new(NamespaceDriver::start(host, "namespace", &pools));
+    opened.map(|host| Server { driver: driver(host.clone()), host }).map_err(|error| {
         let mut text = error.to_string();
         let mut cause = std::error::Error::source(&error);
         while let Some(inner) = cause {
@@ -207,10 +248,6 @@ pub fn fresh_id() -> SessionId {
     let mut random = [0; 10];
     random[..8].copy_from_slice(&number.to_le_bytes());
     SessionId::new(1_767_225_600_000 + number, random)
-}
-
-pub fn machine() -> Machine {
-    Machine { cpu_cores: 1, memory_mb: 256, disk_gb: 5, outbound: false, egress: None }
 }
 
 pub fn command(argv: &[&str]) -> Command {

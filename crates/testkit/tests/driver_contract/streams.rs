@@ -50,7 +50,7 @@ async fn converse(mut client: BoxStream, mut server: BoxStream) {
 
 pub async fn connections_meet_listeners_and_end_one_side_after_the_other(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let mut tcp = guest.listen(&loopback(0)).await.unwrap();
     assert_ne!(tcp.port, 0);
     let to = Address::Tcp { port: tcp.port };
@@ -72,7 +72,7 @@ pub async fn connections_meet_listeners_and_end_one_side_after_the_other(place: 
 
 pub async fn where_nobody_listens_connections_are_refused(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let refused = guest.connect(&Address::Tcp { port: 4_321 }).await.map(drop).unwrap_err();
     assert_eq!((refused.code, refused.errno), (Code::ConnectionRefused, 111), "{refused:?}");
     let listener = guest.listen(&loopback(4_321)).await.unwrap();
@@ -114,7 +114,7 @@ pub async fn transfer(mut from: BoxStream, mut to: BoxStream, blocks: usize) {
 
 pub async fn a_hundred_megabytes_arrive_unchanged_either_way(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let mut tcp = guest.listen(&loopback(0)).await.unwrap();
     let to = Address::Tcp { port: tcp.port };
     let (client, server, _) = meet(&*guest, &mut tcp, &to).await;
@@ -131,7 +131,7 @@ pub async fn a_hundred_megabytes_arrive_unchanged_either_way(place: &mut Place) 
 
 pub async fn connections_and_listeners_end_with_their_sandbox(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let mut tcp = guest.listen(&loopback(0)).await.unwrap();
     let to = Address::Tcp { port: tcp.port };
     let path = "/home/tenki/ending.sock";
@@ -152,7 +152,7 @@ pub async fn connections_and_listeners_end_with_their_sandbox(place: &mut Place)
 
 pub async fn the_next_driver_listens_where_the_last_one_did(place: &mut Place) -> Outcome {
     let id = fresh_id();
-    let guest = place.driver().create(id, &machine(), None).await.unwrap();
+    let guest = place.driver().start(id, &place.fresh()).await.unwrap();
     let path = "/home/tenki/again.sock";
     let tcp = guest.listen(&loopback(5_432)).await.unwrap();
     let listener = guest.listen(&Bind::Unix { path: path.into() }).await.unwrap();

@@ -38,7 +38,7 @@ async fn answers(guest: &dyn Guest, address: &Address) {
 
 pub async fn services_on_either_loopback_are_reached(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let mut services = Vec::new();
     for (port, listen) in [
         (8_001, r#"listener = socket.create_server(("127.0.0.1", 8001))"#),
@@ -55,7 +55,7 @@ pub async fn services_on_either_loopback_are_reached(place: &mut Place) -> Outco
 
 pub async fn a_frozen_service_answers_when_it_is_thawed(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let _service = service(&*guest, r#"listener = socket.create_server(("127.0.0.1", 8001))"#).await;
     let address = Address::Tcp { port: 8_001 };
     let mut before = guest.connect(&address).await.unwrap();
@@ -80,7 +80,7 @@ pub async fn a_frozen_service_answers_when_it_is_thawed(place: &mut Place) -> Ou
 
 pub async fn a_service_that_accepts_nobody_is_given_up(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let program = r#"
 import socket, time
 tcp = socket.create_server(("127.0.0.1", 8001), backlog=0)
@@ -110,7 +110,7 @@ time.sleep(600)
 
 pub async fn programs_reach_what_the_server_listens_on(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let path = "/home/tenki/served.sock";
     let mut tcp = guest.listen(&loopback(80)).await.unwrap();
     let mut listener = guest.listen(&Bind::Unix { path: path.into() }).await.unwrap();
@@ -138,7 +138,7 @@ pub async fn programs_reach_what_the_server_listens_on(place: &mut Place) -> Out
 
 pub async fn only_sockets_are_connected_to_and_only_where_they_may_lie(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let listen = r#"
 import os
 def unix(path):
@@ -191,7 +191,7 @@ open("/home/tenki/file", "w").close()
 pub async fn a_servers_socket_is_removed_and_nothing_else(place: &mut Place) -> Outcome {
     let id = fresh_id();
     let driver = place.driver();
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let bind = |path: &str| Bind::Unix { path: path.into() };
     let there =
         |guest: std::sync::Arc<dyn Guest>, path: &'static str| async move { guest.stat(path).await.unwrap().is_some() };
@@ -226,7 +226,7 @@ pub async fn a_servers_socket_is_removed_and_nothing_else(place: &mut Place) -> 
 
 pub async fn one_stalled_connection_stalls_no_other(place: &mut Place) -> Outcome {
     let (driver, id) = (place.driver(), fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     let path = "/home/tenki/stalled.sock";
     let mut listener = guest.listen(&Bind::Unix { path: path.into() }).await.unwrap();
     let (mut stalled, _nobody_reads, _) = meet(&*guest, &mut listener, &unix(path)).await;

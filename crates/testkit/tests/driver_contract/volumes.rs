@@ -29,9 +29,9 @@ pub async fn destroy(place: &Place, ids: &[SessionId]) {
 
 pub async fn a_volume_takes_files_from_one_sandbox_to_another(place: &mut Place) -> Outcome {
     let (driver, volume) = (place.driver(), fresh_volume());
-    driver.create_volume(volume, MIB).await.unwrap();
+    place.host().create_volume(volume, MIB).await.unwrap();
     let (first, second) = (fresh_id(), fresh_id());
-    let guest = driver.create(first, &machine(), None).await.unwrap();
+    let guest = driver.start(first, &place.fresh()).await.unwrap();
     let mount = at(volume, "/home/tenki/some/where");
     for _ in 0..2 {
         driver.attach_volume(first, &mount).await.unwrap();
@@ -41,59 +41,59 @@ pub async fn a_volume_takes_files_from_one_sandbox_to_another(place: &mut Place)
         driver.detach_volume(first, &mount, false).await.unwrap();
     }
     assert!(guest.stat("/home/tenki/some/where/note").await.unwrap().is_none(), "it is still there");
-    let guest = driver.create(second, &machine(), None).await.unwrap();
+    let guest = driver.start(second, &place.fresh()).await.unwrap();
     driver.attach_volume(second, &at(volume, "/data")).await.unwrap();
     assert_eq!(read(&*guest, "/data/note").await.unwrap(), b"kept");
     driver.detach_volume(second, &at(volume, "/data"), true).await.unwrap();
     destroy(place, &[first, second]).await;
-    driver.remove_volume(volume).await.unwrap();
+    place.host().remove_volume(volume).await.unwrap();
     Ok(())
 }
 
 pub async fn volumes_are_made_listed_and_removed_once(place: &mut Place) -> Outcome {
     let (driver, volumes, id) = (place.driver(), [fresh_volume(), fresh_volume()], fresh_id());
     for volume in volumes {
-        driver.create_volume(volume, MIB).await.unwrap();
+        place.host().create_volume(volume, MIB).await.unwrap();
     }
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     driver.attach_volume(id, &at(volumes[0], "/data")).await.unwrap();
     write(&*guest, "/data/note", b"kept").await.unwrap();
-    driver.create_volume(volumes[0], 2 * MIB).await.unwrap();
+    place.host().create_volume(volumes[0], 2 * MIB).await.unwrap();
     assert_eq!(read(&*guest, "/data/note").await.unwrap(), b"kept", "one that exists is left as it is");
-    let mut found = driver.volumes().await.unwrap();
+    let mut found = place.host().volumes().await.unwrap();
     found.sort();
     let mut expected = volumes.to_vec();
     expected.sort();
     assert_eq!(found, expected);
     driver.detach_volume(id, &at(volumes[0], "/data"), false).await.unwrap();
     for volume in volumes.into_iter().chain(volumes) {
-        driver.remove_volume(volume).await.unwrap();
+        place.host().remove_volume(volume).await.unwrap();
     }
-    assert!(driver.volumes().await.unwrap().is_empty());
+    assert!(place.host().volumes().await.unwrap().is_empty());
     destroy(place, &[id]).await;
     Ok(())
 }
 
 pub async fn what_is_not_there_can_be_neither_attached_nor_grown(place: &mut Place) -> Outcome {
     let (driver, volume, id) = (place.driver(), fresh_volume(), fresh_id());
-    driver.create(id, &machine(), None).await.unwrap();
+    driver.start(id, &place.fresh()).await.unwrap();
     let unknown = fresh_volume();
     assert!(matches!(driver.attach_volume(id, &at(unknown, "/data")).await, Err(DriverError::Gone)));
-    assert!(matches!(driver.grow_volume(unknown, 2 * MIB).await, Err(DriverError::Gone)));
-    assert!(matches!(driver.volume_size(unknown).await, Err(DriverError::Gone)));
-    driver.create_volume(volume, MIB).await.unwrap();
+    assert!(matches!(place.host().grow_volume(unknown, 2 * MIB).await, Err(DriverError::Gone)));
+    assert!(matches!(place.host().volume_size(unknown).await, Err(DriverError::Gone)));
+    place.host().create_volume(volume, MIB).await.unwrap();
     assert!(matches!(driver.attach_volume(fresh_id(), &at(volume, "/data")).await, Err(DriverError::Gone)));
     destroy(place, &[id]).await;
     assert!(matches!(driver.attach_volume(id, &at(volume, "/data")).await, Err(DriverError::Gone)));
-    driver.remove_volume(volume).await.unwrap();
+    place.host().remove_volume(volume).await.unwrap();
     Ok(())
 }
 
 pub async fn a_volume_is_not_attached_over_another(place: &mut Place) -> Outcome {
     let (driver, volumes, id) = (place.driver(), [fresh_volume(), fresh_volume()], fresh_id());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     for volume in volumes {
-        driver.create_volume(volume, MIB).await.unwrap();
+        place.host().create_volume(volume, MIB).await.unwrap();
     }
     driver.attach_volume(id, &at(volumes[0], "/data")).await.unwrap();
     write(&*guest, "/data/note", b"kept").await.unwrap();
@@ -103,8 +103,8 @@ pub async fn a_volume_is_not_attached_over_another(place: &mut Place) -> Outcome
     driver.attach_volume(id, &at(volumes[1], "/other")).await.unwrap();
     destroy(place, &[id]).await;
     for volume in volumes {
-        driver.settle_volume(volume).await.unwrap();
-        driver.remove_volume(volume).await.unwrap();
+        place.host().settle_volume(volume).await.unwrap();
+        place.host().remove_volume(volume).await.unwrap();
     }
     Ok(())
 }
@@ -112,9 +112,9 @@ pub async fn a_volume_is_not_attached_over_another(place: &mut Place) -> Outcome
 pub async fn a_volume_outlives_its_driver_and_its_sandbox(place: &mut Place) -> Outcome {
     let (volumes, first, second) = ([fresh_volume(), fresh_volume()], fresh_id(), fresh_id());
     let driver = place.driver();
-    let guest = driver.create(first, &machine(), None).await.unwrap();
+    let guest = driver.start(first, &place.fresh()).await.unwrap();
     for (volume, path) in volumes.into_iter().zip(["/data", "/more"]) {
-        driver.create_volume(volume, MIB).await.unwrap();
+        place.host().create_volume(volume, MIB).await.unwrap();
         driver.attach_volume(first, &at(volume, path)).await.unwrap();
         write(&*guest, &format!("{path}/note"), path.as_bytes()).await.unwrap();
     }
@@ -122,7 +122,7 @@ pub async fn a_volume_outlives_its_driver_and_its_sandbox(place: &mut Place) -> 
     place.restart().await;
     let driver = place.driver();
     let guest = adopt_running(&*driver, first).await;
-    assert_eq!(driver.volumes().await.unwrap().len(), 2);
+    assert_eq!(place.host().volumes().await.unwrap().len(), 2);
     driver.attach_volume(first, &at(volumes[0], "/data")).await.unwrap();
     assert_eq!(read(&*guest, "/data/note").await.unwrap(), b"/data");
     // One is taken out by the driver that did not put it in; the other goes with the sandbox.
@@ -130,8 +130,8 @@ pub async fn a_volume_outlives_its_driver_and_its_sandbox(place: &mut Place) -> 
     assert!(guest.stat("/data/note").await.unwrap().is_none());
     write(&*guest, "/more/last", b"last").await.unwrap();
     driver.destroy(first).await.unwrap();
-    driver.settle_volume(volumes[1]).await.unwrap();
-    let guest = driver.create(second, &machine(), None).await.unwrap();
+    place.host().settle_volume(volumes[1]).await.unwrap();
+    let guest = driver.start(second, &place.fresh()).await.unwrap();
     for (volume, path) in volumes.into_iter().zip(["/data", "/more"]) {
         driver.attach_volume(second, &at(volume, path)).await.unwrap();
         assert_eq!(read(&*guest, &format!("{path}/note")).await.unwrap(), path.as_bytes());
@@ -139,18 +139,18 @@ pub async fn a_volume_outlives_its_driver_and_its_sandbox(place: &mut Place) -> 
     assert_eq!(read(&*guest, "/more/last").await.unwrap(), b"last");
     destroy(place, &[second]).await;
     for volume in volumes {
-        driver.settle_volume(volume).await.unwrap();
-        driver.remove_volume(volume).await.unwrap();
+        place.host().settle_volume(volume).await.unwrap();
+        place.host().remove_volume(volume).await.unwrap();
     }
     Ok(())
 }
 
 pub async fn readers_share_a_volume_that_none_of_them_changes(place: &mut Place) -> Outcome {
     let (driver, volume, ids) = (place.driver(), fresh_volume(), [fresh_id(), fresh_id()]);
-    driver.create_volume(volume, MIB).await.unwrap();
+    place.host().create_volume(volume, MIB).await.unwrap();
     let mut guests = Vec::new();
     for id in ids {
-        guests.push(driver.create(id, &machine(), None).await.unwrap());
+        guests.push(driver.start(id, &place.fresh()).await.unwrap());
     }
     driver.attach_volume(ids[0], &at(volume, "/data")).await.unwrap();
     write(&*guests[0], "/data/note", b"kept").await.unwrap();
@@ -163,37 +163,37 @@ pub async fn readers_share_a_volume_that_none_of_them_changes(place: &mut Place)
     for guest in &guests {
         assert_eq!(read(&**guest, "/data/note").await.unwrap(), b"kept");
     }
-    assert!(matches!(driver.grow_volume(volume, 2 * MIB).await, Err(DriverError::Busy)));
+    assert!(matches!(place.host().grow_volume(volume, 2 * MIB).await, Err(DriverError::Busy)));
     driver.detach_volume(ids[0], &reading(volume, "/data"), false).await.unwrap();
     assert_eq!(read(&*guests[1], "/data/note").await.unwrap(), b"kept", "one reader's end ended another");
     driver.detach_volume(ids[1], &reading(volume, "/data"), true).await.unwrap();
     driver.attach_volume(ids[1], &at(volume, "/data")).await.unwrap();
     write(&*guests[1], "/data/more", b"more").await.unwrap();
     destroy(place, &ids).await;
-    driver.settle_volume(volume).await.unwrap();
-    driver.remove_volume(volume).await.unwrap();
+    place.host().settle_volume(volume).await.unwrap();
+    place.host().remove_volume(volume).await.unwrap();
     Ok(())
 }
 
 pub async fn a_volume_grows_and_keeps_its_files(place: &mut Place) -> Outcome {
     let (driver, volume, id) = (place.driver(), fresh_volume(), fresh_id());
-    driver.create_volume(volume, MIB).await.unwrap();
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    place.host().create_volume(volume, MIB).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     for megabytes in [2, 32, 2_048] {
         driver.attach_volume(id, &at(volume, "/data")).await.unwrap();
         write(&*guest, &format!("/data/{megabytes}"), b"kept").await.unwrap();
         driver.detach_volume(id, &at(volume, "/data"), false).await.unwrap();
         for _ in 0..2 {
-            driver.grow_volume(volume, megabytes * MIB).await.unwrap();
+            place.host().grow_volume(volume, megabytes * MIB).await.unwrap();
         }
-        assert_eq!(driver.volume_size(volume).await.unwrap(), megabytes * MIB);
+        assert_eq!(place.host().volume_size(volume).await.unwrap(), megabytes * MIB);
     }
     driver.attach_volume(id, &at(volume, "/data")).await.unwrap();
     for megabytes in [2, 32, 2_048] {
         assert_eq!(read(&*guest, &format!("/data/{megabytes}")).await.unwrap(), b"kept");
     }
     destroy(place, &[id]).await;
-    driver.settle_volume(volume).await.unwrap();
-    driver.remove_volume(volume).await.unwrap();
+    place.host().settle_volume(volume).await.unwrap();
+    place.host().remove_volume(volume).await.unwrap();
     Ok(())
 }

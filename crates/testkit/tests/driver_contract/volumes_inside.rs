@@ -18,15 +18,15 @@ const FIRST_ID: u32 = 0x7000_0000;
 /// A sandbox with a fresh volume in it.
 async fn with_volume(place: &Place, path: &str, size: u64) -> (nagaya_api::ids::SessionId, Arc<dyn Guest>, VolumeId) {
     let (driver, id, volume) = (place.driver(), fresh_id(), fresh_volume());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
-    driver.create_volume(volume, size).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
+    place.host().create_volume(volume, size).await.unwrap();
     driver.attach_volume(id, &at(volume, path)).await.unwrap();
     (id, guest, volume)
 }
 
 async fn remove(place: &Place, volume: VolumeId) {
-    place.driver().settle_volume(volume).await.unwrap();
-    place.driver().remove_volume(volume).await.unwrap();
+    place.host().settle_volume(volume).await.unwrap();
+    place.host().remove_volume(volume).await.unwrap();
 }
 
 fn image_of(place: &Place, volume: VolumeId) -> PathBuf {
@@ -51,7 +51,7 @@ pub async fn the_smallest_volume_belongs_to_tenki_and_its_size_is_a_limit(place:
     assert!((700 << 10..=MIB).contains(&held), "a volume of 1 MiB held {held} bytes");
     shell(&*guest, "rm /home/tenki/new/data/zeros && echo fits > /home/tenki/new/data/note").await;
     destroy(place, &[id]).await;
-    place.driver().settle_volume(volume).await.unwrap();
+    place.host().settle_volume(volume).await.unwrap();
     assert_sound(place, volume);
     remove(place, volume).await;
     Ok(())
@@ -64,10 +64,10 @@ pub async fn what_was_written_is_there_after_the_kill_of_the_sandbox(place: &mut
     run(&*guest, command(&["/usr/bin/python3", "-c", script])).await;
     place.kill_first_process(id, &*guest).await;
     let driver = place.driver();
-    driver.settle_volume(volume).await.unwrap();
+    place.host().settle_volume(volume).await.unwrap();
     assert_sound(place, volume);
     let other = fresh_id();
-    let guest = driver.create(other, &machine(), None).await.unwrap();
+    let guest = driver.start(other, &place.fresh()).await.unwrap();
     driver.attach_volume(other, &at(volume, "/data")).await.unwrap();
     assert_eq!(
         shell(&*guest, "tr -d x < /data/synced | wc -c; stat -c %s /data/synced; cat /data/written").await,
@@ -81,11 +81,11 @@ pub async fn what_was_written_is_there_after_the_kill_of_the_sandbox(place: &mut
 pub async fn a_second_writer_is_refused(place: &mut Place) -> Outcome {
     let (id, guest, volume) = with_volume(place, "/data", MIB).await;
     let (driver, other) = (place.driver(), fresh_id());
-    driver.create(other, &machine(), None).await.unwrap();
+    driver.start(other, &place.fresh()).await.unwrap();
     for mount in [at(volume, "/data"), reading(volume, "/data")] {
         assert!(matches!(driver.attach_volume(other, &mount).await, Err(DriverError::Busy)));
     }
-    assert!(matches!(driver.remove_volume(volume).await, Err(DriverError::Busy)));
+    assert!(matches!(place.host().remove_volume(volume).await, Err(DriverError::Busy)));
     shell(&*guest, "echo still > /data/note").await;
     destroy(place, &[id, other]).await;
     remove(place, volume).await;
@@ -131,7 +131,7 @@ pub async fn a_volume_in_use_is_busy_until_it_is_taken_by_force(place: &mut Plac
     assert_eq!(shell(&*guest, "ls -A /data; grep -c ' /data ' /proc/mounts || true").await, "0");
     // While the old file system is still held, the volume is used elsewhere.
     let other = fresh_id();
-    let elsewhere = driver.create(other, &machine(), None).await.unwrap();
+    let elsewhere = driver.start(other, &place.fresh()).await.unwrap();
     driver.attach_volume(other, &mount).await.unwrap();
     assert_eq!(shell(&*elsewhere, "head -c 6 /data/kept; tail -c 5 /data/kept; ls -A /data").await, "beforeafterkept");
     shell(&*elsewhere, "echo second > /data/second; sync /data/second").await;
@@ -151,7 +151,7 @@ pub async fn a_reader_is_taken_out_by_force_without_harm_to_another(place: &mut 
     shell(&*guest, "echo kept > /data/note").await;
     driver.detach_volume(id, &at(volume, "/data"), false).await.unwrap();
     driver.attach_volume(id, &mount).await.unwrap();
-    let second = driver.create(other, &machine(), None).await.unwrap();
+    let second = driver.start(other, &place.fresh()).await.unwrap();
     driver.attach_volume(other, &mount).await.unwrap();
     let script = "exec 3< /data/note; echo open; read -r _; cat <&3 || echo failed";
     let holds = Command { stdin: true, ..command(&["/bin/sh", "-c", script]) };
@@ -170,7 +170,7 @@ pub async fn a_reader_is_taken_out_by_force_without_harm_to_another(place: &mut 
 pub async fn a_mounted_volume_grows_while_it_is_written_to(place: &mut Place) -> Outcome {
     let (id, guest, volume) = with_volume(place, "/data", MIB).await;
     let driver = place.driver();
-    match driver.grow_volume(volume, 16 * MIB).await {
+    match place.host().grow_volume(volume, 16 * MIB).await {
         Err(DriverError::Refused(why)) if why.contains("CAP_SYS_RESOURCE") => {
             shell(&*guest, "echo still > /data/note").await;
             destroy(place, &[id]).await;
@@ -183,7 +183,7 @@ pub async fn a_mounted_volume_grows_while_it_is_written_to(place: &mut Place) ->
     let mut process = guest.run(command(&["/bin/sh", "-c", busy])).await.unwrap();
     wait_for_line(&mut process, "busy").await;
     for megabytes in [17, 128, 129, 1_024, 102_400] {
-        driver.grow_volume(volume, megabytes * MIB).await.unwrap();
+        place.host().grow_volume(volume, megabytes * MIB).await.unwrap();
         let kib: u64 = shell(&*guest, "df -k --output=size /data | tail -1").await.trim().parse().unwrap();
         assert!((megabytes << 10) / 100 * 90 <= kib && kib <= megabytes << 10, "{kib} KiB of {megabytes} MiB");
     }
@@ -199,8 +199,8 @@ pub async fn a_mounted_volume_grows_while_it_is_written_to(place: &mut Place) ->
 
 pub async fn paths_that_cannot_have_a_volume_are_refused_and_stay_as_they_were(place: &mut Place) -> Outcome {
     let (driver, id, volume) = (place.driver(), fresh_id(), fresh_volume());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
-    driver.create_volume(volume, MIB).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
+    place.host().create_volume(volume, MIB).await.unwrap();
     shell(&*guest, "ln -s /etc link; ln -s /tmp last; ln -s .. up; echo x > file; ln -s nowhere dangling").await;
     let mounts = shell(&*guest, "cat /proc/mounts").await;
     for (path, why) in [
@@ -239,12 +239,12 @@ pub async fn paths_that_cannot_have_a_volume_are_refused_and_stay_as_they_were(p
 
 pub async fn renaming_the_mount_path_meanwhile_leads_nowhere_else(place: &mut Place) -> Outcome {
     let (driver, id, volume) = (place.driver(), fresh_id(), fresh_volume());
-    let guest = driver.create(id, &machine(), None).await.unwrap();
+    let guest = driver.start(id, &place.fresh()).await.unwrap();
     if run(&*guest, command(&["/usr/bin/python3", "-c", "import ctypes"])).await.exit.code != 0 {
         destroy(place, &[id]).await;
         return Err(NotRun("the host's Python, which the image has, cannot swap two names".into()));
     }
-    driver.create_volume(volume, MIB).await.unwrap();
+    place.host().create_volume(volume, MIB).await.unwrap();
     let host = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let etc: Vec<_> = fs::read_dir("/etc").unwrap().map(|entry| entry.unwrap().file_name()).collect();
     // One name is a directory and a link to /etc in turns, thousands of times a second.
@@ -293,7 +293,7 @@ pub async fn a_volume_that_was_moved_inside_is_found_and_taken_out(place: &mut P
 pub async fn a_volume_gives_no_devices_no_host_root_and_nothing_to_other_sandboxes(place: &mut Place) -> Outcome {
     let (id, guest, volume) = with_volume(place, "/data", 4 * MIB).await;
     let (driver, other) = (place.driver(), fresh_id());
-    let stranger = driver.create(other, &machine(), None).await.unwrap();
+    let stranger = driver.start(other, &place.fresh()).await.unwrap();
     shell(&*guest, "echo secret > /data/secret").await;
     assert_eq!(shell_as(&*stranger, "ls -d /data 2>/dev/null; grep -c ext4 /proc/mounts || true", true).await, "0");
     let device = "mknod /data/device b 7 0 && head -c 1 /data/device && echo opened; \
@@ -339,14 +339,14 @@ pub async fn many_volumes_come_and_go_at_once(place: &mut Place) -> Outcome {
     let (driver, ids) = (place.driver(), [fresh_id(), fresh_id()]);
     let mut guests = Vec::new();
     for id in ids {
-        guests.push(driver.create(id, &machine(), None).await.unwrap());
+        guests.push(driver.start(id, &place.fresh()).await.unwrap());
     }
     let volumes: Vec<VolumeId> = (0..12).map(|_| fresh_volume()).collect();
     let work = volumes.iter().enumerate().map(|(number, volume)| {
-        let (driver, volume, id) = (driver.clone(), *volume, ids[number % 2]);
+        let (driver, host, volume, id) = (driver.clone(), place.host(), *volume, ids[number % 2]);
         tokio::spawn(async move {
             let mount = at(volume, &format!("/data/{number}"));
-            driver.create_volume(volume, MIB).await.unwrap();
+            host.create_volume(volume, MIB).await.unwrap();
             for _ in 0..3 {
                 driver.attach_volume(id, &mount).await.unwrap();
                 driver.detach_volume(id, &mount, false).await.unwrap();

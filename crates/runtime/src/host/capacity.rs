@@ -11,19 +11,25 @@ use std::path::Path;
 use nagaya_engine::model::Limit;
 use nagaya_engine::ports::DriverError;
 
-use super::{Config, failed};
+use super::failed;
+
+/// What new sandboxes leave to those that are there, MiB.
+pub(crate) struct Minimums {
+    pub disk_free_mb: u64,
+    pub memory_available_mb: u64,
+}
 
 /// The name of the limit that a new sandbox would break, if any. What cannot be read is no reason
 /// to refuse.
-pub(super) fn lacking(config: &Config, storage: &Path) -> Option<Limit> {
-    breaks(config, free_disk_mb(storage), available_memory_mb())
+pub(crate) fn lacking(least: &Minimums, storage: &Path) -> Option<Limit> {
+    breaks(least, free_disk_mb(storage), available_memory_mb())
 }
 
-fn breaks(config: &Config, disk_mb: Option<u64>, memory_mb: Option<u64>) -> Option<Limit> {
+fn breaks(least: &Minimums, disk_mb: Option<u64>, memory_mb: Option<u64>) -> Option<Limit> {
     let below = |found: Option<u64>, least: u64| found.is_some_and(|found| found < least);
-    if below(disk_mb, config.disk_free_mb_min) {
+    if below(disk_mb, least.disk_free_mb) {
         Some(Limit::DiskFreeMin)
-    } else if below(memory_mb, config.memory_available_mb_min) {
+    } else if below(memory_mb, least.memory_available_mb) {
         Some(Limit::MemoryAvailableMin)
     } else {
         None
@@ -31,7 +37,7 @@ fn breaks(config: &Config, disk_mb: Option<u64>, memory_mb: Option<u64>) -> Opti
 }
 
 /// What a failed step of the driver means: a limit's name where it ran into one.
-pub(super) fn refusal(step: &str, error: &(dyn std::error::Error + 'static)) -> DriverError {
+pub(crate) fn refusal(step: &str, error: &(dyn std::error::Error + 'static)) -> DriverError {
     match limit_of(error) {
         Some(limit) => DriverError::Exhausted(limit),
         None => failed(step, error),
@@ -39,7 +45,7 @@ pub(super) fn refusal(step: &str, error: &(dyn std::error::Error + 'static)) -> 
 }
 
 /// The limit that an error of the operating system stands for.
-pub(super) fn limit_of(error: &(dyn std::error::Error + 'static)) -> Option<Limit> {
+pub(crate) fn limit_of(error: &(dyn std::error::Error + 'static)) -> Option<Limit> {
     let mut cause = Some(error);
     while let Some(error) = cause {
         match error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
@@ -52,16 +58,16 @@ pub(super) fn limit_of(error: &(dyn std::error::Error + 'static)) -> Option<Limi
     None
 }
 
-pub(super) fn free_disk_mb(path: &Path) -> Option<u64> {
+pub(crate) fn free_disk_mb(path: &Path) -> Option<u64> {
     Some(free_bytes(path)? >> 20)
 }
 
-pub(super) fn free_bytes(path: &Path) -> Option<u64> {
+pub(crate) fn free_bytes(path: &Path) -> Option<u64> {
     let status = rustix::fs::statvfs(path).ok()?;
     Some(status.f_bavail.saturating_mul(status.f_frsize))
 }
 
-pub(super) fn available_memory_mb() -> Option<u64> {
+pub(crate) fn available_memory_mb() -> Option<u64> {
     memory_mb(&fs::read_to_string("/proc/meminfo").ok()?)
 }
 
@@ -76,12 +82,11 @@ mod tests {
 
     #[test]
     fn a_limit_is_broken_below_it_and_named() {
-        let mut config = Config::new("/".into());
-        (config.disk_free_mb_min, config.memory_available_mb_min) = (100, 50);
-        assert_eq!(breaks(&config, Some(100), Some(50)), None);
-        assert_eq!(breaks(&config, Some(99), Some(50)), Some(Limit::DiskFreeMin));
-        assert_eq!(breaks(&config, Some(100), Some(49)), Some(Limit::MemoryAvailableMin));
-        assert_eq!(breaks(&config, None, None), None);
+        let least = Minimums { disk_free_mb: 100, memory_available_mb: 50 };
+        assert_eq!(breaks(&least, Some(100), Some(50)), None);
+        assert_eq!(breaks(&least, Some(99), Some(50)), Some(Limit::DiskFreeMin));
+        assert_eq!(breaks(&least, Some(100), Some(49)), Some(Limit::MemoryAvailableMin));
+        assert_eq!(breaks(&least, None, None), None);
     }
 
     #[test]

@@ -2,22 +2,27 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use nagaya_engine::model::Egress;
-use serde::{Deserialize, Serialize};
+use nagaya_engine::model::{Egress, ImageDigest};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::disk;
+use super::host_image::digest_of_base;
 
 const FILE: &str = "record.json";
 
 /// New fields must have defaults: sandboxes outlive servers. See decision 0005.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Record {
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
     /// `None` while only the disk is there.
     pub slot: Option<u32>,
-    /// The base layer, which must stay while the sandbox may run on it.
-    pub base: PathBuf,
+    /// The driver that runs it.
+    #[serde(default = "first_driver")]
+    pub driver: String,
+    /// The image that its disk was written over; `None` where that was lost with the record.
+    #[serde(default, alias = "base", deserialize_with = "digest")]
+    pub root: Option<ImageDigest>,
     /// Names the run of the host on which its processes were started.
     #[serde(default)]
     pub boot_id: Option<String>,
@@ -29,7 +34,38 @@ pub(super) struct Record {
     pub egress: Option<Egress>,
 }
 
+/// Servers that knew one image wrote the directory of its base layer instead.
+fn digest<'de, D: Deserializer<'de>>(from: D) -> Result<Option<ImageDigest>, D::Error> {
+    let text = Option::<String>::deserialize(from)?;
+    Ok(text.and_then(|text| match text.starts_with('/') {
+        true => digest_of_base(Path::new(&text)),
+        false => Some(ImageDigest::new(text)).filter(|digest| !digest.is_unknown()),
+    }))
+}
+
+impl Default for Record {
+    fn default() -> Self {
+        Self { slot: None, driver: first_driver(), root: None, boot_id: None, powered_off: false, egress: None }
+    }
+}
+
+/// Records of servers that had one driver do not name it.
+fn first_driver() -> String {
+    "namespace".to_owned()
+}
+
 impl Record {
+    /// Of a sandbox that starts now, with the number that it has got.
+    pub fn new(driver: &str, root: ImageDigest, number: u32, boot_id: String) -> Self {
+        Self {
+            slot: Some(number),
+            driver: driver.to_owned(),
+            root: Some(root),
+            boot_id: Some(boot_id),
+            ..Self::default()
+        }
+    }
+
     /// Replaces what was written before, whole. Not synced.
     pub fn write(&self, directory: &Path) -> io::Result<()> {
         self.replace(directory, |_| Ok(()))
@@ -58,19 +94,19 @@ impl Record {
 }
 
 /// Makes a new record durable, and with it the sandbox's name.
-pub(super) fn sync(directory: &Path) -> io::Result<()> {
+pub(crate) fn sync(directory: &Path) -> io::Result<()> {
     File::open(directory.join(FILE))?.sync_all()?;
     sync_directory(directory)?;
     directory.parent().map_or(Ok(()), sync_directory)
 }
 
 /// Makes durable what a directory's entries are called.
-pub(super) fn sync_directory(directory: &Path) -> io::Result<()> {
+pub(crate) fn sync_directory(directory: &Path) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
 /// Names this run of the host.
-pub(super) fn boot_id() -> io::Result<String> {
+pub(crate) fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
@@ -83,8 +119,11 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let old = r#"{"slot":7,"machine":{"cpu_cores":1},"base":"/images/host-1"}"#;
         fs::write(directory.path().join(FILE), old).expect("write");
-        let expected = Record { slot: Some(7), base: "/images/host-1".into(), ..Record::default() };
-        assert_eq!(Record::read(directory.path()), Some(expected));
+        let record = Record::read(directory.path()).expect("a record");
+        assert_eq!((record.slot, record.driver.as_str()), (Some(7), "namespace"));
+        assert_eq!(record.root, Some(ImageDigest::new("host:1")));
+        record.write(directory.path()).expect("write");
+        assert_eq!(Record::read(directory.path()), Some(record));
     }
 
     #[test]
@@ -100,7 +139,7 @@ mod tests {
     #[test]
     fn what_is_written_is_read_and_replaced_whole() {
         let directory = tempfile::tempdir().expect("a directory");
-        let mut record = Record { slot: Some(1), boot_id: Some("x".into()), ..Record::default() };
+        let mut record = Record::new("some", ImageDigest::new("host:1"), 1, "x".into());
         record.write(directory.path()).expect("write");
         assert_eq!(Record::read(directory.path()), Some(record.clone()));
         (record.slot, record.powered_off) = (None, true);

@@ -22,7 +22,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, UnmountFlags};
 
 use super::{MOUNT_POINT, POOL_FILE};
-use crate::namespace::capacity::free_bytes;
+use crate::host::capacity::free_bytes;
 use crate::sys::loop_device::LoopDevice;
 
 const MIB: u64 = 1 << 20;

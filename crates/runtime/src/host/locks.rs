@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::time::MissedTickBehavior;
 
-use super::{Inner, instance_name};
+use super::Host;
 
 /// Locks of one sandbox. Databases have hundreds.
 const LOCKS_MAX: usize = 10_000;
@@ -22,48 +22,45 @@ const LINES_MAX: usize = 2 * LOCKS_MAX;
 const LOOK: Duration = Duration::from_secs(1);
 const TABLE: &str = "/proc/locks";
 
-impl Inner {
-    /// Ends who has too many locks, until the driver is gone.
-    pub(super) fn watch_locks(self: &Arc<Self>) {
-        let inner = Arc::downgrade(self);
-        tokio::spawn(async move {
-            let mut look = tokio::time::interval(LOOK);
-            look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                look.tick().await;
-                let Some(inner) = inner.upgrade() else { return };
-                // The table is short on most hosts, and read within a millisecond.
-                let _ = tokio::task::spawn_blocking(move || inner.end_hoarders()).await;
-            }
-        });
-    }
+/// Ends who has too many locks, until the host is gone.
+pub(super) fn watch(host: &Arc<Host>) {
+    let host = Arc::downgrade(host);
+    tokio::spawn(async move {
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            look.tick().await;
+            let Some(host) = host.upgrade() else { return };
+            // The table is short on most hosts, and read within a millisecond.
+            let _ = tokio::task::spawn_blocking(move || end_hoarders(&host.groups_path())).await;
+        }
+    });
+}
 
-    fn end_hoarders(&self) {
-        let Ok(table) = File::open(TABLE) else { return };
-        let locks = count(BufReader::new(table));
-        if locks.values().sum::<usize>() < LOCKS_MAX {
-            return;
+/// Ends processes with too many locks in groups whose paths begin so.
+fn end_hoarders(groups: &str) {
+    let Ok(table) = File::open(TABLE) else { return };
+    let locks = count(BufReader::new(table));
+    if locks.values().sum::<usize>() < LOCKS_MAX {
+        return;
+    }
+    let slot = |pid: i32| slot_of(&fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?, groups);
+    let mut sandboxes: HashMap<u32, Vec<(i32, usize)>> = HashMap::new();
+    for (pid, locks) in locks {
+        if let Some(slot) = slot(pid) {
+            sandboxes.entry(slot).or_default().push((pid, locks));
         }
-        let Ok(data) = fs::canonicalize(&self.config.data) else { return };
-        let groups = format!("/nagaya/{}/slot-", instance_name(&data));
-        let slot = |pid: i32| slot_of(&fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?, &groups);
-        let mut sandboxes: HashMap<u32, Vec<(i32, usize)>> = HashMap::new();
-        for (pid, locks) in locks {
-            if let Some(slot) = slot(pid) {
-                sandboxes.entry(slot).or_default().push((pid, locks));
-            }
+    }
+    for (number, holders) in sandboxes {
+        let held: usize = holders.iter().map(|(_, locks)| locks).sum();
+        if held < LOCKS_MAX {
+            continue;
         }
-        for (number, holders) in sandboxes {
-            let held: usize = holders.iter().map(|(_, locks)| locks).sum();
-            if held < LOCKS_MAX {
-                continue;
-            }
-            // All that have a part in it: it may be shared out among a thousand.
-            let share = LOCKS_MAX / holders.len() / 2;
-            tracing::warn!(slot = number, held, "a sandbox holds too many file locks; ending the processes that do");
-            for (pid, _) in holders.into_iter().filter(|(_, locks)| *locks >= share.max(1)) {
-                end(pid, || slot(pid) == Some(number));
-            }
+        // All that have a part in it: it may be shared out among a thousand.
+        let share = LOCKS_MAX / holders.len() / 2;
+        tracing::warn!(slot = number, held, "a sandbox holds too many file locks; ending the processes that do");
+        for (pid, _) in holders.into_iter().filter(|(_, locks)| *locks >= share.max(1)) {
+            end(pid, || slot(pid) == Some(number));
         }
     }
 }

@@ -4,7 +4,7 @@
 //! nothing else, so that it goes with the sandbox however that ends. Nothing about it is kept in memory: who has
 //! a volume is read from the kernel, as a later server does that knows of nothing.
 
-pub(super) mod image;
+pub(crate) mod image;
 
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
@@ -25,8 +25,8 @@ use rustix::mount::MountAttrFlags;
 use rustix::thread::CapabilitySet;
 
 use super::capacity;
-use super::slots::first_id;
-use super::{Inner, blocking, failed, too_long};
+use super::numbers::first_id;
+use super::{blocking, failed, too_long};
 use crate::spawner::Spawner;
 use crate::sys::ext4;
 use crate::sys::loop_device::LoopDevice;
@@ -53,7 +53,7 @@ const NO_GROWTH_IN_USE: &str =
     "this server may not grow a volume that is in use (it has no CAP_SYS_RESOURCE): detach the volume first";
 
 /// The volumes of one storage. Everything but [`Volumes::settle`] blocks.
-pub(super) struct Volumes {
+pub(crate) struct Volumes {
     directory: PathBuf,
     /// Free space of the host's file system below which no volume is made or grown, MiB.
     disk_free_mb_min: u64,
@@ -61,20 +61,11 @@ pub(super) struct Volumes {
 }
 
 /// A running sandbox, for a volume on its way in or out.
-pub(super) struct Sandbox {
+pub(crate) struct Sandbox {
     pub id: SessionId,
     pub slot: u32,
     /// Of its first process.
     pub pidfd: OwnedFd,
-}
-
-impl Inner {
-    /// A running sandbox, for its volumes.
-    pub(super) fn sandbox(&self, id: SessionId) -> Result<Sandbox, DriverError> {
-        let live = self.running(id)?;
-        let pidfd = live.pidfd.try_clone().map_err(on("watch the sandbox"))?;
-        Ok(Sandbox { id, slot: live.slot, pidfd })
-    }
 }
 
 impl Volumes {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nagaya_api::ids::SessionId;
-use nagaya_engine::model::Machine;
+use nagaya_engine::model::SandboxSpec;
 use nagaya_engine::ports::DriverError;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
@@ -18,11 +18,12 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use rustix::time::Timespec;
 use tokio::io::unix::AsyncFd;
 
-use super::record::Record;
-use super::slots::{Slot, group_name};
-use super::{Inner, failed, too_long};
+use super::Inner;
+use super::slots::Slot;
 use crate::agent_client::Link;
-use crate::cgroup::{Cgroups, Group, Limits, Part};
+use crate::cgroup::{Group, Limits, Part};
+use crate::host::record::Record;
+use crate::host::{Host, failed, too_long};
 use crate::sys;
 
 const SOCKET: &str = "agent.sock";
@@ -88,7 +89,7 @@ fn is_halted(stat: &str) -> bool {
 }
 
 /// A sandbox that this process watches.
-pub(super) struct Live {
+pub(super) struct RunningSandbox {
     pub id: SessionId,
     pub slot: u32,
     pub pidfd: PidFd,
@@ -97,7 +98,7 @@ pub(super) struct Live {
     link: Mutex<Option<Arc<Link>>>,
 }
 
-impl Live {
+impl RunningSandbox {
     pub fn new(id: SessionId, slot: u32, pidfd: PidFd) -> Self {
         Self { id, slot, pidfd, ending: AtomicBool::new(false), link: Mutex::new(None) }
     }
@@ -113,14 +114,14 @@ impl Live {
     }
 
     /// Ends all processes, frozen or not.
-    pub async fn end(&self, cgroups: &Cgroups) -> Result<(), DriverError> {
+    pub async fn end(&self, host: &Host) -> Result<(), DriverError> {
         self.begin_ending();
         self.pidfd.kill().map_err(|error| failed("kill the sandbox", &error))?;
-        let group = cgroups.group(&group_name(self.slot));
+        let group = host.group(self.slot);
         if group.is_to_be_frozen().unwrap_or(false) {
             // On cgroup v1 what is frozen ends when it is thawed. All of it is marked for its end before, so
             // that nothing runs once more.
-            kill_part(&group, Part::Commands);
+            group.kill(Part::Commands);
             group.thaw().map_err(|error| failed("thaw the sandbox", &error))?;
         }
         match tokio::time::timeout(END_MAX, self.pidfd.ended()).await {
@@ -149,31 +150,27 @@ impl Live {
 /// Makes a slot the sandbox of a session: its limits, its record, its directory. The last step gives
 /// it its name, so that a crash before it leaves a slot and a crash after it a sandbox. The slot is
 /// unharmed by an error.
-pub(super) fn take(
-    inner: &Inner,
-    id: SessionId,
-    machine: &Machine,
-    slot: &Slot,
-    base: &Path,
-) -> Result<(), DriverError> {
+pub(super) fn take(inner: &Inner, id: SessionId, spec: &SandboxSpec, slot: &Slot) -> Result<(), DriverError> {
+    let host = &*inner.host;
     let limits = Limits {
-        cpu_cores: machine.cpu_cores,
-        memory_bytes: u64::from(machine.memory_mb) << 20,
-        processes_max: inner.config.processes_max,
+        cpu_millis: spec.resources.cpu_millis,
+        memory_bytes: spec.resources.memory_bytes,
+        processes_max: host.config.processes_max,
     };
     slot.group.set_limits(limits).map_err(|error| failed("set the sandbox's limits", &error))?;
     slot.set_sizes(limits.memory_bytes).map_err(|error| failed("set the sandbox's sizes", &error))?;
-    let processors = inner.processors_for(slot.number, machine.cpu_cores);
+    let processors = host.processors_for(slot.number, spec.resources.cpus());
     set_processors(slot.started.pid, &processors).map_err(|error| failed("set the sandbox's processors", &error))?;
-    let boot_id = Some(inner.boot_id.clone());
-    let egress = machine.egress.clone();
-    let record = Record { slot: Some(slot.number), base: base.to_owned(), boot_id, powered_off: false, egress };
+    let record = Record {
+        egress: spec.egress.clone(),
+        ..Record::new(&inner.name, spec.root.digest.clone(), slot.number, host.boot_id.clone())
+    };
     record.write(&slot.directory).map_err(|error| failed("write the sandbox's record", &error))?;
-    if let Some(network) = inner.factory.network.as_ref().filter(|_| machine.outbound) {
-        let begun = network.begin(slot.number, machine.egress.as_ref());
+    if let Some(network) = host.network.as_ref().filter(|_| spec.outbound) {
+        let begun = network.begin(slot.number, spec.egress.as_ref());
         begun.map_err(|error| failed("set the sandbox's destinations", &error))?;
     }
-    let directory = inner.directory(id);
+    let directory = host.directory(id);
     if slot.directory != directory {
         fs::rename(&slot.directory, &directory).map_err(|error| failed("name the sandbox", &error))?;
     }
@@ -229,13 +226,13 @@ fn short_path(directory: &OwnedFd) -> String {
 }
 
 /// Connects to the agent and exchanges greetings.
-pub(super) async fn connect(directory: &Path, cgroups: &Cgroups, live: &Live) -> Result<Arc<Link>, DriverError> {
-    let group = cgroups.group(&group_name(live.slot));
-    if live.pidfd.is_halted() {
+pub(super) async fn connect(host: &Host, running: &RunningSandbox) -> Result<Arc<Link>, DriverError> {
+    let (group, directory) = (host.group(running.slot), host.directory(running.id));
+    if running.pidfd.is_halted() {
         return Err(DriverError::Failed(HALTED.into()));
     }
-    let process = live.pidfd.try_clone().map_err(|error| failed("name the sandbox's first process", &error))?;
-    let place = open_directory(directory).map_err(|error| failed("open the sandbox's directory", &error))?;
+    let process = running.pidfd.try_clone().map_err(|error| failed("name the sandbox's first process", &error))?;
+    let place = open_directory(&directory).map_err(|error| failed("open the sandbox's directory", &error))?;
     let path = short_path(&place);
     let connecting = Link::connect(Path::new(&path));
     let link = tokio::time::timeout(AGENT_ANSWER_MAX, connecting)
@@ -256,40 +253,24 @@ pub(super) fn read_error(pipe: &OwnedFd) -> String {
 }
 
 /// The first process of the sandbox in a slot, found by its control group: nothing else is ever in it.
-pub(super) fn find(cgroups: &Cgroups, slot: u32) -> Option<OwnedFd> {
-    let group = cgroups.group(&group_name(slot));
+pub(super) fn find(group: &Group) -> Option<OwnedFd> {
     let pid = Pid::from_raw(*group.processes(Part::Agent).first()?)?;
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
     // The number may have passed to another process before it was opened.
     group.processes(Part::Agent).contains(&pid.as_raw_nonzero().get()).then_some(pidfd)
 }
 
-/// Kills whatever is in a group.
-pub(super) fn kill_group(group: &Group) {
-    kill_part(group, Part::Agent);
-    kill_part(group, Part::Commands);
-    // What is frozen would not end.
-    let _ = group.thaw();
-}
-
-fn kill_part(group: &Group, part: Part) {
-    for pid in group.processes(part).into_iter().filter_map(Pid::from_raw) {
-        let _ = rustix::process::kill_process(pid, Signal::KILL);
-    }
-}
-
 /// Removes the group of a sandbox whose first process has ended. The kernel takes a moment to take
 /// dead processes out of their groups.
-pub(super) fn remove_group(cgroups: &Cgroups, slot: u32) {
-    let group = cgroups.group(&group_name(slot));
+pub(super) fn remove_group(group: &Group) {
     for pause_ms in [0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000] {
         std::thread::sleep(Duration::from_millis(pause_ms));
         match group.remove() {
             Ok(()) => return,
             Err(error) if pause_ms == 2_000 => {
-                tracing::warn!(error = &error as &dyn std::error::Error, slot, "could not remove a control group");
+                tracing::warn!(error = &error as &dyn std::error::Error, ?group, "could not remove a control group");
             }
-            Err(_) => kill_group(&group),
+            Err(_) => group.kill_all(),
         }
     }
 }

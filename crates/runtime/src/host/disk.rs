@@ -6,6 +6,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use nagaya_guest::mount;
+use nagaya_guest::{mount, spawn};
 use rustix::fs::{Mode, SeekFrom};
 use rustix::mount::MountAttrFlags;
 
@@ -27,7 +28,11 @@ const COPIED_AT_ONCE: u64 = 128 << 10;
 /// How long the host may take to write a disk back and to let go of it.
 const UNMOUNT_MAX: Duration = Duration::from_secs(120);
 /// Raised whenever what is inside a fresh disk changes.
-const TEMPLATE_VERSION: u32 = 2;
+const TEMPLATE_VERSION: u32 = 3;
+/// Templates that are kept. They take little, but clients may ask for any size.
+const TEMPLATES_MAX: usize = 64;
+/// What a disk may have: the least has room for its journal; more than the most is beyond what disks can grow to.
+pub const DISK_BYTES: Range<u64> = 64 << 20..100 * GIB;
 
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
@@ -44,89 +49,96 @@ fn at<T>(step: &'static str, path: &Path, result: io::Result<T>) -> Result<T, Di
 }
 
 /// A sandbox's disk, in its directory.
-pub(super) fn path(directory: &Path) -> PathBuf {
+pub(crate) fn path(directory: &Path) -> PathBuf {
     directory.join("disk.ext4")
 }
 
 /// The templates of one storage.
 pub struct Disks {
     templates: PathBuf,
-    /// Names of the overlays whose upper and work directories a disk holds.
-    layers: Vec<String>,
     /// One formatting at a time; two sandboxes of a new size would race for its template.
     formatting: Mutex<()>,
 }
 
 impl Disks {
-    pub fn open(storage: &Path, layers: &[String]) -> Result<Self, DiskError> {
+    pub fn open(storage: &Path) -> Result<Self, DiskError> {
         let templates = storage.join("templates");
         at("create", &templates, fs::create_dir_all(&templates))?;
-        let layers = std::iter::once("root".to_owned()).chain(layers.iter().cloned()).collect();
-        Ok(Self { templates, layers, formatting: Mutex::new(()) })
+        Ok(Self { templates, formatting: Mutex::new(()) })
     }
 
-    /// Makes a fresh disk of `size_gb` GiB at `path`.
-    pub fn make(&self, path: &Path, size_gb: u32) -> Result<(), DiskError> {
-        let template = self.template(size_gb)?;
-        let source = at("open", &template, File::open(&template))?;
+    /// Makes a fresh disk of so many bytes at `path`.
+    pub fn make(&self, path: &Path, bytes: u64) -> Result<(), DiskError> {
+        let source = self.template(bytes)?;
         let target = at("create", path, OpenOptions::new().write(true).create_new(true).mode(0o600).open(path))?;
         // Shared blocks would have to be read from the host's disk again, as soon as it is mounted, and copied with the first
         // write. The little that is on a fresh disk is in memory.
         at("copy to", path, copy_sparse(&source, &target, copy_bytes))
     }
 
-    fn template(&self, size_gb: u32) -> Result<PathBuf, DiskError> {
-        let layout = blake3::hash(self.layers.join("/").as_bytes()).to_hex();
-        let path = self.templates.join(format!("v{TEMPLATE_VERSION}-{}-{size_gb}g.ext4", &layout[..8]));
+    fn template(&self, bytes: u64) -> Result<File, DiskError> {
+        let path = self.templates.join(format!("v{TEMPLATE_VERSION}-{bytes}.ext4"));
         let _one = self.formatting.lock().expect("formatting does not panic");
         if !path.exists() {
+            self.make_room()?;
             let fresh = path.with_extension("new");
-            let _ = fs::remove_file(&fresh);
-            self.format(&fresh, size_gb)?;
+            format(&fresh, bytes)?;
             // A power cut must not leave half of it to be copied ever after.
             at("sync", &fresh, File::open(&fresh).and_then(|file| file.sync_all()))?;
             at("rename", &path, fs::rename(&fresh, &path))?;
         }
-        Ok(path)
+        at("open", &path, File::open(&path))
     }
 
-    fn format(&self, path: &Path, size_gb: u32) -> Result<(), DiskError> {
-        let file = at("create", path, OpenOptions::new().write(true).create_new(true).mode(0o600).open(path))?;
-        at("size", path, file.set_len(u64::from(size_gb) * GIB))?;
-        drop(file);
-        // Every disk is a copy of what is written here: room to grow beyond what is allowed would be
-        // ten times that. The first write of a sandbox looks at all groups of a flexible group (-G).
-        let size_gb_max = *nagaya_api::limits::DISK_GB.end();
-        let (feature, growth) = if size_gb < size_gb_max {
-            ("resize_inode", format!(",resize={}", u64::from(size_gb_max) * GIB / BLOCK_BYTES))
-        } else {
-            ("^resize_inode", String::new())
-        };
-        let output = Command::new("mkfs.ext4")
-            .args(["-q", "-F", "-m", "0", "-b", &BLOCK_BYTES.to_string(), "-J", "size=16", "-G", "4", "-O", feature])
-            .arg("-E")
-            .arg(format!("lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0{growth}"))
-            .arg(path)
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-            .stdin(Stdio::null())
-            .output()
-            .map_err(|error| DiskError::Format(format!("run mkfs.ext4 (package e2fsprogs): {error}")))?;
-        if !output.status.success() {
-            return Err(DiskError::Format(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
-        }
-        let disk = attach(path)?;
-        for layer in &self.layers {
-            for directory in ["", "/upper", "/work"] {
-                let name = format!("{layer}{directory}");
-                rustix::fs::mkdirat(&disk, &name, Mode::from_raw_mode(0o755)).map_err(|errno| DiskError::System {
-                    step: "create",
-                    path: name,
-                    source: errno.into(),
-                })?;
+    /// Removes all templates where there are as many as may be kept, and what an earlier server did not finish: making one again
+    /// takes a tenth of a second.
+    fn make_room(&self) -> Result<(), DiskError> {
+        let entries: Vec<_> = at("list", &self.templates, fs::read_dir(&self.templates))?.flatten().collect();
+        let many = entries.len() >= TEMPLATES_MAX;
+        for path in entries.iter().map(fs::DirEntry::path) {
+            if many || path.extension().is_some_and(|extension| extension == "new") {
+                at("remove", &path, fs::remove_file(&path))?;
             }
         }
         Ok(())
     }
+}
+
+fn format(path: &Path, bytes: u64) -> Result<(), DiskError> {
+    let file = at("create", path, OpenOptions::new().write(true).create_new(true).mode(0o600).open(path))?;
+    at("size", path, file.set_len(bytes))?;
+    drop(file);
+    // Every disk is a copy of what is written here: room to grow beyond what is allowed would be
+    // ten times that. The first write of a sandbox looks at all groups of a flexible group (-G).
+    let (feature, growth) = if bytes < DISK_BYTES.end {
+        ("resize_inode", format!(",resize={}", DISK_BYTES.end / BLOCK_BYTES))
+    } else {
+        ("^resize_inode", String::new())
+    };
+    let output = Command::new("mkfs.ext4")
+        .args(["-q", "-F", "-m", "0", "-b", &BLOCK_BYTES.to_string(), "-J", "size=16", "-G", "4", "-O", feature])
+        .arg("-E")
+        .arg(format!("lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0{growth}"))
+        .arg(path)
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| DiskError::Format(format!("run mkfs.ext4 (package e2fsprogs): {error}")))?;
+    if !output.status.success() {
+        return Err(DiskError::Format(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+    }
+    let disk = attach(path)?;
+    for layer in spawn::overlays() {
+        for directory in ["", "/upper", "/work"] {
+            let name = format!("{layer}{directory}");
+            rustix::fs::mkdirat(&disk, &name, Mode::from_raw_mode(0o755)).map_err(|errno| DiskError::System {
+                step: "create",
+                path: name,
+                source: errno.into(),
+            })?;
+        }
+    }
+    Ok(())
 }
 
 /// Attaches a disk image and returns it as a detached mount.
@@ -167,7 +179,7 @@ fn options(device: &LoopDevice) -> [(&'static str, Option<&str>); 5] {
 }
 
 /// Whether the file system that is mounted from a disk had errors, and whether it is held because the host has no space.
-pub(super) fn faults(path: &Path) -> (bool, bool) {
+pub(crate) fn faults(path: &Path) -> (bool, bool) {
     let devices = LoopDevice::over(path).unwrap_or_default();
     let names: Vec<&str> = devices.iter().filter_map(|device| device.path.strip_prefix("/dev/")).collect();
     let had_errors = |name: &&str| {
@@ -179,7 +191,7 @@ pub(super) fn faults(path: &Path) -> (bool, bool) {
 
 /// Puts a disk in order that is not in use and had errors. What the kernel can do itself, such as replaying the journal, is
 /// left to it.
-pub(super) fn repair(path: &Path) -> Result<(), DiskError> {
+pub(crate) fn repair(path: &Path) -> Result<(), DiskError> {
     let file = at("open", path, File::open(path))?;
     if Superblock::read(&file)?.has_errors {
         image::repair(path)?;
@@ -188,8 +200,7 @@ pub(super) fn repair(path: &Path) -> Result<(), DiskError> {
 }
 
 /// Grows what is on a disk that is not in use to this size, unless it is as large already.
-pub fn grow(path: &Path, size_gb: u32) -> Result<(), DiskError> {
-    let bytes = u64::from(size_gb) * GIB;
+pub fn grow(path: &Path, bytes: u64) -> Result<(), DiskError> {
     let file = at("open", path, OpenOptions::new().read(true).write(true).open(path))?;
     let has = |found: Superblock| found.bytes >= bytes;
     if Superblock::read(&file).map(has)? {

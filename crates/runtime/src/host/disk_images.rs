@@ -37,7 +37,7 @@ const EXPEDITED: &str = "expedited";
 const RUN: &str = "boot-id";
 
 #[derive(Debug, thiserror::Error)]
-pub(super) enum CopyError {
+pub(crate) enum CopyError {
     #[error("{step}")]
     System { step: &'static str, source: io::Error },
     #[error("find the disk")]
@@ -52,7 +52,7 @@ fn on<E: Into<io::Error>>(step: &'static str) -> impl Fn(E) -> CopyError {
 }
 
 /// The images of one storage. Everything blocks.
-pub(super) struct Images {
+pub(crate) struct DiskImages {
     directory: PathBuf,
     /// Free space of the host's file system that copies leave for others, MiB.
     disk_free_mb_min: u64,
@@ -62,7 +62,7 @@ pub(super) struct Images {
     prepared: Mutex<HashMap<DiskImageId, LoopDevice>>,
 }
 
-impl Images {
+impl DiskImages {
     pub fn open(storage: &Path, disk_free_mb_min: u64, boot_id: &str) -> io::Result<Self> {
         let directory = storage.join("disks");
         fs::create_dir_all(&directory)?;
@@ -224,7 +224,7 @@ impl Drop for FsFreezeGuard {
 
 /// Mounts a disk in a sandbox's directory of which nothing was ever flushed. The host's grace periods are expedited meanwhile, which the
 /// same mark tells of as when it is frozen. Where they cannot be, flushing takes less time than not to.
-pub(super) fn mount_unflushed(device: &LoopDevice, directory: &Path) -> Result<OwnedFd, CopyError> {
+pub(crate) fn mount_unflushed(device: &LoopDevice, directory: &Path) -> Result<OwnedFd, CopyError> {
     let mark = directory.join(FROZEN);
     let content = if rcu::can_be_expedited() { EXPEDITED } else { "" };
     fs::write(&mark, content).map_err(on("mark the disk"))?;
@@ -240,7 +240,7 @@ pub(super) fn mount_unflushed(device: &LoopDevice, directory: &Path) -> Result<O
 }
 
 /// Writes back what is on the disk in a sandbox's directory. One that is not mounted is written back already.
-pub(super) fn sync_disk(directory: &Path) -> Result<(), CopyError> {
+pub(crate) fn sync_disk(directory: &Path) -> Result<(), CopyError> {
     match open_root(directory)? {
         Some(root) => rustix::fs::syncfs(&root).map_err(on("sync the disk")),
         None => Ok(()),
@@ -248,12 +248,12 @@ pub(super) fn sync_disk(directory: &Path) -> Result<(), CopyError> {
 }
 
 /// Whether a server froze the disk in this directory and has not thawed it.
-pub(super) fn is_marked_frozen(directory: &Path) -> bool {
+pub(crate) fn is_marked_frozen(directory: &Path) -> bool {
     directory.join(FROZEN).exists()
 }
 
 /// Undoes what a server left that was killed while it copied the disk in this directory.
-pub(super) fn thaw(directory: &Path) -> Result<(), CopyError> {
+pub(crate) fn thaw(directory: &Path) -> Result<(), CopyError> {
     if let Some(root) = open_root(directory)? {
         ext4::thaw(root.as_fd()).map_err(on("thaw the disk"))?;
     }

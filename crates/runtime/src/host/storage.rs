@@ -22,7 +22,7 @@ const POOL_FILE: &str = "storage.xfs";
 /// Where its file system is mounted.
 const MOUNT_POINT: &str = "storage";
 /// Every driver makes it, so that one without a pool has been used without.
-pub(super) const SANDBOXES: &str = "sandboxes";
+pub(crate) const SANDBOXES: &str = "sandboxes";
 
 /// Whether a data directory that is used for the first time gets a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +58,7 @@ pub(crate) fn shares_blocks(directory: &Path) -> io::Result<bool> {
 }
 
 /// The storage of one data directory.
-pub(super) struct Storage {
+pub(crate) struct Storage {
     root: PathBuf,
     pool: Option<Arc<Pool>>,
     keeper: Mutex<Option<PoolGrower>>,

@@ -47,7 +47,7 @@ impl Ceiling {
 }
 
 /// Raises what is too low for that many sandboxes. Gives for how many there is room then, and says what is missing.
-pub(super) fn raise(sandboxes: u32, processes_max: u64) -> u32 {
+pub(crate) fn raise(sandboxes: u32, processes_max: u64) -> u32 {
     raise_below(Path::new("/proc/sys"), sandboxes, processes_max)
 }
 

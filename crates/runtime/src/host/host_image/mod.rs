@@ -5,11 +5,15 @@
 //! Nothing else of the host is in it. What the base layer has in the directory of another layer lies over that
 //! one: so `poweroff` and its kin are ours, for the host's ask a service manager that is not there.
 
+use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
+
+use nagaya_engine::model::{ImageDigest, Layer, RootImage};
+use nagaya_guest::spawn::PLACES as PROGRAM_DIRECTORIES;
 
 use accounts::{Accounts, Host};
 
@@ -17,9 +21,6 @@ mod accounts;
 mod apt;
 mod packages;
 mod terminals;
-
-/// Directories of a Unix root that hold programs and libraries.
-const PROGRAM_DIRECTORIES: [&str; 7] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"];
 
 /// What is taken from the host's `/etc`: needed by programs of `/usr`, and telling nothing of the
 /// host's users, secrets or network.
@@ -80,44 +81,75 @@ fn at<T>(path: &Path, result: io::Result<T>) -> Result<T, ImageError> {
     result.map_err(|source| ImageError { path: path.display().to_string(), source })
 }
 
-/// The layers of an image, as paths on the host.
-#[derive(Debug, Clone)]
-pub struct Image {
-    /// The bottom of the root.
-    pub base: PathBuf,
-    /// Directories with a layer of their own: name below the root, and the host's directory.
-    pub layers: Vec<(String, PathBuf)>,
-}
-
-impl Image {
-    pub fn layer_names(&self) -> Vec<String> {
-        self.layers.iter().map(|(name, _)| name.clone()).collect()
-    }
-}
-
 /// Raised whenever this module makes something else of the same host.
 const VERSION: u32 = 3;
 
-/// Makes the base layer below `images`, unless the same one is there. Sandboxes keep the layer they
-/// started with: an old one may be removed only when [`remove_unused`] finds it unused.
-pub fn make(images: &Path, name_server: Option<Ipv4Addr>) -> Result<Image, ImageError> {
-    at(images, fs::create_dir_all(images))?;
-    let base = images.join(format!("host-{}", fingerprint(name_server)));
-    if !base.exists() {
-        let fresh = images.join("new");
-        if fresh.exists() {
-            at(&fresh, fs::remove_dir_all(&fresh))?;
+/// The base layers of one data directory: that of new sandboxes, and those that earlier ones stand on, which were made from
+/// another state of the host.
+pub(super) struct HostImages {
+    directory: PathBuf,
+    current: RootImage,
+}
+
+impl HostImages {
+    /// Makes the base layer below `directory`, unless the same one is there.
+    pub fn open(directory: &Path, name_server: Option<Ipv4Addr>) -> Result<Self, ImageError> {
+        at(directory, fs::create_dir_all(directory))?;
+        let name = fingerprint(name_server);
+        let base = directory.join(format!("{PREFIX}{name}"));
+        if !base.exists() {
+            let fresh = directory.join("new");
+            if fresh.exists() {
+                at(&fresh, fs::remove_dir_all(&fresh))?;
+            }
+            at(&fresh, fs::create_dir(&fresh))?;
+            make_base(&fresh, name_server)?;
+            at(&base, fs::rename(&fresh, &base))?;
         }
-        at(&fresh, fs::create_dir(&fresh))?;
-        make_base(&fresh, name_server)?;
-        at(&base, fs::rename(&fresh, &base))?;
+        Ok(Self { directory: directory.to_owned(), current: image(base, &name) })
     }
-    let layers = PROGRAM_DIRECTORIES
+
+    pub fn default_image(&self) -> RootImage {
+        self.current.clone()
+    }
+
+    /// The image of this digest, as long as its base layer is there.
+    pub fn find(&self, digest: &ImageDigest) -> Option<RootImage> {
+        let name = digest.as_str().strip_prefix(SCHEME).filter(|name| name.bytes().all(|of| of.is_ascii_hexdigit()))?;
+        let base = self.directory.join(format!("{PREFIX}{name}"));
+        base.is_dir().then(|| image(base, name))
+    }
+
+    /// Removes base layers that neither new sandboxes nor these need.
+    pub fn retain(&self, used: &BTreeSet<ImageDigest>) {
+        for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
+            let digest = digest_of_base(&entry.path());
+            if digest.is_none_or(|digest| digest != self.current.digest && !used.contains(&digest)) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+}
+
+/// Of a base layer's directory, and of a digest.
+const PREFIX: &str = "host-";
+const SCHEME: &str = "host:";
+
+/// The digest of the image with this base layer, as records of earlier servers name it.
+pub(super) fn digest_of_base(base: &Path) -> Option<ImageDigest> {
+    let name = base.file_name()?.to_str()?.strip_prefix(PREFIX)?;
+    Some(ImageDigest::new(format!("{SCHEME}{name}")))
+}
+
+/// The base layer, and the host's directories of programs under it.
+fn image(base: PathBuf, name: &str) -> RootImage {
+    let programs = PROGRAM_DIRECTORIES
         .iter()
-        .map(|name| ((*name).to_owned(), Path::new("/").join(name)))
-        .filter(|(_, path)| fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir()))
-        .collect();
-    Ok(Image { base, layers })
+        .map(|name| Layer { source: Path::new("/").join(name), place: (*name).to_owned() })
+        .filter(|layer| fs::symlink_metadata(&layer.source).is_ok_and(|metadata| metadata.is_dir()));
+    let base = Layer { source: base, place: String::new() };
+    let layers = std::iter::once(base).chain(programs).collect();
+    RootImage { digest: ImageDigest::new(format!("{SCHEME}{name}")), layers }
 }
 
 fn make_base(base: &Path, name_server: Option<Ipv4Addr>) -> Result<(), ImageError> {
@@ -225,15 +257,6 @@ fn describe(path: &Path, hash: &mut blake3::Hasher) {
             fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
         entries.sort();
         entries.iter().for_each(|entry| describe(entry, hash));
-    }
-}
-
-/// Removes base layers that neither new nor running sandboxes use.
-pub fn remove_unused(images: &Path, used: &[PathBuf]) {
-    for entry in fs::read_dir(images).into_iter().flatten().flatten() {
-        if !used.contains(&entry.path()) {
-            let _ = fs::remove_dir_all(entry.path());
-        }
     }
 }
 

@@ -82,7 +82,7 @@ fn chosen(devices: &[Device], hold: Hold) -> BTreeSet<String> {
 }
 
 /// The thread that watches over the host's disk, until this is dropped.
-pub(super) struct Brake {
+pub(crate) struct Brake {
     stopped: Arc<(Mutex<bool>, Condvar)>,
 }
 
@@ -219,7 +219,7 @@ fn blocks(name: &str) -> u64 {
 }
 
 /// Whether a file system takes nothing new because the host has no space.
-pub(super) fn is_held(name: &str) -> bool {
+pub(crate) fn is_held(name: &str) -> bool {
     let all = blocks(name);
     all > 0 && number(&kept_file(name)).is_some_and(|kept| kept > all / 2)
 }

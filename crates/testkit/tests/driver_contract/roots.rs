@@ -1,0 +1,127 @@
+//! Images under disks, sizes that are no whole units, and several drivers on one host.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+
+use nagaya_engine::model::{ImageDigest, Layer, Resources, RootImage, SandboxSpec};
+use nagaya_engine::ports::{Adopted, Driver, DriverError};
+use nagaya_runtime::namespace::{self, NamespaceDriver};
+use nagaya_testkit::Outcome;
+
+use super::limits::cgroup_of;
+use super::place::*;
+
+const MIB: u64 = 1 << 20;
+
+/// An image of two layers that were made by hand, each of the whole root. The upper one hides a file of the lower one.
+fn layered(directory: &Path) -> RootImage {
+    let layer = |name: &str, files: &[(&str, &str)]| {
+        let root = directory.join(name);
+        for made in ["", "bin", "dev", "proc", "sys", "etc", "home/tenki", "run", "tmp"] {
+            fs::create_dir_all(root.join(made)).unwrap();
+        }
+        fs::set_permissions(&root, PermissionsExt::from_mode(0o755)).unwrap();
+        for (path, text) in files {
+            fs::write(root.join(path), text).unwrap();
+        }
+        Layer { source: root, place: String::new() }
+    };
+    let lower = layer("lower", &[("etc/both", "lower"), ("etc/lower", "lower")]);
+    let upper = layer("upper", &[("etc/both", "upper"), ("etc/upper", "upper")]);
+    // One program that needs no library, whatever the host is made of. What links our own programs is there.
+    let source = directory.join("cat.c");
+    fs::write(&source, CAT).unwrap();
+    let linked = Command::new("cc").arg("-static").arg("-o").arg(lower.source.join("bin/cat")).arg(&source).status();
+    assert!(linked.unwrap().success(), "cc -static failed");
+    RootImage { digest: ImageDigest::new("sha256:made-by-hand"), layers: vec![upper, lower] }
+}
+
+/// Prints the files that it is given.
+const CAT: &str = r#"
+#include <stdio.h>
+int main(int count, char **names) {
+    for (int at = 1; at < count; at++) {
+        FILE *file = fopen(names[at], "r");
+        if (!file) return 1;
+        for (int byte; (byte = fgetc(file)) != EOF;) putchar(byte);
+        putchar(' ');
+    }
+    return 0;
+}
+"#;
+
+pub async fn an_image_is_a_stack_of_layers_and_none_of_the_host_is_in_it(place: &mut Place) -> Outcome {
+    let (driver, id) = (place.driver(), fresh_id());
+    let directory = tempfile::Builder::new().prefix("nagaya-contract-layers-").tempdir().unwrap();
+    fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let spec = SandboxSpec { root: layered(directory.path()), ..place.fresh() };
+    let guest = driver.start(id, &spec).await.unwrap();
+    let seen = run(&*guest, command(&["/bin/cat", "/etc/both", "/etc/lower", "/etc/upper"])).await;
+    assert_eq!(seen.text(), "upper lower upper", "{seen:?}");
+    assert!(guest.stat("/usr/bin").await.unwrap().is_none(), "the host's programs are in an image that has none");
+    write(&*guest, "/home/tenki/note", b"kept").await.unwrap();
+
+    // It goes on over its own image, and over no other.
+    driver.stop(id).await.unwrap();
+    let refused = driver.start(id, &place.kept()).await;
+    let Err(DriverError::OtherRoot { disk, asked }) = refused else { panic!("it started over another image") };
+    assert_eq!((disk, asked), (spec.root.digest.clone(), place.fresh().root.digest));
+    let guest = driver.start(id, &SandboxSpec { root: spec.root.clone(), ..place.kept() }).await.unwrap();
+    assert_eq!(read(&*guest, "/home/tenki/note").await.unwrap(), b"kept");
+    assert_eq!(place.host().root_of(id).await.unwrap(), Some(spec.root.digest));
+    assert!(!directory.path().join("upper/home/tenki/note").exists(), "images are only ever read");
+    driver.destroy(id).await.unwrap();
+    place.settled().await;
+    Ok(())
+}
+
+pub async fn part_of_a_processor_and_a_disk_of_any_size_are_given(place: &mut Place) -> Outcome {
+    let (driver, id) = (place.driver(), fresh_id());
+    let resources = Resources { cpu_millis: 500, memory_bytes: 200 * MIB, disk_bytes: 300 * MIB };
+    let guest = driver.start(id, &SandboxSpec { resources, ..place.fresh() }).await.unwrap();
+    assert_eq!(shell(&*guest, "nproc").await, "1");
+    let size_kib: u64 = shell(&*guest, "df -k --output=size / | tail -1").await.trim().parse().unwrap();
+    assert!((250 << 10..=300 << 10).contains(&size_kib), "df shows {size_kib} KiB for a disk of 300 MiB");
+    let (_process, host_pid) = marked_process(&*guest).await;
+    let group = cgroup_of(host_pid, "cpu").parent().unwrap().to_owned();
+    let quota = fs::read_to_string(group.join("cpu.max"))
+        .or_else(|_| fs::read_to_string(group.join("cpu.cfs_quota_us")))
+        .unwrap();
+    assert_eq!(quota.split_whitespace().next(), Some("50000"), "the quota of half a processor in 100 ms");
+    driver.destroy(id).await.unwrap();
+    for disk_bytes in [MIB, 1 << 40] {
+        let resources = Resources { disk_bytes, ..resources };
+        let refused = driver.start(fresh_id(), &SandboxSpec { resources, ..place.fresh() }).await;
+        assert!(matches!(refused, Err(DriverError::Refused(_))), "a disk of {disk_bytes} bytes");
+    }
+    place.settled().await;
+    Ok(())
+}
+
+pub async fn two_drivers_of_one_host_keep_their_sandboxes_apart(place: &mut Place) -> Outcome {
+    let (first, ids) = (place.driver(), [fresh_id(), fresh_id()]);
+    let pools = namespace::Config { pool_ready: 0, pool_ready_isolated: 0 };
+    let another = |place: &Place| Arc::new(NamespaceDriver::start(place.shared_host(), "another", &pools));
+    let second = another(place);
+    for (driver, id) in [(&*first, ids[0]), (&*second as &dyn Driver, ids[1])] {
+        let guest = driver.start(id, &place.fresh()).await.unwrap();
+        assert_eq!(run(&*guest, command(&["echo", "here"])).await.text(), "here");
+    }
+    assert_eq!((first.list().await.unwrap(), second.list().await.unwrap()), (vec![ids[0]], vec![ids[1]]));
+
+    // As after a restart of the server: each finds its own.
+    drop((first, second));
+    place.restart().await;
+    let (first, second) = (place.driver(), another(place));
+    assert_eq!((first.list().await.unwrap(), second.list().await.unwrap()), (vec![ids[0]], vec![ids[1]]));
+    for (driver, id) in [(&*first, ids[0]), (&*second as &dyn Driver, ids[1])] {
+        assert!(matches!(driver.adopt(id).await.unwrap(), Adopted::Running(_)));
+        driver.destroy(id).await.unwrap();
+    }
+    second.settled().await;
+    place.settled().await;
+    Ok(())
+}
