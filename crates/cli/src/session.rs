@@ -65,6 +65,9 @@ pub struct Create {
     /// Begin with this image.
     #[arg(long, value_name = "IMAGE", group = "source")]
     image: Option<String>,
+    /// Run it on this driver of the server.
+    #[arg(long, value_name = "DRIVER")]
+    driver: Option<String>,
     /// A note to keep with it (repeatable).
     #[arg(long, value_name = "KEY=VALUE", value_parser = parse::pair)]
     metadata: Vec<(String, String)>,
@@ -124,6 +127,7 @@ impl Create {
             cpu_cores: self.cpu,
             memory_mb: self.memory_mb,
             disk_size_gb: self.disk_gb,
+            driver: self.driver,
             allow_inbound: self.allow_inbound,
             allow_outbound: self.allow_outbound,
             max_duration: self.max_duration,
@@ -420,6 +424,7 @@ pub fn fields(info: &SessionInfo) -> Fields {
         ("state", info.state.to_string()),
         ("why", info.terminal_error.clone()),
         ("resume error", info.last_resume_error.clone()),
+        ("driver", info.driver.clone()),
         ("cpu", info.cpu_cores.to_string()),
         ("memory", format!("{} MB", info.memory_mb)),
         ("disk", format!("{} GB", info.disk_size_gb)),

@@ -31,3 +31,5 @@ pub const DATA_PLANE_READY_TIMEOUT: Duration = Duration::from_secs(60);
 pub const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// For one call of the control plane. The longest ones store a sandbox's memory.
 pub(crate) const CONTROL_CALL_TIMEOUT: Duration = Duration::from_secs(5 * 60 + 30);
+/// Metadata key under which servers are told of the driver, and tell of it.
+pub(crate) const DRIVER_KEY: &str = "nagaya_driver";

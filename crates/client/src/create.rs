@@ -9,7 +9,7 @@ use nagaya_api::limits::{
 };
 use nagaya_api::tenki::v1;
 
-use crate::constants::{DEFAULT_CREATE_TIMEOUT, DEFAULT_TEMPLATE_SPEC_CREATE_TIMEOUT};
+use crate::constants::{DEFAULT_CREATE_TIMEOUT, DEFAULT_TEMPLATE_SPEC_CREATE_TIMEOUT, DRIVER_KEY};
 use crate::{EgressPolicy, Error, Result, wire};
 
 /// When [`crate::Client::create`] returns.
@@ -53,6 +53,8 @@ pub struct CreateOptions {
     pub memory_mb: Option<u32>,
     /// GiB, 5 to 100. Taken from the source when there is one, else 5.
     pub disk_size_gb: Option<u32>,
+    /// The driver it runs on, by its name on the server; the server's choice by default.
+    pub driver: Option<String>,
     /// Whether ports may be exposed; true by default.
     pub allow_inbound: bool,
     /// Whether it reaches the outside; true by default.
@@ -103,6 +105,7 @@ impl Default for CreateOptions {
             cpu_cores: None,
             memory_mb: None,
             disk_size_gb: None,
+            driver: None,
             allow_inbound: true,
             allow_outbound: true,
             egress: None,
@@ -168,7 +171,7 @@ impl CreateOptions {
             idle_timeout_minutes,
             pause_retention: wire::duration(self.pause_retention),
             sticky: self.sticky,
-            metadata: self.metadata.clone(),
+            metadata: self.told_metadata(),
             tags: tags(&self.tags)?,
             env: self.environment(),
             setup_env: self.setup_env.clone(),
@@ -185,6 +188,12 @@ impl CreateOptions {
             wait_for_runtime: self.wait == Wait::Runtime,
             ..Default::default()
         })
+    }
+
+    /// The contract has no field for the driver.
+    fn told_metadata(&self) -> BTreeMap<String, String> {
+        let driver = self.driver.iter().map(|name| (DRIVER_KEY.to_owned(), name.clone()));
+        self.metadata.clone().into_iter().chain(driver).collect()
     }
 
     fn check_resources(&self) -> Result<()> {

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use nagaya_api::tenki::v1;
 use serde::Serialize;
 
+use crate::constants::DRIVER_KEY;
 use crate::wire::{self, wire_enum};
 
 wire_enum! {
@@ -101,6 +102,8 @@ pub struct SessionInfo {
     /// Whether it is resumed by use and kept while paused.
     pub sticky: bool,
     pub metadata: BTreeMap<String, String>,
+    /// The name of the driver that it runs on; empty where the server does not tell.
+    pub driver: String,
     pub tags: Vec<String>,
     pub volumes: Vec<VolumeAttachment>,
     pub pause_snapshot_id: Option<String>,
@@ -153,7 +156,7 @@ impl From<EgressPolicy> for v1::SessionEgressPolicy {
 }
 
 impl From<v1::SandboxSession> for SessionInfo {
-    fn from(session: v1::SandboxSession) -> Self {
+    fn from(mut session: v1::SandboxSession) -> Self {
         let idle_minutes: Option<u64> = session.idle_timeout_minutes.map(wire::unsigned);
         Self {
             id: session.id,
@@ -178,6 +181,7 @@ impl From<v1::SandboxSession> for SessionInfo {
             idle_timeout: idle_minutes.filter(|minutes| *minutes > 0).map(|minutes| Duration::from_secs(60 * minutes)),
             pause_retention: wire::span(session.pause_retention),
             sticky: session.sticky,
+            driver: session.metadata.remove(DRIVER_KEY).unwrap_or_default(),
             metadata: session.metadata,
             tags: session.tags,
             volumes: session.volume_attachments.into_iter().map(Into::into).collect(),

@@ -10,7 +10,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nagaya_engine::model::{
-    ApiKey, EndReason, Limit, Machine, Preview, Session, SessionState, Snapshot, Volume, Workspace, WorkspaceSettings,
+    ApiKey, EndReason, ImageDigest, Limit, Machine, Preview, Session, SessionState, Snapshot, Volume, Workspace,
+    WorkspaceSettings,
 };
 use nagaya_engine::ports::{Change, SessionQuery, Store};
 use nagaya_store::SqliteStore;
@@ -202,7 +203,8 @@ fn a_database_of_schema_1_keeps_every_row_and_can_be_used_on() {
     let migrated = |state: SessionState| Session {
         name: "a".into(),
         state,
-        machine: Machine { egress: None, ..session(1, state as u32).machine },
+        // What was not recorded.
+        machine: Machine { egress: None, root: ImageDigest::default(), ..session(1, state as u32).machine },
         env: [("A".into(), "b".into())].into(),
         metadata: Default::default(),
         tags: vec!["tag".into()],

@@ -17,6 +17,7 @@ fn a_sandboxs_life() {
         id:  [id]
         name:  web
         state:  running
+        driver: namespace
         cpu:  2
         memory:  512 MB
         disk:  5 GB
@@ -119,6 +120,7 @@ fn a_sandboxs_life() {
         id:  [id]
         name:  site
         state:  running
+        driver: namespace
         cpu:  2
         memory:  512 MB
         disk:  5 GB
