@@ -23,6 +23,8 @@ mod directories;
 mod endings;
 mod files;
 mod streams;
+mod tcp;
+mod usage;
 
 /// Held while descriptors can be inherited, so that only the intended program does.
 static SPAWNING: Mutex<()> = Mutex::new(());

@@ -229,8 +229,8 @@ fn short_path(directory: &OwnedFd) -> String {
 }
 
 /// Connects to the agent and exchanges greetings.
-pub(super) async fn connect(directory: &Path, cgroups: &Cgroups, live: &Live) -> Result<Arc<Link>, DriverError> {
-    let group = cgroups.group(&group_name(live.slot));
+pub(super) async fn connect(inner: &Inner, directory: &Path, live: &Live) -> Result<Arc<Link>, DriverError> {
+    let group = inner.factory.cgroups.group(&group_name(live.slot));
     if live.pidfd.is_halted() {
         return Err(DriverError::Failed(HALTED.into()));
     }
@@ -242,8 +242,10 @@ pub(super) async fn connect(directory: &Path, cgroups: &Cgroups, live: &Live) ->
         .await
         .map_err(|_| DriverError::Failed("the agent does not answer".into()))?
         .map_err(|error| failed("connect to the agent", &error))?;
-    link.count_out_of_memory_kills(move || group.out_of_memory_kills());
-    link.use_network_of(process);
+    if inner.config.shortcuts {
+        link.count_out_of_memory_kills(move || group.out_of_memory_kills());
+        link.use_network_of(process);
+    }
     Ok(link)
 }
 

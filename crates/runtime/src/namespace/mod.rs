@@ -98,6 +98,9 @@ pub struct Config {
     pub network_outbound: bool,
     /// Connections that one sandbox may have at a time, within a 64th of the host's table of them.
     pub connections_max: u32,
+    /// Whether this driver does from outside what it can do faster there than a sandbox's agent: make sockets in the
+    /// sandbox's network, and read what its control groups tell.
+    pub shortcuts: bool,
     /// Switch the host's cgroups to fast moves of processes; see [`Cgroups::favor_moves`].
     pub favor_cgroup_moves: bool,
 }
@@ -122,6 +125,7 @@ impl Config {
             name_server: None,
             network_outbound: true,
             connections_max: 4_096,
+            shortcuts: true,
             favor_cgroup_moves: true,
         }
     }

@@ -209,7 +209,7 @@ impl Inner {
         let pidfd = PidFd::new(pidfd).map_err(|error| failed("watch the sandbox", &error))?;
         let live = Arc::new(Live::new(id, slot, pidfd));
         self.live().insert(id, live.clone());
-        match live::connect(&self.directory(id), &self.factory.cgroups, &live).await {
+        match live::connect(self, &self.directory(id), &live).await {
             Ok(link) => {
                 self.watch(&live);
                 self.watch_power(&live, &link);

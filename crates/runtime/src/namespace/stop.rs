@@ -26,7 +26,7 @@ impl Inner {
         let mut powered_off = record.powered_off;
         if let Some(live) = self.find(id, &record)? {
             let connecting = async {
-                let link = live::connect(&directory, &self.factory.cgroups, &live).await?;
+                let link = live::connect(self, &directory, &live).await?;
                 if link.powered_off() {
                     return Ok(None);
                 }

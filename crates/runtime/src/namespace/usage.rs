@@ -8,6 +8,7 @@ use nagaya_api::ids::SessionId;
 use nagaya_engine::ports::{DriverError, ResourceUsage};
 use tokio::time::Instant;
 
+use super::live::Live;
 use super::{Inner, blocking, disk, failed};
 use crate::cgroup::{Group, Part};
 
@@ -17,7 +18,17 @@ const WINDOW: Duration = Duration::from_millis(250);
 impl Inner {
     pub(super) async fn usage(self: &Arc<Self>, id: SessionId) -> Result<ResourceUsage, DriverError> {
         let live = self.running(id)?;
-        let group = self.group(&live);
+        let mut load = match live.link().filter(|_| !self.config.shortcuts) {
+            Some(link) => link.usage().await.map_err(|error| failed("ask the sandbox's agent", &error))?,
+            None => self.usage_from_outside(&live).await?,
+        };
+        let directory = self.directory(id);
+        (load.disk_failed, load.disk_held) = blocking(move || disk::faults(&disk::path(&directory))).await;
+        Ok(load)
+    }
+
+    async fn usage_from_outside(&self, live: &Live) -> Result<ResourceUsage, DriverError> {
+        let group = self.group(live);
         let before = processor_times(&group).await;
         let begun = Instant::now();
         tokio::time::sleep(WINDOW).await;
@@ -31,8 +42,6 @@ impl Inner {
             // An older agent does not tell.
             load.kept_output_bytes = link.kept_output().await.unwrap_or(0);
         }
-        let directory = self.directory(id);
-        (load.disk_failed, load.disk_held) = blocking(move || disk::faults(&disk::path(&directory))).await;
         Ok(load)
     }
 }

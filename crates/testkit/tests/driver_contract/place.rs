@@ -30,7 +30,7 @@ pub struct Place {
 
 enum Kind {
     Fake(Arc<FakeDriver>),
-    Namespace { data: TempDir, driver: Option<Arc<NamespaceDriver>> },
+    Namespace { data: TempDir, driver: Option<Arc<NamespaceDriver>>, shortcuts: bool },
 }
 
 impl Place {
@@ -43,14 +43,24 @@ impl Place {
 
     /// `Err` says why this host has no namespace driver.
     pub async fn namespace() -> Result<Self, String> {
-        Self::namespace_with(tempfile::Builder::new().prefix("nagaya-contract-").tempdir().unwrap(), |_| ()).await
+        Self::namespace_with(directory(), |_| ()).await
+    }
+
+    /// The same, but all that a sandbox's agent can do is left to it, as where sandboxes have a kernel of their own.
+    pub async fn namespace_without_shortcuts() -> Result<Self, String> {
+        Self::namespace_with(directory(), |config| config.shortcuts = false).await
     }
 
     /// A namespace driver with this data directory, set up otherwise than usual.
     pub async fn namespace_with(data: TempDir, set_up: impl FnOnce(&mut Config)) -> Result<Self, String> {
-        let driver = start(data.path(), set_up).await?;
+        let mut shortcuts = true;
+        let driver = start(data.path(), |config| {
+            set_up(config);
+            shortcuts = config.shortcuts;
+        });
+        let driver = driver.await?;
         let events = driver.events();
-        Ok(Self { kind: Kind::Namespace { data, driver: Some(driver) }, events })
+        Ok(Self { kind: Kind::Namespace { data, driver: Some(driver), shortcuts }, events })
     }
 
     /// The data directory of a driver that has one.
@@ -91,10 +101,10 @@ impl Place {
                 driver.disconnect();
                 meanwhile();
             }
-            Kind::Namespace { data, driver } => {
+            Kind::Namespace { data, driver, shortcuts } => {
                 drop(driver.take());
                 meanwhile();
-                *driver = Some(start(data.path(), |_| ()).await.unwrap());
+                *driver = Some(start(data.path(), |config| config.shortcuts = *shortcuts).await.unwrap());
             }
         }
         self.events = self.driver().events();
@@ -143,7 +153,7 @@ impl Place {
     /// Ends all sandboxes and gives back what the driver set on the host.
     pub async fn close(mut self) {
         self.clear().await;
-        if let Kind::Namespace { data, driver } = &mut self.kind {
+        if let Kind::Namespace { data, driver, .. } = &mut self.kind {
             let driver = driver.take().expect("there is a driver between restarts");
             driver.settled().await;
             tokio::task::spawn_blocking(move || {
@@ -179,6 +189,10 @@ impl Place {
             }
         }
     }
+}
+
+fn directory() -> TempDir {
+    tempfile::Builder::new().prefix("nagaya-contract-").tempdir().unwrap()
 }
 
 async fn start(data: &Path, set_up: impl FnOnce(&mut Config)) -> Result<Arc<NamespaceDriver>, String> {
