@@ -179,7 +179,11 @@ async fn both_ways(
         }
     };
     match taken {
-        Ok(()) => up.await?,
+        // The server may have ended its side because it gives up: the peer need not say anything for that to be noticed.
+        Ok(()) => tokio::select! {
+            end = up => end?,
+            () = sender.closed() => return Err(gone()),
+        },
         // A peer that reads no more may still have something to say.
         Err(error) => {
             tokio::select! {

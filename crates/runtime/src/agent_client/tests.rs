@@ -77,6 +77,13 @@ impl Agent {
         self.directory.path().join("home")
     }
 
+    /// The pages of its program do not count: all agents of a server have the same.
+    fn own_memory_kib(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.process.id())).unwrap();
+        let line = text.lines().find(|line| line.starts_with("Anonymous:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
     async fn connect(&self) -> Arc<Link> {
         Link::connect(&self.directory.path().join("socket")).await.unwrap()
     }

@@ -18,7 +18,8 @@ const WINDOW: Duration = Duration::from_millis(250);
 impl Inner {
     pub(super) async fn usage(self: &Arc<Self>, id: SessionId) -> Result<ResourceUsage, DriverError> {
         let live = self.running(id)?;
-        let mut load = match live.link().filter(|_| !self.config.shortcuts) {
+        let asked = !self.config.shortcuts && !live.pidfd.is_halted();
+        let mut load = match live.link().filter(|_| asked) {
             Some(link) => link.usage().await.map_err(|error| failed("ask the sandbox's agent", &error))?,
             None => self.usage_from_outside(&live).await?,
         };

@@ -168,6 +168,7 @@ async fn writing_to_a_peer_that_has_gone_fails() {
         while ours.write_all(&block).await.is_ok() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        assert_eq!(run(link, command(&["true"])).await.1.code, 0, "nothing else is the matter");
     })
     .await;
 }
@@ -215,6 +216,9 @@ async fn carried_connections_are_bounded_and_leave_room_for_commands() {
     held.pop();
     let accepted = tokio::time::timeout(Duration::from_secs(10), served.incoming.recv()).await;
     assert!(accepted.is_ok_and(|peer| peer.is_some()), "there is a place again");
+    // What was dropped is gone, though no peer has said a word.
+    held.clear();
+    until("its memory is given back", || agent.own_memory_kib() <= 768).await;
 }
 
 #[tokio::test]
