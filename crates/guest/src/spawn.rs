@@ -84,7 +84,7 @@ pub enum MountOutcome {
 /// Descriptors, in this order: error pipe (write end), lifeline pipe (read end), the socket for the [`Disk`], user
 /// namespace, network namespace, `agent_cgroups` files,
 /// `command_cgroups` files, for each of `command_groups` as many files and one that reads as the number of its
-/// processes, and the files of memory usage, memory limit and memory statistics.
+/// processes, and the files of memory usage, memory limit, memory statistics, memory events and the limit of processes.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Sandbox {
     /// Number of cgroup files that the first process writes itself into.

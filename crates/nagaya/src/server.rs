@@ -213,13 +213,17 @@ pub async fn open_host_at_rest(config: &Config) -> anyhow::Result<(Arc<Host>, Na
     let mut config = config.clone();
     config.disks.pool = DiskPool::Off;
     let host = open_host(&config).await?;
-    let pools = namespace::Config { pool_ready: 0, pool_ready_isolated: 0 };
+    let pools = namespace::Config { pool_ready: 0, pool_ready_isolated: 0, ..namespace::Config::default() };
     Ok((host.clone(), NamespaceDriver::start(host, NAMESPACE, &pools)))
 }
 
 fn pools(config: &Config) -> namespace::Config {
     let pools = &config.pools;
-    namespace::Config { pool_ready: pools.slots_ready, pool_ready_isolated: pools.isolated_slots_ready }
+    namespace::Config {
+        pool_ready: pools.slots_ready,
+        pool_ready_isolated: pools.isolated_slots_ready,
+        ..namespace::Config::default()
+    }
 }
 
 /// The host's part of the configuration.

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use super::Agent;
 use super::clock::Clock;
 use super::detached::Execution;
+use super::memory;
 use super::program::Running;
 use super::session::Session;
 use super::signals;
@@ -63,12 +64,13 @@ enum Asked {
 
 /// Sees a command through to its end.
 pub async fn supervise(
-    clock: &Arc<Clock>,
+    agent: &Agent,
     mut running: Running,
     timeout_ms: u64,
     sink: Sink,
     mut control: Option<Control>,
 ) -> Exit {
+    let clock = &agent.clock;
     let mut session = Session::new(running.pid);
     let (stdout, stderr) = (&running.stdout, &running.stderr);
     let outputs = async {
@@ -133,7 +135,12 @@ pub async fn supervise(
     }
     ending.finish_off(session);
     let duration_ms = (clock.now() - running.started).as_millis() as u64;
-    exit(status.expect("the loop ends with a status"), &ending, duration_ms)
+    let mut exit = exit(status.expect("the loop ends with a status"), &ending, duration_ms);
+    // What ends well is not looked at: that is to cost nothing.
+    if exit.code != 0 {
+        exit.memory_kills = memory::kills(&agent.settings).saturating_sub(running.memory_kills);
+    }
+    exit
 }
 
 async fn ended(ended: &mut oneshot::Receiver<WaitStatus>) -> Option<WaitStatus> {
@@ -387,5 +394,6 @@ fn exit(status: Option<WaitStatus>, ending: &Ending, duration_ms: u64) -> Exit {
         duration_ms,
         reason: reason.into(),
         errno: 0,
+        memory_kills: 0,
     }
 }

@@ -135,7 +135,7 @@ impl Executions {
         tokio::spawn(async move {
             let control = Control::Cancel(execution.cancel.clone());
             let sink = Sink::Spool(agent.clone(), execution.clone());
-            let exit = supervise(&agent.clock, program, timeout_ms, sink, Some(control)).await;
+            let exit = supervise(&agent, program, timeout_ms, sink, Some(control)).await;
             let due = agent.clock.now().checked_add(agent.executions.kept_max.time);
             execution.progress.send_modify(|progress| (progress.exit, progress.due) = (Some(exit), due));
             agent.executions.drop_oldest_finished();

@@ -19,7 +19,7 @@ use crate::mux::Sender;
 const CHUNKS_AT_ONCE: usize = 8;
 
 pub async fn opened(sender: &Sender, total_size: u64) -> Result<(), Failure> {
-    let event = Event { kind: Opened { total_size }.into() };
+    let event = Event { kind: Opened { total_size, ..Opened::default() }.into() };
     sender.message(encode(&event)).await.map_err(|_| gone())
 }
 

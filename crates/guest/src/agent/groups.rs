@@ -3,6 +3,7 @@
 //! Commands are spread over a few groups, which share the sandbox's processor time as equals, and none of which may have
 //! all of its processes. A command that runs wild fills its own group; the next one goes where there is more room.
 
+use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -23,12 +24,31 @@ pub fn choose<'a>(settings: &'a Settings, turn: &Turn) -> Vec<BorrowedFd<'a>> {
     own.iter().chain(&settings.cgroup_procs).map(OwnedFd::as_fd).collect()
 }
 
+/// Processes and threads in all groups; `None` where there are no groups.
+pub fn sum(settings: &Settings) -> Option<u64> {
+    let counted = settings.command_groups.iter().filter_map(|group| number(group.processes.as_ref()?));
+    counted.reduce(u64::saturating_add)
+}
+
+/// How many processes and threads there may be; 0 where there is no limit. Without control groups the kernel has two.
+pub fn most(settings: &Settings) -> u64 {
+    match &settings.processes_limit {
+        Some(file) => number(file).unwrap_or(0),
+        None => ["threads-max", "pid_max"]
+            .into_iter()
+            .filter_map(|name| fs::read_to_string(format!("/proc/sys/kernel/{name}")).ok()?.trim().parse().ok())
+            .min()
+            .unwrap_or(0),
+    }
+}
+
 /// Processes in a group; one that does not tell is the last to be chosen.
 fn processes(group: &CommandGroup) -> u64 {
-    let read = |file: &OwnedFd| {
-        let mut text = [0; 32];
-        let length = rustix::io::pread(file, &mut text, 0).ok()?;
-        std::str::from_utf8(&text[..length]).ok()?.trim().parse().ok()
-    };
-    group.processes.as_ref().and_then(read).unwrap_or(u64::MAX)
+    group.processes.as_ref().and_then(number).unwrap_or(u64::MAX)
+}
+
+fn number(file: &OwnedFd) -> Option<u64> {
+    let mut text = [0; 32];
+    let length = rustix::io::pread(file, &mut text, 0).ok()?;
+    std::str::from_utf8(&text[..length]).ok()?.trim().parse().ok()
 }

@@ -1,5 +1,6 @@
 //! What a sandbox has of memory, and how it is told.
 
+use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 
 use super::machine::read_small;
@@ -95,6 +96,36 @@ impl Memory {
     }
 }
 
+/// Bytes in use, without cached files, which the kernel takes back when it needs to, and bytes that may be used. Without
+/// a control group that is a matter of the whole machine, which then is the sandbox's own.
+pub fn in_use(settings: &Settings) -> (u64, u64) {
+    if settings.memory_usage.is_none() {
+        return in_use_of_all(&fs::read_to_string("/proc/meminfo").unwrap_or_default());
+    }
+    let Memory { total, active_file, inactive_file, .. } = Memory::read(settings);
+    (number(&settings.memory_usage).saturating_sub(active_file + inactive_file), total)
+}
+
+/// By the text of a `/proc/meminfo`.
+fn in_use_of_all(text: &str) -> (u64, u64) {
+    let bytes = |name: &str| {
+        let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
+        Some(rest.split_whitespace().next()?.parse::<u64>().ok()?.saturating_mul(1024))
+    };
+    let total = bytes("MemTotal:").unwrap_or(0);
+    (total.saturating_sub(bytes("MemAvailable:").unwrap_or(total)), total)
+}
+
+/// Processes that were killed because memory ran out, since the sandbox was started.
+pub fn kills(settings: &Settings) -> u64 {
+    let text = match &settings.memory_events {
+        Some(file) => read_small(file.as_fd()),
+        None => fs::read_to_string("/proc/vmstat").ok(),
+    };
+    let text = text.unwrap_or_default();
+    text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok()).unwrap_or(0)
+}
+
 /// Bytes that the sandbox may use; 0 where there is no limit.
 pub fn limit(settings: &Settings) -> u64 {
     number(&settings.memory_limit)
@@ -121,6 +152,14 @@ mod tests {
             assert_eq!((memory.free, memory.cached, memory.shared), (112 * MIB, 300 * MIB, 10 * MIB));
             assert_eq!((memory.available(), memory.anonymous), (402 * MIB, 50 * MIB));
         }
+    }
+
+    #[test]
+    fn a_machine_of_its_own_tells_what_is_in_use() {
+        let text = "MemTotal:        2048 kB\nMemFree:          100 kB\nMemAvailable:    1536 kB\n";
+        assert_eq!(in_use_of_all(text), (512 << 10, 2 << 20));
+        assert_eq!(in_use_of_all("MemTotal: 2048 kB\n"), (0, 2 << 20), "what is not told is not in use");
+        assert_eq!(in_use_of_all("MemTotal: x\nMemAvailable:"), (0, 0));
     }
 
     #[test]

@@ -57,7 +57,9 @@ mod signals;
 mod sockets;
 mod sys;
 mod syslog;
+mod tcp;
 mod terminal;
+mod usage;
 
 /// Threads for calls that may wait for a disk.
 const BLOCKING_THREADS_MAX: usize = 32;

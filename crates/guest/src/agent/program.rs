@@ -17,6 +17,7 @@ use super::account::Account;
 use super::failure::Failure;
 use super::groups;
 use super::machine;
+use super::memory;
 use super::sys::{self, SpawnError, Step};
 use super::{Agent, terminal};
 use crate::messages::{Command, Terminal};
@@ -39,6 +40,8 @@ pub struct Running {
     pub ended: oneshot::Receiver<WaitStatus>,
     /// By the agent's clock.
     pub started: Instant,
+    /// How many had been killed because memory ran out, when it was started.
+    pub memory_kills: u64,
     /// `None` when its standard input is empty.
     pub stdin: Option<pipe::Sender>,
     pub stdout: pipe::Receiver,
@@ -63,6 +66,7 @@ pub async fn start(agent: &Arc<Agent>, command: Command) -> Result<Running, Fail
             pid: spawned.pid,
             ended: spawned.ended,
             started: spawned.started,
+            memory_kills: spawned.memory_kills,
             stdin: spawned.stdin.map(pipe::Sender::from_owned_fd_unchecked).transpose()?,
             stdout: pipe::Receiver::from_owned_fd_unchecked(spawned.stdout)?,
             stderr: spawned.stderr.map(pipe::Receiver::from_owned_fd_unchecked).transpose()?,
@@ -77,6 +81,7 @@ struct Spawned {
     pid: i32,
     ended: oneshot::Receiver<WaitStatus>,
     started: Instant,
+    memory_kills: u64,
     stdin: Option<OwnedFd>,
     stdout: OwnedFd,
     stderr: Option<OwnedFd>,
@@ -106,7 +111,7 @@ fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
             })
         })
     };
-    let started = agent.clock.now();
+    let (started, memory_kills) = (agent.clock.now(), memory::kills(&agent.settings));
     if command.pty {
         let plain = Terminal::default();
         let wanted = command.terminal.as_option().unwrap_or(&plain);
@@ -115,7 +120,7 @@ fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
         let again = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, 3);
         let stdin = Some(again(&ours)?);
         let stdout = again(&ours)?;
-        return Ok(Spawned { pid, ended, started, stdin, stdout, stderr: None, terminal: Some(ours) });
+        return Ok(Spawned { pid, ended, started, memory_kills, stdin, stdout, stderr: None, terminal: Some(ours) });
     }
     let (stdin_theirs, stdin) = match command.stdin {
         true => {
@@ -130,7 +135,7 @@ fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
     let streams = [stdin_theirs.as_fd(), stdout_theirs.as_fd(), stderr_theirs.as_fd()];
     let (pid, ended) = program(streams, false).map_err(refusal)?;
     let (stdout, stderr) = (nonblocking(stdout)?, Some(nonblocking(stderr)?));
-    Ok(Spawned { pid, ended, started, stdin, stdout, stderr, terminal: None })
+    Ok(Spawned { pid, ended, started, memory_kills, stdin, stdout, stderr, terminal: None })
 }
 
 /// Only our end: commands expect blocking streams.

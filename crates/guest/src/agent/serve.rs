@@ -8,7 +8,7 @@ use nagaya_api::error::Code;
 use super::command::{Control, Sink, supervise};
 use super::directories::Listing;
 use super::failure::Failure;
-use super::{Agent, blocking, directories, files, program, save, sockets};
+use super::{Agent, blocking, directories, files, program, save, sockets, tcp, usage};
 use crate::frame::MESSAGE_BYTES_MAX;
 use crate::messages::{self, Command, Entries, Event, Kept, Outcome, Request, Started, encode, request};
 use crate::mux::{self, Receiver, Sender};
@@ -61,6 +61,7 @@ async fn other(
             let kept = Kept { bytes: agent.executions.kept() };
             Outcome { kind: kept.into() }
         }
+        Kind::MeasureUsage(_) => Outcome { kind: usage::measure(agent).await?.into() },
         Kind::Suspend(_) => {
             agent.clock.suspend();
             Outcome::default()
@@ -78,6 +79,8 @@ async fn other(
         }
         Kind::Connect(request) => sockets::connect(agent, *request, sender, receiver).await?,
         Kind::Listen(request) => sockets::listen(agent, *request, sender, receiver).await?,
+        Kind::ConnectTcp(request) => tcp::connect(*request, sender, receiver).await?,
+        Kind::ListenTcp(request) => tcp::listen(agent, *request, sender, receiver).await?,
         Kind::Accept(request) => sockets::accept(agent, *request, sender, receiver).await?,
         Kind::ReadFile(request) => files::read(agent, *request, sender).await?,
         Kind::WriteFile(request) => save::write(agent, *request, sender, receiver).await?,
@@ -115,8 +118,7 @@ async fn run(agent: &Arc<Agent>, command: Command, sender: &Sender, receiver: Re
     // When nobody listens any more, supervision finds out in its own way.
     let _ = started(sender, running.pid as u32).await;
     let exit =
-        supervise(&agent.clock, running, timeout_ms, Sink::Stream(sender.clone()), Some(Control::Stream(receiver)))
-            .await;
+        supervise(agent, running, timeout_ms, Sink::Stream(sender.clone()), Some(Control::Stream(receiver))).await;
     Ok(Outcome { kind: exit.into() })
 }
 

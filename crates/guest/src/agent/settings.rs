@@ -26,6 +26,10 @@ pub struct Settings {
     pub memory_limit: Option<OwnedFd>,
     /// Reads as the kernel's statistics of that memory.
     pub memory_statistics: Option<OwnedFd>,
+    /// Reads as what happened to that memory, with a line `oom_kill NUMBER`.
+    pub memory_events: Option<OwnedFd>,
+    /// Reads as the number of processes that there may be; anything but a number is no limit.
+    pub processes_limit: Option<OwnedFd>,
     /// The directory that the sandbox sees as `/sys/devices/system/cpu`.
     pub processors: Option<OwnedFd>,
     /// This process's own `/proc/self/oom_score_adj`, which it may not open.
@@ -112,6 +116,8 @@ impl Settings {
                 "--oom-score-fd" => settings.oom_score = Some(take(&argument, value)?),
                 "--processors-fd" => settings.processors = Some(take(&argument, value)?),
                 "--memory-statistics-fd" => settings.memory_statistics = Some(take(&argument, value)?),
+                "--memory-events-fd" => settings.memory_events = Some(take(&argument, value)?),
+                "--processes-limit-fd" => settings.processes_limit = Some(take(&argument, value)?),
                 "--cgroup-fd" => settings.cgroup = Some(take(&argument, value)?),
                 "--stat-fd" => settings.stat = Some(take(&argument, value)?),
                 "--loadavg-fd" => settings.loadavg = Some(take(&argument, value)?),
@@ -137,6 +143,8 @@ impl Settings {
             processors: settings.processors,
             oom_score: settings.oom_score,
             memory_statistics: settings.memory_statistics,
+            memory_events: settings.memory_events,
+            processes_limit: settings.processes_limit,
             cgroup: settings.cgroup,
             stat: settings.stat,
             loadavg: settings.loadavg,
@@ -165,6 +173,8 @@ struct PartialSettings {
     processors: Option<OwnedFd>,
     oom_score: Option<OwnedFd>,
     memory_statistics: Option<OwnedFd>,
+    memory_events: Option<OwnedFd>,
+    processes_limit: Option<OwnedFd>,
     cgroup: Option<OwnedFd>,
     stat: Option<OwnedFd>,
     loadavg: Option<OwnedFd>,

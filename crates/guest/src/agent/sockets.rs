@@ -1,28 +1,28 @@
-//! Unix sockets of the sandbox, carried to the server: those that others listen on, and those that the server does.
+//! Sockets of the sandbox, carried to the server: those that others listen on, and those that the server does. How unix
+//! sockets are found and made is here, too; of TCP that is in [`super::tcp`].
 
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use bytes::Bytes;
 use nagaya_api::error::Code;
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use tokio::io::AsyncWriteExt;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream, tcp, unix};
 
 use super::account::TENKI;
 use super::failure::Failure;
 use super::paths::{Place, Root};
 use super::{Agent, blocking};
 use crate::frame::Kind;
-use crate::messages::{Accept, Arrived, Connect, EndOfContent, Event, Listen, Opened, Outcome, encode};
+use crate::messages::{Accept, Arrived, Connect, EndOfContent, Event, Listen, Opened, Outcome, encode, ip_bytes};
 use crate::mux::{Incoming, Receiver, Sender, charge};
 
 /// Read from a socket at once.
@@ -33,21 +33,48 @@ const BACKLOG: i32 = 64;
 const QUEUE_PAUSE: Duration = Duration::from_millis(20);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// A connection of either kind.
+#[derive(Debug)]
+pub enum Connection {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+/// A socket that the server listens on.
+#[derive(Debug)]
+pub enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    /// The next peer, and its address if it has one.
+    async fn accept(&self) -> std::io::Result<(Connection, Option<SocketAddr>)> {
+        match self {
+            Self::Unix(listener) => Ok((Connection::Unix(listener.accept().await?.0), None)),
+            Self::Tcp(listener) => {
+                let (stream, source) = listener.accept().await?;
+                Ok((super::tcp::prepare(stream), Some(source)))
+            }
+        }
+    }
+}
+
 /// Peers that have connected and were not taken yet, by number.
 #[derive(Debug, Default)]
 pub struct Peers {
     next: AtomicU64,
-    waiting: Mutex<HashMap<u64, UnixStream>>,
+    waiting: Mutex<HashMap<u64, Connection>>,
 }
 
 impl Peers {
-    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, UnixStream>> {
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, Connection>> {
         self.waiting.lock().expect("nothing panics while holding the peers")
     }
 }
 
 /// Nobody listens any more, so the text does not matter.
-fn gone() -> Failure {
+pub fn gone() -> Failure {
     Failure::new(Code::GuestUnreachable, "")
 }
 
@@ -79,7 +106,7 @@ pub async fn connect(
         }
     };
     drop(socket);
-    carry(stream, sender, receiver).await
+    carry(Connection::Unix(stream), sender, receiver).await
 }
 
 fn not_connected(error: &std::io::Error) -> Failure {
@@ -118,29 +145,84 @@ pub async fn accept(
     carry(peer.ok_or_else(gone)?, sender, receiver).await
 }
 
-/// Carries bytes both ways until both sides have sent all, or the server gives up.
-async fn carry(stream: UnixStream, sender: &Sender, receiver: &mut Receiver) -> Result<Outcome, Failure> {
+/// Carries bytes both ways until both sides have sent all, or one of them is gone.
+pub async fn carry(connection: Connection, sender: &Sender, receiver: &mut Receiver) -> Result<Outcome, Failure> {
     tell(sender, Event { kind: Opened::default().into() }).await?;
-    let (reader, writer) = stream.into_split();
+    match connection {
+        Connection::Unix(stream) => {
+            let (reader, writer) = stream.into_split();
+            both_ways(reader, writer, sender, receiver).await
+        }
+        Connection::Tcp(stream) => {
+            let (reader, writer) = stream.into_split();
+            both_ways(reader, writer, sender, receiver).await
+        }
+    }
+}
+
+async fn both_ways(
+    reader: impl ReadHalf,
+    writer: impl AsyncWrite + Unpin,
+    sender: &Sender,
+    receiver: &mut Receiver,
+) -> Result<Outcome, Failure> {
     let mut up = std::pin::pin!(up(reader, sender));
-    let mut down = std::pin::pin!(down(writer, receiver));
-    let (mut sent, mut received) = (false, false);
-    while !(sent && received) {
+    let taken = {
+        let mut down = std::pin::pin!(down(writer, receiver));
         tokio::select! {
-            end = &mut up, if !sent => {
+            end = &mut up => {
                 end?;
-                sent = true;
+                down.await?.map_err(Failure::from)?;
+                return Ok(Outcome::default());
             }
-            end = &mut down, if !received => {
-                end?;
-                received = true;
+            taken = &mut down => taken?,
+        }
+    };
+    match taken {
+        // The server may have ended its side because it gives up: the peer need not say anything for that to be noticed.
+        Ok(()) => tokio::select! {
+            end = up => end?,
+            () = sender.closed() => return Err(gone()),
+        },
+        // A peer that reads no more may still have something to say.
+        Err(error) => {
+            tokio::select! {
+                end = up => end?,
+                failure = ignore(receiver) => return Err(failure),
             }
+            return Err(error.into());
         }
     }
     Ok(Outcome::default())
 }
 
-async fn up(reader: OwnedReadHalf, sender: &Sender) -> Result<(), Failure> {
+/// The half of a connection that is read.
+trait ReadHalf {
+    async fn readable(&self) -> std::io::Result<()>;
+    fn try_read_buf(&self, buffer: &mut Vec<u8>) -> std::io::Result<usize>;
+}
+
+impl ReadHalf for unix::OwnedReadHalf {
+    async fn readable(&self) -> std::io::Result<()> {
+        self.readable().await
+    }
+
+    fn try_read_buf(&self, buffer: &mut Vec<u8>) -> std::io::Result<usize> {
+        self.try_read_buf(buffer)
+    }
+}
+
+impl ReadHalf for tcp::OwnedReadHalf {
+    async fn readable(&self) -> std::io::Result<()> {
+        self.readable().await
+    }
+
+    fn try_read_buf(&self, buffer: &mut Vec<u8>) -> std::io::Result<usize> {
+        self.try_read_buf(buffer)
+    }
+}
+
+async fn up(reader: impl ReadHalf, sender: &Sender) -> Result<(), Failure> {
     loop {
         reader.readable().await?;
         // Only now, so that a connection in which nothing happens holds no memory.
@@ -157,29 +239,33 @@ async fn up(reader: OwnedReadHalf, sender: &Sender) -> Result<(), Failure> {
     tell(sender, Event { kind: EndOfContent::default().into() }).await
 }
 
-async fn down(writer: OwnedWriteHalf, receiver: &mut Receiver) -> Result<(), Failure> {
-    let mut writer = Some(writer);
+/// Writes what the server sends, to its end. The inner result says whether the peer took it.
+async fn down(mut writer: impl AsyncWrite + Unpin, receiver: &mut Receiver) -> Result<std::io::Result<()>, Failure> {
     loop {
         match receiver.next().await {
             Some(Incoming::Data(data)) => {
-                // A peer that reads no more may still have something to say.
-                if write(&mut writer, &data).await.is_err() {
-                    writer = None;
-                }
+                let taken = writer.write_all(&data).await;
                 receiver.release(charge(data.len()));
+                if taken.is_err() {
+                    return Ok(taken);
+                }
             }
             // Dropping the half is what the peer sees as the end.
-            Some(Incoming::End(_)) => return Ok(()),
+            Some(Incoming::End(_)) => return Ok(Ok(())),
             Some(Incoming::Message(_)) => {}
             Some(Incoming::Reset | Incoming::ErrorData(_)) | None => return Err(gone()),
         }
     }
 }
 
-async fn write(writer: &mut Option<OwnedWriteHalf>, data: &Bytes) -> std::io::Result<()> {
-    match writer {
-        Some(writer) => writer.write_all(data).await,
-        None => Ok(()),
+/// Lets go of what the server sends, until it gives up.
+async fn ignore(receiver: &mut Receiver) -> Failure {
+    loop {
+        match receiver.next().await {
+            Some(Incoming::Data(data)) => receiver.release(charge(data.len())),
+            Some(Incoming::Message(_) | Incoming::End(_)) => {}
+            Some(Incoming::Reset | Incoming::ErrorData(_)) | None => return gone(),
+        }
     }
 }
 
@@ -192,17 +278,30 @@ pub async fn listen(
 ) -> Result<Outcome, Failure> {
     let root = agent.clone();
     let bound = blocking(move || Bound::new(&root.root, &request.path)).await?;
-    let listener = UnixListener::from_std(bound.socket.try_clone()?.into())?;
-    tell(sender, Event { kind: Opened::default().into() }).await?;
+    let listener = Listener::Unix(UnixListener::from_std(bound.socket.try_clone()?.into())?);
+    announce(agent, &listener, Opened::default(), sender, receiver).await
+}
+
+/// Tells of every peer, until the server gives up or is gone.
+pub async fn announce(
+    agent: &Agent,
+    listener: &Listener,
+    opened: Opened,
+    sender: &Sender,
+    receiver: &mut Receiver,
+) -> Result<Outcome, Failure> {
+    tell(sender, Event { kind: opened.into() }).await?;
     let mut numbers = Vec::new();
     let arriving = async {
         loop {
             match listener.accept().await {
-                Ok((peer, _)) => {
+                Ok((peer, source)) => {
                     let number = agent.peers.next.fetch_add(1, Ordering::Relaxed) + 1;
                     agent.peers.waiting().insert(number, peer);
                     numbers.push(number);
-                    if tell(sender, Event { kind: Arrived { number }.into() }).await.is_err() {
+                    let (ip, port) = source.map(|source| (ip_bytes(source.ip()), source.port())).unwrap_or_default();
+                    let arrived = Arrived { number, ip, port: port.into() };
+                    if tell(sender, Event { kind: arrived.into() }).await.is_err() {
                         return;
                     }
                     numbers.retain(|number| agent.peers.waiting().contains_key(number));

@@ -432,6 +432,30 @@ impl ::buffa::Message for Request {
                         += 2u64 + ::buffa::encoding::varint_len(inner as u64) as u64
                             + inner as u64;
                 }
+                __buffa::oneof::request::Kind::ConnectTcp(x) => {
+                    let __slot = __cache.reserve();
+                    let inner = x.compute_size(__cache);
+                    __cache.set(__slot, inner);
+                    size
+                        += 2u64 + ::buffa::encoding::varint_len(inner as u64) as u64
+                            + inner as u64;
+                }
+                __buffa::oneof::request::Kind::ListenTcp(x) => {
+                    let __slot = __cache.reserve();
+                    let inner = x.compute_size(__cache);
+                    __cache.set(__slot, inner);
+                    size
+                        += 2u64 + ::buffa::encoding::varint_len(inner as u64) as u64
+                            + inner as u64;
+                }
+                __buffa::oneof::request::Kind::MeasureUsage(x) => {
+                    let __slot = __cache.reserve();
+                    let inner = x.compute_size(__cache);
+                    __cache.set(__slot, inner);
+                    size
+                        += 2u64 + ::buffa::encoding::varint_len(inner as u64) as u64
+                            + inner as u64;
+                }
             }
         }
         ::buffa::saturate_size(size)
@@ -576,6 +600,30 @@ impl ::buffa::Message for Request {
                 __buffa::oneof::request::Kind::KeptOutput(x) => {
                     ::buffa::types::put_len_delimited_header(
                         17u32,
+                        u64::from(__cache.consume_next()),
+                        buf,
+                    );
+                    x.write_to(__cache, buf);
+                }
+                __buffa::oneof::request::Kind::ConnectTcp(x) => {
+                    ::buffa::types::put_len_delimited_header(
+                        18u32,
+                        u64::from(__cache.consume_next()),
+                        buf,
+                    );
+                    x.write_to(__cache, buf);
+                }
+                __buffa::oneof::request::Kind::ListenTcp(x) => {
+                    ::buffa::types::put_len_delimited_header(
+                        19u32,
+                        u64::from(__cache.consume_next()),
+                        buf,
+                    );
+                    x.write_to(__cache, buf);
+                }
+                __buffa::oneof::request::Kind::MeasureUsage(x) => {
+                    ::buffa::types::put_len_delimited_header(
+                        20u32,
                         u64::from(__cache.consume_next()),
                         buf,
                     );
@@ -930,6 +978,66 @@ impl ::buffa::Message for Request {
                     ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
                     self.kind = ::core::option::Option::Some(
                         __buffa::oneof::request::Kind::KeptOutput(
+                            ::buffa::alloc::boxed::Box::new(val),
+                        ),
+                    );
+                }
+            }
+            18u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                if let ::core::option::Option::Some(
+                    __buffa::oneof::request::Kind::ConnectTcp(ref mut existing),
+                ) = self.kind
+                {
+                    ::buffa::Message::merge_length_delimited(&mut **existing, buf, ctx)?;
+                } else {
+                    let mut val = ::core::default::Default::default();
+                    ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
+                    self.kind = ::core::option::Option::Some(
+                        __buffa::oneof::request::Kind::ConnectTcp(
+                            ::buffa::alloc::boxed::Box::new(val),
+                        ),
+                    );
+                }
+            }
+            19u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                if let ::core::option::Option::Some(
+                    __buffa::oneof::request::Kind::ListenTcp(ref mut existing),
+                ) = self.kind
+                {
+                    ::buffa::Message::merge_length_delimited(&mut **existing, buf, ctx)?;
+                } else {
+                    let mut val = ::core::default::Default::default();
+                    ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
+                    self.kind = ::core::option::Option::Some(
+                        __buffa::oneof::request::Kind::ListenTcp(
+                            ::buffa::alloc::boxed::Box::new(val),
+                        ),
+                    );
+                }
+            }
+            20u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                if let ::core::option::Option::Some(
+                    __buffa::oneof::request::Kind::MeasureUsage(ref mut existing),
+                ) = self.kind
+                {
+                    ::buffa::Message::merge_length_delimited(&mut **existing, buf, ctx)?;
+                } else {
+                    let mut val = ::core::default::Default::default();
+                    ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
+                    self.kind = ::core::option::Option::Some(
+                        __buffa::oneof::request::Kind::MeasureUsage(
                             ::buffa::alloc::boxed::Box::new(val),
                         ),
                     );
@@ -2031,6 +2139,70 @@ impl ::buffa::Message for KeptOutput {
     }
     fn clear(&mut self) {}
 }
+/// What the sandbox uses, of what it may. Takes a quarter of a second, in which processor times are compared.
+#[derive(Clone, PartialEq, Default)]
+pub struct MeasureUsage {}
+impl ::core::fmt::Debug for MeasureUsage {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("MeasureUsage").finish()
+    }
+}
+impl MeasureUsage {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.MeasureUsage";
+}
+::buffa::impl_default_instance!(MeasureUsage);
+impl ::buffa::MessageName for MeasureUsage {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "MeasureUsage";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.MeasureUsage";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.MeasureUsage";
+}
+impl ::buffa::Message for MeasureUsage {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let size = 0u64;
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        _buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {}
+}
 #[derive(Clone, PartialEq, Default)]
 pub struct Forget {
     /// Field 1: `execution_id`
@@ -2973,7 +3145,216 @@ impl ::buffa::Message for Listen {
         self.path.clear();
     }
 }
-/// Takes a peer; the rest is as for Connect.
+/// Connects to a TCP port in the sandbox's network; the rest is as for Connect.
+#[derive(Clone, PartialEq, Default)]
+pub struct ConnectTcp {
+    /// 4 or 16 bytes, in the network's order.
+    ///
+    /// Field 1: `ip`
+    pub ip: ::buffa::bytes::Bytes,
+    /// Field 2: `port`
+    pub port: u32,
+}
+impl ::core::fmt::Debug for ConnectTcp {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("ConnectTcp")
+            .field("ip", &self.ip)
+            .field("port", &self.port)
+            .finish()
+    }
+}
+impl ConnectTcp {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.ConnectTcp";
+}
+::buffa::impl_default_instance!(ConnectTcp);
+impl ::buffa::MessageName for ConnectTcp {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "ConnectTcp";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.ConnectTcp";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.ConnectTcp";
+}
+impl ::buffa::Message for ConnectTcp {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let mut size = 0u64;
+        if !self.ip.is_empty() {
+            size += 1u64 + ::buffa::types::bytes_encoded_len(&self.ip) as u64;
+        }
+        if self.port != 0u32 {
+            size += 1u64 + ::buffa::types::uint32_encoded_len(self.port) as u64;
+        }
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        if !self.ip.is_empty() {
+            ::buffa::types::put_shared_bytes_field(1u32, &self.ip, buf);
+        }
+        if self.port != 0u32 {
+            ::buffa::types::put_uint32_field(2u32, self.port, buf);
+        }
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            1u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                self.ip = ::buffa::types::decode_bytes_to_bytes(buf)?;
+            }
+            2u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.port = ::buffa::types::decode_uint32(buf)?;
+            }
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {
+        self.ip = ::core::default::Default::default();
+        self.port = 0u32;
+    }
+}
+/// Listens on a TCP port in the sandbox's network; the rest is as for Listen, but that Opened has the port and Arrived the
+/// peer's address.
+#[derive(Clone, PartialEq, Default)]
+pub struct ListenTcp {
+    /// As in ConnectTcp.
+    ///
+    /// Field 1: `ip`
+    pub ip: ::buffa::bytes::Bytes,
+    /// 0 chooses a free one.
+    ///
+    /// Field 2: `port`
+    pub port: u32,
+}
+impl ::core::fmt::Debug for ListenTcp {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("ListenTcp")
+            .field("ip", &self.ip)
+            .field("port", &self.port)
+            .finish()
+    }
+}
+impl ListenTcp {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.ListenTcp";
+}
+::buffa::impl_default_instance!(ListenTcp);
+impl ::buffa::MessageName for ListenTcp {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "ListenTcp";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.ListenTcp";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.ListenTcp";
+}
+impl ::buffa::Message for ListenTcp {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let mut size = 0u64;
+        if !self.ip.is_empty() {
+            size += 1u64 + ::buffa::types::bytes_encoded_len(&self.ip) as u64;
+        }
+        if self.port != 0u32 {
+            size += 1u64 + ::buffa::types::uint32_encoded_len(self.port) as u64;
+        }
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        if !self.ip.is_empty() {
+            ::buffa::types::put_shared_bytes_field(1u32, &self.ip, buf);
+        }
+        if self.port != 0u32 {
+            ::buffa::types::put_uint32_field(2u32, self.port, buf);
+        }
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            1u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                self.ip = ::buffa::types::decode_bytes_to_bytes(buf)?;
+            }
+            2u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.port = ::buffa::types::decode_uint32(buf)?;
+            }
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {
+        self.ip = ::core::default::Default::default();
+        self.port = 0u32;
+    }
+}
+/// Takes a peer of Listen or ListenTcp; the rest is as for Connect.
 #[derive(Clone, PartialEq, Default)]
 pub struct Accept {
     /// Field 1: `number`
@@ -3593,10 +3974,20 @@ pub mod event {
 pub struct Arrived {
     /// Field 1: `number`
     pub number: u64,
+    /// Its address, as in ConnectTcp; empty and 0 for a unix socket.
+    ///
+    /// Field 2: `ip`
+    pub ip: ::buffa::bytes::Bytes,
+    /// Field 3: `port`
+    pub port: u32,
 }
 impl ::core::fmt::Debug for Arrived {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
-        f.debug_struct("Arrived").field("number", &self.number).finish()
+        f.debug_struct("Arrived")
+            .field("number", &self.number)
+            .field("ip", &self.ip)
+            .field("port", &self.port)
+            .finish()
     }
 }
 impl Arrived {
@@ -3629,6 +4020,12 @@ impl ::buffa::Message for Arrived {
         if self.number != 0u64 {
             size += 1u64 + ::buffa::types::uint64_encoded_len(self.number) as u64;
         }
+        if !self.ip.is_empty() {
+            size += 1u64 + ::buffa::types::bytes_encoded_len(&self.ip) as u64;
+        }
+        if self.port != 0u32 {
+            size += 1u64 + ::buffa::types::uint32_encoded_len(self.port) as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -3640,6 +4037,12 @@ impl ::buffa::Message for Arrived {
         use ::buffa::Enumeration as _;
         if self.number != 0u64 {
             ::buffa::types::put_uint64_field(1u32, self.number, buf);
+        }
+        if !self.ip.is_empty() {
+            ::buffa::types::put_shared_bytes_field(2u32, &self.ip, buf);
+        }
+        if self.port != 0u32 {
+            ::buffa::types::put_uint32_field(3u32, self.port, buf);
         }
     }
     fn merge_field(
@@ -3660,6 +4063,20 @@ impl ::buffa::Message for Arrived {
                 )?;
                 self.number = ::buffa::types::decode_uint64(buf)?;
             }
+            2u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                self.ip = ::buffa::types::decode_bytes_to_bytes(buf)?;
+            }
+            3u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.port = ::buffa::types::decode_uint32(buf)?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -3668,6 +4085,8 @@ impl ::buffa::Message for Arrived {
     }
     fn clear(&mut self) {
         self.number = 0u64;
+        self.ip = ::core::default::Default::default();
+        self.port = 0u32;
     }
 }
 /// The agent sends no more content on this stream.
@@ -3821,10 +4240,17 @@ pub struct Opened {
     ///
     /// Field 1: `total_size`
     pub total_size: u64,
+    /// The port that ListenTcp listens on; else 0.
+    ///
+    /// Field 2: `port`
+    pub port: u32,
 }
 impl ::core::fmt::Debug for Opened {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
-        f.debug_struct("Opened").field("total_size", &self.total_size).finish()
+        f.debug_struct("Opened")
+            .field("total_size", &self.total_size)
+            .field("port", &self.port)
+            .finish()
     }
 }
 impl Opened {
@@ -3857,6 +4283,9 @@ impl ::buffa::Message for Opened {
         if self.total_size != 0u64 {
             size += 1u64 + ::buffa::types::uint64_encoded_len(self.total_size) as u64;
         }
+        if self.port != 0u32 {
+            size += 1u64 + ::buffa::types::uint32_encoded_len(self.port) as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -3868,6 +4297,9 @@ impl ::buffa::Message for Opened {
         use ::buffa::Enumeration as _;
         if self.total_size != 0u64 {
             ::buffa::types::put_uint64_field(1u32, self.total_size, buf);
+        }
+        if self.port != 0u32 {
+            ::buffa::types::put_uint32_field(2u32, self.port, buf);
         }
     }
     fn merge_field(
@@ -3888,6 +4320,13 @@ impl ::buffa::Message for Opened {
                 )?;
                 self.total_size = ::buffa::types::decode_uint64(buf)?;
             }
+            2u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.port = ::buffa::types::decode_uint32(buf)?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -3896,6 +4335,7 @@ impl ::buffa::Message for Opened {
     }
     fn clear(&mut self) {
         self.total_size = 0u64;
+        self.port = 0u32;
     }
 }
 #[derive(Clone, PartialEq, Default)]
@@ -4242,6 +4682,14 @@ impl ::buffa::Message for Outcome {
                         += 1u64 + ::buffa::encoding::varint_len(inner as u64) as u64
                             + inner as u64;
                 }
+                __buffa::oneof::outcome::Kind::Usage(x) => {
+                    let __slot = __cache.reserve();
+                    let inner = x.compute_size(__cache);
+                    __cache.set(__slot, inner);
+                    size
+                        += 1u64 + ::buffa::encoding::varint_len(inner as u64) as u64
+                            + inner as u64;
+                }
             }
         }
         ::buffa::saturate_size(size)
@@ -4306,6 +4754,14 @@ impl ::buffa::Message for Outcome {
                 __buffa::oneof::outcome::Kind::Kept(x) => {
                     ::buffa::types::put_len_delimited_header(
                         7u32,
+                        u64::from(__cache.consume_next()),
+                        buf,
+                    );
+                    x.write_to(__cache, buf);
+                }
+                __buffa::oneof::outcome::Kind::Usage(x) => {
+                    ::buffa::types::put_len_delimited_header(
+                        8u32,
                         u64::from(__cache.consume_next()),
                         buf,
                     );
@@ -4465,6 +4921,26 @@ impl ::buffa::Message for Outcome {
                     );
                 }
             }
+            8u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                if let ::core::option::Option::Some(
+                    __buffa::oneof::outcome::Kind::Usage(ref mut existing),
+                ) = self.kind
+                {
+                    ::buffa::Message::merge_length_delimited(&mut **existing, buf, ctx)?;
+                } else {
+                    let mut val = ::core::default::Default::default();
+                    ::buffa::Message::merge_length_delimited(&mut val, buf, ctx)?;
+                    self.kind = ::core::option::Option::Some(
+                        __buffa::oneof::outcome::Kind::Usage(
+                            ::buffa::alloc::boxed::Box::new(val),
+                        ),
+                    );
+                }
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -4618,6 +5094,10 @@ pub struct Exit {
     pub reason: ::buffa::alloc::string::String,
     /// Field 6: `errno`
     pub errno: i32,
+    /// Of a command that failed: processes of the sandbox that were killed because memory ran out while it ran.
+    ///
+    /// Field 7: `memory_kills`
+    pub memory_kills: u64,
 }
 impl ::core::fmt::Debug for Exit {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
@@ -4628,6 +5108,7 @@ impl ::core::fmt::Debug for Exit {
             .field("duration_ms", &self.duration_ms)
             .field("reason", &self.reason)
             .field("errno", &self.errno)
+            .field("memory_kills", &self.memory_kills)
             .finish()
     }
 }
@@ -4676,6 +5157,9 @@ impl ::buffa::Message for Exit {
         if self.errno != 0i32 {
             size += 1u64 + ::buffa::types::int32_encoded_len(self.errno) as u64;
         }
+        if self.memory_kills != 0u64 {
+            size += 1u64 + ::buffa::types::uint64_encoded_len(self.memory_kills) as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -4702,6 +5186,9 @@ impl ::buffa::Message for Exit {
         }
         if self.errno != 0i32 {
             ::buffa::types::put_int32_field(6u32, self.errno, buf);
+        }
+        if self.memory_kills != 0u64 {
+            ::buffa::types::put_uint64_field(7u32, self.memory_kills, buf);
         }
     }
     fn merge_field(
@@ -4757,6 +5244,13 @@ impl ::buffa::Message for Exit {
                 )?;
                 self.errno = ::buffa::types::decode_int32(buf)?;
             }
+            7u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.memory_kills = ::buffa::types::decode_uint64(buf)?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -4770,6 +5264,7 @@ impl ::buffa::Message for Exit {
         self.duration_ms = 0u64;
         self.reason.clear();
         self.errno = 0i32;
+        self.memory_kills = 0u64;
     }
 }
 #[derive(Clone, PartialEq, Default)]
@@ -4851,6 +5346,276 @@ impl ::buffa::Message for Kept {
     }
     fn clear(&mut self) {
         self.bytes = 0u64;
+    }
+}
+/// 0 is what the agent cannot tell, and a limit that there is not.
+#[derive(Clone, PartialEq, Default)]
+pub struct Usage {
+    /// Without what the kernel takes back when it needs it, such as cached files.
+    ///
+    /// Field 1: `memory_bytes`
+    pub memory_bytes: u64,
+    /// Field 2: `memory_limit_bytes`
+    pub memory_limit_bytes: u64,
+    /// Processes killed because the limit was reached, since the sandbox was started.
+    ///
+    /// Field 3: `memory_kills`
+    pub memory_kills: u64,
+    /// Processes and threads.
+    ///
+    /// Field 4: `processes`
+    pub processes: u64,
+    /// Field 5: `processes_max`
+    pub processes_max: u64,
+    /// Field 6: `disk_used_bytes`
+    pub disk_used_bytes: u64,
+    /// Field 7: `disk_size_bytes`
+    pub disk_size_bytes: u64,
+    /// Field 8: `kept_output_bytes`
+    pub kept_output_bytes: u64,
+    /// Processor time that all threads together had, and for which they had to wait, during a short window, and that window.
+    ///
+    /// Field 9: `cpu_used_us`
+    pub cpu_used_us: u64,
+    /// Field 10: `cpu_waited_us`
+    pub cpu_waited_us: u64,
+    /// Field 11: `cpu_window_us`
+    pub cpu_window_us: u64,
+}
+impl ::core::fmt::Debug for Usage {
+    fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+        f.debug_struct("Usage")
+            .field("memory_bytes", &self.memory_bytes)
+            .field("memory_limit_bytes", &self.memory_limit_bytes)
+            .field("memory_kills", &self.memory_kills)
+            .field("processes", &self.processes)
+            .field("processes_max", &self.processes_max)
+            .field("disk_used_bytes", &self.disk_used_bytes)
+            .field("disk_size_bytes", &self.disk_size_bytes)
+            .field("kept_output_bytes", &self.kept_output_bytes)
+            .field("cpu_used_us", &self.cpu_used_us)
+            .field("cpu_waited_us", &self.cpu_waited_us)
+            .field("cpu_window_us", &self.cpu_window_us)
+            .finish()
+    }
+}
+impl Usage {
+    /// Protobuf type URL for this message, for use with `Any::pack` and
+    /// `Any::unpack_if`.
+    ///
+    /// Format: `type.googleapis.com/<fully.qualified.TypeName>`
+    pub const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Usage";
+}
+::buffa::impl_default_instance!(Usage);
+impl ::buffa::MessageName for Usage {
+    const PACKAGE: &'static str = "nagaya.agent.v1";
+    const NAME: &'static str = "Usage";
+    const FULL_NAME: &'static str = "nagaya.agent.v1.Usage";
+    const TYPE_URL: &'static str = "type.googleapis.com/nagaya.agent.v1.Usage";
+}
+impl ::buffa::Message for Usage {
+    /// Returns the total encoded size in bytes.
+    ///
+    /// Accumulates in `u64` (which cannot overflow for in-memory
+    /// data) and saturates to `u32` at return, so a message whose
+    /// encoded size exceeds the 2 GiB protobuf limit yields a value
+    /// above [`::buffa::MAX_MESSAGE_BYTES`] that the encode entry
+    /// points reject, never a silently wrapped size.
+    #[allow(clippy::let_and_return)]
+    fn compute_size(&self, _cache: &mut ::buffa::SizeCache) -> u32 {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        let mut size = 0u64;
+        if self.memory_bytes != 0u64 {
+            size += 1u64 + ::buffa::types::uint64_encoded_len(self.memory_bytes) as u64;
+        }
+        if self.memory_limit_bytes != 0u64 {
+            size
+                += 1u64
+                    + ::buffa::types::uint64_encoded_len(self.memory_limit_bytes) as u64;
+        }
+        if self.memory_kills != 0u64 {
+            size += 1u64 + ::buffa::types::uint64_encoded_len(self.memory_kills) as u64;
+        }
+        if self.processes != 0u64 {
+            size += 1u64 + ::buffa::types::uint64_encoded_len(self.processes) as u64;
+        }
+        if self.processes_max != 0u64 {
+            size += 1u64 + ::buffa::types::uint64_encoded_len(self.processes_max) as u64;
+        }
+        if self.disk_used_bytes != 0u64 {
+            size
+                += 1u64
+                    + ::buffa::types::uint64_encoded_len(self.disk_used_bytes) as u64;
+        }
+        if self.disk_size_bytes != 0u64 {
+            size
+                += 1u64
+                    + ::buffa::types::uint64_encoded_len(self.disk_size_bytes) as u64;
+        }
+        if self.kept_output_bytes != 0u64 {
+            size
+                += 1u64
+                    + ::buffa::types::uint64_encoded_len(self.kept_output_bytes) as u64;
+        }
+        if self.cpu_used_us != 0u64 {
+            size += 1u64 + ::buffa::types::uint64_encoded_len(self.cpu_used_us) as u64;
+        }
+        if self.cpu_waited_us != 0u64 {
+            size += 1u64 + ::buffa::types::uint64_encoded_len(self.cpu_waited_us) as u64;
+        }
+        if self.cpu_window_us != 0u64 {
+            size += 1u64 + ::buffa::types::uint64_encoded_len(self.cpu_window_us) as u64;
+        }
+        ::buffa::saturate_size(size)
+    }
+    fn write_to(
+        &self,
+        _cache: &mut ::buffa::SizeCache,
+        buf: &mut impl ::buffa::EncodeSink,
+    ) {
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        if self.memory_bytes != 0u64 {
+            ::buffa::types::put_uint64_field(1u32, self.memory_bytes, buf);
+        }
+        if self.memory_limit_bytes != 0u64 {
+            ::buffa::types::put_uint64_field(2u32, self.memory_limit_bytes, buf);
+        }
+        if self.memory_kills != 0u64 {
+            ::buffa::types::put_uint64_field(3u32, self.memory_kills, buf);
+        }
+        if self.processes != 0u64 {
+            ::buffa::types::put_uint64_field(4u32, self.processes, buf);
+        }
+        if self.processes_max != 0u64 {
+            ::buffa::types::put_uint64_field(5u32, self.processes_max, buf);
+        }
+        if self.disk_used_bytes != 0u64 {
+            ::buffa::types::put_uint64_field(6u32, self.disk_used_bytes, buf);
+        }
+        if self.disk_size_bytes != 0u64 {
+            ::buffa::types::put_uint64_field(7u32, self.disk_size_bytes, buf);
+        }
+        if self.kept_output_bytes != 0u64 {
+            ::buffa::types::put_uint64_field(8u32, self.kept_output_bytes, buf);
+        }
+        if self.cpu_used_us != 0u64 {
+            ::buffa::types::put_uint64_field(9u32, self.cpu_used_us, buf);
+        }
+        if self.cpu_waited_us != 0u64 {
+            ::buffa::types::put_uint64_field(10u32, self.cpu_waited_us, buf);
+        }
+        if self.cpu_window_us != 0u64 {
+            ::buffa::types::put_uint64_field(11u32, self.cpu_window_us, buf);
+        }
+    }
+    fn merge_field(
+        &mut self,
+        tag: ::buffa::encoding::Tag,
+        buf: &mut impl ::buffa::bytes::Buf,
+        ctx: ::buffa::DecodeContext<'_>,
+    ) -> ::core::result::Result<(), ::buffa::DecodeError> {
+        #[allow(unused_imports)]
+        use ::buffa::bytes::Buf as _;
+        #[allow(unused_imports)]
+        use ::buffa::Enumeration as _;
+        match tag.field_number() {
+            1u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.memory_bytes = ::buffa::types::decode_uint64(buf)?;
+            }
+            2u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.memory_limit_bytes = ::buffa::types::decode_uint64(buf)?;
+            }
+            3u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.memory_kills = ::buffa::types::decode_uint64(buf)?;
+            }
+            4u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.processes = ::buffa::types::decode_uint64(buf)?;
+            }
+            5u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.processes_max = ::buffa::types::decode_uint64(buf)?;
+            }
+            6u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.disk_used_bytes = ::buffa::types::decode_uint64(buf)?;
+            }
+            7u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.disk_size_bytes = ::buffa::types::decode_uint64(buf)?;
+            }
+            8u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.kept_output_bytes = ::buffa::types::decode_uint64(buf)?;
+            }
+            9u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.cpu_used_us = ::buffa::types::decode_uint64(buf)?;
+            }
+            10u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.cpu_waited_us = ::buffa::types::decode_uint64(buf)?;
+            }
+            11u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::Varint,
+                )?;
+                self.cpu_window_us = ::buffa::types::decode_uint64(buf)?;
+            }
+            _ => {
+                ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
+            }
+        }
+        ::core::result::Result::Ok(())
+    }
+    fn clear(&mut self) {
+        self.memory_bytes = 0u64;
+        self.memory_limit_bytes = 0u64;
+        self.memory_kills = 0u64;
+        self.processes = 0u64;
+        self.processes_max = 0u64;
+        self.disk_used_bytes = 0u64;
+        self.disk_size_bytes = 0u64;
+        self.kept_output_bytes = 0u64;
+        self.cpu_used_us = 0u64;
+        self.cpu_waited_us = 0u64;
+        self.cpu_window_us = 0u64;
     }
 }
 #[derive(Clone, PartialEq, Default)]
@@ -5334,6 +6099,11 @@ pub mod __buffa {
                 Listen(::buffa::alloc::boxed::Box<super::super::super::Listen>),
                 Accept(::buffa::alloc::boxed::Box<super::super::super::Accept>),
                 KeptOutput(::buffa::alloc::boxed::Box<super::super::super::KeptOutput>),
+                ConnectTcp(::buffa::alloc::boxed::Box<super::super::super::ConnectTcp>),
+                ListenTcp(::buffa::alloc::boxed::Box<super::super::super::ListenTcp>),
+                MeasureUsage(
+                    ::buffa::alloc::boxed::Box<super::super::super::MeasureUsage>,
+                ),
             }
             impl ::buffa::Oneof for Kind {}
             impl From<super::super::super::Command> for Kind {
@@ -5510,6 +6280,37 @@ pub mod __buffa {
                     Self::Some(Kind::from(v))
                 }
             }
+            impl From<super::super::super::ConnectTcp> for Kind {
+                fn from(v: super::super::super::ConnectTcp) -> Self {
+                    Self::ConnectTcp(::buffa::alloc::boxed::Box::new(v))
+                }
+            }
+            impl From<super::super::super::ConnectTcp> for ::core::option::Option<Kind> {
+                fn from(v: super::super::super::ConnectTcp) -> Self {
+                    Self::Some(Kind::from(v))
+                }
+            }
+            impl From<super::super::super::ListenTcp> for Kind {
+                fn from(v: super::super::super::ListenTcp) -> Self {
+                    Self::ListenTcp(::buffa::alloc::boxed::Box::new(v))
+                }
+            }
+            impl From<super::super::super::ListenTcp> for ::core::option::Option<Kind> {
+                fn from(v: super::super::super::ListenTcp) -> Self {
+                    Self::Some(Kind::from(v))
+                }
+            }
+            impl From<super::super::super::MeasureUsage> for Kind {
+                fn from(v: super::super::super::MeasureUsage) -> Self {
+                    Self::MeasureUsage(::buffa::alloc::boxed::Box::new(v))
+                }
+            }
+            impl From<super::super::super::MeasureUsage>
+            for ::core::option::Option<Kind> {
+                fn from(v: super::super::super::MeasureUsage) -> Self {
+                    Self::Some(Kind::from(v))
+                }
+            }
         }
         pub mod input {
             #[allow(unused_imports)]
@@ -5609,6 +6410,7 @@ pub mod __buffa {
                 Made(::buffa::alloc::boxed::Box<super::super::super::Made>),
                 Removed(::buffa::alloc::boxed::Box<super::super::super::Removed>),
                 Kept(::buffa::alloc::boxed::Box<super::super::super::Kept>),
+                Usage(::buffa::alloc::boxed::Box<super::super::super::Usage>),
             }
             impl ::buffa::Oneof for Kind {}
             impl From<super::super::super::Error> for Kind {
@@ -5678,6 +6480,16 @@ pub mod __buffa {
             }
             impl From<super::super::super::Kept> for ::core::option::Option<Kind> {
                 fn from(v: super::super::super::Kept) -> Self {
+                    Self::Some(Kind::from(v))
+                }
+            }
+            impl From<super::super::super::Usage> for Kind {
+                fn from(v: super::super::super::Usage) -> Self {
+                    Self::Usage(::buffa::alloc::boxed::Box::new(v))
+                }
+            }
+            impl From<super::super::super::Usage> for ::core::option::Option<Kind> {
+                fn from(v: super::super::super::Usage) -> Self {
                     Self::Some(Kind::from(v))
                 }
             }

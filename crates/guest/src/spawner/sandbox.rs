@@ -91,6 +91,8 @@ struct Parts<'a> {
     memory_usage: BorrowedFd<'a>,
     memory_limit: BorrowedFd<'a>,
     memory_statistics: BorrowedFd<'a>,
+    memory_events: BorrowedFd<'a>,
+    processes_limit: BorrowedFd<'a>,
 }
 
 impl<'a> Parts<'a> {
@@ -112,6 +114,8 @@ impl<'a> Parts<'a> {
             memory_usage: rest.next()?,
             memory_limit: rest.next()?,
             memory_statistics: rest.next()?,
+            memory_events: rest.next()?,
+            processes_limit: rest.next()?,
         };
         rest.next().is_none().then_some(parts)
     }
@@ -547,6 +551,8 @@ fn run_agent(
         ("memory-usage", parts.memory_usage),
         ("memory-limit", parts.memory_limit),
         ("memory-statistics", parts.memory_statistics),
+        ("memory-events", parts.memory_events),
+        ("processes-limit", parts.processes_limit),
         ("oom-score", shown.oom_score.as_fd()),
         ("meminfo", shown.meminfo.as_fd()),
         ("stat", shown.stat.as_fd()),

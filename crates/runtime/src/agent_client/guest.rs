@@ -1,5 +1,7 @@
 //! The engine's view of a sandbox, over a link.
 
+use std::net::SocketAddr;
+
 use async_trait::async_trait;
 use nagaya_api::error::Code;
 use nagaya_api::ids::ExecutionId;
@@ -11,7 +13,7 @@ use nagaya_guest::messages::{self, ListDirectory, MakeDirectory, ReadFile, Remov
 use nagaya_guest::mux::Incoming;
 use tokio::sync::mpsc;
 
-use super::{Link, briefly, event_of, files, finish, guest_error, process, sockets, streams, unexpected};
+use super::{Link, briefly, event_of, files, finish, guest_error, process, streams, tcp, unexpected};
 
 /// Memory for an entry in all forms that it has on its way to a client, beside its name.
 const ENTRY_BYTES: usize = 320;
@@ -129,8 +131,8 @@ impl Guest for Link {
 
     async fn connect(&self, address: &Address) -> Result<BoxStream, GuestError> {
         match address {
-            Address::Tcp { port } => Ok(Box::new(sockets::connect(self.network()?, sockets::LOOPBACK, *port).await?)),
-            Address::Ip { ip, port } => Ok(Box::new(sockets::connect(self.network()?, &[*ip], *port).await?)),
+            Address::Tcp { port } => tcp::connect(self, tcp::LOOPBACK, *port).await,
+            Address::Ip { ip, port } => tcp::connect(self, &[*ip], *port).await,
             Address::Unix { path } => Ok(Box::new(streams::connect(self, path, &[]).await?)),
             Address::UnixWithin { path, allowed } => Ok(Box::new(streams::connect(self, path, allowed).await?)),
         }
@@ -138,7 +140,7 @@ impl Guest for Link {
 
     async fn listen(&self, bind: &Bind) -> Result<Listener, GuestError> {
         match bind {
-            Bind::Tcp { ip, port } => sockets::listen(self, self.network()?, *ip, *port).await,
+            Bind::Tcp { ip, port } => tcp::listen(self, SocketAddr::new(*ip, *port)).await,
             Bind::Unix { path } => streams::listen(self, path).await,
         }
     }

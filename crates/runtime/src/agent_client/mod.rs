@@ -11,23 +11,33 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use nagaya_api::error::Code;
-use nagaya_engine::ports::GuestError;
+use nagaya_engine::ports::{GuestError, ResourceUsage};
 use nagaya_guest::handshake::{Handshake, HandshakeError};
 use nagaya_guest::messages::{self, Error, Outcome, Request, event, outcome, request};
-use nagaya_guest::mux::{Incoming, Mux, OpenError, Receiver, Role, Sender};
+use nagaya_guest::mux::{Incoming, Mux, OpenError, Receiver, Role, STREAMS_MAX, Sender};
 use tokio::net::UnixStream;
+use tokio::sync::Semaphore;
 
 mod files;
 mod guest;
 mod process;
 mod sockets;
 mod streams;
+mod tcp;
 #[cfg(test)]
 mod tests;
 
+/// Connections that the agent carries at a time: commands and files have the other streams.
+const CARRIED_MAX: usize = STREAMS_MAX / 4 * 3;
+
 /// A connection to the agent of one sandbox.
+///
+/// The agent does all that is asked for. Where the server can do something faster from outside, because the sandbox
+/// shares its kernel, it is told how (`count_out_of_memory_kills`, `use_network_of`), and then the agent is not asked.
 pub struct Link {
     mux: Mux,
+    /// Places for connections that the agent carries.
+    carried: Arc<Semaphore>,
     out_of_memory_kills: OnceLock<Counter>,
     network: OnceLock<Arc<sockets::Network>>,
 }
@@ -64,7 +74,8 @@ impl Link {
     async fn with_handshake(stream: UnixStream, handshake: Handshake) -> Result<Arc<Self>, LinkError> {
         let (reader, writer) = stream.into_split();
         let (mux, _) = Mux::start(reader, writer, Role::Host, handshake).await?;
-        Ok(Arc::new(Self { mux, out_of_memory_kills: OnceLock::new(), network: OnceLock::new() }))
+        let carried = Arc::new(Semaphore::new(CARRIED_MAX));
+        Ok(Arc::new(Self { mux, carried, out_of_memory_kills: OnceLock::new(), network: OnceLock::new() }))
     }
 
     /// Completes when the connection has ended, with the reason in words for the log.
@@ -111,24 +122,42 @@ impl Link {
         }
     }
 
-    /// Tells how many processes of the sandbox were killed because memory ran out so far, so that a
-    /// command killed that way ends with the reason `out_of_memory`. Only the first call counts.
+    /// What the sandbox uses, of what it may, as far as its agent can tell: not whether its processors were throttled,
+    /// nor what only the host knows of its disk. Takes a quarter of a second.
+    pub async fn usage(&self) -> Result<ResourceUsage, GuestError> {
+        match self.ask_briefly(messages::MeasureUsage::default()).await? {
+            Some(outcome::Kind::Usage(usage)) => Ok(ResourceUsage {
+                memory_bytes: usage.memory_bytes,
+                memory_limit_bytes: usage.memory_limit_bytes,
+                memory_kills: usage.memory_kills,
+                processes: usage.processes,
+                processes_max: usage.processes_max,
+                disk_used_bytes: usage.disk_used_bytes,
+                disk_size_bytes: usage.disk_size_bytes,
+                kept_output_bytes: usage.kept_output_bytes,
+                cpu_used_us: usage.cpu_used_us,
+                cpu_waited_us: usage.cpu_waited_us,
+                cpu_window_us: usage.cpu_window_us,
+                ..ResourceUsage::default()
+            }),
+            _ => Err(guest::unexpected_outcome()),
+        }
+    }
+
+    /// Tells how many processes of the sandbox were killed because memory ran out so far, so that a command killed that
+    /// way ends with the reason `out_of_memory`; else the agent's count is believed. Only the first call counts.
     pub fn count_out_of_memory_kills(&self, count: impl Fn() -> u64 + Send + Sync + 'static) {
         let _ = self.out_of_memory_kills.set(Arc::new(count));
     }
 
-    /// Tells by the pidfd of its first process where the sandbox's network is. Only the first call counts.
+    /// Tells by the pidfd of its first process where the sandbox's network is: TCP goes there without the agent from now
+    /// on. Only the first call counts.
     pub fn use_network_of(&self, process: OwnedFd) {
         let network = Arc::new(sockets::Network::new(process));
         if self.network.set(network.clone()).is_ok() {
             let mux = self.mux.clone();
             tokio::spawn(async move { network.cut_with(mux).await });
         }
-    }
-
-    /// The sandbox's network, where the server can reach it.
-    fn network(&self) -> Result<&Arc<sockets::Network>, GuestError> {
-        self.network.get().ok_or_else(|| guest_error(Code::CapabilityUnavailable, "connections into a sandbox"))
     }
 
     /// Sends a request.

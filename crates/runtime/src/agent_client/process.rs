@@ -82,11 +82,13 @@ impl OutOfMemory {
         Self { count, before }
     }
 
-    /// Says of a command that failed how many processes were killed because memory ran out meanwhile, and corrects the
-    /// reason of one that the kernel killed. What ends well is not looked at: that is to cost nothing.
+    /// Says of a command that failed how many processes were killed because memory ran out meanwhile, unless that is left
+    /// to the agent, and corrects the reason of one that the kernel killed. What ends well is not looked at: that is to cost nothing.
     fn explain(&self, mut status: ExitStatus) -> ExitStatus {
-        if status.code != 0 {
-            status.memory_kills = self.count.as_ref().map_or(0, |count| count()).saturating_sub(self.before);
+        if status.code == 0 {
+            status.memory_kills = 0;
+        } else if let Some(count) = &self.count {
+            status.memory_kills = count().saturating_sub(self.before);
         }
         if status.reason == ExitReason::Signaled && status.signal == "SIGKILL" && status.memory_kills > 0 {
             status.reason = ExitReason::OutOfMemory;
@@ -161,7 +163,7 @@ fn to_status(exit: Exit) -> ExitStatus {
         // A newer agent may have more of them.
         reason: ExitReason::from_name(&exit.reason).unwrap_or_default(),
         errno: exit.errno,
-        memory_kills: 0,
+        memory_kills: exit.memory_kills,
     }
 }
 

@@ -1,4 +1,4 @@
-//! Sockets in a sandbox's network, made by the server itself.
+//! Sockets in a sandbox's network, made by the server itself, where sandboxes share its kernel.
 //!
 //! A socket belongs to the network namespace in which it was made, whoever uses it. So the server enters the
 //! sandbox's namespace for the moment of making one and then has a socket of its own there: bytes take no
@@ -6,7 +6,7 @@
 //! its namespace alive; that is why none may outlive the connection to the sandbox's agent.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -25,8 +25,6 @@ use tokio::sync::mpsc;
 use super::{Link, guest_error};
 use crate::sys;
 
-/// How long connecting may take. Within one machine only a full queue of the service makes it take long.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Peers that wait in the sandbox's kernel until they are accepted.
 const BACKLOG: u32 = 128;
 /// Between the end of a sandbox and the closing of sockets that their users do not look at.
@@ -102,41 +100,16 @@ impl Network {
     }
 }
 
-/// What a sandbox calls itself.
-pub(super) const LOOPBACK: &[IpAddr] = &[IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
-
-/// Connects to a port of the first of the sandbox's addresses that does not refuse it.
-pub(super) async fn connect(network: &Network, addresses: &[IpAddr], port: u16) -> Result<Stream, GuestError> {
-    let to = |ip: IpAddr| async move {
-        let stream = network.socket(ip)?.connect(SocketAddr::new(ip, port)).await?;
+pub(super) async fn connect(network: &Network, address: SocketAddr) -> Result<Stream, GuestError> {
+    let connecting = async {
+        let stream = network.socket(address.ip())?.connect(address).await?;
         // A port that the kernel gives to clients may be given to this very one, which then meets itself.
         match stream.local_addr()? == stream.peer_addr()? {
-            true => Err(io::Error::from(Errno::CONNREFUSED)),
+            true => Err(Errno::CONNREFUSED.into()),
             false => Ok(stream),
         }
     };
-    let connecting = async {
-        let mut first = None;
-        for ip in addresses {
-            match to(*ip).await {
-                // Where there is no such address, or nothing either, the first refusal tells more.
-                Err(error) if first.is_some() || error.kind() == io::ErrorKind::ConnectionRefused => {
-                    first.get_or_insert(error);
-                }
-                other => return other,
-            }
-        }
-        Err(first.unwrap_or_else(|| Errno::ADDRNOTAVAIL.into()))
-    };
-    match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
-        Ok(connected) => Ok(network.keep(connected.map_err(|error| refusal(&error, Code::GuestUnreachable))?)),
-        Err(_) => Err(timed_out()),
-    }
-}
-
-pub(super) fn timed_out() -> GuestError {
-    let detail = "connecting in the sandbox took too long".into();
-    GuestError { code: Code::DeadlineExceeded, detail, errno: Errno::TIMEDOUT.raw_os_error() }
+    Ok(network.keep(connecting.await.map_err(|error| refusal(&error, Code::GuestUnreachable))?))
 }
 
 /// What an error of the sandbox's network means; `otherwise` where it has no meaning of its own.
@@ -155,13 +128,12 @@ fn refusal(error: &io::Error, otherwise: Code) -> GuestError {
     GuestError { code, detail, errno: errno.map_or(0, Errno::raw_os_error) }
 }
 
-/// Listens in the sandbox until the listener is dropped or the sandbox ends.
-pub(super) async fn listen(link: &Link, network: &Arc<Network>, ip: IpAddr, port: u16) -> Result<Listener, GuestError> {
+pub(super) async fn listen(link: &Link, network: &Arc<Network>, address: SocketAddr) -> Result<Listener, GuestError> {
     let bound = || -> io::Result<(TcpListener, u16)> {
-        let socket = network.socket(ip)?;
+        let socket = network.socket(address.ip())?;
         // A tunnel that is opened again gets its port back while old connections fade.
         socket.set_reuseaddr(true)?;
-        socket.bind(SocketAddr::new(ip, port))?;
+        socket.bind(address)?;
         let listener = socket.listen(BACKLOG)?;
         let port = listener.local_addr()?.port();
         Ok((listener, port))

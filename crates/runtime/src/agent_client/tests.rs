@@ -23,6 +23,8 @@ mod directories;
 mod endings;
 mod files;
 mod streams;
+mod tcp;
+mod usage;
 
 /// Held while descriptors can be inherited, so that only the intended program does.
 static SPAWNING: Mutex<()> = Mutex::new(());
@@ -73,6 +75,13 @@ impl Agent {
 
     fn home(&self) -> PathBuf {
         self.directory.path().join("home")
+    }
+
+    /// The pages of its program do not count: all agents of a server have the same.
+    fn own_memory_kib(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.process.id())).unwrap();
+        let line = text.lines().find(|line| line.starts_with("Anonymous:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
     async fn connect(&self) -> Arc<Link> {

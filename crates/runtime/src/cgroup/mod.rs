@@ -414,6 +414,18 @@ impl Group {
         self.memory_file("memory.stat", "memory.stat")
     }
 
+    /// A file that tells how many processes were killed because the memory limit was reached, in a line `oom_kill NUMBER`.
+    pub fn memory_events_file(&self) -> Result<File, CgroupError> {
+        self.memory_file("memory.events", "memory.oom_control")
+    }
+
+    /// A file that tells the number of processes that there may be.
+    pub fn processes_limit_file(&self) -> Result<File, CgroupError> {
+        let (Layout::Unified(parent) | Layout::Split { pids: parent, .. }) = &self.cgroups.layout;
+        let path = self.path(parent, "commands").join("pids.max");
+        at("open", &path, File::open(&path))
+    }
+
     fn memory_file(&self, unified: &str, split: &str) -> Result<File, CgroupError> {
         let name = match self.cgroups.layout {
             Layout::Unified(_) => unified,

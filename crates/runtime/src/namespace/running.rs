@@ -226,7 +226,8 @@ fn short_path(directory: &OwnedFd) -> String {
 }
 
 /// Connects to the agent and exchanges greetings.
-pub(super) async fn connect(host: &Host, running: &RunningSandbox) -> Result<Arc<Link>, DriverError> {
+pub(super) async fn connect(inner: &Inner, running: &RunningSandbox) -> Result<Arc<Link>, DriverError> {
+    let host = &*inner.host;
     let (group, directory) = (host.group(running.slot), host.directory(running.id));
     if running.pidfd.is_halted() {
         return Err(DriverError::Failed(HALTED.into()));
@@ -239,8 +240,10 @@ pub(super) async fn connect(host: &Host, running: &RunningSandbox) -> Result<Arc
         .await
         .map_err(|_| DriverError::Failed("the agent does not answer".into()))?
         .map_err(|error| failed("connect to the agent", &error))?;
-    link.count_out_of_memory_kills(move || group.out_of_memory_kills());
-    link.use_network_of(process);
+    if inner.shortcuts {
+        link.count_out_of_memory_kills(move || group.out_of_memory_kills());
+        link.use_network_of(process);
+    }
     Ok(link)
 }
 

@@ -188,7 +188,13 @@ impl Factory {
     ) -> Result<PreparedSlot, SlotError> {
         let agent_files = group.agent_files()?;
         let command_files = group.command_files()?;
-        let memory_files = [group.memory_usage_file()?, group.memory_limit_file()?, group.memory_statistics_file()?];
+        let usage_files = [
+            group.memory_usage_file()?,
+            group.memory_limit_file()?,
+            group.memory_statistics_file()?,
+            group.memory_events_file()?,
+            group.processes_limit_file()?,
+        ];
         let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| on("make a pipe")(errno.into()));
         let (error, error_write) = pipe()?;
         let (lifeline_read, lifeline) = pipe()?;
@@ -213,7 +219,7 @@ impl Factory {
         for group in &command_files.groups {
             fds.extend(group.join.iter().chain([&group.processes]).map(File::as_fd));
         }
-        fds.extend(memory_files.iter().map(File::as_fd));
+        fds.extend(usage_files.iter().map(File::as_fd));
         let (pid, pidfd) = self.host.spawner.sandbox(order, &fds)?;
         Ok(PreparedSlot { number, group, user, disk, started: Started { pid, pidfd, error, lifeline } })
     }

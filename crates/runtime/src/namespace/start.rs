@@ -207,7 +207,7 @@ impl Inner {
         let pidfd = PidFd::new(pidfd).map_err(|error| failed("watch the sandbox", &error))?;
         let running = Arc::new(RunningSandbox::new(id, slot, pidfd));
         self.running_sandboxes().insert(id, running.clone());
-        match running::connect(&self.host, &running).await {
+        match running::connect(self, &running).await {
             Ok(link) => {
                 self.watch(&running);
                 self.watch_power(&running, &link);

@@ -27,7 +27,7 @@ impl Inner {
         let mut powered_off = record.powered_off;
         if let Some(running) = self.find(id, &record)? {
             let connecting = async {
-                let link = running::connect(&self.host, &running).await?;
+                let link = running::connect(self, &running).await?;
                 if link.powered_off() {
                     return Ok(None);
                 }

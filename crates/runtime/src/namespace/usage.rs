@@ -9,6 +9,7 @@ use nagaya_engine::ports::{DriverError, ResourceUsage};
 use tokio::time::Instant;
 
 use super::Inner;
+use super::running::RunningSandbox;
 use crate::cgroup::{Group, Part};
 use crate::host::{blocking, failed};
 
@@ -18,7 +19,18 @@ const WINDOW: Duration = Duration::from_millis(250);
 impl Inner {
     pub(super) async fn usage(self: &Arc<Self>, id: SessionId) -> Result<ResourceUsage, DriverError> {
         let running = self.running(id)?;
-        let group = self.group(&running);
+        let asked = !self.shortcuts && !running.pidfd.is_halted();
+        let mut load = match running.link().filter(|_| asked) {
+            Some(link) => link.usage().await.map_err(|error| failed("ask the sandbox's agent", &error))?,
+            None => self.usage_from_outside(&running).await?,
+        };
+        let host = self.host.clone();
+        (load.disk_failed, load.disk_held) = blocking(move || host.disk_faults(id)).await;
+        Ok(load)
+    }
+
+    async fn usage_from_outside(&self, running: &RunningSandbox) -> Result<ResourceUsage, DriverError> {
+        let group = self.group(running);
         let before = processor_times(&group).await;
         let begun = Instant::now();
         tokio::time::sleep(WINDOW).await;
@@ -32,8 +44,6 @@ impl Inner {
             // An older agent does not tell.
             load.kept_output_bytes = link.kept_output().await.unwrap_or(0);
         }
-        let host = self.host.clone();
-        (load.disk_failed, load.disk_held) = blocking(move || host.disk_faults(id)).await;
         Ok(load)
     }
 }

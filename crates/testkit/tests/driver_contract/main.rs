@@ -82,6 +82,21 @@ macro_rules! common_behaviours {
     };
 }
 
+/// Closes a place also when the case is left out: a pool of disks stays mounted until somebody removes it.
+async fn close(suite: &mut Suite, name: &str, place: Result<Place, String>) {
+    let Ok(place) = place else { return };
+    match suite.wants(name) {
+        true => {
+            let closing = async {
+                place.close().await;
+                Ok(())
+            };
+            suite.case(name, closing).await;
+        }
+        false => place.close().await,
+    }
+}
+
 fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -170,19 +185,36 @@ fn main() -> ExitCode {
             a_host_without_space_keeps_the_sandbox_usable_and_no_image,
             low_memory_of_the_host_is_told_and_not_all_the_time,
         );
-        // Also when the case is left out: a pool of disks stays mounted until somebody removes it.
-        if let Ok(place) = namespace {
-            if !suite.wants("namespace::nothing_is_left_on_the_host") {
-                place.close().await;
-                return suite.finish();
-            }
-            suite
-                .case("namespace::nothing_is_left_on_the_host", async {
-                    place.close().await;
-                    Ok(())
-                })
-                .await;
-        }
+        close(&mut suite, "namespace::nothing_is_left_on_the_host", namespace).await;
+
+        // What the driver can also do from outside, done by agents alone.
+        let mut agents = if suite.is_listing() {
+            Err("only listing".to_owned())
+        } else {
+            Place::namespace_without_shortcuts().await
+        };
+        behaviours!(suite, "agents", agents, common:
+            only_what_runs_tells_what_it_uses,
+        );
+        behaviours!(suite, "agents", agents, limits:
+            a_process_above_the_memory_limit_dies_with_that_reason_and_the_agent_answers,
+            what_is_used_is_told_in_figures,
+        );
+        behaviours!(suite, "agents", agents, streams:
+            connections_meet_listeners_and_end_one_side_after_the_other,
+            where_nobody_listens_connections_are_refused,
+            a_hundred_megabytes_arrive_unchanged_either_way,
+            connections_and_listeners_end_with_their_sandbox,
+            the_next_driver_listens_where_the_last_one_did,
+        );
+        behaviours!(suite, "agents", agents, streams_inside:
+            services_on_either_loopback_are_reached,
+            a_frozen_service_answers_when_it_is_thawed,
+            a_service_that_accepts_nobody_is_given_up,
+            programs_reach_what_the_server_listens_on,
+            one_stalled_connection_stalls_no_other,
+        );
+        close(&mut suite, "agents::nothing_is_left_on_the_host", agents).await;
         suite.finish()
     })
 }

@@ -32,7 +32,7 @@ pub struct Place {
 
 enum Kind {
     Fake(Arc<FakeDriver>),
-    Namespace { data: TempDir, server: Option<Server> },
+    Namespace { data: TempDir, server: Option<Server>, shortcuts: bool },
 }
 
 /// What a server has of a host.
@@ -51,14 +51,23 @@ impl Place {
 
     /// `Err` says why this host has no namespace driver.
     pub async fn namespace() -> Result<Self, String> {
-        Self::namespace_with(tempfile::Builder::new().prefix("nagaya-contract-").tempdir().unwrap(), |_| ()).await
+        Self::namespace_with(directory(), |_| ()).await
+    }
+
+    /// The same, but all that a sandbox's agent can do is left to it, as where sandboxes have a kernel of their own.
+    pub async fn namespace_without_shortcuts() -> Result<Self, String> {
+        Self::start(directory(), |_| (), false).await
     }
 
     /// A namespace driver with this data directory, set up otherwise than usual.
     pub async fn namespace_with(data: TempDir, set_up: impl FnOnce(&mut Config)) -> Result<Self, String> {
-        let server = start(data.path(), set_up).await?;
+        Self::start(data, set_up, true).await
+    }
+
+    async fn start(data: TempDir, set_up: impl FnOnce(&mut Config), shortcuts: bool) -> Result<Self, String> {
+        let server = start(data.path(), set_up, shortcuts).await?;
         let (ends, events) = (server.driver.ends(), HostPort(server.host.clone()).events());
-        Ok(Self { kind: Kind::Namespace { data, server: Some(server) }, ends, events })
+        Ok(Self { kind: Kind::Namespace { data, server: Some(server), shortcuts }, ends, events })
     }
 
     /// The data directory of a driver that has one.
@@ -128,10 +137,10 @@ impl Place {
                 driver.disconnect();
                 meanwhile();
             }
-            Kind::Namespace { data, server } => {
+            Kind::Namespace { data, server, shortcuts } => {
                 drop(server.take());
                 meanwhile();
-                *server = Some(start(data.path(), |_| ()).await.unwrap());
+                *server = Some(start(data.path(), |_| (), *shortcuts).await.unwrap());
             }
         }
         (self.ends, self.events) = (self.driver().ends(), self.host().events());
@@ -181,7 +190,7 @@ impl Place {
     /// Ends all sandboxes and gives back what the driver set on the host.
     pub async fn close(mut self) {
         self.clear().await;
-        if let Kind::Namespace { data, server } = &mut self.kind {
+        if let Kind::Namespace { data, server, .. } = &mut self.kind {
             let Server { host, driver } = server.take().expect(BETWEEN);
             driver.settled().await;
             tokio::task::spawn_blocking(move || {
@@ -219,16 +228,20 @@ impl Place {
     }
 }
 
+fn directory() -> TempDir {
+    tempfile::Builder::new().prefix("nagaya-contract-").tempdir().unwrap()
+}
+
 /// What is not so.
 const BETWEEN: &str = "there is a server between restarts";
 
-async fn start(data: &Path, set_up: impl FnOnce(&mut Config)) -> Result<Server, String> {
+async fn start(data: &Path, set_up: impl FnOnce(&mut Config), shortcuts: bool) -> Result<Server, String> {
     let mut config = Config::new(data.to_owned());
     config.slots_max = SLOTS_MAX;
     config.processes_max = PROCESSES_MAX;
     set_up(&mut config);
     let opened = tokio::task::spawn_blocking(move || Host::open(config)).await.unwrap();
-    let pools = namespace::Config { pool_ready: 1, pool_ready_isolated: 1 };
+    let pools = namespace::Config { pool_ready: 1, pool_ready_isolated: 1, shortcuts };
     let driver = |host: Arc<Host>| Arc::new(NamespaceDriver::start(host, "namespace", &pools));
     opened.map(|host| Server { driver: driver(host.clone()), host }).map_err(|error| {
         let mut text = error.to_string();

@@ -103,7 +103,7 @@ pub async fn part_of_a_processor_and_a_disk_of_any_size_are_given(place: &mut Pl
 
 pub async fn two_drivers_of_one_host_keep_their_sandboxes_apart(place: &mut Place) -> Outcome {
     let (first, ids) = (place.driver(), [fresh_id(), fresh_id()]);
-    let pools = namespace::Config { pool_ready: 0, pool_ready_isolated: 0 };
+    let pools = namespace::Config { pool_ready: 0, pool_ready_isolated: 0, ..namespace::Config::default() };
     let another = |place: &Place| Arc::new(NamespaceDriver::start(place.shared_host(), "another", &pools));
     let second = another(place);
     for (driver, id) in [(&*first, ids[0]), (&*second as &dyn Driver, ids[1])] {

@@ -228,13 +228,19 @@ pub async fn one_stalled_connection_stalls_no_other(place: &mut Place) -> Outcom
     let (driver, id) = (place.driver(), fresh_id());
     let guest = driver.start(id, &place.fresh()).await.unwrap();
     let path = "/home/tenki/stalled.sock";
-    let mut listener = guest.listen(&Bind::Unix { path: path.into() }).await.unwrap();
-    let (mut stalled, _nobody_reads, _) = meet(&*guest, &mut listener, &unix(path)).await;
+    let tcp = guest.listen(&loopback(0)).await.unwrap();
+    let to = Address::Tcp { port: tcp.port };
+    let listener = guest.listen(&Bind::Unix { path: path.into() }).await.unwrap();
     let block = vec![1; 64 * 1024];
     let full = std::time::Duration::from_millis(500);
-    while tokio::time::timeout(full, stalled.write_all(&block)).await.is_ok() {}
-    let (client, server, _) = meet(&*guest, &mut listener, &unix(path)).await;
-    transfer(client, server, 64).await;
+    let mut held = Vec::new();
+    for (mut listener, address) in [(tcp, to), (listener, unix(path))] {
+        let (mut stalled, nobody_reads, _) = meet(&*guest, &mut listener, &address).await;
+        while tokio::time::timeout(full, stalled.write_all(&block)).await.is_ok() {}
+        let (client, server, _) = meet(&*guest, &mut listener, &address).await;
+        transfer(client, server, 64).await;
+        held.push((stalled, nobody_reads));
+    }
     assert_eq!(run(&*guest, command(&["echo", "well"])).await.text(), "well");
     driver.destroy(id).await.unwrap();
     Ok(())

@@ -127,13 +127,7 @@ async fn it_is_small_again_after_heavy_use() {
     while let Some(result) = transfers.join_next().await {
         result.unwrap();
     }
-    // The pages of its program do not count: all agents of a server have the same.
-    let own = || -> u64 {
-        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", agent.process.id())).unwrap();
-        let line = text.lines().find(|line| line.starts_with("Anonymous:")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
-    };
-    until("its memory is given back", || own() <= 768).await;
+    until("its memory is given back", || agent.own_memory_kib() <= 768).await;
 }
 
 #[tokio::test]

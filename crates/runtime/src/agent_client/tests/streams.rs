@@ -1,4 +1,4 @@
-//! Unix sockets that the agent carries, and agents that lie about them.
+//! Unix sockets that the agent carries, and agents that lie about connections.
 
 use nagaya_api::error::Code;
 use nagaya_engine::ports::{Address, Bind};
@@ -52,12 +52,36 @@ async fn a_lost_connection_to_the_agent_is_an_error_and_no_end() {
     until("the socket was removed", || !std::path::Path::new(&path).exists()).await;
 }
 
-fn tell(stream: u32, kind: impl Into<event::Kind>) -> Frame {
+#[tokio::test]
+async fn a_peer_that_takes_nothing_more_may_still_speak() {
+    let agent = Agent::start();
+    let link = agent.connect().await;
+    let path = agent.path("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut ours = link.connect(&unix(&path)).await.unwrap();
+    let peer = listener.accept().await.unwrap().0.into_std().unwrap();
+    peer.shutdown(std::net::Shutdown::Read).unwrap();
+    let mut peer = UnixStream::from_std(peer).unwrap();
+    // Far more than all buffers on the way hold.
+    ours.write_all(&vec![7; 4 << 20]).await.unwrap();
+    peer.write_all(b"still here").await.unwrap();
+    let mut heard = [0; 10];
+    ours.read_exact(&mut heard).await.unwrap();
+    assert_eq!(&heard, b"still here");
+    drop(peer);
+    let block = vec![7; 64 * 1024];
+    while ours.write_all(&block).await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(link.stat("/").await.unwrap().is_some(), "nothing else is the matter");
+}
+
+pub(super) fn tell(stream: u32, kind: impl Into<event::Kind>) -> Frame {
     Frame { kind: Kind::Message, stream, payload: messages::encode(&Event { kind: Some(kind.into()) }) }
 }
 
 /// Plays an agent that greets properly, and answers the first request with these frames.
-async fn false_agent(frames: Vec<Frame>) -> (Arc<Link>, tokio::task::JoinHandle<UnixStream>) {
+pub(super) async fn false_agent(frames: Vec<Frame>) -> (Arc<Link>, tokio::task::JoinHandle<UnixStream>) {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let hello = Hello { version_min: 1, version_max: 1, ..Default::default() };
     let greeting = Frame { kind: Kind::Hello, stream: 0, payload: messages::encode(&hello) };
@@ -106,7 +130,7 @@ async fn what_a_lying_agent_says_about_connections_harms_nobody_else() {
         assert_eq!(read.is_err(), fails, "{read:?}");
         assert!(fails || content == text, "{content:?}");
     }
-    let arrived = |number| tell(1, Arrived { number });
+    let arrived = |number| tell(1, Arrived { number, ..Arrived::default() });
     let (link, _theirs) = false_agent(vec![opened, arrived(1), arrived(u64::MAX), reset]).await;
     let mut listener = link.listen(&Bind::Unix { path: "/x".into() }).await.unwrap();
     tokio::time::pause();

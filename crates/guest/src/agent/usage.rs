@@ -1,0 +1,87 @@
+//! What the sandbox uses, of what it may, for a server that cannot see it from outside.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::failure::Failure;
+use super::processes::Count;
+use super::{Agent, blocking, groups, memory};
+use crate::messages::Usage;
+
+/// How long processor times are compared: some of the scheduler's periods.
+const WINDOW: Duration = Duration::from_millis(250);
+
+pub async fn measure(agent: &Arc<Agent>) -> Result<Usage, Failure> {
+    let before = blocking(|| Ok(processor_times())).await?;
+    let begun = Instant::now();
+    tokio::time::sleep(WINDOW).await;
+    let measured = agent.clone();
+    let (after, usage) = blocking(move || Ok((processor_times(), read(&measured)?))).await?;
+    let (cpu_used_us, cpu_waited_us) = between(&before, &after);
+    Ok(Usage { cpu_used_us, cpu_waited_us, cpu_window_us: begun.elapsed().as_micros() as u64, ..usage })
+}
+
+fn read(agent: &Agent) -> Result<Usage, Failure> {
+    let settings = &agent.settings;
+    let (memory_bytes, memory_limit_bytes) = memory::in_use(settings);
+    let disk = rustix::fs::statvfs("/")?;
+    let disk_size_bytes = disk.f_blocks.saturating_mul(disk.f_frsize);
+    Ok(Usage {
+        memory_bytes,
+        memory_limit_bytes,
+        memory_kills: memory::kills(settings),
+        processes: groups::sum(settings).unwrap_or_else(|| Count::take().threads),
+        processes_max: groups::most(settings),
+        disk_used_bytes: disk_size_bytes.saturating_sub(disk.f_bavail.saturating_mul(disk.f_frsize)),
+        disk_size_bytes,
+        kept_output_bytes: agent.executions.kept(),
+        ..Usage::default()
+    })
+}
+
+/// By the number of a thread: microseconds on processors, and waiting for one.
+type Times = BTreeMap<u32, (u64, u64)>;
+
+/// Of all threads but the agent's own. Of those that have ended nothing is known.
+fn processor_times() -> Times {
+    let numbers = |directory: &str| {
+        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()).collect::<Vec<_>>()
+    };
+    let processes = numbers("/proc").into_iter().filter(|process| *process != std::process::id());
+    let times = processes.flat_map(|process| {
+        let threads = numbers(&format!("/proc/{process}/task"));
+        threads.into_iter().filter_map(move |thread| {
+            let text = fs::read_to_string(format!("/proc/{process}/task/{thread}/schedstat")).ok()?;
+            let mut figures = text.split_whitespace().map_while(|figure| figure.parse::<u64>().ok());
+            Some((thread, (figures.next()? / 1_000, figures.next()? / 1_000)))
+        })
+    });
+    times.collect()
+}
+
+/// What the threads that are there in the end had since the beginning; one that is new began with nothing.
+fn between(before: &Times, after: &Times) -> (u64, u64) {
+    let since = |(thread, (ran, waited)): (&u32, &(u64, u64))| {
+        let (ran_before, waited_before) = before.get(thread).copied().unwrap_or_default();
+        (ran.saturating_sub(ran_before), waited.saturating_sub(waited_before))
+    };
+    after.iter().map(since).fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_that_end_meanwhile_take_nothing_from_the_others() {
+        let before = Times::from([(1, (1_000_000, 50)), (2, (100, 10))]);
+        let after = Times::from([(2, (350, 15)), (3, (40, 2))]);
+        assert_eq!(between(&before, &after), (290, 7));
+        assert_eq!(between(&Times::new(), &Times::new()), (0, 0));
+    }
+}
