@@ -147,6 +147,7 @@ fn ssh_limits(config: &config::Ssh) -> SshLimits {
         logins_max: config.logins_max,
         login_timeout: Duration::from_millis(config.login_timeout_ms),
         channels_per_connection_max: config.channels_per_connection_max,
+        user_name: tenki::USER_NAME,
         certificate_ttl_default: Duration::from_millis(config.certificate_ttl_ms),
         certificate_ttl_max: Duration::from_millis(config.certificate_ttl_max_ms),
     }

@@ -62,6 +62,8 @@ pub struct SshLimits {
     pub logins_max: usize,
     pub login_timeout: Duration,
     pub channels_per_connection_max: usize,
+    /// What visitors call the image's user.
+    pub user_name: &'static str,
     pub certificate_ttl_default: Duration,
     pub certificate_ttl_max: Duration,
 }

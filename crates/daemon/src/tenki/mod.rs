@@ -31,5 +31,8 @@ mod volumes;
 mod wait;
 mod zero_copy;
 
+/// What this family calls the user that commands run as.
+pub(crate) const USER_NAME: &str = "tenki";
+
 pub(crate) use auth::COOKIE_NAMES;
 pub(crate) use facade::{Dependencies, TenkiFacade};

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use event::{DiskOnlyReason, DiskSource, EndReason, Event, EventKind, PauseReason, RestoreMode};
 pub use limit::{Limit, Resource};
 pub use machine::{
-    Capabilities, DiskOrigin, ImageDigest, Isolation, Layer, Machine, Resources, RootImage, SandboxSpec,
+    Capabilities, DiskOrigin, ImageDigest, ImageUser, Isolation, Layer, Machine, Resources, RootImage, SandboxSpec,
 };
 
 /// Milliseconds since the Unix epoch.

@@ -35,8 +35,6 @@ use image::{BLOCK, Superblock};
 const SUFFIX: &str = "ext4";
 /// A volume that is being made.
 const FRESH: &str = "new";
-/// The id of `tenki`, who owns what is made for a volume.
-const OWNER: u32 = 1000;
 /// How long whoever had a volume may take to let go of it after their end, before they count as having it.
 const GRACE: Duration = Duration::from_secs(3);
 /// How long the kernel may take to write back what was unmounted.
@@ -64,6 +62,8 @@ pub(crate) struct Volumes {
 pub(crate) struct Sandbox {
     pub id: SessionId,
     pub slot: u32,
+    /// To whom directories belong that are made for a mount, as the sandbox counts them.
+    pub user_id: u32,
     /// Of its first process.
     pub pidfd: OwnedFd,
 }
@@ -200,7 +200,7 @@ impl Volumes {
         let attributes = if wanted.readonly { NO_DEVICES | READ_ONLY } else { NO_DEVICES };
         mount::set_attributes(tree.as_fd(), attributes, Some(sandbox.user_namespace()?.as_fd()))
             .map_err(on("map the volume's ids"))?;
-        let order = spawn::Mount { path: wanted.path.clone(), owner: first_id(sandbox.slot) + OWNER };
+        let order = spawn::Mount { path: wanted.path.clone(), owner: first_id(sandbox.slot) + sandbox.user_id };
         let outcome = spawner.mount(order, sandbox.pidfd.as_fd(), tree.as_fd());
         sandbox.judge(outcome.map_err(on("attach a volume"))?)
     }

@@ -160,7 +160,8 @@ impl Inner {
     fn sandbox(&self, id: SessionId) -> Result<Sandbox, DriverError> {
         let running = self.running(id)?;
         let pidfd = running.pidfd.try_clone().map_err(|error| failed("watch the sandbox", &error))?;
-        Ok(Sandbox { id, slot: running.slot, pidfd })
+        let user_id = Record::read(&self.host.directory(id)).ok_or(DriverError::Gone)?.user_id;
+        Ok(Sandbox { id, slot: running.slot, user_id, pidfd })
     }
 }
 

@@ -163,7 +163,7 @@ pub(super) fn take(inner: &Inner, id: SessionId, spec: &SandboxSpec, slot: &Slot
     set_processors(slot.started.pid, &processors).map_err(|error| failed("set the sandbox's processors", &error))?;
     let record = Record {
         egress: spec.egress.clone(),
-        ..Record::new(&inner.name, spec.root.digest.clone(), slot.number, host.boot_id.clone())
+        ..Record::new(&inner.name, &spec.root, slot.number, host.boot_id.clone())
     };
     record.write(&slot.directory).map_err(|error| failed("write the sandbox's record", &error))?;
     if let Some(network) = host.network.as_ref().filter(|_| spec.outbound) {
