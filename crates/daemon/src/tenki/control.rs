@@ -10,10 +10,13 @@ use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{Session, SessionState};
 use nagaya_engine::{Caller, ListSessions, NewExecution, NewSession, SessionUpdate};
 
-use super::convert;
-use super::parse;
-use super::parse::{invalid, milliseconds, page_size, workspace};
+use super::messages;
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse;
+use crate::rpc::parse::{invalid, milliseconds, page_size, workspace};
+use crate::rpc::service::caller;
+use crate::waiting;
 
 /// Names under which the default image is asked for.
 const DEFAULT_IMAGES: [&str; 2] = ["", "sandbox"];
@@ -42,14 +45,14 @@ impl TenkiService {
         request: wire::CreateSessionRequest,
     ) -> Result<wire::CreateSessionResponse, Error> {
         let started = Instant::now();
-        let caller = self.caller(context)?;
+        let caller = caller(context)?;
         let hold = if request.wait_ready || request.wait_for_runtime {
             self.time_to_answer(context)
         } else {
             Some(self.create_hold)
         };
         let session = self.engine.create_session(&caller, new_session(request)?).await?;
-        let session = self.settled(&caller, session, hold).await?;
+        let session = waiting::created(&self.engine, &caller, session.id, hold).await?;
         if let Some(error) = refused_for_capacity(&session) {
             return Err(error);
         }
@@ -65,33 +68,8 @@ impl TenkiService {
         })
     }
 
-    /// How long an answer may be held back, so that it is there before the call's deadline. `None`:
-    /// as long as it takes.
     pub(super) fn time_to_answer(&self, context: &RequestContext) -> Option<Duration> {
-        context.time_remaining().map(|remaining| remaining - self.deadline_margin.min(remaining / 2))
-    }
-
-    /// The session when its creation is over, or as it is after the given time.
-    pub(super) async fn settled(
-        &self,
-        caller: &Caller,
-        session: Session,
-        hold: Option<Duration>,
-    ) -> Result<Session, Error> {
-        let mut watched = self.engine.watch_session(caller, session.id).await?;
-        // It may have been RUNNING and be PAUSED again before anybody looked.
-        let settled = watched.wait_for(|session| session.state != SessionState::Creating);
-        let outcome = match hold {
-            Some(hold) => {
-                tokio::time::timeout(hold, settled).await.map(|settled| settled.map(|session| session.clone()))
-            }
-            None => Ok(settled.await.map(|session| session.clone())),
-        };
-        match outcome {
-            Ok(Ok(session)) => Ok(session),
-            // Too late, or the server is stopping: the caller learns how far it came.
-            Ok(Err(_)) | Err(_) => Ok(watched.borrow().clone()),
-        }
+        waiting::time_to_answer(context.time_remaining(), self.deadline_margin)
     }
 
     pub(super) async fn create_session_credential(
@@ -100,9 +78,9 @@ impl TenkiService {
         request: wire::CreateSessionCredentialRequest,
     ) -> Result<wire::CreateSessionCredentialResponse, Error> {
         let id = convert::id(&request.session_id, "session_id")?;
-        let (certificate, _) = self.engine.certificate(&self.caller(context)?, id).await?;
+        let (certificate, _) = self.engine.certificate(&caller(context)?, id).await?;
         Ok(wire::CreateSessionCredentialResponse {
-            credential: convert::credential(certificate).into(),
+            credential: messages::credential(certificate).into(),
             data_plane_endpoint: self.endpoint(context),
             route_status: wire::DataPlaneRouteStatus::Verified.into(),
         })
@@ -204,7 +182,7 @@ impl TenkiService {
         context: &RequestContext,
         session_id: &str,
     ) -> Result<wire::SandboxSession, Error> {
-        let (caller, id) = (self.caller(context)?, convert::id(session_id, "session_id")?);
+        let (caller, id) = (caller(context)?, convert::id(session_id, "session_id")?);
         self.reached(context, &caller, id, self.engine.pause_session(&caller, id)).await
     }
 
@@ -215,7 +193,7 @@ impl TenkiService {
         context: &RequestContext,
         session_id: &str,
     ) -> Result<wire::SandboxSession, Error> {
-        let (caller, id) = (self.caller(context)?, convert::id(session_id, "session_id")?);
+        let (caller, id) = (caller(context)?, convert::id(session_id, "session_id")?);
         let resume = async {
             match self.engine.resume_session(&caller, id).await {
                 Err(error) if error.code == Code::ResumeFailed => self.engine.session(&caller, id).await,
@@ -233,13 +211,8 @@ impl TenkiService {
         id: SessionId,
         change: impl Future<Output = Result<Session, Error>>,
     ) -> Result<wire::SandboxSession, Error> {
-        let session = match self.time_to_answer(context) {
-            None => change.await?,
-            Some(hold) => match tokio::time::timeout(hold, change).await {
-                Ok(changed) => changed?,
-                Err(_) => self.engine.session(caller, id).await?,
-            },
-        };
+        let at_most = self.time_to_answer(context);
+        let session = waiting::changed(&self.engine, caller, id, change, at_most).await?;
         Ok(convert::session(session))
     }
 
@@ -318,7 +291,7 @@ impl TenkiService {
             timeout_ms: milliseconds(request.timeout.as_option(), "timeout")?.unwrap_or(0),
         };
         let execution = self.engine.execute(caller, id, new, !request.stream_output).await?;
-        Ok(wire::ExecuteCommandResponse { execution: convert::execution(execution).into() })
+        Ok(wire::ExecuteCommandResponse { execution: messages::execution(execution).into() })
     }
 }
 

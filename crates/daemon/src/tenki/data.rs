@@ -5,9 +5,12 @@ use nagaya_api::error::Error;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::OpenSession;
 
-use super::parse::{check_path, required};
+use super::certificate;
+use super::messages;
 use super::service::TenkiService;
-use super::{auth, convert};
+use crate::rpc::convert;
+use crate::rpc::parse::{check_path, required};
+use crate::rpc::service::held;
 
 /// Sent by clients that only want to open the connection; such a call is not activity.
 const PROBE_HEADER: &str = "x-tenki-dataplane-probe";
@@ -15,7 +18,7 @@ const PROBE_HEADER: &str = "x-tenki-dataplane-probe";
 impl TenkiService {
     /// The sandbox that the call's certificate opens.
     pub(super) async fn open(&self, context: &RequestContext, session_id: &str) -> Result<OpenSession, Error> {
-        let certificate = auth::certificate(context.headers())?;
+        let certificate = certificate::shown(context.headers())?;
         let id = convert::id(session_id, "session_id")?;
         if context.header(PROBE_HEADER).is_some() {
             self.engine.probe(certificate, id).await
@@ -32,7 +35,7 @@ impl TenkiService {
         let request = required(request, "request")?;
         check_path(&request.path)?;
         let open = self.open(context, &request.session_id).await?;
-        let stat = open.guest.stat(&request.path).await.map_err(convert::guest_error)?;
+        let stat = open.guest.stat(&request.path).await.map_err(messages::guest_error)?;
         Ok(match stat {
             None => wire::StatResponse::default(),
             Some(stat) => wire::StatResponse {
@@ -57,7 +60,7 @@ impl TenkiService {
         let open = self.open(context, &request.session_id).await?;
         let mode = if request.mode == 0 { 0o755 } else { request.mode };
         let made = open.guest.make_directory(&request.path, mode, request.recursive).await;
-        Ok(wire::MkdirResponse { modified_unix_ns: made.map_err(convert::guest_error)? })
+        Ok(wire::MkdirResponse { modified_unix_ns: made.map_err(messages::guest_error)? })
     }
 
     pub(super) async fn remove(
@@ -68,7 +71,7 @@ impl TenkiService {
         let request = required(request, "request")?;
         check_path(&request.path)?;
         let open = self.open(context, &request.session_id).await?;
-        let removed = open.guest.remove(&request.path, request.recursive).await.map_err(convert::guest_error)?;
+        let removed = open.guest.remove(&request.path, request.recursive).await.map_err(messages::guest_error)?;
         Ok(wire::RemoveResponse { removed: removed > 0, entries_removed: convert::saturating(removed) })
     }
 
@@ -80,7 +83,7 @@ impl TenkiService {
         let request = required(request, "request")?;
         check_path(&request.path)?;
         let open = self.open(context, &request.session_id).await?;
-        let room = self.held(context)?;
+        let room = held(context)?;
         let entries = open.guest.list_directory(&request.path, request.include_hidden, &*room).await;
         let entry = |entry: nagaya_engine::ports::DirectoryEntry| wire::ListEntry {
             name: entry.name,
@@ -89,7 +92,7 @@ impl TenkiService {
             mode: entry.mode,
             modified_unix_ns: entry.modified_unix_ns,
         };
-        let entries = entries.map_err(convert::guest_error)?.into_iter().map(entry).collect();
+        let entries = entries.map_err(messages::guest_error)?.into_iter().map(entry).collect();
         Ok(wire::ListResponse { entries })
     }
 }

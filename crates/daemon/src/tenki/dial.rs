@@ -19,8 +19,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{mpsc, oneshot};
 
 use super::answers::{AbortOnDrop, Answers};
-use super::parse::{check_path, required};
 use super::service::TenkiService;
+use crate::rpc::parse::{check_path, required};
 
 type Request = wire::SandboxSessionDataPlaneServiceDialRequest;
 type Answer = wire::SandboxSessionDataPlaneServiceDialResponse;

@@ -9,9 +9,9 @@ use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::ports::{Command, ExitStatus, Process, ProcessEvent};
 use nagaya_engine::{Caller, OpenSession, validate};
 
-use super::convert;
-use super::parse::invalid;
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse::invalid;
 
 /// What is answered of git's output; the rest is read and dropped.
 const OUTPUT_BYTES_MAX: usize = 2 * 1024 * 1024;

@@ -6,18 +6,14 @@
 //! response, never an HTTP 404, which clients take for a route that is not ready.
 
 mod answers;
-mod auth;
+mod certificate;
 mod control;
-mod convert;
 mod data;
 mod dial;
-mod egress;
 mod facade;
-mod facts;
 mod files;
 mod git;
-mod own;
-mod parse;
+mod messages;
 mod ports;
 mod previews;
 mod run;
@@ -31,5 +27,4 @@ mod volumes;
 mod wait;
 mod zero_copy;
 
-pub(crate) use auth::COOKIE_NAMES;
 pub(crate) use facade::{Dependencies, TenkiFacade};

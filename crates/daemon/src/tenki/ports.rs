@@ -4,10 +4,10 @@ use nagaya_api::error::Error;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::{Caller, NewExposure, PreviewUrl};
 
-use super::convert;
-use super::convert::slug;
-use super::parse::{moment, port};
+use super::messages::slug;
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse::{moment, port};
 
 impl TenkiService {
     pub(super) async fn expose_port(

@@ -7,9 +7,9 @@ use nagaya_engine::model::{Binding, PreviewKind};
 use nagaya_engine::{Caller, ListPreviews, NewPreview, PreviewUrl};
 use nagaya_gateway::preview::VIEWER_TOKEN_PARAMETER;
 
-use super::convert;
-use super::parse::{invalid, moment, page_size, port, workspace};
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse::{invalid, moment, page_size, port, workspace};
 
 impl TenkiService {
     pub(super) async fn create_preview_url(

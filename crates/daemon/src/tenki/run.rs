@@ -21,9 +21,11 @@ use nagaya_engine::validate;
 use tokio::sync::{mpsc, oneshot};
 
 use super::answers::AbortOnDrop;
-use super::convert;
-use super::parse::required;
+use super::messages;
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse::required;
+use crate::rpc::service::caller;
 
 /// Leading metadata of a Run: the id under which the session's events name the command.
 const EXECUTION_HEADER: &str = "x-nagaya-execution-id";
@@ -61,7 +63,7 @@ pub(super) async fn run(
         Ok(process) => process,
         Err(error) => {
             noted.log.not_started(noted.id, &noted.program, &error).await;
-            return Err(convert::guest_error(error));
+            return Err(messages::guest_error(error));
         }
     };
     let execution_id = noted.id.to_string();
@@ -143,7 +145,7 @@ async fn pump(
                 let _ = input.send(ProcessInput::StdinClose).await;
             }
             Some(run_request::Payload::Signal(signal)) => {
-                let signal = signal.signal.as_known().map_or(nagaya_engine::ports::Signal::Term, convert::signal);
+                let signal = signal.signal.as_known().map_or(nagaya_engine::ports::Signal::Term, messages::signal);
                 let _ = input.send(ProcessInput::Signal(signal)).await;
             }
             // Input after its end, and kinds of frames that this server does not know. Frames for
@@ -240,7 +242,7 @@ impl Noted {
 }
 
 fn exit_frame(status: ExitStatus) -> Answer {
-    frame(run_response::Payload::from(convert::exit(status)))
+    frame(run_response::Payload::from(messages::exit(status)))
 }
 
 fn frame(payload: run_response::Payload) -> Answer {
@@ -255,7 +257,7 @@ pub(super) async fn stream_command_output(
     context: &RequestContext,
     request: wire::StreamCommandOutputRequest,
 ) -> ServiceResult<ServiceStream<wire::StreamCommandOutputResponse>> {
-    let caller = tenki.caller(context)?;
+    let caller = caller(context)?;
     let session_id = convert::id(&request.session_id, "session_id")?;
     let execution_id = convert::id(&request.execution_id, "execution_id")?;
     let events = tenki.engine.follow_execution(&caller, session_id, execution_id).await?;

@@ -4,23 +4,22 @@ use std::sync::Arc;
 
 use connectrpc::{RequestContext, Response, Router, ServiceResult, ServiceStream};
 use nagaya_api::error::Error;
-use nagaya_api::nagaya::v1 as own;
 use nagaya_api::tenki::v1 as wire;
 
 use super::control::List;
-use super::own::Own;
-use super::parse::workspace;
 use super::service::TenkiService;
 use super::settings::retention_settings;
 use super::snapshots::Scope;
-use super::{convert, dial, run, tunnel, wait};
+use super::{dial, run, tunnel, wait};
+use crate::rpc::convert;
+use crate::rpc::parse::workspace;
+use crate::rpc::service::caller;
 
-/// A router that knows all rpcs of the contract, and our own.
+/// A router that knows all rpcs of the contract.
 pub(super) fn router(tenki: &Arc<TenkiService>) -> Router {
     let router = wire::SandboxService::register(Arc::new(ControlPlane(Arc::clone(tenki))), Router::new());
     let router = wire::SandboxSessionDataPlaneService::register(Arc::new(DataPlane(Arc::clone(tenki))), router);
-    let router = wire::SshGatewayClientService::register(Arc::new(SshGateways(Arc::clone(tenki))), router);
-    own::NagayaService::register(Arc::new(Own(Arc::clone(tenki))), router)
+    wire::SshGatewayClientService::register(Arc::new(SshGateways(Arc::clone(tenki))), router)
 }
 
 struct ControlPlane(Arc<TenkiService>);
@@ -33,7 +32,7 @@ fn answer<T>(result: Result<T, Error>) -> ServiceResult<T> {
 
 impl wire::SandboxService for ControlPlane {
     async fn who_am_i(&self, context: RequestContext, _: wire::WhoAmIRequest) -> ServiceResult<wire::WhoAmIResponse> {
-        Response::ok(self.0.who_am_i(&self.0.caller(&context)?))
+        Response::ok(self.0.who_am_i(&caller(&context)?))
     }
 
     async fn create_session(
@@ -57,7 +56,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::GetSessionRequest,
     ) -> ServiceResult<wire::GetSessionResponse> {
-        let session = self.0.get_session(&self.0.caller(&context)?, &request.session_id).await?;
+        let session = self.0.get_session(&caller(&context)?, &request.session_id).await?;
         Response::ok(wire::GetSessionResponse { session: session.into() })
     }
 
@@ -83,7 +82,7 @@ impl wire::SandboxService for ControlPlane {
             page_token: request.page_token,
             ..List::default()
         };
-        let (sessions, next_page_token) = self.0.list(&self.0.caller(&context)?, list).await?;
+        let (sessions, next_page_token) = self.0.list(&caller(&context)?, list).await?;
         Response::ok(wire::ListSessionsResponse { sessions, next_page_token })
     }
 
@@ -102,7 +101,7 @@ impl wire::SandboxService for ControlPlane {
             page_token: request.page_token,
             ..List::default()
         };
-        let (sessions, next_page_token) = self.0.list(&self.0.caller(&context)?, list).await?;
+        let (sessions, next_page_token) = self.0.list(&caller(&context)?, list).await?;
         Response::ok(wire::ListWorkspaceSandboxesResponse { sessions, next_page_token })
     }
 
@@ -122,7 +121,7 @@ impl wire::SandboxService for ControlPlane {
             page_token: request.page_token,
             ..List::default()
         };
-        let (sessions, next_page_token) = self.0.list(&self.0.caller(&context)?, list).await?;
+        let (sessions, next_page_token) = self.0.list(&caller(&context)?, list).await?;
         Response::ok(wire::ListProjectSandboxesResponse { sessions, next_page_token })
     }
 
@@ -131,7 +130,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::UpdateSessionRequest,
     ) -> ServiceResult<wire::UpdateSessionResponse> {
-        let session = self.0.update_session(&self.0.caller(&context)?, request).await?;
+        let session = self.0.update_session(&caller(&context)?, request).await?;
         Response::ok(wire::UpdateSessionResponse { session: session.into() })
     }
 
@@ -140,7 +139,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::UpdateSSHAuthorizedKeysRequest,
     ) -> ServiceResult<wire::UpdateSSHAuthorizedKeysResponse> {
-        answer(self.0.update_ssh_authorized_keys(&self.0.caller(&context)?, request).await)
+        answer(self.0.update_ssh_authorized_keys(&caller(&context)?, request).await)
     }
 
     async fn extend_session(
@@ -148,7 +147,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::ExtendSessionRequest,
     ) -> ServiceResult<wire::ExtendSessionResponse> {
-        let session = self.0.extend_session(&self.0.caller(&context)?, request).await?;
+        let session = self.0.extend_session(&caller(&context)?, request).await?;
         Response::ok(wire::ExtendSessionResponse { session: session.into() })
     }
 
@@ -157,7 +156,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::TerminateSessionRequest,
     ) -> ServiceResult<wire::TerminateSessionResponse> {
-        let session = self.0.terminate_session(&self.0.caller(&context)?, &request.session_id).await?;
+        let session = self.0.terminate_session(&caller(&context)?, &request.session_id).await?;
         Response::ok(wire::TerminateSessionResponse { session: session.into() })
     }
 
@@ -166,7 +165,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::TerminateSessionsRequest,
     ) -> ServiceResult<wire::TerminateSessionsResponse> {
-        answer(self.0.terminate_sessions(&self.0.caller(&context)?, request).await)
+        answer(self.0.terminate_sessions(&caller(&context)?, request).await)
     }
 
     async fn pause_session(
@@ -192,7 +191,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::CreateSnapshotRequest,
     ) -> ServiceResult<wire::CreateSnapshotResponse> {
-        let snapshot = self.0.create_snapshot(&self.0.caller(&context)?, request).await?;
+        let snapshot = self.0.create_snapshot(&caller(&context)?, request).await?;
         Response::ok(wire::CreateSnapshotResponse { snapshot: snapshot.into() })
     }
 
@@ -201,7 +200,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::GetSnapshotRequest,
     ) -> ServiceResult<wire::GetSnapshotResponse> {
-        let snapshot = self.0.get_snapshot(&self.0.caller(&context)?, &request.snapshot_id).await?;
+        let snapshot = self.0.get_snapshot(&caller(&context)?, &request.snapshot_id).await?;
         Response::ok(wire::GetSnapshotResponse { snapshot: snapshot.into() })
     }
 
@@ -210,7 +209,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::UpdateSnapshotRequest,
     ) -> ServiceResult<wire::UpdateSnapshotResponse> {
-        let snapshot = self.0.update_snapshot(&self.0.caller(&context)?, request).await?;
+        let snapshot = self.0.update_snapshot(&caller(&context)?, request).await?;
         Response::ok(wire::UpdateSnapshotResponse { snapshot: snapshot.into() })
     }
 
@@ -219,7 +218,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::DeleteSnapshotRequest,
     ) -> ServiceResult<wire::DeleteSnapshotResponse> {
-        let snapshot = self.0.delete_snapshot(&self.0.caller(&context)?, &request.snapshot_id).await?;
+        let snapshot = self.0.delete_snapshot(&caller(&context)?, &request.snapshot_id).await?;
         Response::ok(wire::DeleteSnapshotResponse { snapshot: snapshot.into() })
     }
 
@@ -237,7 +236,7 @@ impl wire::SandboxService for ControlPlane {
         request: wire::ListSnapshotsRequest,
     ) -> ServiceResult<wire::ListSnapshotsResponse> {
         let scope = Scope::default();
-        let caller = self.0.caller(&context)?;
+        let caller = caller(&context)?;
         let page = self.0.list_snapshots(&caller, scope, request.page_size, request.page_token);
         let (snapshots, next_page_token) = page.await?;
         Response::ok(wire::ListSnapshotsResponse { snapshots, next_page_token })
@@ -249,7 +248,7 @@ impl wire::SandboxService for ControlPlane {
         request: wire::ListSessionSnapshotsRequest,
     ) -> ServiceResult<wire::ListSessionSnapshotsResponse> {
         let scope = Scope { session_id: Some(convert::id(&request.session_id, "session_id")?), ..Scope::default() };
-        let caller = self.0.caller(&context)?;
+        let caller = caller(&context)?;
         let page = self.0.list_snapshots(&caller, scope, request.page_size, request.page_token);
         let (snapshots, next_page_token) = page.await?;
         Response::ok(wire::ListSessionSnapshotsResponse { snapshots, next_page_token })
@@ -261,7 +260,7 @@ impl wire::SandboxService for ControlPlane {
         request: wire::ListDanglingSnapshotsRequest,
     ) -> ServiceResult<wire::ListDanglingSnapshotsResponse> {
         let scope = Scope { dangling: true, ..Scope::default() };
-        let caller = self.0.caller(&context)?;
+        let caller = caller(&context)?;
         let page = self.0.list_snapshots(&caller, scope, request.page_size, request.page_token);
         let (snapshots, next_page_token) = page.await?;
         Response::ok(wire::ListDanglingSnapshotsResponse { snapshots, next_page_token })
@@ -274,7 +273,7 @@ impl wire::SandboxService for ControlPlane {
     ) -> ServiceResult<wire::ListWorkspaceSnapshotsResponse> {
         let scope =
             Scope { workspace_id: workspace(convert::or_none(&request.workspace_id), None)?, ..Scope::default() };
-        let caller = self.0.caller(&context)?;
+        let caller = caller(&context)?;
         let page = self.0.list_snapshots(&caller, scope, request.page_size, request.page_token);
         let (snapshots, next_page_token) = page.await?;
         Response::ok(wire::ListWorkspaceSnapshotsResponse { snapshots, next_page_token })
@@ -289,7 +288,7 @@ impl wire::SandboxService for ControlPlane {
             workspace_id: workspace(request.workspace_id.as_deref(), Some(&request.project_id))?,
             ..Scope::default()
         };
-        let caller = self.0.caller(&context)?;
+        let caller = caller(&context)?;
         let page = self.0.list_snapshots(&caller, scope, request.page_size, request.page_token);
         let (snapshots, next_page_token) = page.await?;
         Response::ok(wire::ListProjectSnapshotsResponse { snapshots, next_page_token })
@@ -300,7 +299,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::CreateVolumeRequest,
     ) -> ServiceResult<wire::CreateVolumeResponse> {
-        let volume = self.0.create_volume(&self.0.caller(&context)?, request).await?;
+        let volume = self.0.create_volume(&caller(&context)?, request).await?;
         Response::ok(wire::CreateVolumeResponse { volume: volume.into() })
     }
 
@@ -309,7 +308,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::GetVolumeRequest,
     ) -> ServiceResult<wire::GetVolumeResponse> {
-        answer(self.0.get_volume(&self.0.caller(&context)?, &request.volume_id).await)
+        answer(self.0.get_volume(&caller(&context)?, &request.volume_id).await)
     }
 
     async fn update_volume(
@@ -317,7 +316,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::UpdateVolumeRequest,
     ) -> ServiceResult<wire::UpdateVolumeResponse> {
-        answer(self.0.update_volume(&self.0.caller(&context)?, request).await)
+        answer(self.0.update_volume(&caller(&context)?, request).await)
     }
 
     async fn resize_volume(
@@ -325,7 +324,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::ResizeVolumeRequest,
     ) -> ServiceResult<wire::ResizeVolumeResponse> {
-        answer(self.0.resize_volume(&self.0.caller(&context)?, request).await)
+        answer(self.0.resize_volume(&caller(&context)?, request).await)
     }
 
     async fn delete_volume(
@@ -333,7 +332,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::DeleteVolumeRequest,
     ) -> ServiceResult<wire::DeleteVolumeResponse> {
-        answer(self.0.delete_volume(&self.0.caller(&context)?, &request.volume_id).await)
+        answer(self.0.delete_volume(&caller(&context)?, &request.volume_id).await)
     }
 
     async fn attach_volume(
@@ -341,7 +340,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::AttachVolumeRequest,
     ) -> ServiceResult<wire::AttachVolumeResponse> {
-        answer(self.0.attach_volume(&self.0.caller(&context)?, request).await)
+        answer(self.0.attach_volume(&caller(&context)?, request).await)
     }
 
     async fn detach_volume(
@@ -349,7 +348,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::DetachVolumeRequest,
     ) -> ServiceResult<wire::DetachVolumeResponse> {
-        answer(self.0.detach_volume(&self.0.caller(&context)?, request).await)
+        answer(self.0.detach_volume(&caller(&context)?, request).await)
     }
 
     async fn list_volumes(
@@ -358,7 +357,7 @@ impl wire::SandboxService for ControlPlane {
         request: wire::ListVolumesRequest,
     ) -> ServiceResult<wire::ListVolumesResponse> {
         let workspace = workspace(convert::or_none(&request.workspace_id), None)?;
-        let caller = self.0.caller(&context)?;
+        let caller = caller(&context)?;
         let page = self.0.list_volumes(&caller, workspace, request.page_size, request.page_token);
         let (volumes, next_page_token) = page.await?;
         Response::ok(wire::ListVolumesResponse { volumes, next_page_token })
@@ -370,7 +369,7 @@ impl wire::SandboxService for ControlPlane {
         request: wire::ListProjectVolumesRequest,
     ) -> ServiceResult<wire::ListProjectVolumesResponse> {
         let workspace = workspace(request.workspace_id.as_deref(), Some(&request.project_id))?;
-        let caller = self.0.caller(&context)?;
+        let caller = caller(&context)?;
         let page = self.0.list_volumes(&caller, workspace, request.page_size, request.page_token);
         let (volumes, next_page_token) = page.await?;
         Response::ok(wire::ListProjectVolumesResponse { volumes, next_page_token })
@@ -381,7 +380,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::GetWorkspaceSandboxSettingsRequest,
     ) -> ServiceResult<wire::GetWorkspaceSandboxSettingsResponse> {
-        let settings = self.0.settings(&self.0.caller(&context)?, &request.workspace_id).await?;
+        let settings = self.0.settings(&caller(&context)?, &request.workspace_id).await?;
         Response::ok(wire::GetWorkspaceSandboxSettingsResponse { settings: settings.into() })
     }
 
@@ -390,7 +389,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::UpdateWorkspaceSandboxSettingsRequest,
     ) -> ServiceResult<wire::UpdateWorkspaceSandboxSettingsResponse> {
-        let settings = self.0.update_settings(&self.0.caller(&context)?, request).await?;
+        let settings = self.0.update_settings(&caller(&context)?, request).await?;
         Response::ok(wire::UpdateWorkspaceSandboxSettingsResponse { settings: settings.into() })
     }
 
@@ -399,7 +398,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::GetWorkspaceSnapshotRetentionSettingsRequest,
     ) -> ServiceResult<wire::GetWorkspaceSnapshotRetentionSettingsResponse> {
-        let settings = self.0.settings(&self.0.caller(&context)?, &request.workspace_id).await?;
+        let settings = self.0.settings(&caller(&context)?, &request.workspace_id).await?;
         let settings = retention_settings(settings).into();
         Response::ok(wire::GetWorkspaceSnapshotRetentionSettingsResponse { settings })
     }
@@ -417,7 +416,7 @@ impl wire::SandboxService for ControlPlane {
             clear_snapshot_retention: request.clear_snapshot_retention,
             ..Default::default()
         };
-        let settings = self.0.update_settings(&self.0.caller(&context)?, update).await?;
+        let settings = self.0.update_settings(&caller(&context)?, update).await?;
         let settings = retention_settings(settings).into();
         Response::ok(wire::UpdateWorkspaceSnapshotRetentionSettingsResponse { settings })
     }
@@ -427,7 +426,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::ExposePortRequest,
     ) -> ServiceResult<wire::ExposePortResponse> {
-        answer(self.0.expose_port(&self.0.caller(&context)?, request).await)
+        answer(self.0.expose_port(&caller(&context)?, request).await)
     }
 
     async fn unexpose_port(
@@ -435,7 +434,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::UnexposePortRequest,
     ) -> ServiceResult<wire::UnexposePortResponse> {
-        answer(self.0.unexpose_port(&self.0.caller(&context)?, request).await)
+        answer(self.0.unexpose_port(&caller(&context)?, request).await)
     }
 
     async fn list_exposed_ports(
@@ -443,7 +442,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::ListExposedPortsRequest,
     ) -> ServiceResult<wire::ListExposedPortsResponse> {
-        answer(self.0.list_exposed_ports(&self.0.caller(&context)?, &request.session_id).await)
+        answer(self.0.list_exposed_ports(&caller(&context)?, &request.session_id).await)
     }
 
     async fn open_preview(
@@ -451,7 +450,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::OpenPreviewRequest,
     ) -> ServiceResult<wire::OpenPreviewResponse> {
-        answer(self.0.open_preview(&self.0.caller(&context)?, request).await)
+        answer(self.0.open_preview(&caller(&context)?, request).await)
     }
 
     async fn touch_preview(
@@ -459,7 +458,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::TouchPreviewRequest,
     ) -> ServiceResult<wire::TouchPreviewResponse> {
-        answer(self.0.touch_preview(&self.0.caller(&context)?, request).await)
+        answer(self.0.touch_preview(&caller(&context)?, request).await)
     }
 
     async fn create_preview_url(
@@ -467,7 +466,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::CreatePreviewUrlRequest,
     ) -> ServiceResult<wire::CreatePreviewUrlResponse> {
-        let preview_url = self.0.create_preview_url(&self.0.caller(&context)?, request).await?;
+        let preview_url = self.0.create_preview_url(&caller(&context)?, request).await?;
         Response::ok(wire::CreatePreviewUrlResponse { preview_url: preview_url.into() })
     }
 
@@ -476,7 +475,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::GetPreviewUrlRequest,
     ) -> ServiceResult<wire::GetPreviewUrlResponse> {
-        let preview_url = self.0.get_preview_url(&self.0.caller(&context)?, request).await?;
+        let preview_url = self.0.get_preview_url(&caller(&context)?, request).await?;
         Response::ok(wire::GetPreviewUrlResponse { preview_url: preview_url.into() })
     }
 
@@ -485,7 +484,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::ListPreviewUrlsRequest,
     ) -> ServiceResult<wire::ListPreviewUrlsResponse> {
-        answer(self.0.list_preview_urls(&self.0.caller(&context)?, request).await)
+        answer(self.0.list_preview_urls(&caller(&context)?, request).await)
     }
 
     async fn bind_preview_url(
@@ -493,7 +492,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::BindPreviewUrlRequest,
     ) -> ServiceResult<wire::BindPreviewUrlResponse> {
-        let preview_url = self.0.bind_preview_url(&self.0.caller(&context)?, request).await?;
+        let preview_url = self.0.bind_preview_url(&caller(&context)?, request).await?;
         Response::ok(wire::BindPreviewUrlResponse { preview_url: preview_url.into() })
     }
 
@@ -502,7 +501,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::UnbindPreviewUrlRequest,
     ) -> ServiceResult<wire::UnbindPreviewUrlResponse> {
-        let preview_url = self.0.unbind_preview_url(&self.0.caller(&context)?, &request.preview_url_id).await?;
+        let preview_url = self.0.unbind_preview_url(&caller(&context)?, &request.preview_url_id).await?;
         Response::ok(wire::UnbindPreviewUrlResponse { preview_url: preview_url.into() })
     }
 
@@ -511,7 +510,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::DeletePreviewUrlRequest,
     ) -> ServiceResult<wire::DeletePreviewUrlResponse> {
-        answer(self.0.delete_preview_url(&self.0.caller(&context)?, &request.preview_url_id).await)
+        answer(self.0.delete_preview_url(&caller(&context)?, &request.preview_url_id).await)
     }
 
     async fn resolve_preview_token(
@@ -519,7 +518,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::ResolvePreviewTokenRequest,
     ) -> ServiceResult<wire::ResolvePreviewTokenResponse> {
-        answer(self.0.resolve_preview_token(&self.0.caller(&context)?, request).await)
+        answer(self.0.resolve_preview_token(&caller(&context)?, request).await)
     }
 
     async fn report_session_activity(
@@ -527,7 +526,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::ReportSessionActivityRequest,
     ) -> ServiceResult<wire::ReportSessionActivityResponse> {
-        answer(self.0.report_session_activity(&self.0.caller(&context)?, &request.session_id).await)
+        answer(self.0.report_session_activity(&caller(&context)?, &request.session_id).await)
     }
 
     async fn get_workspace_sandbox_usage(
@@ -535,7 +534,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::GetWorkspaceSandboxUsageRequest,
     ) -> ServiceResult<wire::GetWorkspaceSandboxUsageResponse> {
-        answer(self.0.usage(&self.0.caller(&context)?, request).await)
+        answer(self.0.usage(&caller(&context)?, request).await)
     }
 
     async fn git_operation(
@@ -543,7 +542,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::GitOperationRequest,
     ) -> ServiceResult<wire::GitOperationResponse> {
-        answer(self.0.git_operation(&self.0.caller(&context)?, request).await)
+        answer(self.0.git_operation(&caller(&context)?, request).await)
     }
 
     async fn execute_command(
@@ -551,7 +550,7 @@ impl wire::SandboxService for ControlPlane {
         context: RequestContext,
         request: wire::ExecuteCommandRequest,
     ) -> ServiceResult<wire::ExecuteCommandResponse> {
-        answer(self.0.execute_command(&self.0.caller(&context)?, request).await)
+        answer(self.0.execute_command(&caller(&context)?, request).await)
     }
 
     async fn stream_command_output(
@@ -632,7 +631,7 @@ impl wire::SshGatewayClientService for SshGateways {
         context: RequestContext,
         request: wire::IssueSandboxSSHCertRequest,
     ) -> ServiceResult<wire::IssueSandboxSSHCertResponse> {
-        answer(self.0.issue_sandbox_ssh_cert(&self.0.caller(&context)?, request).await)
+        answer(self.0.issue_sandbox_ssh_cert(&caller(&context)?, request).await)
     }
 
     async fn list_active_ssh_gateways(

@@ -7,8 +7,8 @@ use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::WorkspaceSettings;
 use nagaya_engine::{Caller, WorkspaceSettingsUpdate};
 
-use super::convert;
 use super::service::TenkiService;
+use crate::rpc::convert;
 
 impl TenkiService {
     pub(super) async fn settings(

@@ -7,9 +7,10 @@ use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{SnapshotKind, SnapshotState};
 use nagaya_engine::{Caller, ListSnapshots, NewSnapshot, SnapshotUpdate};
 
-use super::convert;
-use super::parse::{invalid, page_size};
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse::{invalid, page_size};
+use crate::rpc::service::caller;
 
 /// Which of the list rpcs was called.
 #[derive(Default)]
@@ -88,7 +89,7 @@ impl TenkiService {
         context: &RequestContext,
         snapshot_id: &str,
     ) -> Result<wire::GetSnapshotDownloadURLResponse, Error> {
-        let caller = self.caller(context)?;
+        let caller = caller(context)?;
         let id = convert::id(snapshot_id, "snapshot_id")?;
         let snapshot = self.engine.snapshot(&caller, id).await?;
         if snapshot.kind == SnapshotKind::Pause {

@@ -14,10 +14,10 @@ use nagaya_engine::ports::Clock;
 use nagaya_engine::{Caller, SessionUpdate, SshSession, validate};
 use nagaya_gateway::ssh::{self, ConnectionPermit, Permissions, WebSocket};
 
-use super::parse::{invalid, milliseconds};
 use super::service::TenkiService;
-use super::{auth, convert};
 use crate::host::HostClock;
+use crate::rpc::parse::{invalid, milliseconds};
+use crate::rpc::{auth, convert};
 use crate::wire::body::ResponseBody;
 use crate::wire::connection::Via;
 use crate::wire::lifecycle::Phase;

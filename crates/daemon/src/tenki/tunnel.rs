@@ -27,8 +27,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use super::answers::{AbortOnDrop, Answers};
-use super::parse::required;
 use super::service::TenkiService;
+use crate::rpc::parse::required;
 use crate::wire::lifecycle::Phase;
 
 type Request = wire::SandboxSessionDataPlaneServiceHostPortTunnelRequest;

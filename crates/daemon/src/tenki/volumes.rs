@@ -5,10 +5,11 @@ use nagaya_api::ids::{VolumeId, WorkspaceId};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::{Caller, ListVolumes, NewVolume, VolumeUpdate};
 
-use super::convert;
-use super::parse;
-use super::parse::{invalid, page_size, required, workspace};
+use super::messages;
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse;
+use crate::rpc::parse::{invalid, page_size, required, workspace};
 
 /// A size that the wire has as signed. Negative ones become 0, which is too small for every volume.
 fn size(bytes: i64) -> u64 {
@@ -33,7 +34,7 @@ impl TenkiService {
             size_bytes: size(request.size_bytes),
         };
         let volume = self.engine.create_volume(caller, new).await?;
-        Ok(convert::volume(volume, false))
+        Ok(messages::volume(volume, false))
     }
 
     pub(super) async fn get_volume(&self, caller: &Caller, volume_id: &str) -> Result<wire::GetVolumeResponse, Error> {
@@ -43,7 +44,7 @@ impl TenkiService {
     async fn volume(&self, caller: &Caller, id: VolumeId) -> Result<wire::GetVolumeResponse, Error> {
         let (volume, attachments) = self.engine.volume(caller, id).await?;
         Ok(wire::GetVolumeResponse {
-            volume: convert::volume(volume, !attachments.is_empty()).into(),
+            volume: messages::volume(volume, !attachments.is_empty()).into(),
             active_attachments: attachments.into_iter().map(|(at, each)| convert::attachment(at, each)).collect(),
         })
     }
@@ -58,7 +59,7 @@ impl TenkiService {
     ) -> Result<(Vec<wire::Volume>, String), Error> {
         let list = ListVolumes { workspace_id, page_size: page_size(asked_size)?, page_token };
         let (volumes, next_page_token) = self.engine.list_volumes(caller, list).await?;
-        let volumes = volumes.into_iter().map(|(volume, attached)| convert::volume(volume, attached));
+        let volumes = volumes.into_iter().map(|(volume, attached)| messages::volume(volume, attached));
         Ok((volumes.collect(), next_page_token))
     }
 

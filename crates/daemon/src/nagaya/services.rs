@@ -1,19 +1,21 @@
-//! What is offered beyond the contract: the package `nagaya.v1`, with the same callers and sessions.
+//! The generated service trait, answered. One line of translation each; the rest is elsewhere.
 
 use std::sync::Arc;
 
-use connectrpc::{RequestContext, Response, ServiceResult, ServiceStream};
-use nagaya_api::error::Error;
+use connectrpc::{RequestContext, Response, Router, ServiceResult, ServiceStream};
 use nagaya_api::nagaya::v1 as own;
-use nagaya_engine::Fork;
 
-use super::parse::invalid;
-use super::service::TenkiService;
-use super::{convert, facts};
+use super::facts;
+use super::service::Nagaya;
 
-pub(super) struct Own(pub(super) Arc<TenkiService>);
+/// A router that knows all rpcs.
+pub(super) fn router(nagaya: &Arc<Nagaya>) -> Router {
+    own::NagayaService::register(Arc::new(Rpcs(Arc::clone(nagaya))), Router::new())
+}
 
-impl own::NagayaService for Own {
+struct Rpcs(Arc<Nagaya>);
+
+impl own::NagayaService for Rpcs {
     async fn fork_session(
         &self,
         context: RequestContext,
@@ -60,26 +62,5 @@ impl own::NagayaService for Own {
         request: own::ExplainSessionRequest,
     ) -> ServiceResult<own::ExplainSessionResponse> {
         Ok(Response::new(self.0.explain_session(&context, request).await?))
-    }
-}
-
-impl TenkiService {
-    async fn fork_session(
-        &self,
-        context: &RequestContext,
-        request: own::ForkSessionRequest,
-    ) -> Result<own::ForkSessionResponse, Error> {
-        let caller = self.caller(context)?;
-        let id = convert::id(&request.session_id, "session_id")?;
-        let count = u32::try_from(request.count).map_err(|_| invalid("count must not be negative"))?;
-        let fork = Fork { count: count.max(1), name: request.name };
-        let forks = self.engine.fork_session(&caller, id, fork).await?;
-        // Together they may take as long as one creation may.
-        let settled = forks.into_iter().map(|fork| self.settled(&caller, fork, Some(self.create_hold)));
-        let forks = futures::future::try_join_all(settled).await?;
-        Ok(own::ForkSessionResponse {
-            sessions: forks.into_iter().map(convert::session).collect(),
-            memory_carried: Some(false),
-        })
     }
 }
