@@ -242,7 +242,9 @@ mod tests {
         assert_eq!(get(daemon.local_addr(), &path, &key).await, "reached");
         assert_eq!(get(daemon.local_addr(), &path, "tk_no").await, "unauthenticated");
         let offered = get(daemon.local_addr(), "/nothing", &key).await;
-        assert!(offered.contains("GET /reader/SESSION") && offered.contains("SandboxService"), "{offered}");
+        let services = "tenki.sandbox.v1.SandboxService, tenki.sandbox.v1.SandboxSessionDataPlaneService, \
+                        tenki.sandbox.v1.SSHGatewayClientService, nagaya.v1.NagayaService; GET /reader/SESSION";
+        assert!(offered.contains(services), "{offered}");
         engine.terminate_session(&caller, session.id).await.unwrap();
         assert_eq!(get(daemon.local_addr(), &path, &key).await, "session_terminated");
         daemon.shut_down().await;
