@@ -102,10 +102,15 @@ impl Daemon {
             limits: config.limits.clone(),
             metrics: Arc::clone(&metrics),
             lifecycle: Arc::clone(&lifecycle),
-            budget: Budget::new(&config.limits, hooks.give_back),
+            budget: Budget::new(
+                config.limits.bytes_under_way_max,
+                Duration::from_millis(config.limits.bytes_under_way_wait_ms),
+                hooks.give_back,
+            ),
         };
         let tenki = tenki::TenkiFacade::new(tenki::Dependencies {
             server: shared.clone(),
+            limits: config.tenki.clone(),
             engine: engine.clone(),
             engine_config: config.engine.clone(),
             public_url: config.public_url.clone(),
@@ -115,7 +120,9 @@ impl Daemon {
         });
         // The list of client families.
         facades.push(Box::new(tenki));
-        facades.push(Box::new(nagaya::NagayaFacade::new(engine.clone(), shared)));
+        // Forks are held back as long as creations.
+        let create_hold = Duration::from_millis(config.tenki.create_hold_ms);
+        facades.push(Box::new(nagaya::NagayaFacade::new(engine.clone(), shared, create_hold)));
         let routes = Routes {
             facades,
             downloads,

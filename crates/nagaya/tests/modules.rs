@@ -49,11 +49,11 @@ const ORDERS: [(&str, &[&str]); 6] = [
     (
         "daemon/src",
         &[
-            "server", "tenki", "nagaya", "facade", "download", "rpc", "waiting", "wire", "metrics", "budget", "host",
-            "config",
+            "server", "config", "tenki", "nagaya", "facade", "download", "rpc", "waiting", "wire", "metrics", "budget",
+            "host",
         ],
     ),
-    ("daemon/src/wire", &["connection", "instrument", "body", "outcome", "rechunk", "measured", "lifecycle"]),
+    ("daemon/src/wire", &["connection", "instrument", "body", "outcome", "rechunk", "measured", "lifecycle", "limits"]),
     (
         "daemon/src/tenki",
         &[
@@ -78,6 +78,7 @@ const ORDERS: [(&str, &[&str]); 6] = [
             "answers",
             "messages",
             "certificate",
+            "limits",
         ],
     ),
     ("daemon/src/nagaya", &["facade", "services", "forks", "facts", "egress", "service"]),

@@ -43,8 +43,7 @@ impl Facade for NagayaFacade {
 }
 
 impl NagayaFacade {
-    pub(crate) fn new(engine: Engine, server: Server) -> Self {
-        let create_hold = Duration::from_millis(server.limits.create_hold_ms);
+    pub(crate) fn new(engine: Engine, server: Server, create_hold: Duration) -> Self {
         let nagaya = Arc::new(Nagaya { engine: engine.clone(), create_hold });
         Self { engine, rpcs: RpcService::new(services::router(&nagaya), STREAMS, server) }
     }

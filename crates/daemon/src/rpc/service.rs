@@ -17,12 +17,12 @@ use nagaya_engine::Caller;
 use tower::Service as _;
 
 use crate::budget::{Budget, Held};
-use crate::config::Limits;
 use crate::metrics::Metrics;
 use crate::wire::body::{self, ReadLimits, RequestBody, ResponseBody};
 use crate::wire::connection::{UrlScheme, Via};
 use crate::wire::instrument::Instrumented;
 use crate::wire::lifecycle::{Lifecycle, Phase};
+use crate::wire::limits::Limits;
 use crate::wire::measured::Measured;
 use crate::wire::outcome::Outcome;
 use crate::wire::rechunk::Rechunked;

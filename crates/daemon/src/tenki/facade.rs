@@ -10,6 +10,7 @@ use nagaya_api::error::Error;
 use nagaya_engine::{Engine, EngineConfig};
 use nagaya_gateway::ssh::SshServer;
 
+use super::limits::Limits;
 use super::service::TenkiService;
 use super::zero_copy::{self, ZeroCopyDispatcher};
 use super::{certificate, ssh};
@@ -32,6 +33,7 @@ const STREAMS: Streams = Streams {
 /// What the façade is made from.
 pub(crate) struct Dependencies {
     pub(crate) server: Server,
+    pub(crate) limits: Limits,
     pub(crate) engine: Engine,
     pub(crate) engine_config: EngineConfig,
     pub(crate) public_url: Option<String>,
@@ -65,8 +67,8 @@ impl Facade for TenkiFacade {
 
 impl TenkiFacade {
     pub(crate) fn new(dependencies: Dependencies) -> Self {
-        let Dependencies { server, engine, engine_config, public_url, downloads, ssh, ssh_address } = dependencies;
-        let limits = &server.limits;
+        let Dependencies { server, limits, engine, engine_config, public_url, downloads, ssh, ssh_address } =
+            dependencies;
         let tenki = Arc::new(TenkiService {
             engine,
             engine_config,
@@ -75,14 +77,14 @@ impl TenkiFacade {
             downloads,
             ssh,
             ssh_address,
-            message_bytes_max: limits.message_bytes_max,
+            message_bytes_max: server.limits.message_bytes_max,
             stdin_window_bytes: limits.stdin_window_bytes,
             read_chunk_bytes: limits.read_chunk_bytes as usize,
             create_hold: Duration::from_millis(limits.create_hold_ms),
             deadline_margin: Duration::from_millis(limits.deadline_margin_ms),
             lifecycle: Arc::clone(&server.lifecycle),
-            tunnel_ping_interval: Duration::from_millis(limits.keep_alive_interval_ms),
-            tunnel_ping_timeout: Duration::from_millis(limits.keep_alive_timeout_ms),
+            tunnel_ping_interval: Duration::from_millis(server.limits.keep_alive_interval_ms),
+            tunnel_ping_timeout: Duration::from_millis(server.limits.keep_alive_timeout_ms),
         });
         let rpcs = RpcService::new(ZeroCopyDispatcher::new(Arc::clone(&tenki)), STREAMS, server);
         Self { tenki, rpcs }

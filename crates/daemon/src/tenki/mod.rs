@@ -13,6 +13,7 @@ mod dial;
 mod facade;
 mod files;
 mod git;
+mod limits;
 mod messages;
 mod ports;
 mod previews;
@@ -28,3 +29,4 @@ mod wait;
 mod zero_copy;
 
 pub(crate) use facade::{Dependencies, TenkiFacade};
+pub use limits::Limits;
