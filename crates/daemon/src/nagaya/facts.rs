@@ -36,21 +36,21 @@ impl Nagaya {
         let findings = self.engine.explain(&caller, id).await?;
         Ok(own::ExplainSessionResponse { findings: findings.into_iter().map(finding).collect() })
     }
-}
 
-pub(super) async fn watch_session_events(
-    nagaya: &Nagaya,
-    context: &RequestContext,
-    request: own::WatchSessionEventsRequest,
-) -> ServiceResult<ServiceStream<own::WatchSessionEventsResponse>> {
-    let caller = caller(context)?;
-    let id = convert::id(&request.session_id, "session_id")?;
-    let follower = nagaya.engine.follow_events(&caller, id, sequence(request.after)?).await?;
-    Response::stream_ok(futures::stream::unfold(follower, |mut follower| async move {
-        let told = follower.next().await?;
-        let message = told.map(|told| own::WatchSessionEventsResponse { event: event(told).into() });
-        Some((message.map_err(Into::into), follower))
-    }))
+    pub(super) async fn watch_session_events(
+        &self,
+        context: &RequestContext,
+        request: own::WatchSessionEventsRequest,
+    ) -> ServiceResult<ServiceStream<own::WatchSessionEventsResponse>> {
+        let caller = caller(context)?;
+        let id = convert::id(&request.session_id, "session_id")?;
+        let follower = self.engine.follow_events(&caller, id, sequence(request.after)?).await?;
+        Response::stream_ok(futures::stream::unfold(follower, |mut follower| async move {
+            let told = follower.next().await?;
+            let message = told.map(|told| own::WatchSessionEventsResponse { event: event(told).into() });
+            Some((message.map_err(Into::into), follower))
+        }))
+    }
 }
 
 fn sequence(after: i64) -> Result<u64, Error> {

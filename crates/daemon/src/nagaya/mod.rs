@@ -7,6 +7,7 @@ mod facade;
 mod facts;
 mod forks;
 mod service;
+#[rustfmt::skip]
 mod services;
 
 pub(crate) use facade::NagayaFacade;

@@ -30,13 +30,13 @@ impl TenkiService {
     pub(super) async fn stat(
         &self,
         context: &RequestContext,
-        request: Option<wire::StatRequest>,
-    ) -> Result<wire::StatResponse, ConnectError> {
-        let request = required(request, "request")?;
+        request: wire::SandboxSessionDataPlaneServiceStatRequest,
+    ) -> Result<wire::SandboxSessionDataPlaneServiceStatResponse, ConnectError> {
+        let request = required(request.request.into_option(), "request")?;
         check_path(&request.path)?;
         let open = self.open(context, &request.session_id).await?;
         let stat = open.guest.stat(&request.path).await.map_err(messages::guest_error)?;
-        Ok(match stat {
+        let response = match stat {
             None => wire::StatResponse::default(),
             Some(stat) => wire::StatResponse {
                 exists: true,
@@ -47,40 +47,43 @@ impl TenkiService {
                 is_symlink: stat.is_symlink,
                 symlink_target: stat.symlink_target,
             },
-        })
+        };
+        Ok(wire::SandboxSessionDataPlaneServiceStatResponse { response: response.into() })
     }
 
     pub(super) async fn mkdir(
         &self,
         context: &RequestContext,
-        request: Option<wire::MkdirRequest>,
-    ) -> Result<wire::MkdirResponse, ConnectError> {
-        let request = required(request, "request")?;
+        request: wire::SandboxSessionDataPlaneServiceMkdirRequest,
+    ) -> Result<wire::SandboxSessionDataPlaneServiceMkdirResponse, ConnectError> {
+        let request = required(request.request.into_option(), "request")?;
         check_path(&request.path)?;
         let open = self.open(context, &request.session_id).await?;
         let mode = if request.mode == 0 { 0o755 } else { request.mode };
         let made = open.guest.make_directory(&request.path, mode, request.recursive).await;
-        Ok(wire::MkdirResponse { modified_unix_ns: made.map_err(messages::guest_error)? })
+        let response = wire::MkdirResponse { modified_unix_ns: made.map_err(messages::guest_error)? };
+        Ok(wire::SandboxSessionDataPlaneServiceMkdirResponse { response: response.into() })
     }
 
     pub(super) async fn remove(
         &self,
         context: &RequestContext,
-        request: Option<wire::RemoveRequest>,
-    ) -> Result<wire::RemoveResponse, ConnectError> {
-        let request = required(request, "request")?;
+        request: wire::SandboxSessionDataPlaneServiceRemoveRequest,
+    ) -> Result<wire::SandboxSessionDataPlaneServiceRemoveResponse, ConnectError> {
+        let request = required(request.request.into_option(), "request")?;
         check_path(&request.path)?;
         let open = self.open(context, &request.session_id).await?;
         let removed = open.guest.remove(&request.path, request.recursive).await.map_err(messages::guest_error)?;
-        Ok(wire::RemoveResponse { removed: removed > 0, entries_removed: convert::saturating(removed) })
+        let response = wire::RemoveResponse { removed: removed > 0, entries_removed: convert::saturating(removed) };
+        Ok(wire::SandboxSessionDataPlaneServiceRemoveResponse { response: response.into() })
     }
 
-    pub(super) async fn list_directory(
+    pub(super) async fn list(
         &self,
         context: &RequestContext,
-        request: Option<wire::ListRequest>,
-    ) -> Result<wire::ListResponse, ConnectError> {
-        let request = required(request, "request")?;
+        request: wire::SandboxSessionDataPlaneServiceListRequest,
+    ) -> Result<wire::SandboxSessionDataPlaneServiceListResponse, ConnectError> {
+        let request = required(request.request.into_option(), "request")?;
         check_path(&request.path)?;
         let open = self.open(context, &request.session_id).await?;
         let room = held(context)?;
@@ -93,6 +96,7 @@ impl TenkiService {
             modified_unix_ns: entry.modified_unix_ns,
         };
         let entries = entries.map_err(messages::guest_error)?.into_iter().map(entry).collect();
-        Ok(wire::ListResponse { entries })
+        let response = wire::ListResponse { entries };
+        Ok(wire::SandboxSessionDataPlaneServiceListResponse { response: response.into() })
     }
 }

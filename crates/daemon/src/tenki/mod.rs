@@ -19,6 +19,7 @@ mod ports;
 mod previews;
 mod run;
 mod service;
+#[rustfmt::skip]
 mod services;
 mod settings;
 mod snapshots;

@@ -24,26 +24,28 @@ struct Waiting {
     ended: bool,
 }
 
-pub(super) async fn wait_session(
-    tenki: &Arc<TenkiService>,
-    context: &RequestContext,
-    session_id: &str,
-) -> ServiceResult<ServiceStream<wire::WaitSessionResponse>> {
-    let caller = caller(context)?;
-    let id = convert::id(session_id, "session_id")?;
-    let watched = tenki.engine.watch_session(&caller, id).await?;
-    let waiting = Waiting {
-        tenki: Arc::clone(tenki),
-        caller,
-        endpoint: tenki.endpoint(context),
-        watched,
-        sent: None,
-        ended: false,
-    };
-    Response::stream_ok(futures::stream::unfold(waiting, |mut waiting| async move {
-        let message = waiting.next().await?;
-        Some((message.map_err(Into::into), waiting))
-    }))
+impl TenkiService {
+    pub(super) async fn wait_session(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        request: wire::WaitSessionRequest,
+    ) -> ServiceResult<ServiceStream<wire::WaitSessionResponse>> {
+        let caller = caller(context)?;
+        let id = convert::id(&request.session_id, "session_id")?;
+        let watched = self.engine.watch_session(&caller, id).await?;
+        let waiting = Waiting {
+            tenki: Arc::clone(self),
+            caller,
+            endpoint: self.endpoint(context),
+            watched,
+            sent: None,
+            ended: false,
+        };
+        Response::stream_ok(futures::stream::unfold(waiting, |mut waiting| async move {
+            let message = waiting.next().await?;
+            Some((message.map_err(Into::into), waiting))
+        }))
+    }
 }
 
 impl Waiting {
