@@ -98,7 +98,7 @@ impl Daemon {
             previews: Some(Arc::clone(&previews)),
             ssh: Some(Arc::clone(ssh.traffic())),
         }));
-        let shared = rpc::service::Server {
+        let shared = rpc::service::Shared {
             limits: config.limits.clone(),
             metrics: Arc::clone(&metrics),
             lifecycle: Arc::clone(&lifecycle),
@@ -109,7 +109,7 @@ impl Daemon {
             ),
         };
         let tenki = tenki::TenkiFacade::new(tenki::Dependencies {
-            server: shared.clone(),
+            shared: shared.clone(),
             limits: config.tenki.clone(),
             engine: engine.clone(),
             engine_config: config.engine.clone(),
