@@ -6,22 +6,21 @@
 //! response, never an HTTP 404, which clients take for a route that is not ready.
 
 mod answers;
-mod auth;
+mod certificate;
 mod control;
-mod convert;
 mod data;
 mod dial;
-mod egress;
 mod facade;
-mod facts;
 mod files;
 mod git;
-mod own;
-mod parse;
+mod limits;
+mod messages;
 mod ports;
 mod previews;
+mod resources;
 mod run;
 mod service;
+#[rustfmt::skip]
 mod services;
 mod settings;
 mod snapshots;
@@ -34,5 +33,5 @@ mod zero_copy;
 /// What this family calls the user that commands run as.
 pub(crate) const USER_NAME: &str = "tenki";
 
-pub(crate) use auth::COOKIE_NAMES;
 pub(crate) use facade::{Dependencies, TenkiFacade};
+pub use limits::Limits;

@@ -129,7 +129,8 @@ impl Workflow for ResumeFromDisk {
 
     async fn check(&self, stage: &Stage) {
         assert_eq!(state(stage).await, SessionState::Running);
-        assert_eq!(stage.world.session(stage.session).await.metadata["restore_mode"], "cold_boot");
+        let resume = stage.world.session(stage.session).await.last_resume;
+        assert_eq!(resume.map(|resume| resume.mode), Some(RestoreMode::ColdBoot));
         assert_eq!(stage.world.read(stage.session, "/data/log").await.as_deref(), Some("kept too"));
     }
 

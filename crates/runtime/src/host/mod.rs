@@ -9,6 +9,8 @@ pub(crate) mod capacity;
 mod ceilings;
 pub(crate) mod disk;
 pub(crate) mod disk_images;
+mod errors;
+mod ext4_image;
 mod host_image;
 mod locks;
 mod network;
@@ -41,6 +43,7 @@ use crate::spawner::Spawner;
 use brake::Brake;
 use capacity::Minimums;
 use disk_images::{CopyError, DiskImages};
+pub(crate) use errors::{blocking, failed, too_long};
 use host_image::HostImages;
 use numbers::Numbers;
 use record::Record;
@@ -385,25 +388,6 @@ fn own_processors() -> Result<Vec<usize>, std::io::Error> {
     Ok((0..rustix::thread::CpuSet::MAX_CPU).filter(|number| set.is_set(*number)).collect())
 }
 
-pub(crate) fn failed(step: &str, error: &dyn std::error::Error) -> DriverError {
-    let mut text = format!("{step}: {error}");
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    DriverError::Failed(text)
-}
-
-/// What is told of a step that was given up.
-pub(crate) fn too_long(what: &str, limit: Duration) -> DriverError {
-    DriverError::Failed(format!("{what} within {} s", limit.as_secs()))
-}
-
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    tokio::task::spawn_blocking(work).await.expect("blocking work does not panic")
-}
-
 /// The host as the engine knows it; clones share it.
 #[derive(Clone)]
 pub struct HostPort(pub Arc<Host>);
@@ -520,7 +504,7 @@ impl ports::Host for HostPort {
         if let Some(used_up) = used_up {
             watch_connections(&self.0, used_up, events);
         }
-        locks::watch(&self.0);
+        locks::watch(&self.0, self.0.groups_path());
         receiver
     }
 }
