@@ -18,6 +18,7 @@ fn a_sandboxs_life() {
         name:  web
         state:  running
         driver:  namespace
+        isolation: shared kernel
         cpu:  2
         memory:  512 MB
         disk:  5 GB
@@ -121,6 +122,7 @@ fn a_sandboxs_life() {
         name:  site
         state:  running
         driver:  namespace
+        isolation: shared kernel
         cpu:  2
         memory:  512 MB
         disk:  5 GB
