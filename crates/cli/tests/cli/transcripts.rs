@@ -23,9 +23,9 @@ fn a_sandboxs_life() {
         memory:  512 MB
         disk:  5 GB
         inbound:  yes
-        outbound: yes
+        outbound:  yes
         tags:  b a
-        metadata: owner=alice
+        metadata:  owner=alice
         created:  [time]
         ready:  [time]
         ");
@@ -127,9 +127,9 @@ fn a_sandboxs_life() {
         memory:  512 MB
         disk:  5 GB
         inbound:  yes
-        outbound: yes
+        outbound:  yes
         tags:  c
-        metadata: owner=alice restore_degraded=false restore_mode=memory
+        metadata:  owner=alice restore_degraded=false restore_mode=memory
         created:  [time]
         ready:  [time]
         ");
