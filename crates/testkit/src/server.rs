@@ -79,6 +79,15 @@ impl Server {
         server
     }
 
+    /// A server on a data directory that lies in an archive of the test's, with this key.
+    pub fn start_on(archive: &Path, api_key: &str) -> Self {
+        let mut server = Self::prepare(&std::env::temp_dir(), "[pools]\nslots_ready = 1\nisolated_slots_ready = 1\n");
+        let unpacked = Command::new("tar").arg("-xzSf").arg(archive).arg("-C").arg(server.data_dir()).status();
+        assert!(unpacked.unwrap().success(), "{} cannot be unpacked", archive.display());
+        server.restart_with(&["--api-key", api_key]);
+        server
+    }
+
     /// From the next start on it is the version under test.
     pub fn update(&mut self) {
         self.program = binary();

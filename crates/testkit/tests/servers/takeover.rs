@@ -3,7 +3,7 @@
 //! `NAGAYA_OLD_BIN` names a binary of an earlier version, e.g. built from the commit before a change of what is kept:
 //! `cargo build --bin nagaya` in a worktree of that commit. Without it the test is not run; see CONTRIBUTING.md.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nagaya_api::nagaya::v1 as own;
@@ -41,6 +41,60 @@ async fn resume(client: &Client, id: &str) -> Sandbox {
 
 async fn text(sandbox: &Sandbox, path: &str) -> String {
     String::from_utf8(sandbox.read(path).await.unwrap().to_vec()).unwrap().trim().to_owned()
+}
+
+/// A directory of the last server that knew one image, one driver and whole units. Its host was started again since: two
+/// sandboxes ran, of which one was paused, and one had powered itself off. The base layer under their disks is a made-up one.
+const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/data-of-schema-6.tar.gz");
+const KEY: &str = "tk_of_a_test_that_takes_data_over_0123456789";
+
+#[test]
+fn a_directory_of_schema_6_is_taken_over() {
+    if !rustix::process::geteuid().is_root() {
+        println!("take-over: not run: only root can start the namespace driver");
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let server = Server::start_on(Path::new(DATA), KEY);
+    runtime.block_on(async {
+        let client = Client::new(server.endpoint(), KEY);
+        let list = client.control.list_sessions(v1::ListSessionsRequest::default()).await.unwrap().sessions.clone();
+        let find = |name: &str| list.iter().find(|session| session.name == name).unwrap().clone();
+        let states = ["running", "paused", "off"].map(|name| find(name).state.as_known().unwrap());
+        assert_eq!(states, [SessionState::Paused, SessionState::Paused, SessionState::UserShutdown]);
+        let off = find("off");
+        assert_eq!((off.cpu_cores, off.memory_mb, off.disk_size_gb), (2, 512, 5));
+        assert_eq!(find("paused").metadata.get("restore_mode").map(String::as_str), Some("memory"));
+
+        let explained = own::ExplainSessionRequest { session_id: off.id.clone() };
+        let explained = client.own.explain_session(explained).await.unwrap();
+        assert_eq!((explained.driver.as_str(), explained.root_image.as_str()), ("namespace", "host:0000000000000000"));
+        for name in ["running", "paused", "off"] {
+            let sandbox = resume(&client, &find(name).id).await;
+            assert_eq!(text(&sandbox, "/home/tenki/note").await, name);
+            assert_eq!(
+                sandbox.shell("id -un; ls /etc", false).await,
+                "tenki\ngroup\npasswd",
+                "it stands on its own image"
+            );
+        }
+        let running = client.attach(&find("running").id).await.unwrap();
+        assert_eq!(text(&running, "/data/note").await, "volume");
+        let ports = v1::ListExposedPortsRequest { session_id: running.id.clone(), ..Default::default() };
+        assert_eq!(client.control.list_exposed_ports(ports).await.unwrap().ports[0].port, 8000);
+
+        let snapshots = client.control.list_snapshots(v1::ListSnapshotsRequest::default()).await.unwrap();
+        let kept = snapshots.snapshots.iter().find(|snapshot| snapshot.name.as_deref() == Some("kept")).unwrap();
+        let request = v1::CreateSessionRequest {
+            owner_id: "self".into(),
+            owner_type: "USER".into(),
+            snapshot_id: Some(kept.id.clone()),
+            wait_ready: true,
+            ..Default::default()
+        };
+        let restored = client.control.create_session(request).await.unwrap().session.id.clone();
+        assert_eq!(text(&client.attach(&restored).await.unwrap(), "/home/tenki/note").await, "running");
+    });
 }
 
 #[test]
