@@ -61,11 +61,7 @@ fn version(report: &mut Report, rounds: usize) {
 
 /// As a program does that begins with nothing: connect, get a certificate, run.
 async fn sdk(server: &Server, id: &str) {
-    let options = ClientOptions {
-        endpoint: Some(server.endpoint().to_owned()),
-        token: Some(server.api_key()),
-        ..ClientOptions::default()
-    };
+    let options = ClientOptions::default().endpoint(Some(server.endpoint().to_owned())).token(Some(server.api_key()));
     let client = nagaya_client::Client::new(options).expect("address and key are valid");
     let output = client.session(id).command(["true"]).output().await.expect("the sandbox runs");
     assert!(output.is_success(), "true succeeds");

@@ -89,8 +89,7 @@ impl Login {
                 "`nagaya serve` prints one at its first start.",
             ));
         }
-        let options =
-            ClientOptions { endpoint: Some(endpoint.clone()), token: Some(token.clone()), ..from_environment };
+        let options = from_environment.endpoint(Some(endpoint.clone())).token(Some(token.clone()));
         Client::new(options)?.who_am_i().await?;
         let text = serde_saphyr::to_string(&json!({ "endpoint": endpoint, "auth_token": token }));
         let text = text.expect("two strings");

@@ -197,11 +197,7 @@ mod tests {
     }
 
     fn found(home: &Home, endpoint: Option<&str>, token: Option<&str>) -> Result<(String, String), u8> {
-        let options = ClientOptions {
-            endpoint: endpoint.map(str::to_owned),
-            token: token.map(str::to_owned),
-            ..ClientOptions::default()
-        };
+        let options = ClientOptions::default().endpoint(endpoint.map(str::to_owned)).token(token.map(str::to_owned));
         let found = home.places.find(options).map_err(|failure| failure.exit_code())?;
         Ok((found.options.endpoint.unwrap_or_default(), found.options.token.unwrap_or_default()))
     }

@@ -143,7 +143,7 @@ impl Way<'_> {
         if metadata.is_file() {
             known_length(self.bar, metadata.len());
         }
-        let options = WriteOptions { mode: metadata.permissions().mode() & 0o777, ..WriteOptions::default() };
+        let options = WriteOptions::default().mode(metadata.permissions().mode() & 0o777);
         let mut writer = self.session.files().writer(to, options).await?;
         let mut buffer = vec![0; 256 * 1024];
         loop {

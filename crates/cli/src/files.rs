@@ -54,7 +54,7 @@ impl Write {
         // What cannot be read here fails before anything is asked of the server.
         let mut source = source(self.data, self.data_file.as_deref()).await?;
         let session = resolve::session(&connect::client()?, &session, Among::Live).await?;
-        let options = WriteOptions { mode: self.mode, ..WriteOptions::default() };
+        let options = WriteOptions::default().mode(self.mode);
         let mut writer = session.files().writer(&path, options).await?;
         let from = self.data_file.unwrap_or_else(|| "stdin".into());
         copy(&mut source, &mut writer, &from).await?;

@@ -52,7 +52,7 @@ pub struct Expose {
 impl Expose {
     pub async fn run(self, screen: Screen) -> Result<(), Failure> {
         let (session, port) = self.at.find().await?;
-        let exposed = session.expose_port(port, ExposeOptions { ttl: self.ttl, slug: self.slug }).await?;
+        let exposed = session.expose_port(port, ExposeOptions::default().ttl(self.ttl).slug(self.slug)).await?;
         screen.item(&exposed, |exposed: &ExposedPort| {
             vec![
                 ("port", exposed.port.to_string()),
@@ -167,7 +167,11 @@ impl Preview {
                     None => None,
                 };
                 let session_id = session.map(|session| session.id().to_owned());
-                let options = CreatePreviewUrlOptions { slug, session_id, port, workspace_id: workspace };
+                let options = CreatePreviewUrlOptions::default()
+                    .slug(slug)
+                    .session_id(session_id)
+                    .port(port)
+                    .workspace_id(workspace);
                 screen.item(&client.create_preview_url(options).await?, fields)
             }
             Self::Get { preview } => {
@@ -179,7 +183,7 @@ impl Preview {
                     Some(text) => Some(resolve::session(&client, &text, Among::All).await?.id().to_owned()),
                     None => None,
                 };
-                let options = ListPreviewUrlsOptions { session_id, ..ListPreviewUrlsOptions::default() };
+                let options = ListPreviewUrlsOptions::default().session_id(session_id);
                 list(screen, &client.list_preview_urls(options).await?)
             }
             Self::Bind { preview, at } => {

@@ -66,7 +66,7 @@ pub async fn session(client: &Client, text: &str, among: Among) -> Result<Sessio
     let mut candidates = client.list(ListOptions::default()).await?;
     let mut chosen = choose(text, &named(&candidates));
     if among == Among::All && matches!(chosen, Err(Choice::None)) {
-        candidates = client.list(ListOptions { include_terminated: true, ..ListOptions::default() }).await?;
+        candidates = client.list(ListOptions::default().include_terminated(true)).await?;
         chosen = choose(text, &named(&candidates));
     }
     let index = chosen.map_err(|choice| choice.told("session", text, "nagaya sandbox list"))?;

@@ -122,31 +122,29 @@ impl Create {
             Some(text) => Some(resolve::snapshot(client, text).await?),
             None => None,
         };
-        Ok(CreateOptions {
-            name: self.name,
-            cpu_cores: self.cpu,
-            memory_mb: self.memory_mb,
-            disk_size_gb: self.disk_gb,
-            driver: self.driver,
-            allow_inbound: self.allow_inbound,
-            allow_outbound: self.allow_outbound,
-            max_duration: self.max_duration,
-            idle_timeout: self.idle_timeout,
-            pause_retention: self.pause_retention,
-            sticky: self.sticky,
-            metadata: self.metadata.into_iter().collect::<BTreeMap<_, _>>(),
-            tags: self.tags,
-            env: self.env.into_iter().collect::<BTreeMap<_, _>>(),
-            ssh_authorized_keys,
-            volumes,
-            snapshot_id,
-            template_spec_id: self.template,
-            image: self.image,
-            workspace_id: self.workspace,
-            wait: if self.no_wait { Wait::No } else { Wait::Ready },
-            wait_timeout: self.wait_timeout,
-            ..CreateOptions::default()
-        })
+        Ok(CreateOptions::default()
+            .name(self.name)
+            .cpu_cores(self.cpu)
+            .memory_mb(self.memory_mb)
+            .disk_size_gb(self.disk_gb)
+            .driver(self.driver)
+            .allow_inbound(self.allow_inbound)
+            .allow_outbound(self.allow_outbound)
+            .max_duration(self.max_duration)
+            .idle_timeout(self.idle_timeout)
+            .pause_retention(self.pause_retention)
+            .sticky(self.sticky)
+            .metadata(self.metadata.into_iter().collect::<BTreeMap<_, _>>())
+            .tags(self.tags)
+            .env(self.env.into_iter().collect::<BTreeMap<_, _>>())
+            .ssh_authorized_keys(ssh_authorized_keys)
+            .volumes(volumes)
+            .snapshot_id(snapshot_id)
+            .template_spec_id(self.template)
+            .image(self.image)
+            .workspace_id(self.workspace)
+            .wait(if self.no_wait { Wait::No } else { Wait::Ready })
+            .wait_timeout(self.wait_timeout))
     }
 }
 
@@ -187,12 +185,7 @@ pub struct List {
 
 impl List {
     pub async fn run(self, screen: Screen) -> Result<(), Failure> {
-        let options = ListOptions {
-            workspace_id: self.workspace,
-            tags: self.tags,
-            include_terminated: self.all,
-            ..ListOptions::default()
-        };
+        let options = ListOptions::default().workspace_id(self.workspace).tags(self.tags).include_terminated(self.all);
         let sessions = connect::client()?.list(options).await?;
         let wanted: Vec<String> = self.state.iter().map(|state| state.trim().to_lowercase()).collect();
         let infos = sessions.into_iter().filter_map(|session| session.info());
@@ -319,7 +312,8 @@ pub struct Update {
 impl Update {
     pub async fn run(self, screen: Screen) -> Result<(), Failure> {
         let tags = (self.clear_tags || !self.tags.is_empty()).then_some(self.tags);
-        let options = UpdateOptions { name: self.name, tags, sticky: self.sticky, max_duration: self.max_duration };
+        let options =
+            UpdateOptions::default().name(self.name).tags(tags).sticky(self.sticky).max_duration(self.max_duration);
         if options.name.is_none()
             && options.tags.is_none()
             && options.sticky.is_none()
@@ -382,7 +376,7 @@ pub struct Fork {
 impl Fork {
     pub async fn run(self, screen: Screen) -> Result<(), Failure> {
         let source = self.session.find(Among::Live).await?;
-        let forked = source.fork(ForkOptions { count: self.count, name: self.name }).await?;
+        let forked = source.fork(ForkOptions::default().count(self.count).name(self.name)).await?;
         let mut infos = Vec::new();
         for session in &forked.sessions {
             let info = known(session).await?;

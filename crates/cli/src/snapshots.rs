@@ -69,7 +69,7 @@ impl SnapshotVerb {
         match self {
             Self::Create { session, name, expires_at, no_wait, wait_timeout } => {
                 let session = session.find(Among::Live).await?;
-                let options = CreateSnapshotOptions { name, expires_at, ..CreateSnapshotOptions::default() };
+                let options = CreateSnapshotOptions::default().name(name).expires_at(expires_at);
                 let snapshot = match no_wait {
                     true => session.create_snapshot_async(options).await?,
                     false => session.create_snapshot_and_wait(options, wait_timeout).await?,
@@ -99,7 +99,7 @@ impl SnapshotVerb {
             Self::Restore { snapshot, name } => {
                 let snapshot_id = Some(resolve::snapshot(&client, &snapshot).await?);
                 let restored = client
-                    .create(CreateOptions { name, snapshot_id, allow_inbound: false, ..CreateOptions::default() })
+                    .create(CreateOptions::default().name(name).snapshot_id(snapshot_id).allow_inbound(false))
                     .await?;
                 screen.item(&session::known(&restored).await?, session::fields)
             }

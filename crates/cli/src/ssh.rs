@@ -193,7 +193,10 @@ async fn make_key(path: PathBuf) -> Result<PathBuf, Failure> {
 /// Asks for a certificate for a key and writes it, and a file of known hosts that trusts its authority.
 async fn certify(session: &Session, key: &Path, certificate: &Path, known_hosts: &Path) -> Result<(), Failure> {
     let public_key = public_half(key).await?;
-    let wish = SshCertificateOptions { public_key, ttl: Some(CERTIFICATE_TIME), source_addresses: Vec::new() };
+    let wish = SshCertificateOptions::default()
+        .public_key(public_key)
+        .ttl(Some(CERTIFICATE_TIME))
+        .source_addresses(Vec::new());
     let issued = session.issue_ssh_certificate(wish).await?;
     let write =
         |path: &Path, text: String| replace(path, text.as_bytes()).map_err(|error| Failure::writing(path, &error));

@@ -90,7 +90,7 @@ impl VolumeVerb {
         let client = connect::client()?;
         match self {
             Self::Create { name, size, workspace } => {
-                let options = CreateVolumeOptions { name, size_bytes: size, workspace_id: workspace };
+                let options = CreateVolumeOptions::default().name(name).size_bytes(size).workspace_id(workspace);
                 screen.item(&client.create_volume(options).await?, fields)
             }
             Self::Get { volume } => {
@@ -126,7 +126,7 @@ impl VolumeVerb {
                 let session = resolve::session(&client, &session, Among::Live).await?;
                 let volume = resolve::volume(&client, wanted(&words)?).await?;
                 let wait = (!wait_timeout.is_zero()).then_some(wait_timeout);
-                session.detach_volume(&volume, DetachOptions { force, wait }).await?;
+                session.detach_volume(&volume, DetachOptions::default().force(force).wait(wait)).await?;
                 let done = serde_json::json!({ "volume_id": volume, "session_id": session.id() });
                 screen.done(&done, |_| format!("{volume} is detached from {}", session.id()))
             }

@@ -2,7 +2,7 @@ use nagaya_client::{Client, CreateOptions, Result};
 
 /// Makes a sandbox, runs a program in it, moves a file, and removes it again.
 pub async fn run(client: &Client) -> Result<()> {
-    let session = client.create(CreateOptions { name: Some("first".into()), ..Default::default() }).await?;
+    let session = client.create(CreateOptions::default().name(Some("first".into()))).await?;
 
     let output = session.command(["python3", "-c", "print(6 * 7)"]).output().await?.check()?;
     println!("it says {}", output.stdout_text().trim());

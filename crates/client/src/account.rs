@@ -5,6 +5,7 @@ use std::time::Duration;
 use nagaya_api::tenki::v1;
 use serde::Serialize;
 
+use crate::settable::settable;
 use crate::wire::{self, wire_enum};
 use crate::{Client, Error, Result};
 
@@ -89,23 +90,25 @@ impl<T> Change<T> {
     }
 }
 
-/// Changes of a workspace's settings; the default changes nothing.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct WorkspaceSettingsUpdate {
-    pub pause_retention: Change<Duration>,
-    pub snapshot_retention: Change<Duration>,
-    pub max_snapshots: Change<i32>,
-    pub max_templates: Change<i32>,
-    pub max_volumes: Change<i32>,
-    pub max_total_bytes: Change<i64>,
-    pub max_concurrent_sessions: Change<i32>,
-    pub max_sticky_sessions: Change<i32>,
-    pub max_preview_urls: Change<i32>,
+settable! {
+    /// Changes of a workspace's settings; the default changes nothing.
+    #[derive(Debug, Clone, Copy, Default)]
+    pub struct WorkspaceSettingsUpdate {
+        pub pause_retention: Change<Duration>,
+        pub snapshot_retention: Change<Duration>,
+        pub max_snapshots: Change<i32>,
+        pub max_templates: Change<i32>,
+        pub max_volumes: Change<i32>,
+        pub max_total_bytes: Change<i64>,
+        pub max_concurrent_sessions: Change<i32>,
+        pub max_sticky_sessions: Change<i32>,
+        pub max_preview_urls: Change<i32>,
+    }
 }
 
 impl Client {
     pub async fn who_am_i(&self) -> Result<WhoAmI> {
-        let answer = self.control().who_am_i(v1::WhoAmIRequest::default()).await?;
+        let answer = self.control().who_am_i(v1::WhoAmIRequest::default()).await.map_err(Error::of_rpc)?;
         let workspaces = answer.workspaces.into_iter();
         Ok(WhoAmI {
             owner_type: answer.owner_type,
@@ -118,11 +121,11 @@ impl Client {
     pub async fn usage(&self, workspace_id: &str) -> Result<Vec<UsageLimit>> {
         let request =
             v1::GetWorkspaceSandboxUsageRequest { workspace_id: workspace_id.to_owned(), ..Default::default() };
-        let answer = self.control().get_workspace_sandbox_usage(request).await?;
+        let answer = self.control().get_workspace_sandbox_usage(request).await.map_err(Error::of_rpc)?;
         let limits = answer.limits.into_iter().map(|limit| UsageLimit {
             key: limit.key,
             label: limit.label,
-            unit: limit.unit.into(),
+            unit: UsageUnit::of_wire(limit.unit),
             current: limit.current,
             max: limit.max,
             help_text: limit.help_text,
@@ -133,7 +136,7 @@ impl Client {
     /// The settings of a workspace; of the caller's own one when the id is empty.
     pub async fn workspace_settings(&self, workspace_id: &str) -> Result<WorkspaceSettings> {
         let request = v1::GetWorkspaceSandboxSettingsRequest { workspace_id: workspace_id.to_owned() };
-        let answer = self.control().get_workspace_sandbox_settings(request).await?;
+        let answer = self.control().get_workspace_sandbox_settings(request).await.map_err(Error::of_rpc)?;
         answer.settings.into_option().map(Into::into).ok_or_else(|| Error::bad_answer("it holds no settings"))
     }
 
@@ -165,7 +168,7 @@ impl Client {
             max_preview_urls_per_workspace: update.max_preview_urls.set(),
             ..Default::default()
         };
-        let answer = self.control().update_workspace_sandbox_settings(request).await?;
+        let answer = self.control().update_workspace_sandbox_settings(request).await.map_err(Error::of_rpc)?;
         answer.settings.into_option().map(Into::into).ok_or_else(|| Error::bad_answer("it holds no settings"))
     }
 }

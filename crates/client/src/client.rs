@@ -16,6 +16,7 @@ use nagaya_api::tenki::v1::{
 use serde::Serialize;
 
 use crate::constants::CONTROL_CALL_TIMEOUT;
+use crate::settable::settable;
 use crate::transport::{Connections, Transport};
 use crate::{ClientOptions, CreateOptions, Error, Result, Session, SessionInfo, Wait, create, options};
 
@@ -45,15 +46,17 @@ struct Shared {
     gateways: SshGatewayClientServiceClient<Transport>,
 }
 
-/// Which sessions [`Client::list`] tells of: all that have not ended, by default.
-#[derive(Debug, Clone, Default)]
-pub struct ListOptions {
-    /// Empty: the caller's own.
-    pub workspace_id: String,
-    /// Only those that have all of these.
-    pub tags: Vec<String>,
-    pub sticky: Option<bool>,
-    pub include_terminated: bool,
+settable! {
+    /// Which sessions [`Client::list`] tells of: all that have not ended, by default.
+    #[derive(Debug, Clone, Default)]
+    pub struct ListOptions {
+        /// Empty: the caller's own.
+        pub workspace_id: String,
+        /// Only those that have all of these.
+        pub tags: Vec<String>,
+        pub sticky: Option<bool>,
+        pub include_terminated: bool,
+    }
 }
 
 /// What [`Client::terminate_many`] did.
@@ -80,7 +83,7 @@ impl Client {
     ///
     /// Fails with [`Error::MissingToken`], [`Error::InvalidToken`] or [`Error::InvalidOptions`].
     pub fn new(options: ClientOptions) -> Result<Self> {
-        let endpoint = options.endpoint()?;
+        let endpoint = options.origin()?;
         let headers = options.headers()?;
         let connections = Connections::new(options.root_certificates, options.connect_timeout)?;
         let transport = connections.to(&endpoint)?;
@@ -116,11 +119,11 @@ impl Client {
     /// [`Error::WaitReadyFailed`], which names the session, when it exists but is not ready in time.
     pub async fn create(&self, options: CreateOptions) -> Result<Session> {
         let request = options.request()?;
-        let budget = options.wait_timeout();
+        let budget = options.time_to_wait();
         let started = tokio::time::Instant::now();
         let answer = match options.wait {
-            Wait::Runtime => self.control_within(budget).create_session(request).await?,
-            Wait::Ready | Wait::No => self.control().create_session(request).await?,
+            Wait::Runtime => self.control_within(budget).create_session(request).await.map_err(Error::of_rpc)?,
+            Wait::Ready | Wait::No => self.control().create_session(request).await.map_err(Error::of_rpc)?,
         };
         let created = answer.session.into_option().ok_or_else(|| Error::bad_answer("it names no session"))?;
         let session = self.known(created)?;
@@ -158,7 +161,7 @@ impl Client {
                 ..Default::default()
             };
             async move {
-                let answer = self.control().list_workspace_sandboxes(request).await?;
+                let answer = self.control().list_workspace_sandboxes(request).await.map_err(Error::of_rpc)?;
                 Ok((answer.sessions, answer.next_page_token))
             }
         });
@@ -170,7 +173,7 @@ impl Client {
         let mut done = TerminateMany::default();
         for batch in ids.chunks(TERMINATE_BATCH_MAX) {
             let request = v1::TerminateSessionsRequest { session_ids: batch.to_vec() };
-            let answer = self.control().terminate_sessions(request).await?;
+            let answer = self.control().terminate_sessions(request).await.map_err(Error::of_rpc)?;
             done.sessions.extend(answer.sessions.into_iter().map(SessionInfo::from));
             done.failures.extend(
                 answer

@@ -296,7 +296,7 @@ impl Running {
                 Ok(message) => message,
                 // How it ended is known already.
                 Err(_) if self.exit.is_some() => None,
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(Error::of_rpc(error)),
             };
             match message.map(|message| message.frame.payload.clone()) {
                 Some(Some(Answer::Stdout(bytes))) => return Ok(Some(Event::Stdout(bytes))),

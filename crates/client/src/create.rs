@@ -10,6 +10,7 @@ use nagaya_api::limits::{
 use nagaya_api::tenki::v1;
 
 use crate::constants::{DEFAULT_CREATE_TIMEOUT, DEFAULT_TEMPLATE_SPEC_CREATE_TIMEOUT, DRIVER_KEY};
+use crate::settable::settable;
 use crate::{EgressPolicy, Error, Result, wire};
 
 /// When [`crate::Client::create`] returns.
@@ -33,69 +34,73 @@ pub struct VolumeMount {
     pub read_only: bool,
 }
 
-/// A provider of models for OpenCode; it reaches the sandbox as environment.
-#[derive(Clone, Default)]
-pub struct OpenCodeProvider {
-    pub api_key: String,
-    pub base_url: String,
-    pub npm: String,
+settable! {
+    /// A provider of models for OpenCode; it reaches the sandbox as environment.
+    #[derive(Clone, Default)]
+    pub struct OpenCodeProvider {
+        pub api_key: String,
+        pub base_url: String,
+        pub npm: String,
+    }
 }
 
-/// What a new session is given. The default is a sandbox of two cores, 4 GiB of memory and a disk of 5 GiB that
-/// reaches the outside, may be reached through previews, and is RUNNING when the call returns.
-#[derive(Clone)]
-pub struct CreateOptions {
-    /// At most 64 characters.
-    pub name: Option<String>,
-    /// 1 to 16. Taken from the source when there is one, else 2.
-    pub cpu_cores: Option<u32>,
-    /// MiB, 128 to 65,536 and even. Taken from the source when there is one, else 4,096.
-    pub memory_mb: Option<u32>,
-    /// GiB, 5 to 100. Taken from the source when there is one, else 5.
-    pub disk_size_gb: Option<u32>,
-    /// The driver it runs on, by its name on the server; the server's choice by default.
-    pub driver: Option<String>,
-    /// Whether ports may be exposed; true by default.
-    pub allow_inbound: bool,
-    /// Whether it reaches the outside; true by default.
-    pub allow_outbound: bool,
-    /// The only destinations, when not all that the server allows.
-    pub egress: Option<EgressPolicy>,
-    /// How long it lives at most.
-    pub max_duration: Option<Duration>,
-    /// How long it may be idle until it is paused, in whole minutes; zero: for ever. The server's choice by default.
-    pub idle_timeout: Option<Duration>,
-    /// How long it is kept while it is paused.
-    pub pause_retention: Option<Duration>,
-    pub sticky: bool,
-    pub metadata: BTreeMap<String, String>,
-    /// At most 20 of at most 32 characters; sent trimmed and in lower case.
-    pub tags: Vec<String>,
-    /// Environment of every command.
-    pub env: BTreeMap<String, String>,
-    /// Environment while a template specification is built in the session.
-    pub setup_env: BTreeMap<String, String>,
-    /// The same, kept out of records and logs.
-    pub setup_secrets: BTreeMap<String, String>,
-    pub ssh_authorized_keys: Vec<String>,
-    pub volumes: Vec<VolumeMount>,
-    /// The snapshot to begin with. At most one of this, `image` and `template_spec_id`.
-    pub snapshot_id: Option<String>,
-    /// The registry image to begin with.
-    pub image: Option<String>,
-    /// The template whose specification is built in the session.
-    pub template_spec_id: Option<String>,
-    /// A repository that is cloned into the home directory.
-    pub clone_repo_url: Option<String>,
-    /// Becomes `GH_TOKEN` and `GIT_TOKEN` in the environment.
-    pub github_token: Option<String>,
-    pub enable_opencode: bool,
-    pub opencode_provider: Option<OpenCodeProvider>,
-    /// The caller's own workspace when there is none.
-    pub workspace_id: Option<String>,
-    pub wait: Wait,
-    /// 180 s by default; two hours with a template specification.
-    pub wait_timeout: Option<Duration>,
+settable! {
+    /// What a new session is given. The default is a sandbox of two cores, 4 GiB of memory and a disk of 5 GiB that
+    /// reaches the outside, may be reached through previews, and is RUNNING when the call returns.
+    #[derive(Clone)]
+    pub struct CreateOptions {
+        /// At most 64 characters.
+        pub name: Option<String>,
+        /// 1 to 16. Taken from the source when there is one, else 2.
+        pub cpu_cores: Option<u32>,
+        /// MiB, 128 to 65,536 and even. Taken from the source when there is one, else 4,096.
+        pub memory_mb: Option<u32>,
+        /// GiB, 5 to 100. Taken from the source when there is one, else 5.
+        pub disk_size_gb: Option<u32>,
+        /// The driver it runs on, by its name on the server; the server's choice by default.
+        pub driver: Option<String>,
+        /// Whether ports may be exposed; true by default.
+        pub allow_inbound: bool,
+        /// Whether it reaches the outside; true by default.
+        pub allow_outbound: bool,
+        /// The only destinations, when not all that the server allows.
+        pub egress: Option<EgressPolicy>,
+        /// How long it lives at most.
+        pub max_duration: Option<Duration>,
+        /// How long it may be idle until it is paused, in whole minutes; zero: for ever. The server's choice by default.
+        pub idle_timeout: Option<Duration>,
+        /// How long it is kept while it is paused.
+        pub pause_retention: Option<Duration>,
+        pub sticky: bool,
+        pub metadata: BTreeMap<String, String>,
+        /// At most 20 of at most 32 characters; sent trimmed and in lower case.
+        pub tags: Vec<String>,
+        /// Environment of every command.
+        pub env: BTreeMap<String, String>,
+        /// Environment while a template specification is built in the session.
+        pub setup_env: BTreeMap<String, String>,
+        /// The same, kept out of records and logs.
+        pub setup_secrets: BTreeMap<String, String>,
+        pub ssh_authorized_keys: Vec<String>,
+        pub volumes: Vec<VolumeMount>,
+        /// The snapshot to begin with. At most one of this, `image` and `template_spec_id`.
+        pub snapshot_id: Option<String>,
+        /// The registry image to begin with.
+        pub image: Option<String>,
+        /// The template whose specification is built in the session.
+        pub template_spec_id: Option<String>,
+        /// A repository that is cloned into the home directory.
+        pub clone_repo_url: Option<String>,
+        /// Becomes `GH_TOKEN` and `GIT_TOKEN` in the environment.
+        pub github_token: Option<String>,
+        pub enable_opencode: bool,
+        pub opencode_provider: Option<OpenCodeProvider>,
+        /// The caller's own workspace when there is none.
+        pub workspace_id: Option<String>,
+        pub wait: Wait,
+        /// 180 s by default; two hours with a template specification.
+        pub wait_timeout: Option<Duration>,
+    }
 }
 
 impl Default for CreateOptions {
@@ -135,7 +140,7 @@ impl Default for CreateOptions {
 }
 
 impl CreateOptions {
-    pub(crate) fn wait_timeout(&self) -> Duration {
+    pub(crate) fn time_to_wait(&self) -> Duration {
         self.wait_timeout.unwrap_or(match self.template_spec_id {
             Some(_) => DEFAULT_TEMPLATE_SPEC_CREATE_TIMEOUT,
             None => DEFAULT_CREATE_TIMEOUT,

@@ -104,7 +104,7 @@ impl DataPlane {
                 refused += 1;
                 tokio::time::sleep(jittered(REFUSED_STEP * refused)).await;
             } else {
-                match Error::from(error) {
+                match Error::of_rpc(error) {
                     Error::Refused { kind: RefusalKind::DataPlaneNotReady, .. } if Instant::now() < deadline => {
                         retry_pause(&mut unready).await
                     }
@@ -153,7 +153,7 @@ impl DataPlane {
     /// One attempt at a certificate and at a route that serves.
     async fn mint(self: &Arc<Self>, route: &mut Option<Route>) -> Result<Open> {
         let request = v1::CreateSessionCredentialRequest { session_id: self.session_id.clone() };
-        let answer = self.client.control().create_session_credential(request).await?;
+        let answer = self.client.control().create_session_credential(request).await.map_err(Error::of_rpc)?;
         let status = answer.route_status.as_known();
         let no_route = |kind, message: &str| Error::refused(kind, Status::Unavailable, message);
         match status {
@@ -187,7 +187,7 @@ impl DataPlane {
     async fn probe(&self, data: &DataClient) -> Result<()> {
         let request = v1::StatRequest { session_id: self.session_id.clone(), path: PROBED_PATH.into() };
         let request = v1::SandboxSessionDataPlaneServiceStatRequest { request: request.into() };
-        match data.stat(request).await.map_err(Error::from) {
+        match data.stat(request).await.map_err(Error::of_rpc) {
             Err(error @ Error::Refused { kind: RefusalKind::DataPlaneNotReady, .. }) => Err(error),
             _ => Ok(()),
         }

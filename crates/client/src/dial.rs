@@ -100,7 +100,7 @@ fn request(payload: Asked) -> Request {
 }
 
 fn refused(closed: v1::DialClosed) -> Error {
-    let reason = DialReason::from(closed.reason);
+    let reason = DialReason::of_wire(closed.reason);
     if reason == DialReason::CapabilityUnavailable {
         return Error::capability(closed.detail);
     }
@@ -110,7 +110,7 @@ fn refused(closed: v1::DialClosed) -> Error {
 /// The bytes that came next; `None` at the end that the other side chose.
 async fn next(answers: &mut Answers) -> Result<Option<Bytes>> {
     loop {
-        let Some(message) = answers.message().await? else {
+        let Some(message) = answers.message().await.map_err(Error::of_rpc)? else {
             return Err(Error::StreamClosed("the server did not say how the connection ended".into()));
         };
         match message.frame.payload.clone() {

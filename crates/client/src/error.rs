@@ -411,9 +411,9 @@ fn failed_precondition(message: String, text: &str) -> Error {
     Error::refused(kind, Status::FailedPrecondition, message)
 }
 
-#[doc(hidden)] // For `?` inside of this crate only.
-impl From<ConnectError> for Error {
-    fn from(error: ConnectError) -> Self {
+/// Not `From`, which everybody outside of this crate would see too.
+impl Error {
+    pub(crate) fn of_rpc(error: ConnectError) -> Self {
         if let Some(transport) = error.source().and_then(|source| source.downcast_ref::<TransportError>()) {
             return Self::Unreachable {
                 message: transport.to_string(),

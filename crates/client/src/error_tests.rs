@@ -4,7 +4,7 @@ use nagaya_api::error::{Code, Error as ServerError};
 use super::*;
 
 fn mapped(status: ErrorCode, text: &str) -> String {
-    let error = Error::from(ConnectError::new(status, text));
+    let error = Error::of_rpc(ConnectError::new(status, text));
     match error {
         Error::Refused { kind, .. } => format!("{kind:?}"),
         other => format!("{other:?}").split(['(', ' ', '{']).next().unwrap_or_default().to_owned(),
@@ -64,10 +64,10 @@ fn status_and_words_decide_from_top_to_bottom() {
 #[test]
 fn every_code_of_the_server_survives_the_way() {
     for code in Code::ALL {
-        let error = Error::from(ConnectError::from(ServerError::from(*code)));
+        let error = Error::of_rpc(ConnectError::from(ServerError::from(*code)));
         assert_eq!(error.code(), Some(*code), "{error:?}");
     }
-    let of = |code: Code| Error::from(ConnectError::from(ServerError::from(code))).kind();
+    let of = |code: Code| Error::of_rpc(ConnectError::from(ServerError::from(code))).kind();
     for (code, kind) in [
         (Code::SessionNotFound, RefusalKind::SessionNotFound),
         (Code::FileNotFound, RefusalKind::FileNotFound),
@@ -84,7 +84,7 @@ fn every_code_of_the_server_survives_the_way() {
 
 #[test]
 fn an_error_survives_the_way_through_io() {
-    let there: io::Error = Error::from(ConnectError::not_found("no such file or directory")).into();
+    let there: io::Error = Error::of_rpc(ConnectError::not_found("no such file or directory")).into();
     assert_eq!(there.kind(), io::ErrorKind::NotFound);
     assert!(matches!(Error::in_io(&there), Some(Error::Refused { kind: RefusalKind::FileNotFound, .. })));
     assert!(matches!(Error::from(there), Error::Refused { kind: RefusalKind::FileNotFound, .. }));
@@ -93,11 +93,32 @@ fn an_error_survives_the_way_through_io() {
 
 #[test]
 fn what_may_help_to_repeat_is_marked() {
-    let of = |status, text: &str| Error::from(ConnectError::new(status, text)).retryable();
+    let of = |status, text: &str| Error::of_rpc(ConnectError::new(status, text)).retryable();
     assert!(of(ErrorCode::Unavailable, "the server is shutting down"));
     assert!(of(ErrorCode::ResourceExhausted, "rate limit reached"));
     assert!(of(ErrorCode::FailedPrecondition, "volume sync pending"));
     assert!(!of(ErrorCode::ResourceExhausted, "workspace quota reached"));
     assert!(!of(ErrorCode::NotFound, "session not found"));
     assert!(!of(ErrorCode::Internal, "x"));
+}
+
+#[test]
+fn what_the_rpc_library_says_is_converted_inside_of_this_crate_only() {
+    struct Probe<T>(std::marker::PhantomData<T>);
+    trait Otherwise {
+        fn converts(&self) -> bool {
+            false
+        }
+    }
+    impl<T> Otherwise for Probe<T> {}
+    impl<T> Probe<T>
+    where
+        Error: From<T>,
+    {
+        fn converts(&self) -> bool {
+            true
+        }
+    }
+    assert!(Probe::<io::Error>(std::marker::PhantomData).converts(), "the probe sees conversions");
+    assert!(!Probe::<ConnectError>(std::marker::PhantomData).converts());
 }

@@ -54,7 +54,7 @@ impl Session {
         loop {
             let request =
                 v1::ListSessionEventsRequest { session_id: self.id().to_owned(), after, page_size: PAGE_SIZE };
-            let answer = self.client().own().list_session_events(request).await?;
+            let answer = self.client().own().list_session_events(request).await.map_err(Error::of_rpc)?;
             events.extend(answer.events.into_iter().map(SessionEvent::from));
             match answer.next_after {
                 0 => return Ok(events),
@@ -67,13 +67,15 @@ impl Session {
     /// The same, then every further event when it happens, until the session has ended.
     pub async fn watch_events(&self, after: i64) -> Result<EventStream> {
         let request = v1::WatchSessionEventsRequest { session_id: self.id().to_owned(), after };
-        Ok(EventStream { stream: self.client().own_streams().watch_session_events(request).await? })
+        Ok(EventStream {
+            stream: self.client().own_streams().watch_session_events(request).await.map_err(Error::of_rpc)?,
+        })
     }
 
     /// Why the session is as it is, the most important reason first.
     pub async fn explain(&self) -> Result<Vec<Finding>> {
         let request = v1::ExplainSessionRequest { session_id: self.id().to_owned() };
-        let answer = self.client().own().explain_session(request).await?;
+        let answer = self.client().own().explain_session(request).await.map_err(Error::of_rpc)?;
         Ok(answer.findings.into_iter().map(Into::into).collect())
     }
 }
@@ -93,7 +95,7 @@ impl EventStream {
     /// The next event; `None` after the session's last one. An error that is [retryable](Error::retryable) or
     /// [`Error::Unreachable`] is the server's end: watch again after the last sequence.
     pub async fn next(&mut self) -> Result<Option<SessionEvent>> {
-        while let Some(message) = self.stream.message().await? {
+        while let Some(message) = self.stream.message().await.map_err(Error::of_rpc)? {
             if let Some(event) = message.event.as_option() {
                 return Ok(Some(event.clone().into()));
             }

@@ -21,6 +21,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::io::StreamReader;
 
 use crate::pipe::{AbortOnDrop, Pipe, pipe};
+use crate::settable::settable;
 use crate::{Error, RefusalKind, Result, Session, Status, wire};
 
 /// What fits into one message; more is written in pieces.
@@ -36,15 +37,17 @@ pub struct Files {
     session: Session,
 }
 
-/// How a file is written.
-#[derive(Debug, Clone, Copy)]
-pub struct WriteOptions {
-    /// Permissions of a new file; 0o644 by default.
-    pub mode: u32,
-    /// Whether the old content goes; true by default. Otherwise the new content is written over its beginning.
-    pub truncate: bool,
-    /// Whether the content is on the sandbox's disk when it is acknowledged; false by default.
-    pub sync: bool,
+settable! {
+    /// How a file is written.
+    #[derive(Debug, Clone, Copy)]
+    pub struct WriteOptions {
+        /// Permissions of a new file; 0o644 by default.
+        pub mode: u32,
+        /// Whether the old content goes; true by default. Otherwise the new content is written over its beginning.
+        pub truncate: bool,
+        /// Whether the content is on the sandbox's disk when it is acknowledged; false by default.
+        pub sync: bool,
+    }
 }
 
 impl Default for WriteOptions {
@@ -201,7 +204,7 @@ impl Files {
         };
         let requests = requests(start, pieces, finished);
         let task = tokio::spawn(async move {
-            let answer = open.data.write_file_stream(requests).await?;
+            let answer = open.data.write_file_stream(requests).await.map_err(Error::of_rpc)?;
             Ok(answer.response.into_option().unwrap_or_default().bytes_written)
         });
         Ok(FileWriter { pipe, finish: Some(finish), task: AbortOnDrop(task), outcome: None })
@@ -281,7 +284,7 @@ impl PieceReader {
         while !self.ended {
             let answer = match self.first.take() {
                 Some(first) => Some(first),
-                None => next(&mut self.pieces).await?,
+                None => next(&mut self.pieces).await.map_err(Error::of_rpc)?,
             };
             let Some(answer) = answer else { break };
             self.ended = answer.eof;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use nagaya_api::tenki::v1;
 
+use crate::settable::settable;
 use crate::{Error, Output, Result, Session};
 
 /// git, run in a session's sandbox by its user. The sandbox needs a `git`.
@@ -12,39 +13,47 @@ pub struct Git {
     session: Session,
 }
 
-#[derive(Debug, Clone, Default)]
-pub struct CloneOptions {
-    pub branch: Option<String>,
-    /// The last commits only.
-    pub depth: Option<u32>,
-    /// Where to; the repository's name by default.
-    pub directory: Option<String>,
+settable! {
+    #[derive(Debug, Clone, Default)]
+    pub struct CloneOptions {
+        pub branch: Option<String>,
+        /// The last commits only.
+        pub depth: Option<u32>,
+        /// Where to; the repository's name by default.
+        pub directory: Option<String>,
+    }
 }
 
-#[derive(Debug, Clone, Default)]
-pub struct DiffOptions {
-    /// Such as `main..topic`.
-    pub range: Option<String>,
-    pub base: Option<String>,
-    pub head: Option<String>,
-    pub path: Option<String>,
+settable! {
+    #[derive(Debug, Clone, Default)]
+    pub struct DiffOptions {
+        /// Such as `main..topic`.
+        pub range: Option<String>,
+        pub base: Option<String>,
+        pub head: Option<String>,
+        pub path: Option<String>,
+    }
 }
 
-#[derive(Debug, Clone, Default)]
-pub struct LogOptions {
-    pub max_count: Option<u32>,
-    pub range: Option<String>,
-    pub path: Option<String>,
+settable! {
+    #[derive(Debug, Clone, Default)]
+    pub struct LogOptions {
+        pub max_count: Option<u32>,
+        pub range: Option<String>,
+        pub path: Option<String>,
+    }
 }
 
-#[derive(Debug, Clone, Default)]
-pub struct FetchPrOptions {
-    /// `origin` by default.
-    pub remote: Option<String>,
-    /// The repository; the home directory by default.
-    pub directory: Option<String>,
-    /// The branch is this, a hyphen and the number; `pr` by default.
-    pub branch_prefix: Option<String>,
+settable! {
+    #[derive(Debug, Clone, Default)]
+    pub struct FetchPrOptions {
+        /// `origin` by default.
+        pub remote: Option<String>,
+        /// The repository; the home directory by default.
+        pub directory: Option<String>,
+        /// The branch is this, a hyphen and the number; `pr` by default.
+        pub branch_prefix: Option<String>,
+    }
 }
 
 impl Session {
@@ -120,7 +129,7 @@ impl Git {
             operation: operation.to_owned(),
             args: given.collect::<BTreeMap<_, _>>(),
         };
-        Ok(self.session.client().control().git_operation(request).await?.output)
+        Ok(self.session.client().control().git_operation(request).await.map_err(Error::of_rpc)?.output)
     }
 }
 

@@ -161,7 +161,7 @@ impl From<v1::SandboxSession> for SessionInfo {
         Self {
             id: session.id,
             name: session.name,
-            state: session.state.into(),
+            state: SessionState::of_wire(session.state),
             owner_type: session.owner_type,
             owner_id: session.owner_id,
             workspace_id: session.workspace_id,
@@ -191,7 +191,7 @@ impl From<v1::SandboxSession> for SessionInfo {
             source_registry_ref: session.source_registry_ref,
             last_resume_error: session.last_resume_error,
             terminal_error: session.terminal_error,
-            runtime_state: session.runtime_state.into(),
+            runtime_state: RuntimeState::of_wire(session.runtime_state),
             runtime_error: session.runtime_error,
         }
     }

@@ -63,6 +63,7 @@ mod options;
 mod pipe;
 mod previews;
 mod session;
+mod settable;
 mod snapshots;
 mod ssh;
 mod transport;

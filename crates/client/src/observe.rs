@@ -5,14 +5,17 @@ use std::time::SystemTime;
 use nagaya_api::nagaya::v1;
 use serde::Serialize;
 
-use crate::{EgressPolicy, Result, Session, SessionInfo, wire};
+use crate::settable::settable;
+use crate::{EgressPolicy, Error, Result, Session, SessionInfo, wire};
 
-#[derive(Debug, Clone)]
-pub struct ForkOptions {
-    /// How many; 1 by default.
-    pub count: u32,
-    /// The name of each; the source's with `-fork-1`, `-fork-2` and so on by default.
-    pub name: Option<String>,
+settable! {
+    #[derive(Debug, Clone)]
+    pub struct ForkOptions {
+        /// How many; 1 by default.
+        pub count: u32,
+        /// The name of each; the source's with `-fork-1`, `-fork-2` and so on by default.
+        pub name: Option<String>,
+    }
 }
 
 impl Default for ForkOptions {
@@ -57,7 +60,7 @@ impl Session {
             count: wire::unsigned(options.count),
             name: options.name,
         };
-        let answer = self.client().own().fork_session(request).await?;
+        let answer = self.client().own().fork_session(request).await.map_err(Error::of_rpc)?;
         let sessions = answer.sessions.into_iter().map(|session| self.client().known(session));
         Ok(Forked { sessions: sessions.collect::<Result<_>>()?, memory_carried: answer.memory_carried })
     }
@@ -67,13 +70,13 @@ impl Session {
     pub async fn set_egress(&self, policy: Option<EgressPolicy>) -> Result<SessionInfo> {
         let request =
             v1::UpdateSessionEgressRequest { session_id: self.id().to_owned(), egress: policy.map(Into::into).into() };
-        self.described(self.client().own().update_session_egress(request).await?.session)
+        self.described(self.client().own().update_session_egress(request).await.map_err(Error::of_rpc)?.session)
     }
 
     /// The last connections of the session to the outside, oldest first.
     pub async fn connections(&self) -> Result<Vec<Connection>> {
         let request = v1::ListSessionConnectionsRequest { session_id: self.id().to_owned() };
-        let answer = self.client().own().list_session_connections(request).await?;
+        let answer = self.client().own().list_session_connections(request).await.map_err(Error::of_rpc)?;
         Ok(answer.connections.into_iter().map(Into::into).collect())
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use http::header::{AUTHORIZATION, COOKIE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 
 use crate::constants::{DATA_PLANE_READY_TIMEOUT, DEFAULT_CONNECT_TIMEOUT};
+use crate::settable::settable;
 use crate::{Error, Result};
 
 /// Where `nagaya serve` listens unless it is told otherwise.
@@ -16,24 +17,26 @@ const TOKEN_VARIABLES: [&str; 2] = ["TENKI_AUTH_TOKEN", "TENKI_API_KEY"];
 const ENDPOINT_VARIABLES: [&str; 2] = ["TENKI_API_ENDPOINT", "TENKI_API_URL"];
 const GATEWAY_VARIABLE: &str = "TENKI_SANDBOX_GATEWAY_URL";
 
-/// How to reach a server, and as whom.
-#[derive(Clone)]
-pub struct ClientOptions {
-    /// The credential: an API key `tk_…`, a session token `ory_st_…`, or else the value of a session cookie.
-    pub token: Option<String>,
-    /// `http://` or `https://` and a host, with an optional port. [`DEFAULT_ENDPOINT`] when there is none.
-    pub endpoint: Option<String>,
-    /// Where SSH goes, as a `ws`, `wss`, `http` or `https` URL. The server is asked when there is none.
-    pub gateway: Option<String>,
-    /// The cookie that carries tokens of the third kind; `tenki_session` by default.
-    pub cookie_name: String,
-    /// Certificates in PEM that are trusted instead of the system's.
-    pub root_certificates: Option<Vec<u8>>,
-    /// How long a session's data plane may take until it answers; 60 s by default.
-    pub data_plane_ready_timeout: Duration,
-    /// How long a connection may take, the TLS handshake included; 10 s by default.
-    pub connect_timeout: Duration,
-    pub user_agent: String,
+settable! {
+    /// How to reach a server, and as whom.
+    #[derive(Clone)]
+    pub struct ClientOptions {
+        /// The credential: an API key `tk_…`, a session token `ory_st_…`, or else the value of a session cookie.
+        pub token: Option<String>,
+        /// `http://` or `https://` and a host, with an optional port. [`DEFAULT_ENDPOINT`] when there is none.
+        pub endpoint: Option<String>,
+        /// Where SSH goes, as a `ws`, `wss`, `http` or `https` URL. The server is asked when there is none.
+        pub gateway: Option<String>,
+        /// The cookie that carries tokens of the third kind; `tenki_session` by default.
+        pub cookie_name: String,
+        /// Certificates in PEM that are trusted instead of the system's.
+        pub root_certificates: Option<Vec<u8>>,
+        /// How long a session's data plane may take until it answers; 60 s by default.
+        pub data_plane_ready_timeout: Duration,
+        /// How long a connection may take, the TLS handshake included; 10 s by default.
+        pub connect_timeout: Duration,
+        pub user_agent: String,
+    }
 }
 
 impl Default for ClientOptions {
@@ -84,7 +87,7 @@ impl ClientOptions {
     }
 
     /// Scheme, host and port of the server; without a path.
-    pub(crate) fn endpoint(&self) -> Result<http::Uri> {
+    pub(crate) fn origin(&self) -> Result<http::Uri> {
         origin(self.endpoint.as_deref().unwrap_or(DEFAULT_ENDPOINT))
     }
 

@@ -7,15 +7,18 @@ use nagaya_api::tenki::v1::get_preview_url_request::Lookup;
 use serde::Serialize;
 
 use crate::client::{PAGE_SIZE, all_pages};
+use crate::settable::settable;
 use crate::{Client, Error, Result, Session, wire};
 
-/// How a port is exposed.
-#[derive(Debug, Clone, Default)]
-pub struct ExposeOptions {
-    /// When it ends by itself, from now on; the server's choice by default.
-    pub ttl: Option<Duration>,
-    /// A name for a URL that outlives the session: 3 to 63 lower-case letters, digits and hyphens.
-    pub slug: Option<String>,
+settable! {
+    /// How a port is exposed.
+    #[derive(Debug, Clone, Default)]
+    pub struct ExposeOptions {
+        /// When it ends by itself, from now on; the server's choice by default.
+        pub ttl: Option<Duration>,
+        /// A name for a URL that outlives the session: 3 to 63 lower-case letters, digits and hyphens.
+        pub slug: Option<String>,
+    }
 }
 
 /// A port that is reached from outside.
@@ -43,24 +46,28 @@ pub struct OpenedPreview {
     pub expires_at: Option<SystemTime>,
 }
 
-/// What a new preview URL is.
-#[derive(Debug, Clone, Default)]
-pub struct CreatePreviewUrlOptions {
-    /// 3 to 63 lower-case letters, digits and hyphens; unique on a server.
-    pub slug: String,
-    /// Where it leads from the beginning; both or neither.
-    pub session_id: Option<String>,
-    pub port: Option<u16>,
-    /// The caller's own workspace when there is none.
-    pub workspace_id: Option<String>,
+settable! {
+    /// What a new preview URL is.
+    #[derive(Debug, Clone, Default)]
+    pub struct CreatePreviewUrlOptions {
+        /// 3 to 63 lower-case letters, digits and hyphens; unique on a server.
+        pub slug: String,
+        /// Where it leads from the beginning; both or neither.
+        pub session_id: Option<String>,
+        pub port: Option<u16>,
+        /// The caller's own workspace when there is none.
+        pub workspace_id: Option<String>,
+    }
 }
 
-/// Which preview URLs [`Client::list_preview_urls`] tells of.
-#[derive(Debug, Clone, Default)]
-pub struct ListPreviewUrlsOptions {
-    pub workspace_id: Option<String>,
-    /// Only those that lead to this session.
-    pub session_id: Option<String>,
+settable! {
+    /// Which preview URLs [`Client::list_preview_urls`] tells of.
+    #[derive(Debug, Clone, Default)]
+    pub struct ListPreviewUrlsOptions {
+        pub workspace_id: Option<String>,
+        /// Only those that lead to this session.
+        pub session_id: Option<String>,
+    }
 }
 
 /// A named URL, and the port that it leads to.
@@ -95,7 +102,7 @@ impl Session {
             expires_at: wire::timestamp(expires_at),
             slug: options.slug,
         };
-        let answer = self.client().control().expose_port(request).await?;
+        let answer = self.client().control().expose_port(request).await.map_err(Error::of_rpc)?;
         Ok(ExposedPort {
             port: wire::unsigned(answer.port),
             preview_url: answer.preview_url,
@@ -108,13 +115,13 @@ impl Session {
     /// Makes a port unreachable again.
     pub async fn unexpose_port(&self, port: u16) -> Result<()> {
         let request = v1::UnexposePortRequest { session_id: self.id().to_owned(), port: port.into() };
-        self.client().control().unexpose_port(request).await?;
+        self.client().control().unexpose_port(request).await.map_err(Error::of_rpc)?;
         Ok(())
     }
 
     pub async fn exposed_ports(&self) -> Result<Vec<ExposedPort>> {
         let request = v1::ListExposedPortsRequest { session_id: self.id().to_owned() };
-        let answer = self.client().control().list_exposed_ports(request).await?;
+        let answer = self.client().control().list_exposed_ports(request).await.map_err(Error::of_rpc)?;
         let ports = answer.ports.into_iter().map(|port| ExposedPort {
             port: wire::unsigned(port.port),
             preview_url: port.preview_url,
@@ -129,7 +136,7 @@ impl Session {
     pub async fn open_preview(&self, port: u16) -> Result<OpenedPreview> {
         let request =
             v1::OpenPreviewRequest { session_id: self.id().to_owned(), port: port.into(), ..Default::default() };
-        let answer = self.client().control().open_preview(request).await?;
+        let answer = self.client().control().open_preview(request).await.map_err(Error::of_rpc)?;
         Ok(OpenedPreview {
             port: wire::unsigned(answer.port),
             preview_url: answer.preview_url,
@@ -143,7 +150,7 @@ impl Client {
     /// Keeps a private preview alive; answers the server's time of it.
     pub async fn touch_preview(&self, viewer_token: &str) -> Result<Option<SystemTime>> {
         let request = v1::TouchPreviewRequest { preview_token: viewer_token.to_owned() };
-        Ok(wire::time(self.control().touch_preview(request).await?.last_accessed_at))
+        Ok(wire::time(self.control().touch_preview(request).await.map_err(Error::of_rpc)?.last_accessed_at))
     }
 
     pub async fn create_preview_url(&self, options: CreatePreviewUrlOptions) -> Result<PreviewUrl> {
@@ -154,7 +161,7 @@ impl Client {
             workspace_id: options.workspace_id,
             ..Default::default()
         };
-        described(self.control().create_preview_url(request).await?.preview_url)
+        described(self.control().create_preview_url(request).await.map_err(Error::of_rpc)?.preview_url)
     }
 
     pub async fn get_preview_url(&self, id: &str) -> Result<PreviewUrl> {
@@ -167,7 +174,7 @@ impl Client {
 
     async fn look_up_preview_url(&self, lookup: Lookup) -> Result<PreviewUrl> {
         let request = v1::GetPreviewUrlRequest { lookup: Some(lookup) };
-        described(self.control().get_preview_url(request).await?.preview_url)
+        described(self.control().get_preview_url(request).await.map_err(Error::of_rpc)?.preview_url)
     }
 
     pub async fn list_preview_urls(&self, options: ListPreviewUrlsOptions) -> Result<Vec<PreviewUrl>> {
@@ -180,7 +187,7 @@ impl Client {
                 ..Default::default()
             };
             async move {
-                let answer = self.control().list_preview_urls(request).await?;
+                let answer = self.control().list_preview_urls(request).await.map_err(Error::of_rpc)?;
                 Ok((answer.preview_urls, answer.next_page_token))
             }
         });
@@ -195,18 +202,18 @@ impl Client {
             port: port.into(),
             ..Default::default()
         };
-        described(self.control().bind_preview_url(request).await?.preview_url)
+        described(self.control().bind_preview_url(request).await.map_err(Error::of_rpc)?.preview_url)
     }
 
     /// Lets a preview URL lead nowhere.
     pub async fn unbind_preview_url(&self, id: &str) -> Result<PreviewUrl> {
         let request = v1::UnbindPreviewUrlRequest { preview_url_id: id.to_owned() };
-        described(self.control().unbind_preview_url(request).await?.preview_url)
+        described(self.control().unbind_preview_url(request).await.map_err(Error::of_rpc)?.preview_url)
     }
 
     pub async fn delete_preview_url(&self, id: &str) -> Result<()> {
         let request = v1::DeletePreviewUrlRequest { preview_url_id: id.to_owned() };
-        self.control().delete_preview_url(request).await?;
+        self.control().delete_preview_url(request).await.map_err(Error::of_rpc)?;
         Ok(())
     }
 }

@@ -8,6 +8,7 @@ use buffa::EnumValue;
 use nagaya_api::tenki::v1;
 
 use crate::data_plane::DataPlane;
+use crate::settable::settable;
 use crate::{Client, Error, RefusalKind, Result, SessionInfo, SessionState, create, wait, wire};
 
 /// A handle on one session. Cheap to clone; dropping it does not end the session.
@@ -24,14 +25,16 @@ struct Shared {
     data: Arc<DataPlane>,
 }
 
-/// What [`Session::update`] changes; the rest stays.
-#[derive(Debug, Clone, Default)]
-pub struct UpdateOptions {
-    pub name: Option<String>,
-    /// All tags from now on, which may be none.
-    pub tags: Option<Vec<String>>,
-    pub sticky: Option<bool>,
-    pub max_duration: Option<Duration>,
+settable! {
+    /// What [`Session::update`] changes; the rest stays.
+    #[derive(Debug, Clone, Default)]
+    pub struct UpdateOptions {
+        pub name: Option<String>,
+        /// All tags from now on, which may be none.
+        pub tags: Option<Vec<String>>,
+        pub sticky: Option<bool>,
+        pub max_duration: Option<Duration>,
+    }
 }
 
 impl fmt::Debug for Session {
@@ -62,7 +65,7 @@ impl Session {
     /// Asks the server how the session is. Fails with [`RefusalKind::SessionNotFound`](crate::RefusalKind::SessionNotFound).
     pub async fn refresh(&self) -> Result<SessionInfo> {
         let request = v1::GetSessionRequest { session_id: self.id().to_owned() };
-        self.described(self.client().control().get_session(request).await?.session)
+        self.described(self.client().control().get_session(request).await.map_err(Error::of_rpc)?.session)
     }
 
     /// Waits until the session is RUNNING.
@@ -83,7 +86,7 @@ impl Session {
     /// Saves the sandbox and frees its machine. Pausing a paused session changes nothing.
     pub async fn pause(&self) -> Result<SessionInfo> {
         let request = v1::PauseSessionRequest { session_id: self.id().to_owned() };
-        let answer = self.client().control().pause_session(request).await?;
+        let answer = self.client().control().pause_session(request).await.map_err(Error::of_rpc)?;
         self.shared.data.forget().await;
         self.described(answer.session)
     }
@@ -91,7 +94,7 @@ impl Session {
     /// Brings a paused sandbox back. It is RUNNING or RESUMING afterwards; see [`Session::wait_resumed`].
     pub async fn resume(&self) -> Result<SessionInfo> {
         let request = v1::ResumeSessionRequest { session_id: self.id().to_owned() };
-        let answer = self.client().control().resume_session(request).await?;
+        let answer = self.client().control().resume_session(request).await.map_err(Error::of_rpc)?;
         self.shared.data.forget().await;
         self.described(answer.session)
     }
@@ -102,7 +105,7 @@ impl Session {
             session_id: self.id().to_owned(),
             additional_duration: wire::duration(Some(by)),
         };
-        self.described(self.client().control().extend_session(request).await?.session)
+        self.described(self.client().control().extend_session(request).await.map_err(Error::of_rpc)?.session)
     }
 
     pub async fn update(&self, options: UpdateOptions) -> Result<SessionInfo> {
@@ -114,7 +117,7 @@ impl Session {
             sticky: options.sticky,
             max_duration: wire::duration(options.max_duration),
         };
-        self.described(self.client().control().update_session(request).await?.session)
+        self.described(self.client().control().update_session(request).await.map_err(Error::of_rpc)?.session)
     }
 
     /// Replaces all tags.
@@ -125,7 +128,7 @@ impl Session {
     /// Ends the session for good. Ending an ended one changes nothing.
     pub async fn close(&self) -> Result<SessionInfo> {
         let request = v1::TerminateSessionRequest { session_id: self.id().to_owned() };
-        let answer = self.client().control().terminate_session(request).await?;
+        let answer = self.client().control().terminate_session(request).await.map_err(Error::of_rpc)?;
         self.shared.data.forget().await;
         self.described(answer.session)
     }
@@ -143,7 +146,7 @@ impl Session {
     /// Restarts the count of idle time; answers the server's time of it.
     pub async fn report_activity(&self) -> Result<Option<SystemTime>> {
         let request = v1::ReportSessionActivityRequest { session_id: self.id().to_owned() };
-        let answer = self.client().control().report_session_activity(request).await?;
+        let answer = self.client().control().report_session_activity(request).await.map_err(Error::of_rpc)?;
         Ok(wire::time(answer.last_activity_at))
     }
 

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::account::Change;
 use crate::client::{PAGE_SIZE, all_pages};
+use crate::settable::settable;
 use crate::wire::{self, wire_enum};
 use crate::{Client, Error, RefusalKind, Result, Session, Status, create, wait};
 
@@ -82,22 +83,26 @@ pub struct Snapshot {
     pub raw_image_available: bool,
 }
 
-#[derive(Debug, Clone, Default)]
-pub struct CreateSnapshotOptions {
-    pub name: Option<String>,
-    /// The server's choice by default.
-    pub expires_at: Option<SystemTime>,
-    /// Keep a raw image of the disk as well, for [`Client::snapshot_download_url`].
-    pub store_raw_image: bool,
+settable! {
+    #[derive(Debug, Clone, Default)]
+    pub struct CreateSnapshotOptions {
+        pub name: Option<String>,
+        /// The server's choice by default.
+        pub expires_at: Option<SystemTime>,
+        /// Keep a raw image of the disk as well, for [`Client::snapshot_download_url`].
+        pub store_raw_image: bool,
+    }
 }
 
-/// What [`Client::update_snapshot`] changes; the rest stays.
-#[derive(Debug, Clone, Default)]
-pub struct UpdateSnapshotOptions {
-    pub name: Option<String>,
-    pub expires_at: Change<SystemTime>,
-    /// All tags from now on, which may be none.
-    pub tags: Option<Vec<String>>,
+settable! {
+    /// What [`Client::update_snapshot`] changes; the rest stays.
+    #[derive(Debug, Clone, Default)]
+    pub struct UpdateSnapshotOptions {
+        pub name: Option<String>,
+        pub expires_at: Change<SystemTime>,
+        /// All tags from now on, which may be none.
+        pub tags: Option<Vec<String>>,
+    }
 }
 
 /// Where a snapshot's disk can be fetched for a while, by whoever has the URL.
@@ -138,7 +143,7 @@ impl Session {
             store_raw_image: options.store_raw_image.then_some(true),
             r#async: without_waiting,
         };
-        described(self.client().control().create_snapshot(request).await?.snapshot)
+        described(self.client().control().create_snapshot(request).await.map_err(Error::of_rpc)?.snapshot)
     }
 
     /// All snapshots of this session.
@@ -147,7 +152,7 @@ impl Session {
             let request =
                 v1::ListSessionSnapshotsRequest { session_id: self.id().to_owned(), page_size: PAGE_SIZE, page_token };
             async move {
-                let answer = self.client().control().list_session_snapshots(request).await?;
+                let answer = self.client().control().list_session_snapshots(request).await.map_err(Error::of_rpc)?;
                 Ok((answer.snapshots, answer.next_page_token))
             }
         });
@@ -159,7 +164,7 @@ impl Client {
     /// Fails with [`RefusalKind::SnapshotNotFound`](crate::RefusalKind::SnapshotNotFound).
     pub async fn get_snapshot(&self, id: &str) -> Result<Snapshot> {
         let request = v1::GetSnapshotRequest { snapshot_id: id.to_owned() };
-        described(self.control().get_snapshot(request).await?.snapshot)
+        described(self.control().get_snapshot(request).await.map_err(Error::of_rpc)?.snapshot)
     }
 
     /// Waits until a snapshot is READY. Fails with [`Error::SnapshotFailed`].
@@ -206,7 +211,7 @@ impl Client {
                 page_token,
             };
             async move {
-                let answer = self.control().list_workspace_snapshots(request).await?;
+                let answer = self.control().list_workspace_snapshots(request).await.map_err(Error::of_rpc)?;
                 Ok((answer.snapshots, answer.next_page_token))
             }
         });
@@ -218,7 +223,7 @@ impl Client {
         let snapshots = all_pages(|page_token| {
             let request = v1::ListDanglingSnapshotsRequest { page_size: PAGE_SIZE, page_token };
             async move {
-                let answer = self.control().list_dangling_snapshots(request).await?;
+                let answer = self.control().list_dangling_snapshots(request).await.map_err(Error::of_rpc)?;
                 Ok((answer.snapshots, answer.next_page_token))
             }
         });
@@ -234,18 +239,18 @@ impl Client {
             clear_tags: options.tags.as_ref().is_some_and(Vec::is_empty),
             tags: create::tags(&options.tags.unwrap_or_default())?,
         };
-        described(self.control().update_snapshot(request).await?.snapshot)
+        described(self.control().update_snapshot(request).await.map_err(Error::of_rpc)?.snapshot)
     }
 
     /// Deletes a snapshot and answers what it was.
     pub async fn delete_snapshot(&self, id: &str) -> Result<Snapshot> {
         let request = v1::DeleteSnapshotRequest { snapshot_id: id.to_owned() };
-        described(self.control().delete_snapshot(request).await?.snapshot)
+        described(self.control().delete_snapshot(request).await.map_err(Error::of_rpc)?.snapshot)
     }
 
     pub async fn snapshot_download_url(&self, id: &str) -> Result<DownloadUrl> {
         let request = v1::GetSnapshotDownloadURLRequest { snapshot_id: id.to_owned() };
-        let answer = self.control().get_snapshot_download_url(request).await?;
+        let answer = self.control().get_snapshot_download_url(request).await.map_err(Error::of_rpc)?;
         Ok(DownloadUrl { url: answer.url, expires_at: wire::time(answer.expires_at) })
     }
 }
@@ -285,9 +290,9 @@ impl From<v1::Snapshot> for Snapshot {
             session_id: snapshot.session_id,
             workspace_id: snapshot.workspace_id,
             name: snapshot.name,
-            state: snapshot.state.into(),
-            kind: snapshot.r#type.into(),
-            durability: snapshot.durability_state.into(),
+            state: SnapshotState::of_wire(snapshot.state),
+            kind: SnapshotKind::of_wire(snapshot.r#type),
+            durability: SnapshotDurability::of_wire(snapshot.durability_state),
             size_bytes: wire::unsigned(snapshot.size_bytes),
             compressed_bytes: wire::unsigned(snapshot.compressed_bytes),
             memory_bytes: wire::unsigned(snapshot.memory_bytes),

@@ -24,6 +24,7 @@ use tokio_tungstenite::tungstenite::{Error as SocketError, Message, handshake::c
 
 use crate::constants::DEFAULT_CONNECT_TIMEOUT;
 use crate::pipe::FRAME_BYTES_MAX;
+use crate::settable::settable;
 use crate::{Client, Error, RefusalKind, Result, Session, Status, wire};
 
 /// What of a refusal's text is kept.
@@ -31,15 +32,17 @@ const REFUSAL_BYTES_MAX: usize = 256;
 /// Servers send SSH packets, which are far smaller.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
 
-/// Whom a certificate is for.
-#[derive(Debug, Clone, Default)]
-pub struct SshCertificateOptions {
-    /// A public key as in `authorized_keys`.
-    pub public_key: String,
-    /// How long it should be valid; the server has a limit of its own.
-    pub ttl: Option<Duration>,
-    /// Addresses or networks that it may be used from; anywhere when there are none.
-    pub source_addresses: Vec<String>,
+settable! {
+    /// Whom a certificate is for.
+    #[derive(Debug, Clone, Default)]
+    pub struct SshCertificateOptions {
+        /// A public key as in `authorized_keys`.
+        pub public_key: String,
+        /// How long it should be valid; the server has a limit of its own.
+        pub ttl: Option<Duration>,
+        /// Addresses or networks that it may be used from; anywhere when there are none.
+        pub source_addresses: Vec<String>,
+    }
 }
 
 /// A certificate for a session's SSH server.
@@ -78,7 +81,7 @@ impl Session {
             requested_ttl: wire::duration(options.ttl),
             source_addresses: options.source_addresses,
         };
-        let answer = self.client().gateways().issue_sandbox_ssh_cert(request).await?;
+        let answer = self.client().gateways().issue_sandbox_ssh_cert(request).await.map_err(Error::of_rpc)?;
         let permissions = answer.permissions.into_option().unwrap_or_default();
         Ok(SshCertificate {
             certificate: answer.ssh_cert,
@@ -100,7 +103,7 @@ impl Session {
     pub async fn set_ssh_authorized_keys(&self, keys: Vec<String>) -> Result<()> {
         let request =
             v1::UpdateSSHAuthorizedKeysRequest { session_id: self.id().to_owned(), ssh_authorized_keys: keys };
-        self.client().control().update_ssh_authorized_keys(request).await?;
+        self.client().control().update_ssh_authorized_keys(request).await.map_err(Error::of_rpc)?;
         Ok(())
     }
 

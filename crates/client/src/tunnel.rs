@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use self::connections::Connections;
 pub use self::resilient::{Backoff, ResilientTunnel, TunnelState};
 use crate::pipe::AbortOnDrop;
+use crate::settable::settable;
 use crate::{Error, Result, Session};
 
 /// Frames that wait to be sent to the server.
@@ -28,15 +29,17 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 type Answers = BidiRecvHalf<Incoming, Whole<v1::SandboxSessionDataPlaneServiceHostPortTunnelResponse>>;
 
-/// Where a tunnel listens in the sandbox.
-#[derive(Debug, Clone, Default)]
-pub struct TunnelOptions {
-    /// An address of the sandbox; its own loopback by default.
-    pub bind_address: String,
-    /// 0: any free one.
-    pub sandbox_port: u16,
-    /// What the server's records call the tunnel's target, at most 256 characters.
-    pub label: String,
+settable! {
+    /// Where a tunnel listens in the sandbox.
+    #[derive(Debug, Clone, Default)]
+    pub struct TunnelOptions {
+        /// An address of the sandbox; its own loopback by default.
+        pub bind_address: String,
+        /// 0: any free one.
+        pub sandbox_port: u16,
+        /// What the server's records call the tunnel's target, at most 256 characters.
+        pub label: String,
+    }
 }
 
 /// Why a tunnel ended.
@@ -213,7 +216,7 @@ async fn obey(answers: &mut Answers, connections: &mut Connections, pongs: &mpsc
         let payload = match answers.message().await {
             Ok(Some(message)) => message.frame.payload.clone(),
             Ok(None) => return broken("the server ended the stream".into()),
-            Err(error) => return broken(Error::from(error).to_string()),
+            Err(error) => return broken(Error::of_rpc(error).to_string()),
         };
         match payload {
             Some(Answer::Accept(accept)) => connections.accept(accept.sub_stream_id).await,

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use crate::client::{PAGE_SIZE, all_pages};
 use crate::constants::DEFAULT_VOLUME_DETACH_TIMEOUT;
+use crate::settable::settable;
 use crate::wire::{self, wire_enum};
 use crate::{Client, Error, RefusalKind, Result, Session, VolumeAttachment, VolumeMount, create, wait};
 
@@ -57,29 +58,35 @@ pub struct VolumeDetails {
     pub attachments: Vec<VolumeAttachment>,
 }
 
-#[derive(Debug, Clone, Default)]
-pub struct CreateVolumeOptions {
-    pub name: String,
-    /// 1 MiB to 100 GiB.
-    pub size_bytes: u64,
-    /// The caller's own workspace when there is none.
-    pub workspace_id: Option<String>,
+settable! {
+    #[derive(Debug, Clone, Default)]
+    pub struct CreateVolumeOptions {
+        pub name: String,
+        /// 1 MiB to 100 GiB.
+        pub size_bytes: u64,
+        /// The caller's own workspace when there is none.
+        pub workspace_id: Option<String>,
+    }
 }
 
-/// What [`Client::update_volume`] changes; the rest stays.
-#[derive(Debug, Clone, Default)]
-pub struct UpdateVolumeOptions {
-    pub name: Option<String>,
-    /// All tags from now on, which may be none.
-    pub tags: Option<Vec<String>>,
+settable! {
+    /// What [`Client::update_volume`] changes; the rest stays.
+    #[derive(Debug, Clone, Default)]
+    pub struct UpdateVolumeOptions {
+        pub name: Option<String>,
+        /// All tags from now on, which may be none.
+        pub tags: Option<Vec<String>>,
+    }
 }
 
-#[derive(Debug, Clone)]
-pub struct DetachOptions {
-    /// Also while processes have files open in it.
-    pub force: bool,
-    /// How long to wait until it is gone; 120 s by default, `None` is not at all.
-    pub wait: Option<Duration>,
+settable! {
+    #[derive(Debug, Clone)]
+    pub struct DetachOptions {
+        /// Also while processes have files open in it.
+        pub force: bool,
+        /// How long to wait until it is gone; 120 s by default, `None` is not at all.
+        pub wait: Option<Duration>,
+    }
 }
 
 impl Default for DetachOptions {
@@ -96,12 +103,16 @@ impl Client {
             size_bytes: bytes(options.size_bytes)?,
             ..Default::default()
         };
-        described(self.control().create_volume(request).await?.volume)
+        described(self.control().create_volume(request).await.map_err(Error::of_rpc)?.volume)
     }
 
     /// Fails with [`RefusalKind::VolumeNotFound`](crate::RefusalKind::VolumeNotFound).
     pub async fn get_volume(&self, id: &str) -> Result<VolumeDetails> {
-        let answer = self.control().get_volume(v1::GetVolumeRequest { volume_id: id.to_owned() }).await?;
+        let answer = self
+            .control()
+            .get_volume(v1::GetVolumeRequest { volume_id: id.to_owned() })
+            .await
+            .map_err(Error::of_rpc)?;
         Ok(VolumeDetails {
             volume: described(answer.volume)?,
             attachments: answer.active_attachments.into_iter().map(Into::into).collect(),
@@ -114,7 +125,7 @@ impl Client {
             let request =
                 v1::ListVolumesRequest { workspace_id: workspace_id.to_owned(), page_size: PAGE_SIZE, page_token };
             async move {
-                let answer = self.control().list_volumes(request).await?;
+                let answer = self.control().list_volumes(request).await.map_err(Error::of_rpc)?;
                 Ok((answer.volumes, answer.next_page_token))
             }
         });
@@ -141,7 +152,7 @@ impl Client {
     /// Makes a volume larger.
     pub async fn resize_volume(&self, id: &str, new_size_bytes: u64) -> Result<Volume> {
         let request = v1::ResizeVolumeRequest { volume_id: id.to_owned(), new_size_bytes: bytes(new_size_bytes)? };
-        described(self.control().resize_volume(request).await?.volume)
+        described(self.control().resize_volume(request).await.map_err(Error::of_rpc)?.volume)
     }
 
     pub async fn update_volume(&self, id: &str, options: UpdateVolumeOptions) -> Result<Volume> {
@@ -151,7 +162,7 @@ impl Client {
             clear_tags: options.tags.as_ref().is_some_and(Vec::is_empty),
             tags: create::tags(&options.tags.unwrap_or_default())?,
         };
-        described(self.control().update_volume(request).await?.volume)
+        described(self.control().update_volume(request).await.map_err(Error::of_rpc)?.volume)
     }
 
     /// Deletes a volume with its content. Waits up to 60 s while it is written back.
@@ -162,7 +173,7 @@ impl Client {
             let request = v1::DeleteVolumeRequest { volume_id: id.to_owned() };
             let error = match self.control().delete_volume(request).await {
                 Ok(_) => return Ok(()),
-                Err(error) => Error::from(error),
+                Err(error) => Error::of_rpc(error),
             };
             let pause = Duration::from_secs(DELETE_PAUSES_S[attempt.min(DELETE_PAUSES_S.len() - 1)]);
             if !matches!(error, Error::Refused { kind: RefusalKind::VolumeSyncPending, .. })
@@ -181,7 +192,7 @@ impl Session {
     pub async fn attach_volume(&self, mount: VolumeMount) -> Result<VolumeAttachment> {
         let mount: v1::VolumeMount = mount.into();
         let request = v1::AttachVolumeRequest { session_id: self.id().to_owned(), volume: mount.into() };
-        let answer = self.client().control().attach_volume(request).await?;
+        let answer = self.client().control().attach_volume(request).await.map_err(Error::of_rpc)?;
         answer.attachment.into_option().map(Into::into).ok_or_else(|| Error::bad_answer("it names no attachment"))
     }
 
@@ -192,7 +203,7 @@ impl Session {
             volume_id: volume_id.to_owned(),
             force_detach: options.force,
         };
-        self.client().control().detach_volume(request).await?;
+        self.client().control().detach_volume(request).await.map_err(Error::of_rpc)?;
         let Some(limit) = options.wait else { return Ok(()) };
         let asking = async {
             for attempt in 0.. {
@@ -228,7 +239,7 @@ impl From<v1::Volume> for Volume {
             workspace_id: volume.workspace_id,
             name: volume.name,
             size_bytes: wire::unsigned(volume.size_bytes),
-            state: volume.state.into(),
+            state: VolumeState::of_wire(volume.state),
             created_at: volume.created_at,
             updated_at: volume.updated_at,
             tags: volume.tags,

@@ -34,8 +34,8 @@ pub(crate) async fn ready(session: &Session, timeout: Duration) -> Result<Sessio
 /// Follows what the server tells, until the session is RUNNING.
 async fn follow(session: &Session, timeout: Duration) -> Result<SessionInfo> {
     let request = v1::WaitSessionRequest { session_id: session.id().to_owned() };
-    let mut states = session.client().control_within(timeout).wait_session(request).await?;
-    while let Some(message) = states.message().await? {
+    let mut states = session.client().control_within(timeout).wait_session(request).await.map_err(Error::of_rpc)?;
+    while let Some(message) = states.message().await.map_err(Error::of_rpc)? {
         let Some(state) = message.session.as_option().cloned() else { continue };
         let info = session.described(Some(state))?;
         let credential = message.credential.as_option().cloned();

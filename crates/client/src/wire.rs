@@ -87,8 +87,8 @@ macro_rules! wire_enum {
             Unknown(i32),
         }
 
-        impl From<::buffa::EnumValue<$wire>> for $name {
-            fn from(value: ::buffa::EnumValue<$wire>) -> Self {
+        impl $name {
+            pub(crate) fn of_wire(value: ::buffa::EnumValue<$wire>) -> Self {
                 match value.as_known() {
                     $(Some(<$wire>::$variant) => Self::$variant,)*
                     _ => Self::Unknown(value.to_i32()),

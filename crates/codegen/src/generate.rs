@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow};
 use buffa_codegen::generated::descriptor::FileDescriptorSet;
 use buffa_codegen::{BytesRepr, CodeGenConfig, MapRepr};
 
-use crate::services;
+use crate::services::{self, Facade};
 
 /// One protobuf package and where its Rust code goes.
 struct Package {
@@ -21,7 +21,41 @@ struct Package {
     services: bool,
     /// Other packages that its messages use, and the Rust modules that have them.
     uses: &'static [(&'static str, &'static str)],
+    /// Who answers its services.
+    facade: Option<Facade>,
 }
+
+/// Of the Tenki contract: not built yet. Artifacts, templates and the registry of images.
+/// The last four carry contents of files, which do not go through generated code.
+const TENKI_LEAVES_OUT: &[&str] = &[
+    "GetArtifactUploadUrl",
+    "GetArtifactDownloadUrl",
+    "CreateTemplate",
+    "GetTemplate",
+    "ListTemplates",
+    "ListProjectTemplates",
+    "UpdateTemplate",
+    "DeleteTemplate",
+    "BuildTemplate",
+    "CancelTemplateBuild",
+    "GetTemplateBuild",
+    "ListActiveTemplateBuilds",
+    "PublishRegistryImage",
+    "SetRegistryImageVisibility",
+    "DeleteRegistryImage",
+    "DeleteRegistryImageVersion",
+    "ListRegistryImages",
+    "GetRegistryImage",
+    "ResolveRegistryRef",
+    "ShareImage",
+    "RevokeRegistryShareGrant",
+    "ListRegistryShareGrants",
+    "UnshareRegistryImage",
+    "ReadFile",
+    "WriteFile",
+    "ReadFileStream",
+    "WriteFileStream",
+];
 
 const PACKAGES: &[Package] = &[
     Package {
@@ -34,14 +68,34 @@ const PACKAGES: &[Package] = &[
         out_dir: "crates/api/src/gen",
         services: true,
         uses: &[],
+        facade: Some(Facade {
+            out_dir: "crates/daemon/src/tenki/services",
+            module: "crate::tenki",
+            answers: "TenkiService",
+            messages: "nagaya_api::tenki::v1",
+            leaves_out: TENKI_LEAVES_OUT,
+        }),
     },
     Package {
         sources: &["nagaya/v1/nagaya.proto"],
         out_dir: "crates/api/src/nagaya/gen",
         services: true,
         uses: &[(".tenki.sandbox.v1", "crate::tenki::v1")],
+        facade: Some(Facade {
+            out_dir: "crates/daemon/src/nagaya/services",
+            module: "crate::nagaya",
+            answers: "Nagaya",
+            messages: "nagaya_api::nagaya::v1",
+            leaves_out: &[],
+        }),
     },
-    Package { sources: &["nagaya/agent/v1/agent.proto"], out_dir: "crates/guest/src/gen", services: false, uses: &[] },
+    Package {
+        sources: &["nagaya/agent/v1/agent.proto"],
+        out_dir: "crates/guest/src/gen",
+        services: false,
+        uses: &[],
+        facade: None,
+    },
 ];
 
 /// The text of every generated file by its path from the root of the workspace.
@@ -51,14 +105,13 @@ pub fn all(root: &Path) -> Result<BTreeMap<PathBuf, String>> {
         if !package.sources.iter().all(|source| root.join("proto").join(source).exists()) {
             continue;
         }
-        for (name, text) in generate(root, package)? {
-            files.insert(Path::new(package.out_dir).join(name), text);
-        }
+        files.extend(generate(root, package)?);
     }
     Ok(files)
 }
 
-fn generate(root: &Path, package: &Package) -> Result<Vec<(String, String)>> {
+/// The text of one package's files by their paths.
+fn generate(root: &Path, package: &Package) -> Result<Vec<(PathBuf, String)>> {
     let include = root.join("proto");
     let sources: Vec<PathBuf> = package.sources.iter().map(|source| include.join(source)).collect();
     let mut compiler = protox::Compiler::new([&include])?;
@@ -69,13 +122,18 @@ fn generate(root: &Path, package: &Package) -> Result<Vec<(String, String)>> {
         .context("read back the compiled descriptors")?;
 
     let names: Vec<String> = package.sources.iter().map(|source| source.to_string()).collect();
-    let mut files: Vec<(String, String)> =
+    let out_dir = Path::new(package.out_dir);
+    let mut files: Vec<(PathBuf, String)> =
         buffa_codegen::generate(&descriptors.file, &names, &message_options(package))?
             .into_iter()
-            .map(|file| (file.name, objects(&file.content)))
+            .map(|file| (out_dir.join(file.name), objects(&file.content)))
             .collect();
     if package.services {
-        files.push(("services.rs".into(), services::table(&descriptors.file, &names)));
+        files.push((out_dir.join("services.rs"), services::table(&descriptors.file, &names)));
+    }
+    if let Some(facade) = &package.facade {
+        let path = Path::new(facade.out_dir).join("mod.rs");
+        files.push((path, services::router(&descriptors.file, &names, facade)));
     }
     Ok(files)
 }
@@ -139,14 +197,18 @@ pub fn stale(root: &Path, generated: &BTreeMap<PathBuf, String>) -> Result<BTree
             }
         }
     }
-    for package in PACKAGES {
-        let entries = match fs::read_dir(root.join(package.out_dir)) {
+    let directories = PACKAGES.iter().flat_map(|package| {
+        let facade = package.facade.as_ref().map(|facade| facade.out_dir);
+        std::iter::once(package.out_dir).chain(facade)
+    });
+    for directory in directories {
+        let entries = match fs::read_dir(root.join(directory)) {
             Ok(entries) => entries,
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
-            Err(error) => return Err(error).with_context(|| format!("list {}", package.out_dir)),
+            Err(error) => return Err(error).with_context(|| format!("list {directory}")),
         };
         for entry in entries {
-            let path = Path::new(package.out_dir).join(entry?.file_name());
+            let path = Path::new(directory).join(entry?.file_name());
             if !generated.contains_key(&path) {
                 stale.insert(path);
             }

@@ -13,8 +13,6 @@ use nagaya_api::error::{Code, Error};
 use nagaya_engine::ports::{GuestError, Room};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::config::Limits;
-
 /// What counts as small.
 pub(crate) const SMALL_BYTES_MAX: usize = 64 * 1024;
 /// Of all, the part of small messages; and its shares, of which each caller has one.
@@ -52,13 +50,14 @@ impl Share {
 }
 
 impl Budget {
-    pub(crate) fn new(limits: &Limits, give_back: Option<GiveBack>) -> Arc<Self> {
-        let small = limits.bytes_under_way_max / SMALL_PART;
+    /// Of so many bytes, for which a message waits at most so long.
+    pub(crate) fn new(bytes_max: usize, wait: Duration, give_back: Option<GiveBack>) -> Arc<Self> {
+        let small = bytes_max / SMALL_PART;
         Arc::new(Self {
             small: (0..SMALL_SHARES).map(|_| Share::of(small / SMALL_SHARES)).collect(),
-            large: Share::of(limits.bytes_under_way_max - small),
-            bytes_max: limits.bytes_under_way_max,
-            wait: Duration::from_millis(limits.bytes_under_way_wait_ms),
+            large: Share::of(bytes_max - small),
+            bytes_max,
+            wait,
             give_back,
             giving_back: AtomicBool::new(false),
         })
@@ -174,8 +173,7 @@ mod tests {
     const MIB: usize = 1024 * 1024;
 
     fn budget(bytes_max: usize, give_back: Option<GiveBack>) -> Arc<Budget> {
-        let limits = Limits { bytes_under_way_max: bytes_max, bytes_under_way_wait_ms: 1_000, ..Limits::default() };
-        Budget::new(&limits, give_back)
+        Budget::new(bytes_max, Duration::from_millis(1_000), give_back)
     }
 
     #[tokio::test(start_paused = true)]

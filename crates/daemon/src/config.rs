@@ -9,6 +9,11 @@ use std::path::{Path, PathBuf};
 
 use nagaya_engine::EngineConfig;
 use serde::Deserialize;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+pub use crate::tenki::Limits as TenkiLimits;
+pub use crate::wire::limits::Limits;
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +46,7 @@ pub struct Config {
     /// An API key to accept besides those made by the server: `tk_` and at least 16 characters.
     pub api_key: Option<String>,
     pub limits: Limits,
+    pub tenki: TenkiLimits,
     pub engine: EngineConfig,
     pub network: Network,
     pub drivers: Drivers,
@@ -60,71 +66,6 @@ pub struct TlsConfig {
     pub certificate_file: PathBuf,
     /// Its private key.
     pub key_file: PathBuf,
-}
-
-/// Limits of the listener and of the façades.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Limits {
-    /// Largest request or response message, bytes; also the largest file that ReadFile and
-    /// WriteFile move in one piece. Default 128 MiB.
-    pub message_bytes_max: usize,
-    /// Messages under way in the whole server, bytes: those that are read, made, or wait to be read by a client. An eighth
-    /// is for messages of at most 64 KiB. At least twice message_bytes_max. Default 256 MiB.
-    pub bytes_under_way_max: usize,
-    /// How long a message may wait for that. Default 20,000.
-    pub bytes_under_way_wait_ms: u64,
-    /// What a client sends or takes at least of a message larger than 64 KiB, bytes per second; looked at once in
-    /// request_body_idle_timeout_ms. Default 65,536.
-    pub message_bytes_per_s_min: u64,
-    /// Connections that have shown a key, open at once; for a further one the longest idle is closed. Previews have
-    /// `previews.connections_max` of their own. Default 4096.
-    pub connections_max: usize,
-    /// Connections that have shown no key yet, open at once, and the same for ports of previews; for a further one the
-    /// oldest of the address with most of them is closed. Default 1024.
-    pub strangers_max: usize,
-    /// From the opening of a connection to its first request with a valid key, or to a preview. Default 10,000.
-    pub stranger_timeout_ms: u64,
-    /// Calls at once on one HTTP/2 connection. Default 1000.
-    pub streams_per_connection_max: u32,
-    /// Header fields of one HTTP/2 request, bytes in sum; HTTP/1.1 has about 400 KiB and 100 fields.
-    /// Default 64 KiB.
-    pub request_header_bytes_max: u32,
-    /// From the opening of a connection, or the end of the last HTTP/1.1 exchange on it, to the
-    /// end of the next request's header. Default 30,000.
-    pub request_header_timeout_ms: u64,
-    /// For the TLS handshake. Default 10,000.
-    pub tls_handshake_timeout_ms: u64,
-    /// Between two pieces of a request that is read as a whole. Default 30,000.
-    pub request_body_idle_timeout_ms: u64,
-    /// How long the body of a refused request is read and thrown away, so that its sender gets
-    /// to see the answer. Default 10,000.
-    pub refused_body_drain_ms: u64,
-    /// A silent HTTP/2 connection is pinged this often, and the client of a host-port tunnel; after this long the kernel
-    /// asks for the peer of any silent connection (TCP keepalive, in whole seconds). Default 30,000.
-    pub keep_alive_interval_ms: u64,
-    /// How long a peer may take to answer that before it counts as gone. Default 20,000.
-    pub keep_alive_timeout_ms: u64,
-    /// What an HTTP/2 peer may send ahead on one stream, bytes. Default 4 MiB.
-    pub stream_window_bytes: u32,
-    /// What an HTTP/2 peer may send ahead on one connection, bytes. Default 16 MiB.
-    pub connection_window_bytes: u32,
-    /// How long CreateSession waits for RUNNING when it was not asked to wait, so that a fast
-    /// sandbox is answered in one round trip. Default 50.
-    pub create_hold_ms: u64,
-    /// How long before a call's deadline a held answer is given. Default 2,000.
-    pub deadline_margin_ms: u64,
-    /// How long calls may go on after the server was told to stop. Default 10,000.
-    pub drain_timeout_ms: u64,
-    /// Announced to clients of Run as what they may send ahead on stdin, bytes. Default 1 MiB.
-    pub stdin_window_bytes: u32,
-    /// Size of a ReadFileStream message where the client leaves it to the server, bytes.
-    /// Default 512 KiB.
-    pub read_chunk_bytes: u32,
-    /// How long a download URL of a snapshot may be opened. Default 900,000.
-    pub download_url_ttl_ms: u64,
-    /// Downloads of snapshots at once, each of which holds a few MiB. Default 32.
-    pub downloads_max: usize,
 }
 
 /// The network of the sandboxes.
@@ -299,7 +240,13 @@ pub struct Overrides {
     pub ssh_listen: Option<SocketAddr>,
 }
 
-const MIB: u32 = 1024 * 1024;
+/// Keys that stood in `[limits]` before `[tenki]` was there, and may still stand there.
+const ONCE_IN_LIMITS: [(&str, &str); 4] = [
+    ("create_hold_ms", "tenki.create_hold_ms"),
+    ("deadline_margin_ms", "tenki.deadline_margin_ms"),
+    ("stdin_window_bytes", "tenki.stdin_window_bytes"),
+    ("read_chunk_bytes", "tenki.read_chunk_bytes"),
+];
 
 impl Default for Config {
     fn default() -> Self {
@@ -311,6 +258,7 @@ impl Default for Config {
             preview_domain: None,
             api_key: None,
             limits: Limits::default(),
+            tenki: TenkiLimits::default(),
             engine: EngineConfig::default(),
             network: Network::default(),
             drivers: Drivers::default(),
@@ -320,37 +268,6 @@ impl Default for Config {
             blobs: Blobs::default(),
             previews: Previews::default(),
             ssh: Ssh::default(),
-        }
-    }
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            message_bytes_max: 128 * MIB as usize,
-            bytes_under_way_max: 256 * MIB as usize,
-            bytes_under_way_wait_ms: 20_000,
-            message_bytes_per_s_min: 65_536,
-            connections_max: 4096,
-            strangers_max: 1024,
-            stranger_timeout_ms: 10_000,
-            streams_per_connection_max: 1000,
-            request_header_bytes_max: 64 * 1024,
-            request_header_timeout_ms: 30_000,
-            tls_handshake_timeout_ms: 10_000,
-            request_body_idle_timeout_ms: 30_000,
-            refused_body_drain_ms: 10_000,
-            keep_alive_interval_ms: 30_000,
-            keep_alive_timeout_ms: 20_000,
-            stream_window_bytes: 4 * MIB,
-            connection_window_bytes: 16 * MIB,
-            create_hold_ms: 50,
-            deadline_margin_ms: 2_000,
-            drain_timeout_ms: 10_000,
-            stdin_window_bytes: MIB,
-            read_chunk_bytes: 512 * 1024,
-            download_url_ttl_ms: 900_000,
-            downloads_max: 32,
         }
     }
 }
@@ -424,8 +341,7 @@ impl Config {
             Some(path) => {
                 let text = std::fs::read_to_string(path)
                     .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-                toml::from_str(&text)
-                    .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?
+                Self::parse(&text, path)?
             }
             None => Self::default(),
         };
@@ -437,6 +353,17 @@ impl Config {
         config.ssh.listen = ssh_listen.or(config.ssh.listen);
         config.check()?;
         Ok(config)
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let refuse = |mut source: toml::de::Error| {
+            // Without it the error does not show the line that it is about.
+            source.set_input(Some(text));
+            ConfigError::Parse { path: path.to_owned(), source: Box::new(source) }
+        };
+        let mut file = DeTable::parse(text).map_err(refuse)?;
+        move_to_tenki(file.get_mut())?;
+        Self::deserialize(toml::de::Deserializer::from(file)).map_err(refuse)
     }
 
     fn check_previews(&mut self) -> Result<(), ConfigError> {
@@ -485,42 +412,12 @@ impl Config {
             }
         }
         self.check_previews()?;
-        let limits = &self.limits;
-        if !(1024 * 1024..=i32::MAX as usize).contains(&limits.message_bytes_max) {
-            return refuse("limits.message_bytes_max", "must be between 1 MiB and 2 GiB");
-        }
-        if limits.bytes_under_way_max < 2 * limits.message_bytes_max {
-            return refuse("limits.bytes_under_way_max", "must be at least twice limits.message_bytes_max");
-        }
-        for (key, window) in [
-            ("limits.stream_window_bytes", limits.stream_window_bytes),
-            ("limits.connection_window_bytes", limits.connection_window_bytes),
-        ] {
-            if !(65_535..=i32::MAX as u32).contains(&window) {
-                return refuse(key, "must be between 65535 and 2147483647, as HTTP/2 has it");
-            }
-        }
-        if !(4 * 1024..=MIB).contains(&limits.request_header_bytes_max) {
-            return refuse("limits.request_header_bytes_max", "must be between 4 KiB and 1 MiB");
-        }
-        if !(1024..=8 * MIB).contains(&limits.read_chunk_bytes) {
-            return refuse("limits.read_chunk_bytes", "must be between 1 KiB and 8 MiB");
+        if let Some((key, problem)) = self.limits.problem().or_else(|| self.tenki.problem()) {
+            return refuse(key, problem);
         }
         for (key, count) in [
-            ("limits.connections_max", limits.connections_max as u64),
             ("network.connections_max", self.network.connections_max.into()),
-            ("limits.bytes_under_way_wait_ms", limits.bytes_under_way_wait_ms),
-            ("limits.strangers_max", limits.strangers_max as u64),
-            ("limits.stranger_timeout_ms", limits.stranger_timeout_ms),
             ("previews.connections_max", self.previews.connections_max as u64),
-            ("limits.streams_per_connection_max", limits.streams_per_connection_max.into()),
-            ("limits.request_header_timeout_ms", limits.request_header_timeout_ms),
-            ("limits.tls_handshake_timeout_ms", limits.tls_handshake_timeout_ms),
-            ("limits.request_body_idle_timeout_ms", limits.request_body_idle_timeout_ms),
-            ("limits.keep_alive_interval_ms", limits.keep_alive_interval_ms),
-            ("limits.keep_alive_timeout_ms", limits.keep_alive_timeout_ms),
-            ("limits.download_url_ttl_ms", limits.download_url_ttl_ms),
-            ("limits.downloads_max", limits.downloads_max as u64),
             ("previews.connect_timeout_ms", self.previews.connect_timeout_ms),
             ("previews.answer_timeout_ms", self.previews.answer_timeout_ms),
             ("previews.exchanges_max", self.previews.exchanges_max as u64),
@@ -554,6 +451,22 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// Moves what stands in `[limits]` as it once did to where it stands now.
+fn move_to_tenki(file: &mut DeTable<'_>) -> Result<(), ConfigError> {
+    for (name, key) in ONCE_IN_LIMITS {
+        let Some(DeValue::Table(limits)) = file.get_mut("limits").map(Spanned::as_mut) else { break };
+        let Some((name, value)) = limits.remove_entry(name) else { continue };
+        let empty = || Spanned::new(name.span(), DeValue::Table(DeTable::new()));
+        let tenki = file.entry(Spanned::new(name.span(), "tenki".into())).or_insert_with(empty);
+        // What is no table is refused as such.
+        let DeValue::Table(tenki) = tenki.as_mut() else { break };
+        if tenki.insert(name, value).is_some() {
+            return Err(ConfigError::Value { key, problem: "stands in [limits] too; keep the one in [tenki]".into() });
+        }
+    }
+    Ok(())
 }
 
 fn is_domain(name: &str) -> bool {
@@ -620,11 +533,39 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_an_error_that_names_it() {
-        for text in ["listn = '127.0.0.1:1'", "[limits]\nmessage_bytes = 1", "[tls]\nkey = 'x'", "[network]\ncdir = ''"]
-        {
+        for (text, key) in [
+            ("listn = '127.0.0.1:1'", "listn"),
+            ("[limits]\nmessage_bytes = 1", "message_bytes"),
+            ("[limits]\ncreate_hold_ms = 1\nmessage_bytes = 1", "message_bytes"),
+            ("[tenki]\nconnections_max = 1", "connections_max"),
+            ("[tls]\nkey = 'x'", "key"),
+            ("[network]\ncdir = ''", "cdir"),
+        ] {
             let problem = problem(text);
-            assert!(problem.contains("unknown field"), "{problem}");
+            assert!(problem.contains(&format!("unknown field `{key}`")), "{problem}");
+            assert!(problem.contains(&format!("| {}", text.lines().last().unwrap())), "no line is shown: {problem}");
         }
+    }
+
+    #[test]
+    fn limits_of_tenki_clients_are_read_where_they_once_stood_too() {
+        let said = "create_hold_ms = 1\ndeadline_margin_ms = 2\nstdin_window_bytes = 3\nread_chunk_bytes = 4096";
+        for text in [
+            format!("[tenki]\n{said}"),
+            format!("[limits]\nconnections_max = 7\n{said}"),
+            "tenki = { create_hold_ms = 1, deadline_margin_ms = 2 }\n\
+             [limits]\nstdin_window_bytes = 3\nread_chunk_bytes = 4096"
+                .into(),
+        ] {
+            let tenki = parse(&text).unwrap().tenki;
+            let read = [tenki.create_hold_ms, tenki.deadline_margin_ms];
+            assert_eq!((read, tenki.stdin_window_bytes, tenki.read_chunk_bytes), ([1, 2], 3, 4096), "{text}");
+        }
+        assert_eq!(parse("[limits]\nconnections_max = 7\ncreate_hold_ms = 1").unwrap().limits.connections_max, 7);
+        let twice = problem("[limits]\ncreate_hold_ms = 1\n[tenki]\ncreate_hold_ms = 1");
+        assert!(twice.contains("tenki.create_hold_ms stands in [limits] too"), "{twice}");
+        let refused = problem("[limits]\ncreate_hold_ms = 'x'");
+        assert!(refused.contains("| create_hold_ms = 'x'"), "no line is shown: {refused}");
     }
 
     #[test]
@@ -654,6 +595,7 @@ mod tests {
             ("[limits]\nconnections_max = 0", "limits.connections_max"),
             ("[engine]\nsessions_max = 0", "engine.sessions_max"),
             ("[limits]\ndownloads_max = 0", "limits.downloads_max"),
+            ("[limits]\nread_chunk_bytes = 0", "tenki.read_chunk_bytes"),
             ("preview_domain = 'p_q.example'", "preview_domain"),
             ("preview_domain = '127.0.0.1'", "preview_domain"),
             ("preview_domain = 'example.com'\npublic_url = 'https://api.example.com'", "preview_domain"),

@@ -16,10 +16,10 @@ use nagaya_engine::ports::{Clock, Entropy, ImageReader};
 use nagaya_engine::{Caller, Engine};
 use tokio::sync::Semaphore;
 
-use crate::config::Limits;
 use crate::host::{HostClock, HostEntropy};
 use crate::wire::body::{Disk, ResponseBody};
 use crate::wire::lifecycle::Lifecycle;
+use crate::wire::limits::Limits;
 
 /// Expiry, key and workspace of the caller, in front of the seal.
 const CLAIM_BYTES: usize = 8 + 16 + 16;

@@ -18,6 +18,11 @@ pub(crate) trait Facade: Send + Sync {
 
     fn call<'a>(&'a self, request: Request<Incoming>, via: Via<'a>) -> Answer<'a>;
 
-    /// What is served, for whoever asks for a path that nobody claims.
-    fn offers(&self) -> String;
+    /// Its rpc services by their full names, for whoever asks for a path that nobody claims.
+    fn services(&self) -> &'static [&'static str];
+
+    /// What it serves besides, for the same.
+    fn paths(&self) -> &'static [&'static str] {
+        &[]
+    }
 }

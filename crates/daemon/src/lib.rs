@@ -9,8 +9,11 @@ mod download;
 mod facade;
 pub mod host;
 mod metrics;
+mod nagaya;
+mod rpc;
 mod server;
 mod tenki;
+mod waiting;
 mod wire;
 
 use std::net::SocketAddr;
@@ -95,21 +98,31 @@ impl Daemon {
             previews: Some(Arc::clone(&previews)),
             ssh: Some(Arc::clone(ssh.traffic())),
         }));
-        let budget = Budget::new(&config.limits, hooks.give_back);
-        let tenki = tenki::TenkiFacade::new(tenki::Dependencies {
-            budget,
-            engine: engine.clone(),
-            engine_config: config.engine.clone(),
+        let shared = rpc::service::Server {
             limits: config.limits.clone(),
-            public_url: config.public_url.clone(),
             metrics: Arc::clone(&metrics),
             lifecycle: Arc::clone(&lifecycle),
+            budget: Budget::new(
+                config.limits.bytes_under_way_max,
+                Duration::from_millis(config.limits.bytes_under_way_wait_ms),
+                hooks.give_back,
+            ),
+        };
+        let tenki = tenki::TenkiFacade::new(tenki::Dependencies {
+            server: shared.clone(),
+            limits: config.tenki.clone(),
+            engine: engine.clone(),
+            engine_config: config.engine.clone(),
+            public_url: config.public_url.clone(),
             downloads: Arc::clone(&downloads),
             ssh: ssh.clone(),
             ssh_address,
         });
         // The list of client families.
         facades.push(Box::new(tenki));
+        // Forks are held back as long as creations.
+        let create_hold = Duration::from_millis(config.tenki.create_hold_ms);
+        facades.push(Box::new(nagaya::NagayaFacade::new(engine.clone(), shared, create_hold)));
         let routes = Routes {
             facades,
             downloads,
@@ -159,7 +172,7 @@ fn proxy_settings(config: &config::Previews) -> preview::Settings {
         exchanges_max: config.exchanges_max,
         idle_connections_max: config.idle_connections_max,
         idle_timeout: Duration::from_millis(config.idle_timeout_ms),
-        own_cookies: &tenki::COOKIE_NAMES,
+        own_cookies: &rpc::auth::COOKIE_NAMES,
     }
 }
 
@@ -194,8 +207,12 @@ mod tests {
             })
         }
 
-        fn offers(&self) -> String {
-            "GET /reader/SESSION".to_owned()
+        fn services(&self) -> &'static [&'static str] {
+            &[]
+        }
+
+        fn paths(&self) -> &'static [&'static str] {
+            &["GET /reader/SESSION"]
         }
     }
 
@@ -232,7 +249,9 @@ mod tests {
         assert_eq!(get(daemon.local_addr(), &path, &key).await, "reached");
         assert_eq!(get(daemon.local_addr(), &path, "tk_no").await, "unauthenticated");
         let offered = get(daemon.local_addr(), "/nothing", &key).await;
-        assert!(offered.contains("GET /reader/SESSION") && offered.contains("SandboxService"), "{offered}");
+        let services = "tenki.sandbox.v1.SandboxService, tenki.sandbox.v1.SandboxSessionDataPlaneService, \
+                        tenki.sandbox.v1.SSHGatewayClientService, nagaya.v1.NagayaService; GET /reader/SESSION";
+        assert!(offered.contains(services), "{offered}");
         engine.terminate_session(&caller, session.id).await.unwrap();
         assert_eq!(get(daemon.local_addr(), &path, &key).await, "session_terminated");
         daemon.shut_down().await;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Directories of modules. In each, a module uses only those that stand after it; what lies in a directory of its own counts
 /// as one module. Nothing uses what holds the directory, which is the top.
-const ORDERS: [(&str, &[&str]); 4] = [
+const ORDERS: [(&str, &[&str]); 6] = [
     (
         "engine/src",
         &[
@@ -46,17 +46,20 @@ const ORDERS: [(&str, &[&str]); 4] = [
             "model",
         ],
     ),
-    ("daemon/src", &["server", "tenki", "facade", "download", "wire", "metrics", "budget", "host", "config"]),
-    ("daemon/src/wire", &["connection", "instrument", "body", "outcome", "rechunk", "measured", "lifecycle"]),
+    (
+        "daemon/src",
+        &[
+            "server", "config", "tenki", "nagaya", "facade", "download", "rpc", "waiting", "wire", "metrics", "budget",
+            "host",
+        ],
+    ),
+    ("daemon/src/wire", &["connection", "instrument", "body", "outcome", "rechunk", "measured", "lifecycle", "limits"]),
     (
         "daemon/src/tenki",
         &[
             "facade",
             "zero_copy",
             "services",
-            "own",
-            "facts",
-            "egress",
             "tunnel",
             "dial",
             "run",
@@ -73,12 +76,17 @@ const ORDERS: [(&str, &[&str]); 4] = [
             "ssh",
             "service",
             "answers",
-            "parse",
-            "convert",
-            "auth",
+            "messages",
+            "certificate",
+            "limits",
         ],
     ),
+    ("daemon/src/nagaya", &["facade", "services", "forks", "facts", "egress", "service"]),
+    ("daemon/src/rpc", &["service", "parse", "convert", "auth"]),
 ];
+
+/// Directories of the daemon, each a façade. None uses another.
+const FACADES: [&str; 2] = ["nagaya", "tenki"];
 
 fn rust_files(directory: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
@@ -202,6 +210,21 @@ fn no_module_uses_one_above_it() {
         assert_eq!(seen.len(), order.len(), "a module of {place} is gone: {seen:?}");
     }
     assert!(against.is_empty(), "against the order: {against:#?}");
+}
+
+#[test]
+fn no_facade_uses_another() {
+    let daemon = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("daemon/src");
+    for facade in FACADES {
+        let others: BTreeSet<&str> = FACADES.into_iter().filter(|other| *other != facade).collect();
+        let files = rust_files(&daemon.join(facade));
+        assert!(!files.is_empty(), "{facade} has no files");
+        for path in files {
+            let text = fs::read_to_string(&path).unwrap();
+            let (used, _) = used(&text, &[], Path::new("far/below.rs"), &others);
+            assert!(used.is_empty(), "{} uses {used:?}", path.display());
+        }
+    }
 }
 
 #[test]

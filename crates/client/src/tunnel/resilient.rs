@@ -9,13 +9,16 @@ use tokio::sync::{oneshot, watch};
 use super::{Tunnel, TunnelEnd, TunnelEndReason, TunnelOptions};
 use crate::data_plane::jittered;
 use crate::pipe::AbortOnDrop;
+use crate::settable::settable;
 use crate::{Error, RefusalKind, Result, Session};
 
-/// Pauses before a lost tunnel is opened again: each is twice the one before.
-#[derive(Debug, Clone, Copy)]
-pub struct Backoff {
-    pub initial: Duration,
-    pub max: Duration,
+settable! {
+    /// Pauses before a lost tunnel is opened again: each is twice the one before.
+    #[derive(Debug, Clone, Copy)]
+    pub struct Backoff {
+        pub initial: Duration,
+        pub max: Duration,
+    }
 }
 
 impl Default for Backoff {

@@ -101,13 +101,11 @@ pub async fn serve(script: Script) -> Served {
 }
 
 pub fn client(endpoint: &str) -> Client {
-    let options = ClientOptions {
-        token: Some("tk_test".into()),
-        endpoint: Some(endpoint.to_owned()),
-        data_plane_ready_timeout: Duration::from_millis(400),
-        connect_timeout: Duration::from_secs(5),
-        ..Default::default()
-    };
+    let options = ClientOptions::default()
+        .token(Some("tk_test".into()))
+        .endpoint(Some(endpoint.to_owned()))
+        .data_plane_ready_timeout(Duration::from_millis(400))
+        .connect_timeout(Duration::from_secs(5));
     Client::new(options).unwrap()
 }
 

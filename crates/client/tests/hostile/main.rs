@@ -95,7 +95,7 @@ async fn without_being_told_it_asks() {
     );
 
     let served = serve(Script { states: vec![CREATING], ..Default::default() }).await;
-    let options = CreateOptions { wait_timeout: Some(Duration::from_millis(300)), ..Default::default() };
+    let options = CreateOptions::default().wait_timeout(Some(Duration::from_millis(300)));
     match served.client.create(options).await.unwrap_err() {
         Error::WaitReadyFailed { session_id, cause } => {
             assert_eq!(session_id, ID);

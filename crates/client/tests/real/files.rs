@@ -25,11 +25,11 @@ async fn files_are_written_and_read(world: &World) {
     files.write("note", large.clone()).await.unwrap();
     assert!(files.read("note").await.unwrap() == large);
 
-    let script = WriteOptions { mode: 0o755, sync: true, ..Default::default() };
+    let script = WriteOptions::default().mode(0o755).sync(true);
     files.write_with("run.sh", "#!/bin/sh\necho runs\n", script).await.unwrap();
     assert_eq!(say(&world.session, "./run.sh").await, "runs");
     files.write("over", "abcdef").await.unwrap();
-    let over = WriteOptions { truncate: false, ..Default::default() };
+    let over = WriteOptions::default().truncate(false);
     files.write_with("over", "XY", over).await.unwrap();
     assert_eq!(&files.read("over").await.unwrap()[..], b"XYcdef");
 

@@ -65,7 +65,7 @@ async fn a_resilient_tunnel_outlives_the_server(_: &World) {
     let caller = client(&way.address, &server);
     let session = caller.create(small()).await.unwrap();
     let target = echo_here().await;
-    let backoff = Backoff { initial: Duration::from_millis(50), max: Duration::from_millis(500) };
+    let backoff = Backoff::default().initial(Duration::from_millis(50)).max(Duration::from_millis(500));
     let tunnel = session.resilient_tunnel(&target, TunnelOptions::default(), backoff).await.unwrap();
     let mut states = tunnel.states();
     let TunnelState::Open { sandbox_port, .. } = tunnel.state() else { panic!("{:?}", tunnel.state()) };
@@ -102,11 +102,11 @@ async fn everything_goes_through_tls(_: &World) {
         "[tls]\ncertificate_file = {certificate:?}\nkey_file = {key:?}\n[pools]\nslots_ready = 1\n"
     ));
     assert!(server.endpoint().starts_with("https://"), "{}", server.endpoint());
-    let options = |root_certificates| ClientOptions {
-        token: Some(server.api_key()),
-        endpoint: Some(server.endpoint().to_owned()),
-        root_certificates,
-        ..Default::default()
+    let options = |root_certificates| {
+        ClientOptions::default()
+            .token(Some(server.api_key()))
+            .endpoint(Some(server.endpoint().to_owned()))
+            .root_certificates(root_certificates)
     };
     let caller = Client::new(options(Some(std::fs::read(&certificate).unwrap()))).unwrap();
     let session = caller.create(small()).await.unwrap();

@@ -50,7 +50,7 @@ async fn ports_are_exposed_and_fetched(world: &World) {
     let session = &world.session;
     let _service = start(session, PAGE).await;
     let ttl = Some(Duration::from_secs(600));
-    let exposed = session.expose_port(8000, ExposeOptions { ttl, slug: None }).await.unwrap();
+    let exposed = session.expose_port(8000, ExposeOptions::default().ttl(ttl).slug(None)).await.unwrap();
     assert_eq!(exposed.port, 8000);
     assert!(exposed.expires_at.is_some());
     assert_eq!(fetch(&exposed.preview_url).await, "a page");
@@ -63,7 +63,7 @@ async fn ports_are_exposed_and_fetched(world: &World) {
     assert!(!opened.viewer_token.is_empty() && opened.expires_at.is_some());
     assert!(world.client.touch_preview(&opened.viewer_token).await.unwrap().is_some());
 
-    let closed = nagaya_client::CreateOptions { allow_inbound: false, ..small() };
+    let closed = small().allow_inbound(false);
     let closed = world.client.create(closed).await.unwrap();
     let refused = closed.expose_port(8000, ExposeOptions::default()).await.unwrap_err();
     assert!(matches!(refused, Error::Refused { kind: RefusalKind::InboundDisabled, .. }), "{refused:?}");
@@ -72,7 +72,7 @@ async fn ports_are_exposed_and_fetched(world: &World) {
 
 async fn preview_urls_outlive_sessions(world: &World) {
     let (client, session) = (&world.client, &world.session);
-    let options = CreatePreviewUrlOptions { slug: "client-suite".into(), ..Default::default() };
+    let options = CreatePreviewUrlOptions::default().slug("client-suite".into());
     let url = client.create_preview_url(options.clone()).await.unwrap();
     assert_eq!((url.slug.as_str(), &url.session_id, url.port), ("client-suite", &None, None));
     let taken = client.create_preview_url(options).await.unwrap_err();
@@ -81,7 +81,7 @@ async fn preview_urls_outlive_sessions(world: &World) {
     assert_eq!((bound.session_id.as_deref(), bound.port), (Some(session.id()), Some(8000)));
     assert_eq!(client.get_preview_url(&url.id).await.unwrap().port, Some(8000));
     assert_eq!(client.get_preview_url_by_slug("client-suite").await.unwrap().id, url.id);
-    let of_session = ListPreviewUrlsOptions { session_id: Some(session.id().into()), ..Default::default() };
+    let of_session = ListPreviewUrlsOptions::default().session_id(Some(session.id().into()));
     assert!(client.list_preview_urls(of_session).await.unwrap().iter().any(|each| each.id == url.id));
     assert_eq!(client.unbind_preview_url(&url.id).await.unwrap().session_id, None);
     client.delete_preview_url(&url.id).await.unwrap();
@@ -95,11 +95,10 @@ async fn preview_urls_outlive_sessions(world: &World) {
 
 async fn ssh_is_reached_through_the_gateway(world: &World) {
     const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ test";
-    let options = SshCertificateOptions {
-        public_key: KEY.into(),
-        ttl: Some(Duration::from_secs(60)),
-        source_addresses: Vec::new(),
-    };
+    let options = SshCertificateOptions::default()
+        .public_key(KEY.into())
+        .ttl(Some(Duration::from_secs(60)))
+        .source_addresses(Vec::new());
     let certificate = world.session.issue_ssh_certificate(options).await.unwrap();
     assert!(certificate.certificate.starts_with("ssh-ed25519-cert-v01@openssh.com "), "{certificate:?}");
     assert!(certificate.authority.starts_with("ssh-ed25519 ") && certificate.permissions.pty);
@@ -208,7 +207,7 @@ async fn a_tunnel_leads_to_this_machine(world: &World) {
     let (first, second) = tokio::join!(echoed(session, port, 1 << 20), echoed(session, port, 3 << 20));
     assert!(first.ends_with("and 1048576 bytes") && second.ends_with("and 3145728 bytes"), "{first} {second}");
 
-    let taken = TunnelOptions { sandbox_port: port, ..Default::default() };
+    let taken = TunnelOptions::default().sandbox_port(port);
     let refused = session.tunnel(&target, taken).await.unwrap_err();
     assert!(matches!(&refused, Error::TunnelEnded(end) if end.reason == TunnelEndReason::HostError), "{refused:?}");
     assert!(matches!(session.tunnel("nowhere", TunnelOptions::default()).await, Err(Error::InvalidOptions(_))));

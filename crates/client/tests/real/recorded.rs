@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use nagaya_client::{CloneOptions, CreateOptions, DiffOptions, Error, FetchPrOptions, LogOptions, Session, Wait};
+use nagaya_client::{CloneOptions, DiffOptions, Error, FetchPrOptions, LogOptions, Session, Wait};
 
 use crate::world::{World, say, small};
 
@@ -18,7 +18,7 @@ async fn kinds(session: &Session) -> Vec<String> {
 }
 
 async fn what_happened_is_told(world: &World) {
-    let options = CreateOptions { max_duration: Some(Duration::from_secs(600)), ..small() };
+    let options = small().max_duration(Some(Duration::from_secs(600)));
     let session = world.client.create(options).await.unwrap();
     session.extend(Duration::from_secs(60)).await.unwrap();
     session.pause().await.unwrap();
@@ -38,7 +38,7 @@ async fn what_happened_is_told(world: &World) {
 }
 
 async fn what_happens_is_told(world: &World) {
-    let session = world.client.create(CreateOptions { wait: Wait::No, ..small() }).await.unwrap();
+    let session = world.client.create(small().wait(Wait::No)).await.unwrap();
     let mut events = session.watch_events(0).await.unwrap();
     let mut seen = Vec::new();
     while let Some(event) = events.next().await.unwrap() {
@@ -90,18 +90,18 @@ async fn git_works_in_the_sandbox(world: &World) {
     let session = world.client.create(small()).await.unwrap();
     say(&session, ORIGIN).await;
     let git = session.git();
-    let options = CloneOptions { branch: Some("main".into()), directory: Some("clone".into()), depth: None };
+    let options = CloneOptions::default().branch(Some("main".into())).directory(Some("clone".into())).depth(None);
     git.clone_repository("file:///home/tenki/origin.git", options).await.unwrap();
     assert_eq!(say(&session, "cat clone/file").await, "one");
-    let options = FetchPrOptions { directory: Some("clone".into()), ..Default::default() };
+    let options = FetchPrOptions::default().directory(Some("clone".into()));
     assert_eq!(git.fetch_pr(7, options).await.unwrap(), "pr-7");
     assert_eq!(say(&session, "cat clone/file; git -C clone branch --show-current").await, "two\npr-7");
 
     // The others work on a repository that is the home directory.
     say(&session, "mv clone/.git . && git checkout -q -f main").await;
-    let log = git.log(LogOptions { max_count: Some(1), ..Default::default() }).await.unwrap();
+    let log = git.log(LogOptions::default().max_count(Some(1))).await.unwrap();
     assert!(log.contains("first") && !log.contains("second"), "{log}");
-    let diff = DiffOptions { base: Some("main".into()), head: Some("pr-7".into()), ..Default::default() };
+    let diff = DiffOptions::default().base(Some("main".into())).head(Some("pr-7".into()));
     let diff = git.diff(diff).await.unwrap();
     assert!(diff.contains("-one") && diff.contains("+two"), "{diff}");
     git.checkout("own", true).await.unwrap();
@@ -121,6 +121,6 @@ async fn failures_of_git_are_typed(world: &World) {
     assert!(!missing.retryable(), "{missing:?}");
     let unfetched = git.fetch_pr(1, FetchPrOptions::default()).await.unwrap_err();
     assert!(matches!(unfetched, Error::GitFailed { exit_code: Some(_), .. }), "{unfetched:?}");
-    let option = git.fetch_pr(1, FetchPrOptions { remote: Some("--upload-pack=x".into()), ..Default::default() });
+    let option = git.fetch_pr(1, FetchPrOptions::default().remote(Some("--upload-pack=x".into())));
     assert!(matches!(option.await, Err(Error::InvalidOptions(_))));
 }

@@ -14,14 +14,14 @@ const WAIT: Duration = Duration::from_secs(60);
 
 async fn volumes_outlive_sessions(world: &World) {
     let client = &world.client;
-    let options = CreateVolumeOptions { name: "data".into(), size_bytes: 16 * MIB, workspace_id: None };
+    let options = CreateVolumeOptions::default().name("data".into()).size_bytes(16 * MIB).workspace_id(None);
     let volume = client.create_volume(options).await.unwrap();
     let volume = client.wait_volume_ready(&volume.id, WAIT).await.unwrap();
     assert_eq!((volume.name.as_str(), volume.size_bytes, volume.state), ("data", 16 * MIB, VolumeState::Available));
     assert!(volume.is_deletable() && volume.created_at.ends_with('Z'));
     let mount = |read_only| VolumeMount { volume_id: volume.id.clone(), mount_path: "/mnt/data".into(), read_only };
 
-    let first = client.create(CreateOptions { volumes: vec![mount(false)], ..small() }).await.unwrap();
+    let first = client.create(small().volumes(vec![mount(false)])).await.unwrap();
     assert_eq!(first.info().unwrap().volumes[0].mount_path, "/mnt/data");
     say(&first, "echo kept > /mnt/data/file").await;
     let in_use = client.delete_volume(&volume.id).await.unwrap_err();
@@ -40,7 +40,7 @@ async fn volumes_outlive_sessions(world: &World) {
     second.close().await.unwrap();
 
     let tags = Some(vec!["a".into()]);
-    let update = UpdateVolumeOptions { name: Some("renamed".into()), tags };
+    let update = UpdateVolumeOptions::default().name(Some("renamed".into())).tags(tags);
     let updated = client.update_volume(&volume.id, update).await.unwrap();
     assert_eq!((updated.name.as_str(), updated.tags.len()), ("renamed", 1));
     assert!(client.list_volumes("").await.unwrap().iter().any(|each| each.id == volume.id));
@@ -53,7 +53,7 @@ async fn snapshots_start_sessions(world: &World) {
     let client = &world.client;
     let source = client.create(small()).await.unwrap();
     source.files().write("note", "in the snapshot").await.unwrap();
-    let named = CreateSnapshotOptions { name: Some("state".into()), ..Default::default() };
+    let named = CreateSnapshotOptions::default().name(Some("state".into()));
     let snapshot = source.create_snapshot_and_wait(named, WAIT).await.unwrap();
     assert_eq!((snapshot.state, snapshot.name.as_deref()), (SnapshotState::Ready, Some("state")));
     let durable = client.wait_snapshot_durable(&snapshot.id, WAIT).await.unwrap();
@@ -65,7 +65,7 @@ async fn snapshots_start_sessions(world: &World) {
     source.close().await.unwrap();
     assert!(client.list_dangling_snapshots().await.unwrap().iter().any(|each| each.id == snapshot.id));
 
-    let from = CreateOptions { snapshot_id: Some(snapshot.id.clone()), ..Default::default() };
+    let from = CreateOptions::default().snapshot_id(Some(snapshot.id.clone()));
     let restored = client.create(from).await.unwrap();
     assert_eq!(&restored.files().read("note").await.unwrap()[..], b"in the snapshot");
     let info = restored.info().unwrap();
@@ -75,10 +75,9 @@ async fn snapshots_start_sessions(world: &World) {
     restored.close().await.unwrap();
 
     let later = std::time::SystemTime::now() + Duration::from_secs(3600);
-    let update = UpdateSnapshotOptions { expires_at: Change::Set(later), ..Default::default() };
+    let update = UpdateSnapshotOptions::default().expires_at(Change::Set(later));
     assert!(client.update_snapshot(&snapshot.id, update).await.unwrap().expires_at.is_some());
-    let update =
-        UpdateSnapshotOptions { expires_at: Change::Clear, tags: Some(vec!["x".into()]), ..Default::default() };
+    let update = UpdateSnapshotOptions::default().expires_at(Change::Clear).tags(Some(vec!["x".into()]));
     let updated = client.update_snapshot(&snapshot.id, update).await.unwrap();
     assert_eq!((updated.expires_at, updated.tags.len()), (None, 1));
     for id in [&snapshot.id, &second.id] {

@@ -2,8 +2,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
 use nagaya_client::{
-    Change, Code, CreateOptions, EgressPolicy, Error, ForkOptions, ListOptions, RefusalKind, SessionState, Status,
-    UpdateOptions, Wait, WorkspaceSettingsUpdate,
+    Change, Code, EgressPolicy, Error, ForkOptions, ListOptions, RefusalKind, SessionState, Status, UpdateOptions,
+    Wait, WorkspaceSettingsUpdate,
 };
 
 use crate::world::{World, say, small};
@@ -21,14 +21,12 @@ crate::cases!(
 const WAIT: Duration = Duration::from_secs(60);
 
 async fn a_session_lives_and_ends(world: &World) {
-    let options = CreateOptions {
-        metadata: BTreeMap::from([("purpose".into(), "test".into())]),
-        tags: vec!["One".into(), "two".into()],
-        env: BTreeMap::from([("GREETING".into(), "hello".into())]),
-        max_duration: Some(Duration::from_secs(600)),
-        wait: Wait::No,
-        ..small()
-    };
+    let options = small()
+        .metadata(BTreeMap::from([("purpose".into(), "test".into())]))
+        .tags(vec!["One".into(), "two".into()])
+        .env(BTreeMap::from([("GREETING".into(), "hello".into())]))
+        .max_duration(Some(Duration::from_secs(600)))
+        .wait(Wait::No);
     let session = world.client.create(options).await.unwrap();
     let info = session.wait_ready(WAIT).await.unwrap();
     assert_eq!((info.name.as_str(), info.state, info.cpu_cores), ("small", SessionState::Running, 1));
@@ -40,7 +38,7 @@ async fn a_session_lives_and_ends(world: &World) {
     let before = info.timeout_at.unwrap();
     let extended = session.extend(Duration::from_secs(300)).await.unwrap().timeout_at.unwrap();
     assert_eq!(extended.duration_since(before).unwrap().as_secs(), 300);
-    let updated = session.update(UpdateOptions { name: Some("renamed".into()), ..Default::default() }).await.unwrap();
+    let updated = session.update(UpdateOptions::default().name(Some("renamed".into()))).await.unwrap();
     assert_eq!((updated.name.as_str(), updated.tags.len()), ("renamed", 2));
     assert!(session.update_tags(Vec::new()).await.unwrap().tags.is_empty());
     assert!(session.report_activity().await.unwrap().is_some());
@@ -72,12 +70,12 @@ async fn a_session_sleeps_and_wakes(world: &World) {
 }
 
 async fn sessions_are_found_again(world: &World) {
-    let options = |tag: &str| CreateOptions { tags: vec!["found".into(), tag.into()], ..small() };
+    let options = |tag: &str| small().tags(vec!["found".into(), tag.into()]);
     let first = world.client.create(options("a")).await.unwrap();
     let second = world.client.create(options("b")).await.unwrap();
     let list = |tags: &[&str], include_terminated| {
         let tags = tags.iter().map(ToString::to_string).collect();
-        world.client.list(ListOptions { tags, include_terminated, ..Default::default() })
+        world.client.list(ListOptions::default().tags(tags).include_terminated(include_terminated))
     };
     assert_eq!(list(&["found"], false).await.unwrap().len(), 2);
     let only = list(&["found", "b"], false).await.unwrap();
@@ -109,11 +107,9 @@ async fn errors_are_typed(world: &World) {
     let elsewhere = world.client.usage("0190a000-0000-7000-8000-000000000000").await.unwrap_err();
     assert!(matches!(elsewhere, Error::Refused { kind: RefusalKind::NotFound, .. }), "{elsewhere:?}");
 
-    let stranger = nagaya_client::ClientOptions {
-        token: Some("tk_0000000000000000000000000000000000000000000".into()),
-        endpoint: Some(world.client.endpoint()),
-        ..Default::default()
-    };
+    let stranger = nagaya_client::ClientOptions::default()
+        .token(Some("tk_0000000000000000000000000000000000000000000".into()))
+        .endpoint(Some(world.client.endpoint()));
     let stranger = nagaya_client::Client::new(stranger).unwrap();
     let refused = stranger.who_am_i().await.unwrap_err();
     assert!(
@@ -133,7 +129,7 @@ async fn a_workspace_has_limits(world: &World) {
         assert!(sessions.current >= 1, "{usage:?}");
     }
     let set = |max_volumes| {
-        let update = WorkspaceSettingsUpdate { max_volumes, ..Default::default() };
+        let update = WorkspaceSettingsUpdate::default().max_volumes(max_volumes);
         world.client.update_workspace_settings(&workspace.id, update)
     };
     assert_eq!(set(Change::Set(7)).await.unwrap().max_volumes, Some(7));
@@ -145,7 +141,7 @@ async fn a_workspace_has_limits(world: &World) {
 async fn a_fork_has_its_sources_disk(world: &World) {
     let source = world.client.create(small()).await.unwrap();
     source.files().write("here", "before the fork").await.unwrap();
-    let forked = source.fork(ForkOptions { count: 2, name: None }).await.unwrap();
+    let forked = source.fork(ForkOptions::default().count(2).name(None)).await.unwrap();
     assert_eq!(forked.sessions.len(), 2);
     source.files().write("here", "after the fork").await.unwrap();
     for fork in &forked.sessions {
@@ -158,7 +154,7 @@ async fn a_fork_has_its_sources_disk(world: &World) {
 }
 
 async fn destinations_can_be_changed(world: &World) {
-    let session = world.client.create(CreateOptions { allow_outbound: true, ..small() }).await.unwrap();
+    let session = world.client.create(small().allow_outbound(true)).await.unwrap();
     let policy = EgressPolicy { allow_domains: vec!["example.com".into()], allow_cidrs: Vec::new() };
     assert_eq!(session.set_egress(Some(policy.clone())).await.unwrap().egress, Some(policy));
     // Nothing leaves this machine: the address is not on the list.

@@ -19,20 +19,13 @@ impl World {
 }
 
 pub fn client(endpoint: &str, server: &Server) -> Client {
-    let options =
-        ClientOptions { token: Some(server.api_key()), endpoint: Some(endpoint.to_owned()), ..Default::default() };
+    let options = ClientOptions::default().token(Some(server.api_key())).endpoint(Some(endpoint.to_owned()));
     Client::new(options).unwrap()
 }
 
 /// A session as small as most cases need.
 pub fn small() -> CreateOptions {
-    CreateOptions {
-        name: Some("small".into()),
-        cpu_cores: Some(1),
-        memory_mb: Some(512),
-        allow_outbound: false,
-        ..Default::default()
-    }
+    CreateOptions::default().name(Some("small".into())).cpu_cores(Some(1)).memory_mb(Some(512)).allow_outbound(false)
 }
 
 /// Standard output of a script that must succeed.

@@ -63,19 +63,19 @@ impl Routes {
                 response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
                 response
             }
-            _ => json(
-                StatusCode::NOT_FOUND,
-                "path_not_found",
-                &format!(
-                    "nothing is served under this path; there are /healthz, /readyz, /metrics and {}",
-                    self.facades.iter().map(|facade| facade.offers()).collect::<Vec<_>>().join("; ")
-                ),
-            ),
+            _ => json(StatusCode::NOT_FOUND, "path_not_found", &self.nothing_here()),
         };
         if request.method() == Method::HEAD {
             *response.body_mut() = ResponseBody::text(Bytes::new());
         }
         response
+    }
+
+    fn nothing_here(&self) -> String {
+        let services: Vec<&str> = self.facades.iter().flat_map(|facade| facade.services()).copied().collect();
+        let mut offers = vec![format!("POST /SERVICE/METHOD with the services {}", services.join(", "))];
+        offers.extend(self.facades.iter().flat_map(|facade| facade.paths()).map(|path| (*path).to_owned()));
+        format!("nothing is served under this path; there are /healthz, /readyz, /metrics and {}", offers.join("; "))
     }
 
     async fn download(&self, method: &Method, uri: &Uri, open: &Open) -> Response<ResponseBody> {

@@ -10,10 +10,13 @@ use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{Session, SessionState};
 use nagaya_engine::{Caller, ListSessions, NewExecution, NewSession, SessionUpdate};
 
-use super::convert;
-use super::parse;
-use super::parse::{invalid, milliseconds, page_size, workspace};
+use super::messages;
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse;
+use crate::rpc::parse::{invalid, milliseconds, page_size, workspace};
+use crate::rpc::service::caller;
+use crate::waiting;
 
 /// Names under which the default image is asked for.
 const DEFAULT_IMAGES: [&str; 2] = ["", "sandbox"];
@@ -22,10 +25,15 @@ const DEFAULT_IMAGES: [&str; 2] = ["", "sandbox"];
 const OWNER_SELF: &str = "self";
 
 impl TenkiService {
-    pub(super) fn who_am_i(&self, caller: &Caller) -> wire::WhoAmIResponse {
+    pub(super) async fn who_am_i(
+        &self,
+        context: &RequestContext,
+        _: wire::WhoAmIRequest,
+    ) -> Result<wire::WhoAmIResponse, Error> {
+        let caller = &caller(context)?;
         let workspace = self.engine.workspace(caller);
         let id = workspace.id.to_string();
-        wire::WhoAmIResponse {
+        Ok(wire::WhoAmIResponse {
             owner_type: convert::OWNER_TYPE.into(),
             owner_id: caller.key_id.to_string(),
             workspaces: vec![wire::WhoAmIWorkspace {
@@ -33,7 +41,7 @@ impl TenkiService {
                 name: workspace.name,
                 projects: vec![wire::WhoAmIProject { project_id: id, name: "default".into() }],
             }],
-        }
+        })
     }
 
     pub(super) async fn create_session(
@@ -42,14 +50,14 @@ impl TenkiService {
         request: wire::CreateSessionRequest,
     ) -> Result<wire::CreateSessionResponse, Error> {
         let started = Instant::now();
-        let caller = self.caller(context)?;
+        let caller = caller(context)?;
         let hold = if request.wait_ready || request.wait_for_runtime {
             self.time_to_answer(context)
         } else {
             Some(self.create_hold)
         };
         let session = self.engine.create_session(&caller, new_session(request)?).await?;
-        let session = self.settled(&caller, session, hold).await?;
+        let session = waiting::created(&self.engine, &caller, session.id, hold).await?;
         if let Some(error) = refused_for_capacity(&session) {
             return Err(error);
         }
@@ -65,33 +73,8 @@ impl TenkiService {
         })
     }
 
-    /// How long an answer may be held back, so that it is there before the call's deadline. `None`:
-    /// as long as it takes.
     pub(super) fn time_to_answer(&self, context: &RequestContext) -> Option<Duration> {
-        context.time_remaining().map(|remaining| remaining - self.deadline_margin.min(remaining / 2))
-    }
-
-    /// The session when its creation is over, or as it is after the given time.
-    pub(super) async fn settled(
-        &self,
-        caller: &Caller,
-        session: Session,
-        hold: Option<Duration>,
-    ) -> Result<Session, Error> {
-        let mut watched = self.engine.watch_session(caller, session.id).await?;
-        // It may have been RUNNING and be PAUSED again before anybody looked.
-        let settled = watched.wait_for(|session| session.state != SessionState::Creating);
-        let outcome = match hold {
-            Some(hold) => {
-                tokio::time::timeout(hold, settled).await.map(|settled| settled.map(|session| session.clone()))
-            }
-            None => Ok(settled.await.map(|session| session.clone())),
-        };
-        match outcome {
-            Ok(Ok(session)) => Ok(session),
-            // Too late, or the server is stopping: the caller learns how far it came.
-            Ok(Err(_)) | Err(_) => Ok(watched.borrow().clone()),
-        }
+        waiting::time_to_answer(context.time_remaining(), self.deadline_margin)
     }
 
     pub(super) async fn create_session_credential(
@@ -100,21 +83,84 @@ impl TenkiService {
         request: wire::CreateSessionCredentialRequest,
     ) -> Result<wire::CreateSessionCredentialResponse, Error> {
         let id = convert::id(&request.session_id, "session_id")?;
-        let (certificate, _) = self.engine.certificate(&self.caller(context)?, id).await?;
+        let (certificate, _) = self.engine.certificate(&caller(context)?, id).await?;
         Ok(wire::CreateSessionCredentialResponse {
-            credential: convert::credential(certificate).into(),
+            credential: messages::credential(certificate).into(),
             data_plane_endpoint: self.endpoint(context),
             route_status: wire::DataPlaneRouteStatus::Verified.into(),
         })
     }
 
-    pub(super) async fn get_session(&self, caller: &Caller, session_id: &str) -> Result<wire::SandboxSession, Error> {
-        let id = convert::id(session_id, "session_id")?;
-        self.engine.session(caller, id).await.map(convert::session)
+    pub(super) async fn get_session(
+        &self,
+        context: &RequestContext,
+        request: wire::GetSessionRequest,
+    ) -> Result<wire::GetSessionResponse, Error> {
+        let caller = &caller(context)?;
+        let id = convert::id(&request.session_id, "session_id")?;
+        let session = self.engine.session(caller, id).await?;
+        Ok(wire::GetSessionResponse { session: convert::session(session).into() })
+    }
+
+    pub(super) async fn list_sessions(
+        &self,
+        context: &RequestContext,
+        request: wire::ListSessionsRequest,
+    ) -> Result<wire::ListSessionsResponse, Error> {
+        let list = List {
+            owner_id: request.owner_id,
+            tags: request.tags,
+            sticky: request.sticky,
+            include_terminated: request.include_terminated,
+            page_size: request.page_size,
+            page_token: request.page_token,
+            ..List::default()
+        };
+        let (sessions, next_page_token) = self.sessions_page(&caller(context)?, list).await?;
+        Ok(wire::ListSessionsResponse { sessions, next_page_token })
+    }
+
+    pub(super) async fn list_workspace_sandboxes(
+        &self,
+        context: &RequestContext,
+        request: wire::ListWorkspaceSandboxesRequest,
+    ) -> Result<wire::ListWorkspaceSandboxesResponse, Error> {
+        let list = List {
+            workspace_id: convert::or_none(&request.workspace_id).map(str::to_owned),
+            state: request.state,
+            tags: request.tags,
+            sticky: request.sticky,
+            include_terminated: request.include_terminated,
+            page_size: request.page_size,
+            page_token: request.page_token,
+            ..List::default()
+        };
+        let (sessions, next_page_token) = self.sessions_page(&caller(context)?, list).await?;
+        Ok(wire::ListWorkspaceSandboxesResponse { sessions, next_page_token })
+    }
+
+    pub(super) async fn list_project_sandboxes(
+        &self,
+        context: &RequestContext,
+        request: wire::ListProjectSandboxesRequest,
+    ) -> Result<wire::ListProjectSandboxesResponse, Error> {
+        let list = List {
+            workspace_id: request.workspace_id,
+            project_id: Some(request.project_id),
+            state: request.state,
+            tags: request.tags,
+            sticky: request.sticky,
+            include_terminated: request.include_terminated,
+            page_size: request.page_size,
+            page_token: request.page_token,
+            ..List::default()
+        };
+        let (sessions, next_page_token) = self.sessions_page(&caller(context)?, list).await?;
+        Ok(wire::ListProjectSandboxesResponse { sessions, next_page_token })
     }
 
     /// One page for all three list rpcs, which differ in little but their names.
-    pub(super) async fn list(&self, caller: &Caller, list: List) -> Result<(Vec<wire::SandboxSession>, String), Error> {
+    async fn sessions_page(&self, caller: &Caller, list: List) -> Result<(Vec<wire::SandboxSession>, String), Error> {
         let owner_id = match list.owner_id.as_str() {
             "" => None,
             OWNER_SELF => Some(caller.key_id.to_string()),
@@ -137,9 +183,10 @@ impl TenkiService {
 
     pub(super) async fn update_session(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::UpdateSessionRequest,
-    ) -> Result<wire::SandboxSession, Error> {
+    ) -> Result<wire::UpdateSessionResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         if request.clear_tags && !request.tags.is_empty() {
             return Err(invalid("tags and clear_tags exclude each other"));
@@ -151,36 +198,43 @@ impl TenkiService {
             max_duration_ms: milliseconds(request.max_duration.as_option(), "max_duration")?,
             ..SessionUpdate::default()
         };
-        self.engine.update_session(caller, id, update).await.map(convert::session)
+        let session = self.engine.update_session(caller, id, update).await?;
+        Ok(wire::UpdateSessionResponse { session: convert::session(session).into() })
     }
 
     pub(super) async fn extend_session(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::ExtendSessionRequest,
-    ) -> Result<wire::SandboxSession, Error> {
+    ) -> Result<wire::ExtendSessionResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
-        match milliseconds(request.additional_duration.as_option(), "additional_duration")? {
-            None | Some(0) => Err(invalid("additional_duration must be given and longer than zero")),
-            Some(additional_ms) => self.engine.extend_session(caller, id, additional_ms).await.map(convert::session),
-        }
+        let additional_ms = milliseconds(request.additional_duration.as_option(), "additional_duration")?;
+        let Some(additional_ms) = additional_ms.filter(|additional_ms| *additional_ms > 0) else {
+            return Err(invalid("additional_duration must be given and longer than zero"));
+        };
+        let session = self.engine.extend_session(caller, id, additional_ms).await?;
+        Ok(wire::ExtendSessionResponse { session: convert::session(session).into() })
     }
 
     pub(super) async fn terminate_session(
         &self,
-        caller: &Caller,
-        session_id: &str,
-    ) -> Result<wire::SandboxSession, Error> {
-        let id = convert::id(session_id, "session_id")?;
-        self.engine.terminate_session(caller, id).await.map(convert::session)
+        context: &RequestContext,
+        request: wire::TerminateSessionRequest,
+    ) -> Result<wire::TerminateSessionResponse, Error> {
+        let caller = &caller(context)?;
+        let id = convert::id(&request.session_id, "session_id")?;
+        let session = self.engine.terminate_session(caller, id).await?;
+        Ok(wire::TerminateSessionResponse { session: convert::session(session).into() })
     }
 
     /// Ends sessions side by side. A failure of one is told in the answer and stops no other.
     pub(super) async fn terminate_sessions(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::TerminateSessionsRequest,
     ) -> Result<wire::TerminateSessionsResponse, Error> {
+        let caller = &caller(context)?;
         if !(1..=TERMINATE_BATCH_MAX).contains(&request.session_ids.len()) {
             return Err(invalid("session_ids must hold 1 to 100 ids"));
         }
@@ -202,10 +256,11 @@ impl TenkiService {
     pub(super) async fn pause_session(
         &self,
         context: &RequestContext,
-        session_id: &str,
-    ) -> Result<wire::SandboxSession, Error> {
-        let (caller, id) = (self.caller(context)?, convert::id(session_id, "session_id")?);
-        self.reached(context, &caller, id, self.engine.pause_session(&caller, id)).await
+        request: wire::PauseSessionRequest,
+    ) -> Result<wire::PauseSessionResponse, Error> {
+        let (caller, id) = (caller(context)?, convert::id(&request.session_id, "session_id")?);
+        let session = self.reached(context, &caller, id, self.engine.pause_session(&caller, id)).await?;
+        Ok(wire::PauseSessionResponse { session: session.into() })
     }
 
     /// A resume that fails is answered with the session, PAUSED again: it tells why in
@@ -213,16 +268,17 @@ impl TenkiService {
     pub(super) async fn resume_session(
         &self,
         context: &RequestContext,
-        session_id: &str,
-    ) -> Result<wire::SandboxSession, Error> {
-        let (caller, id) = (self.caller(context)?, convert::id(session_id, "session_id")?);
+        request: wire::ResumeSessionRequest,
+    ) -> Result<wire::ResumeSessionResponse, Error> {
+        let (caller, id) = (caller(context)?, convert::id(&request.session_id, "session_id")?);
         let resume = async {
             match self.engine.resume_session(&caller, id).await {
                 Err(error) if error.code == Code::ResumeFailed => self.engine.session(&caller, id).await,
                 resumed => resumed,
             }
         };
-        self.reached(context, &caller, id, resume).await
+        let session = self.reached(context, &caller, id, resume).await?;
+        Ok(wire::ResumeSessionResponse { session: session.into() })
     }
 
     /// What a change of state came to or, where it takes longer than the caller waits, how far it is.
@@ -233,31 +289,28 @@ impl TenkiService {
         id: SessionId,
         change: impl Future<Output = Result<Session, Error>>,
     ) -> Result<wire::SandboxSession, Error> {
-        let session = match self.time_to_answer(context) {
-            None => change.await?,
-            Some(hold) => match tokio::time::timeout(hold, change).await {
-                Ok(changed) => changed?,
-                Err(_) => self.engine.session(caller, id).await?,
-            },
-        };
+        let at_most = self.time_to_answer(context);
+        let session = waiting::changed(&self.engine, caller, id, change, at_most).await?;
         Ok(convert::session(session))
     }
 
     pub(super) async fn report_session_activity(
         &self,
-        caller: &Caller,
-        session_id: &str,
+        context: &RequestContext,
+        request: wire::ReportSessionActivityRequest,
     ) -> Result<wire::ReportSessionActivityResponse, Error> {
-        let id = convert::id(session_id, "session_id")?;
+        let caller = &caller(context)?;
+        let id = convert::id(&request.session_id, "session_id")?;
         let at = self.engine.report_activity(caller, id).await?;
         Ok(wire::ReportSessionActivityResponse { last_activity_at: convert::timestamp(at).into() })
     }
 
-    pub(super) async fn usage(
+    pub(super) async fn get_workspace_sandbox_usage(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::GetWorkspaceSandboxUsageRequest,
     ) -> Result<wire::GetWorkspaceSandboxUsageResponse, Error> {
+        let caller = &caller(context)?;
         let asked = workspace(convert::or_none(&request.workspace_id), request.project_id.as_deref())?;
         let usage = self.engine.usage(caller, asked).await?;
         let limit =
@@ -304,9 +357,10 @@ impl TenkiService {
 
     pub(super) async fn execute_command(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::ExecuteCommandRequest,
     ) -> Result<wire::ExecuteCommandResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         if request.command.is_empty() {
             return Err(Error::new(Code::InvalidCommand, "command must not be empty"));
@@ -318,7 +372,7 @@ impl TenkiService {
             timeout_ms: milliseconds(request.timeout.as_option(), "timeout")?.unwrap_or(0),
         };
         let execution = self.engine.execute(caller, id, new, !request.stream_output).await?;
-        Ok(wire::ExecuteCommandResponse { execution: convert::execution(execution).into() })
+        Ok(wire::ExecuteCommandResponse { execution: messages::execution(execution).into() })
     }
 }
 

@@ -19,8 +19,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{mpsc, oneshot};
 
 use super::answers::{AbortOnDrop, Answers};
-use super::parse::{check_path, required};
 use super::service::TenkiService;
+use crate::rpc::parse::{check_path, required};
 
 type Request = wire::SandboxSessionDataPlaneServiceDialRequest;
 type Answer = wire::SandboxSessionDataPlaneServiceDialResponse;
@@ -39,50 +39,52 @@ const CONNECT_TIMEOUT_MAX: Duration = Duration::from_secs(60);
 /// to it for this long.
 const ABANDONED_AFTER: Duration = Duration::from_secs(30);
 
-pub(super) async fn dial(
-    tenki: &Arc<TenkiService>,
-    context: &RequestContext,
-    mut requests: ServiceStream<Request>,
-) -> ServiceResult<ServiceStream<Answer>> {
-    let Some(first) = requests.next().await.transpose()? else {
-        return Err(protocol("the stream ended before its open frame"));
-    };
-    let Some(dial_request::Payload::Open(request)) = required(first.frame.into_option(), "frame")?.payload else {
-        return Err(protocol("the first frame is not open"));
-    };
-    let dial_open::Target::UnixSocketPath(path) = required(request.target, "unix_socket_path")?;
-    check_path(&path)?;
-    let open = tenki.open(context, &request.session_id).await?;
-    let patience = match request.connect_timeout_ms {
-        0 => CONNECT_TIMEOUT_DEFAULT,
-        asked => Duration::from_millis(asked.into()).min(CONNECT_TIMEOUT_MAX),
-    };
-    let stream = match connect(&open, &path, patience).await {
-        Ok(stream) => stream,
-        Err(closed) => return Response::stream_ok(futures::stream::iter([Ok(frame(closed.into()))])),
-    };
-    let (reader, writer) = tokio::io::split(stream);
-    let (told, client) = oneshot::channel();
-    let pump = AbortOnDrop(tokio::spawn(async move {
-        // Nobody listens any more when the other direction has ended.
-        let _ = told.send(pump(&mut requests, writer).await);
-    }));
-    let (frames, answers) = mpsc::channel(FRAMES_MAX);
-    let stopped = open.stopped();
-    let opened = wire::DialOpened { sandbox_address: path };
-    let carry = tokio::spawn(async move {
-        let mut client = Client { end: Some(client), silent: false, frames, _pump: pump };
-        if client.send(frame(opened.into())).await.is_err() {
-            return;
-        }
-        let end = match carry(reader, &mut client).await {
-            Ok(read) => Ok(frame(last(read, stopped).into())),
-            Err(Gone(Some(error))) => Err(error),
-            Err(Gone(None)) => return,
+impl TenkiService {
+    pub(super) async fn dial(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        mut requests: ServiceStream<Request>,
+    ) -> ServiceResult<ServiceStream<Answer>> {
+        let Some(first) = requests.next().await.transpose()? else {
+            return Err(protocol("the stream ended before its open frame"));
         };
-        let _ = client.frames.send(end).await;
-    });
-    Response::stream_ok(Answers { frames: answers, _task: AbortOnDrop(carry), _open: open })
+        let Some(dial_request::Payload::Open(request)) = required(first.frame.into_option(), "frame")?.payload else {
+            return Err(protocol("the first frame is not open"));
+        };
+        let dial_open::Target::UnixSocketPath(path) = required(request.target, "unix_socket_path")?;
+        check_path(&path)?;
+        let open = self.open(context, &request.session_id).await?;
+        let patience = match request.connect_timeout_ms {
+            0 => CONNECT_TIMEOUT_DEFAULT,
+            asked => Duration::from_millis(asked.into()).min(CONNECT_TIMEOUT_MAX),
+        };
+        let stream = match connect(&open, &path, patience).await {
+            Ok(stream) => stream,
+            Err(closed) => return Response::stream_ok(futures::stream::iter([Ok(frame(closed.into()))])),
+        };
+        let (reader, writer) = tokio::io::split(stream);
+        let (told, client) = oneshot::channel();
+        let pump = AbortOnDrop(tokio::spawn(async move {
+            // Nobody listens any more when the other direction has ended.
+            let _ = told.send(pump(&mut requests, writer).await);
+        }));
+        let (frames, answers) = mpsc::channel(FRAMES_MAX);
+        let stopped = open.stopped();
+        let opened = wire::DialOpened { sandbox_address: path };
+        let carry = tokio::spawn(async move {
+            let mut client = Client { end: Some(client), silent: false, frames, _pump: pump };
+            if client.send(frame(opened.into())).await.is_err() {
+                return;
+            }
+            let end = match carry(reader, &mut client).await {
+                Ok(read) => Ok(frame(last(read, stopped).into())),
+                Err(Gone(Some(error))) => Err(error),
+                Err(Gone(None)) => return,
+            };
+            let _ = client.frames.send(end).await;
+        });
+        Response::stream_ok(Answers { frames: answers, _task: AbortOnDrop(carry), _open: open })
+    }
 }
 
 fn protocol(problem: &str) -> ConnectError {

@@ -14,9 +14,11 @@ use nagaya_engine::OpenSession;
 use nagaya_engine::ports::{FileReader, WriteOptions};
 use tokio::sync::mpsc;
 
-use super::convert;
-use super::parse::{check_path, required};
+use super::messages;
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse::{check_path, required};
+use crate::rpc::service::held;
 use crate::wire::body::is_framed;
 
 /// The guest takes this much at once.
@@ -44,7 +46,7 @@ pub(super) async fn read_file(
     let request = required(request, "request")?;
     check_path(&request.path)?;
     let open = tenki.open(context, &request.session_id).await?;
-    let mut reader = open.guest.read_file(&request.path, 0, 0, 0).await.map_err(convert::guest_error)?;
+    let mut reader = open.guest.read_file(&request.path, 0, 0, 0).await.map_err(messages::guest_error)?;
     let bytes_max = tenki.message_bytes_max;
     // The size is checked again while reading: generated files say 0, and others may grow.
     let (mut chunks, mut bytes) = (Vec::new(), usize::try_from(reader.total_size).unwrap_or(usize::MAX));
@@ -54,11 +56,11 @@ pub(super) async fn read_file(
         CodecFormat::Proto => 2,
         _ => 4,
     };
-    let held = tenki.held(context)?;
+    let held = held(context)?;
     if bytes <= bytes_max {
         held.reserve(bytes * copies).await?;
         bytes = 0;
-        while let Some(chunk) = reader.chunks.recv().await.transpose().map_err(convert::guest_error)? {
+        while let Some(chunk) = reader.chunks.recv().await.transpose().map_err(messages::guest_error)? {
             bytes += chunk.len();
             if bytes > bytes_max {
                 break;
@@ -94,10 +96,10 @@ pub(super) async fn write_file(
     check_path(&request.path)?;
     let open = tenki.open(context, &request.session_id).await?;
     let options = WriteOptions { mode: 0, truncate: true, sync: false };
-    let writer = open.guest.write_file(&request.path, options).await.map_err(convert::guest_error)?;
+    let writer = open.guest.write_file(&request.path, options).await.map_err(messages::guest_error)?;
     // A failed send means that writing failed; `finish` tells why.
     let _ = send(&writer.chunks, request.content).await;
-    let written = writer.finish().await.map_err(convert::guest_error)?;
+    let written = writer.finish().await.map_err(messages::guest_error)?;
     Ok(wire::WriteFileResponse { path: request.path, size_bytes: convert::saturating(written) })
 }
 
@@ -116,7 +118,7 @@ pub(super) async fn write_file_stream(
     check_path(&start.path)?;
     let open = tenki.open(context, &start.session_id).await?;
     let options = WriteOptions { mode: start.mode, truncate: start.truncate, sync: start.sync };
-    let writer = open.guest.write_file(&start.path, options).await.map_err(convert::guest_error)?;
+    let writer = open.guest.write_file(&start.path, options).await.map_err(messages::guest_error)?;
     // Whatever ends this function early drops the writer, which leaves the file as it was.
     while let Some(message) = requests.next().await.transpose()? {
         let data = match required(message.frame.into_option(), "frame")?.payload {
@@ -129,7 +131,7 @@ pub(super) async fn write_file_stream(
             break;
         }
     }
-    let written = writer.finish().await.map_err(convert::guest_error)?;
+    let written = writer.finish().await.map_err(messages::guest_error)?;
     Ok(wire::WriteFileStreamResponse { bytes_written: convert::saturating(written), path: start.path })
 }
 
@@ -154,7 +156,7 @@ pub(super) async fn read_file_stream(
     // Messages are cut here, so that no client can make the guest work in tiny or huge pieces.
     let reader = open.guest.read_file(&request.path, offset, length, 0).await;
     let reading = Reading {
-        reader: reader.map_err(convert::guest_error)?,
+        reader: reader.map_err(messages::guest_error)?,
         message_bytes,
         rest: None,
         format,
@@ -207,7 +209,7 @@ impl Reading {
                 }
                 Some(Err(error)) => {
                     self.ended = true;
-                    return Some(Err(convert::guest_error(error)));
+                    return Some(Err(messages::guest_error(error)));
                 }
                 None => {
                     self.ended = true;

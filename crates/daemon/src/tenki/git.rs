@@ -4,14 +4,16 @@
 
 use std::collections::BTreeMap;
 
+use connectrpc::RequestContext;
 use nagaya_api::error::{Code, Error};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::ports::{Command, ExitStatus, Process, ProcessEvent};
-use nagaya_engine::{Caller, OpenSession, validate};
+use nagaya_engine::{OpenSession, validate};
 
-use super::convert;
-use super::parse::invalid;
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse::invalid;
+use crate::rpc::service::caller;
 
 /// What is answered of git's output; the rest is read and dropped.
 const OUTPUT_BYTES_MAX: usize = 2 * 1024 * 1024;
@@ -23,9 +25,10 @@ const KILLED: i32 = 128;
 impl TenkiService {
     pub(super) async fn git_operation(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::GitOperationRequest,
     ) -> Result<wire::GitOperationResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         let arguments = arguments(&request.operation, request.args)?;
         let (certificate, _) = self.engine.certificate(caller, id).await?;

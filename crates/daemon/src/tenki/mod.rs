@@ -6,22 +6,20 @@
 //! response, never an HTTP 404, which clients take for a route that is not ready.
 
 mod answers;
-mod auth;
+mod certificate;
 mod control;
-mod convert;
 mod data;
 mod dial;
-mod egress;
 mod facade;
-mod facts;
 mod files;
 mod git;
-mod own;
-mod parse;
+mod limits;
+mod messages;
 mod ports;
 mod previews;
 mod run;
 mod service;
+#[rustfmt::skip]
 mod services;
 mod settings;
 mod snapshots;
@@ -31,5 +29,5 @@ mod volumes;
 mod wait;
 mod zero_copy;
 
-pub(crate) use auth::COOKIE_NAMES;
 pub(crate) use facade::{Dependencies, TenkiFacade};
+pub use limits::Limits;

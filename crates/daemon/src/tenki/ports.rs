@@ -1,20 +1,23 @@
 //! Ports of sandboxes that are exposed to the outside.
 
+use connectrpc::RequestContext;
 use nagaya_api::error::Error;
 use nagaya_api::tenki::v1 as wire;
-use nagaya_engine::{Caller, NewExposure, PreviewUrl};
+use nagaya_engine::{NewExposure, PreviewUrl};
 
-use super::convert;
-use super::convert::slug;
-use super::parse::{moment, port};
+use super::messages::slug;
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse::{moment, port};
+use crate::rpc::service::caller;
 
 impl TenkiService {
     pub(super) async fn expose_port(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::ExposePortRequest,
     ) -> Result<wire::ExposePortResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         let new = NewExposure {
             port: port(request.port)?,
@@ -36,9 +39,10 @@ impl TenkiService {
 
     pub(super) async fn unexpose_port(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::UnexposePortRequest,
     ) -> Result<wire::UnexposePortResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         self.engine.unexpose_port(caller, id, port(request.port)?).await?;
         Ok(wire::UnexposePortResponse::default())
@@ -46,10 +50,11 @@ impl TenkiService {
 
     pub(super) async fn list_exposed_ports(
         &self,
-        caller: &Caller,
-        session_id: &str,
+        context: &RequestContext,
+        request: wire::ListExposedPortsRequest,
     ) -> Result<wire::ListExposedPortsResponse, Error> {
-        let exposed = self.engine.exposed_ports(caller, convert::id(session_id, "session_id")?).await?;
+        let caller = &caller(context)?;
+        let exposed = self.engine.exposed_ports(caller, convert::id(&request.session_id, "session_id")?).await?;
         Ok(wire::ListExposedPortsResponse { ports: exposed.into_iter().map(exposure).collect() })
     }
 }

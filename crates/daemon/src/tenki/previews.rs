@@ -1,22 +1,25 @@
 //! Preview URLs: named ones, which outlive sessions, and private ones, which open for holders of a token.
 
+use connectrpc::RequestContext;
 use nagaya_api::error::Error;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_api::tenki::v1::get_preview_url_request::Lookup;
 use nagaya_engine::model::{Binding, PreviewKind};
-use nagaya_engine::{Caller, ListPreviews, NewPreview, PreviewUrl};
+use nagaya_engine::{ListPreviews, NewPreview, PreviewUrl};
 use nagaya_gateway::preview::VIEWER_TOKEN_PARAMETER;
 
-use super::convert;
-use super::parse::{invalid, moment, page_size, port, workspace};
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse::{invalid, moment, page_size, port, workspace};
+use crate::rpc::service::caller;
 
 impl TenkiService {
     pub(super) async fn create_preview_url(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::CreatePreviewUrlRequest,
-    ) -> Result<wire::PreviewUrl, Error> {
+    ) -> Result<wire::CreatePreviewUrlResponse, Error> {
+        let caller = &caller(context)?;
         let binding = match (request.session_id, request.port.filter(|port| *port != 0)) {
             (None, None) => None,
             (Some(session_id), Some(number)) => Some(binding(&session_id, number)?),
@@ -28,27 +31,30 @@ impl TenkiService {
             expires_at: moment(request.expires_at.as_option())?,
             workspace_id: workspace(request.workspace_id.as_deref(), convert::or_none(&request.project_id))?,
         };
-        self.engine.create_preview(caller, new).await.map(preview_url)
+        let found = self.engine.create_preview(caller, new).await?;
+        Ok(wire::CreatePreviewUrlResponse { preview_url: preview_url(found).into() })
     }
 
     pub(super) async fn get_preview_url(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::GetPreviewUrlRequest,
-    ) -> Result<wire::PreviewUrl, Error> {
+    ) -> Result<wire::GetPreviewUrlResponse, Error> {
+        let caller = &caller(context)?;
         let found = match request.lookup {
             Some(Lookup::PreviewUrlId(id)) => self.engine.preview(caller, convert::id(&id, "preview_url_id")?).await?,
             Some(Lookup::Slug(slug)) => self.engine.preview_by_slug(caller, &slug).await?,
             None => return Err(invalid("preview_url_id or slug must be given")),
         };
-        Ok(preview_url(found))
+        Ok(wire::GetPreviewUrlResponse { preview_url: preview_url(found).into() })
     }
 
     pub(super) async fn list_preview_urls(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::ListPreviewUrlsRequest,
     ) -> Result<wire::ListPreviewUrlsResponse, Error> {
+        let caller = &caller(context)?;
         let list = ListPreviews {
             workspace_id: workspace(request.workspace_id.as_deref(), convert::or_none(&request.project_id))?,
             session_id: convert::optional_id(request.session_id.as_deref(), "session_id")?,
@@ -62,37 +68,43 @@ impl TenkiService {
 
     pub(super) async fn bind_preview_url(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::BindPreviewUrlRequest,
-    ) -> Result<wire::PreviewUrl, Error> {
+    ) -> Result<wire::BindPreviewUrlResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.preview_url_id, "preview_url_id")?;
         let binding = binding(&request.session_id, request.port)?;
-        self.engine.bind_preview(caller, id, binding, moment(request.expires_at.as_option())?).await.map(preview_url)
+        let found = self.engine.bind_preview(caller, id, binding, moment(request.expires_at.as_option())?).await?;
+        Ok(wire::BindPreviewUrlResponse { preview_url: preview_url(found).into() })
     }
 
     pub(super) async fn unbind_preview_url(
         &self,
-        caller: &Caller,
-        preview_url_id: &str,
-    ) -> Result<wire::PreviewUrl, Error> {
-        let id = convert::id(preview_url_id, "preview_url_id")?;
-        self.engine.unbind_preview(caller, id).await.map(preview_url)
+        context: &RequestContext,
+        request: wire::UnbindPreviewUrlRequest,
+    ) -> Result<wire::UnbindPreviewUrlResponse, Error> {
+        let caller = &caller(context)?;
+        let id = convert::id(&request.preview_url_id, "preview_url_id")?;
+        let found = self.engine.unbind_preview(caller, id).await?;
+        Ok(wire::UnbindPreviewUrlResponse { preview_url: preview_url(found).into() })
     }
 
     pub(super) async fn delete_preview_url(
         &self,
-        caller: &Caller,
-        preview_url_id: &str,
+        context: &RequestContext,
+        request: wire::DeletePreviewUrlRequest,
     ) -> Result<wire::DeletePreviewUrlResponse, Error> {
-        self.engine.delete_preview(caller, convert::id(preview_url_id, "preview_url_id")?).await?;
+        let caller = &caller(context)?;
+        self.engine.delete_preview(caller, convert::id(&request.preview_url_id, "preview_url_id")?).await?;
         Ok(wire::DeletePreviewUrlResponse::default())
     }
 
     pub(super) async fn open_preview(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::OpenPreviewRequest,
     ) -> Result<wire::OpenPreviewResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         let (port, expires_at) = (port(request.port)?, moment(request.expires_at.as_option())?);
         let opened = self.engine.open_preview(caller, id, port, expires_at).await?;
@@ -107,18 +119,20 @@ impl TenkiService {
 
     pub(super) async fn touch_preview(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::TouchPreviewRequest,
     ) -> Result<wire::TouchPreviewResponse, Error> {
+        let caller = &caller(context)?;
         let at = self.engine.touch_preview(caller, token(&request.preview_token)?).await?;
         Ok(wire::TouchPreviewResponse { last_accessed_at: convert::timestamp(at).into() })
     }
 
     pub(super) async fn resolve_preview_token(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::ResolvePreviewTokenRequest,
     ) -> Result<wire::ResolvePreviewTokenResponse, Error> {
+        let caller = &caller(context)?;
         let target = self.engine.resolve_preview_token(caller, token(&request.token)?).await?;
         let binding = target.preview.binding;
         Ok(wire::ResolvePreviewTokenResponse {

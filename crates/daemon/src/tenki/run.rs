@@ -21,9 +21,11 @@ use nagaya_engine::validate;
 use tokio::sync::{mpsc, oneshot};
 
 use super::answers::AbortOnDrop;
-use super::convert;
-use super::parse::required;
+use super::messages;
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse::required;
+use crate::rpc::service::caller;
 
 /// Leading metadata of a Run: the id under which the session's events name the command.
 const EXECUTION_HEADER: &str = "x-nagaya-execution-id";
@@ -40,55 +42,57 @@ fn protocol(problem: &str) -> ConnectError {
     Error::new(Code::StreamProtocol, problem).into()
 }
 
-pub(super) async fn run(
-    tenki: &Arc<TenkiService>,
-    context: &RequestContext,
-    mut requests: ServiceStream<Request>,
-) -> ServiceResult<ServiceStream<Answer>> {
-    let Some(first) = requests.next().await.transpose()? else {
-        return Err(protocol("the stream ended before its start frame"));
-    };
-    let Some(run_request::Payload::Start(start)) = required(first.frame.into_option(), "frame")?.payload else {
-        return Err(protocol("the first frame is not start"));
-    };
-    let started_at = Instant::now();
-    let open = tenki.open(context, &start.session_id).await?;
-    let takes_input = start.stream_stdin;
-    let command = command(tenki, &open, *start)?;
-    let noted = Noted { log: open.commands.clone(), id: open.commands.new_execution(), program: program(&command) };
-    // A command that cannot be started is a status, never an exit: clients wait for `started`.
-    let process = match open.guest.run(command).await {
-        Ok(process) => process,
-        Err(error) => {
-            noted.log.not_started(noted.id, &noted.program, &error).await;
-            return Err(convert::guest_error(error));
-        }
-    };
-    let execution_id = noted.id.to_string();
-    tenki.metrics.run_started(started_at.elapsed());
+impl TenkiService {
+    pub(super) async fn run(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        mut requests: ServiceStream<Request>,
+    ) -> ServiceResult<ServiceStream<Answer>> {
+        let Some(first) = requests.next().await.transpose()? else {
+            return Err(protocol("the stream ended before its start frame"));
+        };
+        let Some(run_request::Payload::Start(start)) = required(first.frame.into_option(), "frame")?.payload else {
+            return Err(protocol("the first frame is not start"));
+        };
+        let started_at = Instant::now();
+        let open = self.open(context, &start.session_id).await?;
+        let takes_input = start.stream_stdin;
+        let command = command(self, &open, *start)?;
+        let noted = Noted { log: open.commands.clone(), id: open.commands.new_execution(), program: program(&command) };
+        // A command that cannot be started is a status, never an exit: clients wait for `started`.
+        let process = match open.guest.run(command).await {
+            Ok(process) => process,
+            Err(error) => {
+                noted.log.not_started(noted.id, &noted.program, &error).await;
+                return Err(messages::guest_error(error));
+            }
+        };
+        let execution_id = noted.id.to_string();
+        self.metrics.run_started(started_at.elapsed());
 
-    let started = wire::RunStarted {
-        pid: process.pid.into(),
-        stdin_window_bytes: if takes_input { tenki.stdin_window_bytes } else { 0 },
-    };
-    let (failed, failure) = oneshot::channel();
-    let input = process.input;
-    let pump = tokio::spawn(async move {
-        if let Err(error) = pump(&mut requests, &input, takes_input).await {
-            // Nobody listens any more when the command has ended.
-            let _ = failed.send(error);
-        }
-    });
-    let running = Running {
-        frames: VecDeque::from([frame(run_response::Payload::from(started))]),
-        events: Some(process.events),
-        failure: Some(failure),
-        noted,
-        ending: None,
-        _pump: AbortOnDrop(pump),
-        _open: open,
-    };
-    Ok(Response::stream(running).try_with_header(EXECUTION_HEADER, execution_id).expect("ids are fit for headers"))
+        let started = wire::RunStarted {
+            pid: process.pid.into(),
+            stdin_window_bytes: if takes_input { self.stdin_window_bytes } else { 0 },
+        };
+        let (failed, failure) = oneshot::channel();
+        let input = process.input;
+        let pump = tokio::spawn(async move {
+            if let Err(error) = pump(&mut requests, &input, takes_input).await {
+                // Nobody listens any more when the command has ended.
+                let _ = failed.send(error);
+            }
+        });
+        let running = Running {
+            frames: VecDeque::from([frame(run_response::Payload::from(started))]),
+            events: Some(process.events),
+            failure: Some(failure),
+            noted,
+            ending: None,
+            _pump: AbortOnDrop(pump),
+            _open: open,
+        };
+        Ok(Response::stream(running).try_with_header(EXECUTION_HEADER, execution_id).expect("ids are fit for headers"))
+    }
 }
 
 /// What of a command is recorded when it ends abnormally.
@@ -143,7 +147,7 @@ async fn pump(
                 let _ = input.send(ProcessInput::StdinClose).await;
             }
             Some(run_request::Payload::Signal(signal)) => {
-                let signal = signal.signal.as_known().map_or(nagaya_engine::ports::Signal::Term, convert::signal);
+                let signal = signal.signal.as_known().map_or(nagaya_engine::ports::Signal::Term, messages::signal);
                 let _ = input.send(ProcessInput::Signal(signal)).await;
             }
             // Input after its end, and kinds of frames that this server does not know. Frames for
@@ -240,7 +244,7 @@ impl Noted {
 }
 
 fn exit_frame(status: ExitStatus) -> Answer {
-    frame(run_response::Payload::from(convert::exit(status)))
+    frame(run_response::Payload::from(messages::exit(status)))
 }
 
 fn frame(payload: run_response::Payload) -> Answer {
@@ -248,45 +252,47 @@ fn frame(payload: run_response::Payload) -> Answer {
     Answer { frame: frame.into() }
 }
 
-/// The output of a command started by ExecuteCommand, from its beginning. The last message says
-/// how it ended.
-pub(super) async fn stream_command_output(
-    tenki: &Arc<TenkiService>,
-    context: &RequestContext,
-    request: wire::StreamCommandOutputRequest,
-) -> ServiceResult<ServiceStream<wire::StreamCommandOutputResponse>> {
-    let caller = tenki.caller(context)?;
-    let session_id = convert::id(&request.session_id, "session_id")?;
-    let execution_id = convert::id(&request.execution_id, "execution_id")?;
-    let events = tenki.engine.follow_execution(&caller, session_id, execution_id).await?;
-    let execution_id = request.execution_id;
-    Response::stream_ok(futures::stream::unfold(Some(events), move |events| {
-        let execution_id = execution_id.clone();
-        async move {
-            let mut events = events?;
-            let message = wire::StreamCommandOutputResponse { execution_id, ..Default::default() };
-            let (message, events) = match events.recv().await {
-                Some(ProcessEvent::Stdout(data)) => {
-                    (Ok(wire::StreamCommandOutputResponse { data, ..message }), Some(events))
-                }
-                Some(ProcessEvent::Stderr(data)) => {
-                    (Ok(wire::StreamCommandOutputResponse { data, is_stderr: true, ..message }), Some(events))
-                }
-                Some(ProcessEvent::Exit(status)) => {
-                    let message = wire::StreamCommandOutputResponse {
-                        is_final: true,
-                        exit_code: status.code,
-                        duration_ms: i64::try_from(status.duration_ms).unwrap_or(i64::MAX),
-                        timed_out: status.timed_out,
-                        ..message
-                    };
-                    (Ok(message), None)
-                }
-                None => {
-                    (Err(Error::new(Code::GuestUnreachable, "the connection to the command was lost").into()), None)
-                }
-            };
-            Some((message, events))
-        }
-    }))
+impl TenkiService {
+    /// The output of a command started by ExecuteCommand, from its beginning. The last message says
+    /// how it ended.
+    pub(super) async fn stream_command_output(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        request: wire::StreamCommandOutputRequest,
+    ) -> ServiceResult<ServiceStream<wire::StreamCommandOutputResponse>> {
+        let caller = caller(context)?;
+        let session_id = convert::id(&request.session_id, "session_id")?;
+        let execution_id = convert::id(&request.execution_id, "execution_id")?;
+        let events = self.engine.follow_execution(&caller, session_id, execution_id).await?;
+        let execution_id = request.execution_id;
+        Response::stream_ok(futures::stream::unfold(Some(events), move |events| {
+            let execution_id = execution_id.clone();
+            async move {
+                let mut events = events?;
+                let message = wire::StreamCommandOutputResponse { execution_id, ..Default::default() };
+                let (message, events) = match events.recv().await {
+                    Some(ProcessEvent::Stdout(data)) => {
+                        (Ok(wire::StreamCommandOutputResponse { data, ..message }), Some(events))
+                    }
+                    Some(ProcessEvent::Stderr(data)) => {
+                        (Ok(wire::StreamCommandOutputResponse { data, is_stderr: true, ..message }), Some(events))
+                    }
+                    Some(ProcessEvent::Exit(status)) => {
+                        let message = wire::StreamCommandOutputResponse {
+                            is_final: true,
+                            exit_code: status.code,
+                            duration_ms: i64::try_from(status.duration_ms).unwrap_or(i64::MAX),
+                            timed_out: status.timed_out,
+                            ..message
+                        };
+                        (Ok(message), None)
+                    }
+                    None => {
+                        (Err(Error::new(Code::GuestUnreachable, "the connection to the command was lost").into()), None)
+                    }
+                };
+                Some((message, events))
+            }
+        }))
+    }
 }

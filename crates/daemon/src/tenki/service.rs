@@ -6,18 +6,16 @@ use std::time::Duration;
 
 use connectrpc::RequestContext;
 use http::header;
-use http::uri::Authority;
-use nagaya_api::error::{Code, Error};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{Session, SessionState};
 use nagaya_engine::{Caller, Engine, EngineConfig};
 use nagaya_gateway::ssh::SshServer;
 
-use super::convert;
-use crate::budget::Held;
+use super::messages;
 use crate::download::Downloads;
 use crate::metrics::Metrics;
-use crate::wire::connection::UrlScheme;
+use crate::rpc::convert;
+use crate::rpc::service::Admitted;
 use crate::wire::lifecycle::Lifecycle;
 
 /// What the rpcs share.
@@ -39,20 +37,6 @@ pub(super) struct TenkiService {
     pub(super) tunnel_ping_timeout: Duration,
 }
 
-/// What is known about a request before its message is read.
-#[derive(Debug, Clone)]
-pub(super) struct Admitted {
-    /// On the control plane only.
-    pub(super) caller: Option<Caller>,
-    pub(super) scheme: UrlScheme,
-    /// The server as the client named it; from the URI over HTTP/2, else from the Host header.
-    pub(super) authority: Option<Authority>,
-    /// Tells callers apart where they share memory.
-    pub(super) share: u8,
-    /// Memory for the answer.
-    pub(super) held: Arc<Held>,
-}
-
 /// How far the way to a session's data plane is, as told in several answers.
 pub(super) struct Route {
     pub(super) session: wire::SandboxSession,
@@ -62,20 +46,6 @@ pub(super) struct Route {
 }
 
 impl TenkiService {
-    pub(super) fn caller(&self, context: &RequestContext) -> Result<Caller, Error> {
-        context
-            .extensions()
-            .get::<Admitted>()
-            .and_then(|admitted| admitted.caller)
-            .ok_or_else(|| Code::Unauthenticated.into())
-    }
-
-    /// Memory for the call's answer.
-    pub(super) fn held(&self, context: &RequestContext) -> Result<Arc<Held>, Error> {
-        let admitted = context.extensions().get::<Admitted>();
-        admitted.map(|admitted| Arc::clone(&admitted.held)).ok_or_else(|| Code::Unauthenticated.into())
-    }
-
     /// Where the data plane is reached: here, under the name that the client itself uses.
     pub(super) fn endpoint(&self, context: &RequestContext) -> String {
         if let Some(url) = &self.public_url {
@@ -101,7 +71,7 @@ impl TenkiService {
             Some((certificate, session)) => Route {
                 session: convert::session(session),
                 endpoint,
-                credential: Some(convert::credential(certificate)),
+                credential: Some(messages::credential(certificate)),
                 status: wire::DataPlaneRouteStatus::Verified,
             },
             None => Route {

@@ -1,27 +1,71 @@
 //! What a workspace may use and how long it keeps things.
 
 use buffa_types::google::protobuf::Duration;
+use connectrpc::RequestContext;
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::WorkspaceId;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::WorkspaceSettings;
 use nagaya_engine::{Caller, WorkspaceSettingsUpdate};
 
-use super::convert;
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::service::caller;
 
 impl TenkiService {
-    pub(super) async fn settings(
+    pub(super) async fn get_workspace_sandbox_settings(
         &self,
-        caller: &Caller,
-        workspace_id: &str,
-    ) -> Result<wire::WorkspaceSandboxSettings, Error> {
+        context: &RequestContext,
+        request: wire::GetWorkspaceSandboxSettingsRequest,
+    ) -> Result<wire::GetWorkspaceSandboxSettingsResponse, Error> {
+        let settings = self.settings(&caller(context)?, &request.workspace_id).await?;
+        Ok(wire::GetWorkspaceSandboxSettingsResponse { settings: settings.into() })
+    }
+
+    pub(super) async fn update_workspace_sandbox_settings(
+        &self,
+        context: &RequestContext,
+        request: wire::UpdateWorkspaceSandboxSettingsRequest,
+    ) -> Result<wire::UpdateWorkspaceSandboxSettingsResponse, Error> {
+        let settings = self.update_settings(&caller(context)?, request).await?;
+        Ok(wire::UpdateWorkspaceSandboxSettingsResponse { settings: settings.into() })
+    }
+
+    pub(super) async fn get_workspace_snapshot_retention_settings(
+        &self,
+        context: &RequestContext,
+        request: wire::GetWorkspaceSnapshotRetentionSettingsRequest,
+    ) -> Result<wire::GetWorkspaceSnapshotRetentionSettingsResponse, Error> {
+        let settings = self.settings(&caller(context)?, &request.workspace_id).await?;
+        let settings = retention_settings(settings).into();
+        Ok(wire::GetWorkspaceSnapshotRetentionSettingsResponse { settings })
+    }
+
+    pub(super) async fn update_workspace_snapshot_retention_settings(
+        &self,
+        context: &RequestContext,
+        request: wire::UpdateWorkspaceSnapshotRetentionSettingsRequest,
+    ) -> Result<wire::UpdateWorkspaceSnapshotRetentionSettingsResponse, Error> {
+        let update = wire::UpdateWorkspaceSandboxSettingsRequest {
+            workspace_id: request.workspace_id,
+            pause_retention: request.pause_retention,
+            clear_pause_retention: request.clear_pause_retention,
+            snapshot_retention: request.snapshot_retention,
+            clear_snapshot_retention: request.clear_snapshot_retention,
+            ..Default::default()
+        };
+        let settings = self.update_settings(&caller(context)?, update).await?;
+        let settings = retention_settings(settings).into();
+        Ok(wire::UpdateWorkspaceSnapshotRetentionSettingsResponse { settings })
+    }
+
+    async fn settings(&self, caller: &Caller, workspace_id: &str) -> Result<wire::WorkspaceSandboxSettings, Error> {
         let asked = Some(convert::id(workspace_id, "workspace_id")?);
         let (id, settings) = self.engine.settings(caller, asked).await?;
         Ok(answer(id, settings))
     }
 
-    pub(super) async fn update_settings(
+    async fn update_settings(
         &self,
         caller: &Caller,
         request: wire::UpdateWorkspaceSandboxSettingsRequest,
@@ -65,7 +109,7 @@ impl TenkiService {
 }
 
 /// The part of the settings that older clients know.
-pub(super) fn retention_settings(settings: wire::WorkspaceSandboxSettings) -> wire::WorkspaceSnapshotRetentionSettings {
+fn retention_settings(settings: wire::WorkspaceSandboxSettings) -> wire::WorkspaceSnapshotRetentionSettings {
     wire::WorkspaceSnapshotRetentionSettings {
         workspace_id: settings.workspace_id,
         pause_retention: settings.pause_retention,

@@ -7,38 +7,111 @@ use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{SnapshotKind, SnapshotState};
 use nagaya_engine::{Caller, ListSnapshots, NewSnapshot, SnapshotUpdate};
 
-use super::convert;
-use super::parse::{invalid, page_size};
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse::{invalid, page_size, workspace};
+use crate::rpc::service::caller;
 
 /// Which of the list rpcs was called.
 #[derive(Default)]
-pub(super) struct Scope {
-    pub(super) workspace_id: Option<WorkspaceId>,
-    pub(super) session_id: Option<SessionId>,
-    pub(super) dangling: bool,
+struct Scope {
+    workspace_id: Option<WorkspaceId>,
+    session_id: Option<SessionId>,
+    dangling: bool,
 }
 
 impl TenkiService {
     pub(super) async fn create_snapshot(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::CreateSnapshotRequest,
-    ) -> Result<wire::Snapshot, Error> {
+    ) -> Result<wire::CreateSnapshotResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         let expires_at = request.expires_at.as_option().map(|at| convert::unix_ms(at, "expires_at")).transpose()?;
         // store_raw_image needs nothing: every snapshot's disk can be fetched.
         let new = NewSnapshot { name: request.name.unwrap_or_default(), expires_at, wait: !request.r#async };
-        self.engine.create_snapshot(caller, id, new).await.map(convert::snapshot)
+        let snapshot = self.engine.create_snapshot(caller, id, new).await?;
+        Ok(wire::CreateSnapshotResponse { snapshot: convert::snapshot(snapshot).into() })
     }
 
-    pub(super) async fn get_snapshot(&self, caller: &Caller, snapshot_id: &str) -> Result<wire::Snapshot, Error> {
-        let id = convert::id(snapshot_id, "snapshot_id")?;
-        self.engine.snapshot(caller, id).await.map(convert::snapshot)
+    pub(super) async fn get_snapshot(
+        &self,
+        context: &RequestContext,
+        request: wire::GetSnapshotRequest,
+    ) -> Result<wire::GetSnapshotResponse, Error> {
+        let caller = &caller(context)?;
+        let id = convert::id(&request.snapshot_id, "snapshot_id")?;
+        let snapshot = self.engine.snapshot(caller, id).await?;
+        Ok(wire::GetSnapshotResponse { snapshot: convert::snapshot(snapshot).into() })
+    }
+
+    pub(super) async fn list_snapshots(
+        &self,
+        context: &RequestContext,
+        request: wire::ListSnapshotsRequest,
+    ) -> Result<wire::ListSnapshotsResponse, Error> {
+        let scope = Scope::default();
+        let caller = caller(context)?;
+        let page = self.snapshots_page(&caller, scope, request.page_size, request.page_token);
+        let (snapshots, next_page_token) = page.await?;
+        Ok(wire::ListSnapshotsResponse { snapshots, next_page_token })
+    }
+
+    pub(super) async fn list_session_snapshots(
+        &self,
+        context: &RequestContext,
+        request: wire::ListSessionSnapshotsRequest,
+    ) -> Result<wire::ListSessionSnapshotsResponse, Error> {
+        let scope = Scope { session_id: Some(convert::id(&request.session_id, "session_id")?), ..Scope::default() };
+        let caller = caller(context)?;
+        let page = self.snapshots_page(&caller, scope, request.page_size, request.page_token);
+        let (snapshots, next_page_token) = page.await?;
+        Ok(wire::ListSessionSnapshotsResponse { snapshots, next_page_token })
+    }
+
+    pub(super) async fn list_dangling_snapshots(
+        &self,
+        context: &RequestContext,
+        request: wire::ListDanglingSnapshotsRequest,
+    ) -> Result<wire::ListDanglingSnapshotsResponse, Error> {
+        let scope = Scope { dangling: true, ..Scope::default() };
+        let caller = caller(context)?;
+        let page = self.snapshots_page(&caller, scope, request.page_size, request.page_token);
+        let (snapshots, next_page_token) = page.await?;
+        Ok(wire::ListDanglingSnapshotsResponse { snapshots, next_page_token })
+    }
+
+    pub(super) async fn list_workspace_snapshots(
+        &self,
+        context: &RequestContext,
+        request: wire::ListWorkspaceSnapshotsRequest,
+    ) -> Result<wire::ListWorkspaceSnapshotsResponse, Error> {
+        let scope =
+            Scope { workspace_id: workspace(convert::or_none(&request.workspace_id), None)?, ..Scope::default() };
+        let caller = caller(context)?;
+        let page = self.snapshots_page(&caller, scope, request.page_size, request.page_token);
+        let (snapshots, next_page_token) = page.await?;
+        Ok(wire::ListWorkspaceSnapshotsResponse { snapshots, next_page_token })
+    }
+
+    pub(super) async fn list_project_snapshots(
+        &self,
+        context: &RequestContext,
+        request: wire::ListProjectSnapshotsRequest,
+    ) -> Result<wire::ListProjectSnapshotsResponse, Error> {
+        let scope = Scope {
+            workspace_id: workspace(request.workspace_id.as_deref(), Some(&request.project_id))?,
+            ..Scope::default()
+        };
+        let caller = caller(context)?;
+        let page = self.snapshots_page(&caller, scope, request.page_size, request.page_token);
+        let (snapshots, next_page_token) = page.await?;
+        Ok(wire::ListProjectSnapshotsResponse { snapshots, next_page_token })
     }
 
     /// One page for all five list rpcs.
-    pub(super) async fn list_snapshots(
+    async fn snapshots_page(
         &self,
         caller: &Caller,
         scope: Scope,
@@ -54,9 +127,10 @@ impl TenkiService {
 
     pub(super) async fn update_snapshot(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::UpdateSnapshotRequest,
-    ) -> Result<wire::Snapshot, Error> {
+    ) -> Result<wire::UpdateSnapshotResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.snapshot_id, "snapshot_id")?;
         if request.clear_tags && !request.tags.is_empty() {
             return Err(invalid("tags and clear_tags exclude each other"));
@@ -70,26 +144,33 @@ impl TenkiService {
             expires_at: (request.clear_expires_at || expires_at.is_some()).then_some(expires_at),
             tags: (request.clear_tags || !request.tags.is_empty()).then_some(request.tags),
         };
-        self.engine.update_snapshot(caller, id, update).await.map(convert::snapshot)
+        let snapshot = self.engine.update_snapshot(caller, id, update).await?;
+        Ok(wire::UpdateSnapshotResponse { snapshot: convert::snapshot(snapshot).into() })
     }
 
-    pub(super) async fn delete_snapshot(&self, caller: &Caller, snapshot_id: &str) -> Result<wire::Snapshot, Error> {
-        let id = convert::id(snapshot_id, "snapshot_id")?;
+    pub(super) async fn delete_snapshot(
+        &self,
+        context: &RequestContext,
+        request: wire::DeleteSnapshotRequest,
+    ) -> Result<wire::DeleteSnapshotResponse, Error> {
+        let caller = &caller(context)?;
+        let id = convert::id(&request.snapshot_id, "snapshot_id")?;
         let deleted = self.engine.delete_snapshot(caller, id).await?;
-        Ok(wire::Snapshot {
+        let snapshot = wire::Snapshot {
             state: wire::SnapshotState::Deleted.into(),
             raw_image_available: false,
             ..convert::snapshot(deleted)
-        })
+        };
+        Ok(wire::DeleteSnapshotResponse { snapshot: snapshot.into() })
     }
 
     pub(super) async fn get_snapshot_download_url(
         &self,
         context: &RequestContext,
-        snapshot_id: &str,
+        request: wire::GetSnapshotDownloadURLRequest,
     ) -> Result<wire::GetSnapshotDownloadURLResponse, Error> {
-        let caller = self.caller(context)?;
-        let id = convert::id(snapshot_id, "snapshot_id")?;
+        let caller = caller(context)?;
+        let id = convert::id(&request.snapshot_id, "snapshot_id")?;
         let snapshot = self.engine.snapshot(&caller, id).await?;
         if snapshot.kind == SnapshotKind::Pause {
             let detail = "it stands for the disk of a paused session; take a snapshot of that session and fetch it";

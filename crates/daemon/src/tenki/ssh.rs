@@ -11,13 +11,14 @@ use hyper_util::rt::TokioIo;
 use nagaya_api::error::{Code, Error};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::ports::Clock;
-use nagaya_engine::{Caller, SessionUpdate, SshSession, validate};
+use nagaya_engine::{SessionUpdate, SshSession, validate};
 use nagaya_gateway::ssh::{self, ConnectionPermit, Permissions, WebSocket};
 
-use super::parse::{invalid, milliseconds};
 use super::service::TenkiService;
-use super::{auth, convert};
 use crate::host::HostClock;
+use crate::rpc::parse::{invalid, milliseconds};
+use crate::rpc::service::caller;
+use crate::rpc::{auth, convert};
 use crate::wire::body::ResponseBody;
 use crate::wire::connection::Via;
 use crate::wire::lifecycle::Phase;
@@ -31,7 +32,11 @@ const GATEWAY_ID: &str = "nagaya";
 const REGION: &str = "local";
 
 impl TenkiService {
-    pub(super) fn list_active_ssh_gateways(&self, context: &RequestContext) -> wire::ListActiveSSHGatewaysResponse {
+    pub(super) async fn list_active_ssh_gateways(
+        &self,
+        context: &RequestContext,
+        _: wire::ListActiveSSHGatewaysRequest,
+    ) -> Result<wire::ListActiveSSHGatewaysResponse, Error> {
         let gateway = wire::ActiveSSHGateway {
             gateway_id: GATEWAY_ID.to_owned(),
             region: REGION.to_owned(),
@@ -41,14 +46,15 @@ impl TenkiService {
             ws_bridge_endpoint: self.endpoint(context),
             ..Default::default()
         };
-        wire::ListActiveSSHGatewaysResponse { gateways: vec![gateway] }
+        Ok(wire::ListActiveSSHGatewaysResponse { gateways: vec![gateway] })
     }
 
     pub(super) async fn issue_sandbox_ssh_cert(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::IssueSandboxSSHCertRequest,
     ) -> Result<wire::IssueSandboxSSHCertResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         let public_key = validate::ssh_key_line(&request.public_key);
         if !PUBLIC_KEY_BYTES.contains(&public_key.len()) {
@@ -74,9 +80,10 @@ impl TenkiService {
 
     pub(super) async fn update_ssh_authorized_keys(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::UpdateSSHAuthorizedKeysRequest,
     ) -> Result<wire::UpdateSSHAuthorizedKeysResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         let update =
             SessionUpdate { ssh_authorized_keys: Some(request.ssh_authorized_keys), ..SessionUpdate::default() };

@@ -27,8 +27,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use super::answers::{AbortOnDrop, Answers};
-use super::parse::required;
 use super::service::TenkiService;
+use crate::rpc::parse::required;
 use crate::wire::lifecycle::Phase;
 
 type Request = wire::SandboxSessionDataPlaneServiceHostPortTunnelRequest;
@@ -54,71 +54,73 @@ const LINGER: Duration = Duration::from_secs(2);
 const FINISH_MAX: Duration = Duration::from_secs(30);
 const BIND_TIMEOUT: Duration = Duration::from_secs(10);
 
-pub(super) async fn tunnel(
-    tenki: &Arc<TenkiService>,
-    context: &RequestContext,
-    mut requests: ServiceStream<Request>,
-) -> ServiceResult<ServiceStream<Answer>> {
-    let first = tokio::select! {
-        first = requests.next() => first.transpose()?,
-        () = tenki.lifecycle.reached(Phase::Draining) => return Err(Error::from(Code::Draining).into()),
-    };
-    let Some(first) = first else { return Err(protocol("the stream ended before its open frame")) };
-    let Some(Asked::Open(request)) = required(first.frame.into_option(), "frame")?.payload else {
-        return Err(protocol("the first frame is not open"));
-    };
-    let bind = bind(&request)?;
-    let open = tenki.open(context, &request.session_id).await?;
-    let listening = match tokio::time::timeout(BIND_TIMEOUT, open.guest.listen(&bind)).await {
-        Ok(listening) => listening.map_err(refused),
-        Err(_) => Err(terminated(Reason::PlatformError, "the sandbox did not answer in time", 0)),
-    };
-    let listener = match listening {
-        Ok(listener) => listener,
-        Err(terminated) => return Response::stream_ok(futures::stream::iter([Ok(frame(terminated.into()))])),
-    };
-    let (frames, answers) = mpsc::channel(FRAMES_MAX);
-    let opened = wire::HostPortTunnelOpened {
-        sandbox_port: listener.port.into(),
-        sandbox_address: address(&bind, listener.port),
-    };
-    let stopped = open.stopped();
-    let draining = tenki.lifecycle.reached(Phase::Draining);
-    let tunnel = Tunnel {
-        frames: frames.clone(),
-        subs: Arc::default(),
-        finishing: Mutex::default(),
-        heard: AtomicU64::new(0),
-        held_up: AtomicBool::new(false),
-        ping_interval: tenki.tunnel_ping_interval,
-        ping_timeout: tenki.tunnel_ping_timeout,
-    };
-    let task = tokio::spawn(async move {
-        if frames.send(Ok(frame(opened.into()))).await.is_err() {
-            return;
-        }
-        let end = tokio::select! {
-            biased;
-            () = draining => Some(Ok(terminated(Reason::EngineDraining, "the server is shutting down", 0))),
-            state = stopped => {
-                let detail = format!("session not RUNNING (state={})", state.name());
-                Some(Ok(terminated(Reason::SessionLost, detail, 0)))
-            }
-            end = tunnel.obey(&mut requests) => end.err().map(Err),
-            () = tunnel.accept(listener) => Some(Ok(terminated(Reason::SessionLost, "the sandbox was lost", 0))),
-            () = tunnel.keep_alive() => {
-                Some(Ok(terminated(Reason::KeepaliveTimeout, "the client does not answer pings", 0)))
-            }
-            () = frames.closed() => None,
+impl TenkiService {
+    pub(super) async fn host_port_tunnel(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        mut requests: ServiceStream<Request>,
+    ) -> ServiceResult<ServiceStream<Answer>> {
+        let first = tokio::select! {
+            first = requests.next() => first.transpose()?,
+            () = self.lifecycle.reached(Phase::Draining) => return Err(Error::from(Code::Draining).into()),
         };
-        // Connections end before the client is told, who may not listen any more.
-        tunnel.subs.lock().clear();
-        if let Some(end) = end {
-            let _ = frames.send(end.map(|terminated| frame(terminated.into()))).await;
-        }
-        let _ = tokio::time::timeout(LINGER, tunnel.finish()).await;
-    });
-    Response::stream_ok(Answers { frames: answers, _task: AbortOnDrop(task), _open: open })
+        let Some(first) = first else { return Err(protocol("the stream ended before its open frame")) };
+        let Some(Asked::Open(request)) = required(first.frame.into_option(), "frame")?.payload else {
+            return Err(protocol("the first frame is not open"));
+        };
+        let bind = bind(&request)?;
+        let open = self.open(context, &request.session_id).await?;
+        let listening = match tokio::time::timeout(BIND_TIMEOUT, open.guest.listen(&bind)).await {
+            Ok(listening) => listening.map_err(refused),
+            Err(_) => Err(terminated(Reason::PlatformError, "the sandbox did not answer in time", 0)),
+        };
+        let listener = match listening {
+            Ok(listener) => listener,
+            Err(terminated) => return Response::stream_ok(futures::stream::iter([Ok(frame(terminated.into()))])),
+        };
+        let (frames, answers) = mpsc::channel(FRAMES_MAX);
+        let opened = wire::HostPortTunnelOpened {
+            sandbox_port: listener.port.into(),
+            sandbox_address: address(&bind, listener.port),
+        };
+        let stopped = open.stopped();
+        let draining = self.lifecycle.reached(Phase::Draining);
+        let tunnel = Tunnel {
+            frames: frames.clone(),
+            subs: Arc::default(),
+            finishing: Mutex::default(),
+            heard: AtomicU64::new(0),
+            held_up: AtomicBool::new(false),
+            ping_interval: self.tunnel_ping_interval,
+            ping_timeout: self.tunnel_ping_timeout,
+        };
+        let task = tokio::spawn(async move {
+            if frames.send(Ok(frame(opened.into()))).await.is_err() {
+                return;
+            }
+            let end = tokio::select! {
+                biased;
+                () = draining => Some(Ok(terminated(Reason::EngineDraining, "the server is shutting down", 0))),
+                state = stopped => {
+                    let detail = format!("session not RUNNING (state={})", state.name());
+                    Some(Ok(terminated(Reason::SessionLost, detail, 0)))
+                }
+                end = tunnel.obey(&mut requests) => end.err().map(Err),
+                () = tunnel.accept(listener) => Some(Ok(terminated(Reason::SessionLost, "the sandbox was lost", 0))),
+                () = tunnel.keep_alive() => {
+                    Some(Ok(terminated(Reason::KeepaliveTimeout, "the client does not answer pings", 0)))
+                }
+                () = frames.closed() => None,
+            };
+            // Connections end before the client is told, who may not listen any more.
+            tunnel.subs.lock().clear();
+            if let Some(end) = end {
+                let _ = frames.send(end.map(|terminated| frame(terminated.into()))).await;
+            }
+            let _ = tokio::time::timeout(LINGER, tunnel.finish()).await;
+        });
+        Response::stream_ok(Answers { frames: answers, _task: AbortOnDrop(task), _open: open })
+    }
 }
 
 fn protocol(problem: &str) -> ConnectError {

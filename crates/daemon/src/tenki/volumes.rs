@@ -1,14 +1,17 @@
 //! Volumes.
 
+use connectrpc::RequestContext;
 use nagaya_api::error::Error;
 use nagaya_api::ids::{VolumeId, WorkspaceId};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::{Caller, ListVolumes, NewVolume, VolumeUpdate};
 
-use super::convert;
-use super::parse;
-use super::parse::{invalid, page_size, required, workspace};
+use super::messages;
 use super::service::TenkiService;
+use crate::rpc::convert;
+use crate::rpc::parse;
+use crate::rpc::parse::{invalid, page_size, required, workspace};
+use crate::rpc::service::caller;
 
 /// A size that the wire has as signed. Negative ones become 0, which is too small for every volume.
 fn size(bytes: i64) -> u64 {
@@ -23,9 +26,10 @@ fn named(name: &str) -> Result<(), Error> {
 impl TenkiService {
     pub(super) async fn create_volume(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::CreateVolumeRequest,
-    ) -> Result<wire::Volume, Error> {
+    ) -> Result<wire::CreateVolumeResponse, Error> {
+        let caller = &caller(context)?;
         named(&request.name)?;
         let new = NewVolume {
             workspace_id: workspace(convert::or_none(&request.workspace_id), request.project_id.as_deref())?,
@@ -33,23 +37,52 @@ impl TenkiService {
             size_bytes: size(request.size_bytes),
         };
         let volume = self.engine.create_volume(caller, new).await?;
-        Ok(convert::volume(volume, false))
+        Ok(wire::CreateVolumeResponse { volume: messages::volume(volume, false).into() })
     }
 
-    pub(super) async fn get_volume(&self, caller: &Caller, volume_id: &str) -> Result<wire::GetVolumeResponse, Error> {
-        self.volume(caller, convert::id(volume_id, "volume_id")?).await
+    pub(super) async fn get_volume(
+        &self,
+        context: &RequestContext,
+        request: wire::GetVolumeRequest,
+    ) -> Result<wire::GetVolumeResponse, Error> {
+        let caller = &caller(context)?;
+        self.volume(caller, convert::id(&request.volume_id, "volume_id")?).await
     }
 
     async fn volume(&self, caller: &Caller, id: VolumeId) -> Result<wire::GetVolumeResponse, Error> {
         let (volume, attachments) = self.engine.volume(caller, id).await?;
         Ok(wire::GetVolumeResponse {
-            volume: convert::volume(volume, !attachments.is_empty()).into(),
+            volume: messages::volume(volume, !attachments.is_empty()).into(),
             active_attachments: attachments.into_iter().map(|(at, each)| convert::attachment(at, each)).collect(),
         })
     }
 
-    /// One page for both list rpcs.
     pub(super) async fn list_volumes(
+        &self,
+        context: &RequestContext,
+        request: wire::ListVolumesRequest,
+    ) -> Result<wire::ListVolumesResponse, Error> {
+        let workspace = workspace(convert::or_none(&request.workspace_id), None)?;
+        let caller = caller(context)?;
+        let page = self.volumes_page(&caller, workspace, request.page_size, request.page_token);
+        let (volumes, next_page_token) = page.await?;
+        Ok(wire::ListVolumesResponse { volumes, next_page_token })
+    }
+
+    pub(super) async fn list_project_volumes(
+        &self,
+        context: &RequestContext,
+        request: wire::ListProjectVolumesRequest,
+    ) -> Result<wire::ListProjectVolumesResponse, Error> {
+        let workspace = workspace(request.workspace_id.as_deref(), Some(&request.project_id))?;
+        let caller = caller(context)?;
+        let page = self.volumes_page(&caller, workspace, request.page_size, request.page_token);
+        let (volumes, next_page_token) = page.await?;
+        Ok(wire::ListProjectVolumesResponse { volumes, next_page_token })
+    }
+
+    /// One page for both list rpcs.
+    async fn volumes_page(
         &self,
         caller: &Caller,
         workspace_id: Option<WorkspaceId>,
@@ -58,15 +91,16 @@ impl TenkiService {
     ) -> Result<(Vec<wire::Volume>, String), Error> {
         let list = ListVolumes { workspace_id, page_size: page_size(asked_size)?, page_token };
         let (volumes, next_page_token) = self.engine.list_volumes(caller, list).await?;
-        let volumes = volumes.into_iter().map(|(volume, attached)| convert::volume(volume, attached));
+        let volumes = volumes.into_iter().map(|(volume, attached)| messages::volume(volume, attached));
         Ok((volumes.collect(), next_page_token))
     }
 
     pub(super) async fn update_volume(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::UpdateVolumeRequest,
     ) -> Result<wire::UpdateVolumeResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.volume_id, "volume_id")?;
         if request.clear_tags && !request.tags.is_empty() {
             return Err(invalid("tags and clear_tags exclude each other"));
@@ -82,9 +116,10 @@ impl TenkiService {
 
     pub(super) async fn resize_volume(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::ResizeVolumeRequest,
     ) -> Result<wire::ResizeVolumeResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.volume_id, "volume_id")?;
         self.engine.resize_volume(caller, id, size(request.new_size_bytes)).await?;
         Ok(wire::ResizeVolumeResponse { volume: self.volume(caller, id).await?.volume })
@@ -92,18 +127,20 @@ impl TenkiService {
 
     pub(super) async fn delete_volume(
         &self,
-        caller: &Caller,
-        volume_id: &str,
+        context: &RequestContext,
+        request: wire::DeleteVolumeRequest,
     ) -> Result<wire::DeleteVolumeResponse, Error> {
-        self.engine.delete_volume(caller, convert::id(volume_id, "volume_id")?).await?;
+        let caller = &caller(context)?;
+        self.engine.delete_volume(caller, convert::id(&request.volume_id, "volume_id")?).await?;
         Ok(wire::DeleteVolumeResponse::default())
     }
 
     pub(super) async fn attach_volume(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::AttachVolumeRequest,
     ) -> Result<wire::AttachVolumeResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         let mount = parse::mount(required(request.volume.into_option(), "volume")?)?;
         let attachment = self.engine.attach_volume(caller, id, mount).await?;
@@ -112,9 +149,10 @@ impl TenkiService {
 
     pub(super) async fn detach_volume(
         &self,
-        caller: &Caller,
+        context: &RequestContext,
         request: wire::DetachVolumeRequest,
     ) -> Result<wire::DetachVolumeResponse, Error> {
+        let caller = &caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         let volume_id = convert::id(&request.volume_id, "volume_id")?;
         self.engine.detach_volume(caller, id, volume_id, request.force_detach).await?;

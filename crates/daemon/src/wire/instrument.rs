@@ -15,18 +15,26 @@ use nagaya_api::error::{Code, Error};
 use super::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
 
-/// Streams without an end of their own. Everything else is finished before the server stops.
-pub(crate) fn is_long(method: &str) -> bool {
-    matches!(method, "Run" | "WaitSession" | "WatchSessionEvents" | "StreamCommandOutput" | "Dial" | "HostPortTunnel")
+/// What the streams of a façade are like, by the names of their methods.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Streams {
+    /// Without an end of their own. Everything else is finished before the server stops.
+    pub(crate) long: &'static [&'static str],
+    /// Of these, the ones that say themselves why they end when the server drains.
+    pub(crate) say_farewell: &'static [&'static str],
+    /// Those of large messages which are as good in pieces, by `SERVICE/METHOD`.
+    pub(crate) rechunked: &'static [&'static str],
 }
 
-/// Streams that say themselves why they end when the server drains.
-fn says_farewell(method: &str) -> bool {
-    method == "HostPortTunnel"
+impl Streams {
+    pub(crate) fn is_long(&self, method: &str) -> bool {
+        self.long.contains(&method)
+    }
 }
 
 pub(crate) struct Instrumented<D> {
     pub(crate) inner: D,
+    pub(crate) streams: Streams,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) lifecycle: Arc<Lifecycle>,
 }
@@ -41,7 +49,7 @@ impl<D> Instrumented<D> {
     }
 
     fn stream(&self, mut call: Call, starting: StreamingResult) -> StreamingResult {
-        let cut = is_long(call.rpc) && !says_farewell(call.rpc);
+        let cut = self.streams.is_long(call.rpc) && !self.streams.say_farewell.contains(&call.rpc);
         let mut ends: Ends = cut.then(|| Box::pin(self.lifecycle.reached(Phase::Draining)) as _);
         Box::pin(async move {
             let started = match &mut ends {

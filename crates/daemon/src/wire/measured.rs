@@ -133,9 +133,9 @@ impl<B: Body<Data = Bytes, Error = hyper::Error> + Unpin> Body for Measured<B> {
 mod tests {
     use http_body_util::BodyExt;
     use proptest::prelude::*;
+    use std::time::Duration;
 
     use super::*;
-    use crate::config::Limits;
 
     struct Pieces(std::collections::VecDeque<Bytes>);
 
@@ -161,8 +161,7 @@ mod tests {
     }
 
     fn budget(bytes_max: usize) -> Arc<Budget> {
-        let limits = Limits { bytes_under_way_max: bytes_max, bytes_under_way_wait_ms: 50, ..Limits::default() };
-        Budget::new(&limits, None)
+        Budget::new(bytes_max, Duration::from_millis(50), None)
     }
 
     #[tokio::test]

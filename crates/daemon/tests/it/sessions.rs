@@ -129,7 +129,7 @@ async fn wait_ready_holds_the_answer_until_running() {
 
 #[tokio::test]
 async fn a_held_create_is_answered_before_its_deadline() {
-    let world = World::with(|config| config.limits.deadline_margin_ms = 900).await;
+    let world = World::with(|config| config.tenki.deadline_margin_ms = 900).await;
     world.hold_creations.send_replace(true);
     let config = world
         .config(connectrpc::Protocol::Grpc)

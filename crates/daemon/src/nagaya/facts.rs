@@ -1,7 +1,6 @@
 //! What happened to sessions, and why they are as they are.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use connectrpc::{RequestContext, Response, ServiceResult, ServiceStream};
 use nagaya_api::error::Error;
@@ -9,17 +8,18 @@ use nagaya_api::nagaya::v1 as own;
 use nagaya_engine::Finding;
 use nagaya_engine::model::Event;
 
-use super::convert;
-use super::parse::{invalid, page_size};
-use super::service::TenkiService;
+use super::service::Nagaya;
+use crate::rpc::convert;
+use crate::rpc::parse::{invalid, page_size};
+use crate::rpc::service::caller;
 
-impl TenkiService {
+impl Nagaya {
     pub(super) async fn list_session_events(
         &self,
         context: &RequestContext,
         request: own::ListSessionEventsRequest,
     ) -> Result<own::ListSessionEventsResponse, Error> {
-        let caller = self.caller(context)?;
+        let caller = caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         let (after, size) = (sequence(request.after)?, page_size(request.page_size)?);
         let (events, next) = self.engine.events(&caller, id, after, size).await?;
@@ -31,26 +31,26 @@ impl TenkiService {
         context: &RequestContext,
         request: own::ExplainSessionRequest,
     ) -> Result<own::ExplainSessionResponse, Error> {
-        let caller = self.caller(context)?;
+        let caller = caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         let findings = self.engine.explain(&caller, id).await?;
         Ok(own::ExplainSessionResponse { findings: findings.into_iter().map(finding).collect() })
     }
-}
 
-pub(super) async fn watch_session_events(
-    tenki: &Arc<TenkiService>,
-    context: &RequestContext,
-    request: own::WatchSessionEventsRequest,
-) -> ServiceResult<ServiceStream<own::WatchSessionEventsResponse>> {
-    let caller = tenki.caller(context)?;
-    let id = convert::id(&request.session_id, "session_id")?;
-    let follower = tenki.engine.follow_events(&caller, id, sequence(request.after)?).await?;
-    Response::stream_ok(futures::stream::unfold(follower, |mut follower| async move {
-        let told = follower.next().await?;
-        let message = told.map(|told| own::WatchSessionEventsResponse { event: event(told).into() });
-        Some((message.map_err(Into::into), follower))
-    }))
+    pub(super) async fn watch_session_events(
+        &self,
+        context: &RequestContext,
+        request: own::WatchSessionEventsRequest,
+    ) -> ServiceResult<ServiceStream<own::WatchSessionEventsResponse>> {
+        let caller = caller(context)?;
+        let id = convert::id(&request.session_id, "session_id")?;
+        let follower = self.engine.follow_events(&caller, id, sequence(request.after)?).await?;
+        Response::stream_ok(futures::stream::unfold(follower, |mut follower| async move {
+            let told = follower.next().await?;
+            let message = told.map(|told| own::WatchSessionEventsResponse { event: event(told).into() });
+            Some((message.map_err(Into::into), follower))
+        }))
+    }
 }
 
 fn sequence(after: i64) -> Result<u64, Error> {

@@ -5,17 +5,18 @@ use nagaya_api::error::Error;
 use nagaya_api::nagaya::v1 as own;
 use nagaya_engine::model::Connection;
 
-use super::convert;
-use super::parse;
-use super::service::TenkiService;
+use super::service::Nagaya;
+use crate::rpc::convert;
+use crate::rpc::parse;
+use crate::rpc::service::caller;
 
-impl TenkiService {
+impl Nagaya {
     pub(super) async fn update_session_egress(
         &self,
         context: &RequestContext,
         request: own::UpdateSessionEgressRequest,
     ) -> Result<own::UpdateSessionEgressResponse, Error> {
-        let caller = self.caller(context)?;
+        let caller = caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         let egress = request.egress.into_option().map(parse::egress);
         let session = self.engine.set_egress(&caller, id, egress).await?;
@@ -27,7 +28,7 @@ impl TenkiService {
         context: &RequestContext,
         request: own::ListSessionConnectionsRequest,
     ) -> Result<own::ListSessionConnectionsResponse, Error> {
-        let caller = self.caller(context)?;
+        let caller = caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         let connections = self.engine.connections(&caller, id).await?;
         Ok(own::ListSessionConnectionsResponse { connections: connections.into_iter().map(connection).collect() })

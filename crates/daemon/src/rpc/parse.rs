@@ -13,16 +13,16 @@ use super::convert;
 /// Longest path, as the kernel has it.
 const PATH_BYTES_MAX: usize = 4096;
 
-pub(super) fn invalid(detail: &str) -> Error {
+pub(crate) fn invalid(detail: &str) -> Error {
     Error::new(Code::InvalidArgument, detail)
 }
 
-pub(super) fn page_size(asked: i32) -> Result<u32, Error> {
+pub(crate) fn page_size(asked: i32) -> Result<u32, Error> {
     u32::try_from(asked).map_err(|_| invalid("page_size must not be negative"))
 }
 
 /// The workspace that was named, under either of its two names.
-pub(super) fn workspace(workspace_id: Option<&str>, project_id: Option<&str>) -> Result<Option<WorkspaceId>, Error> {
+pub(crate) fn workspace(workspace_id: Option<&str>, project_id: Option<&str>) -> Result<Option<WorkspaceId>, Error> {
     let workspace = convert::optional_id::<WorkspaceId>(workspace_id, "workspace_id")?;
     let project = convert::optional_id::<WorkspaceId>(project_id, "project_id")?;
     match (workspace, project) {
@@ -31,22 +31,22 @@ pub(super) fn workspace(workspace_id: Option<&str>, project_id: Option<&str>) ->
     }
 }
 
-pub(super) fn milliseconds(duration: Option<&Duration>, field: &str) -> Result<Option<u64>, Error> {
+pub(crate) fn milliseconds(duration: Option<&Duration>, field: &str) -> Result<Option<u64>, Error> {
     duration.map(|duration| convert::milliseconds(duration, field)).transpose()
 }
 
-pub(super) fn moment(at: Option<&Timestamp>) -> Result<Option<UnixMs>, Error> {
+pub(crate) fn moment(at: Option<&Timestamp>) -> Result<Option<UnixMs>, Error> {
     at.map(|at| convert::unix_ms(at, "expires_at")).transpose()
 }
 
 /// A port that the wire has as signed, and wider than ports are.
-pub(super) fn port(number: i32) -> Result<u16, Error> {
+pub(crate) fn port(number: i32) -> Result<u16, Error> {
     let port = u16::try_from(number).ok().filter(|port| *port != 0);
     port.ok_or_else(|| invalid("port must be 1 to 65535"))
 }
 
 /// A place for a volume, as a request names it.
-pub(super) fn mount(mount: wire::VolumeMount) -> Result<NewMount, Error> {
+pub(crate) fn mount(mount: wire::VolumeMount) -> Result<NewMount, Error> {
     Ok(NewMount {
         volume_id: convert::id(&mount.volume_id, "volume_id")?,
         path: mount.mount_path,
@@ -55,7 +55,7 @@ pub(super) fn mount(mount: wire::VolumeMount) -> Result<NewMount, Error> {
 }
 
 /// What the contract gives sandboxes of which nobody says anything.
-pub(super) const DEFAULT_RESOURCES: Resources =
+pub(crate) const DEFAULT_RESOURCES: Resources =
     Resources::of(limits::DEFAULT_CPU_CORES, limits::DEFAULT_MEMORY_MB, limits::DEFAULT_DISK_GB);
 
 fn within(number: i32, range: std::ops::RangeInclusive<u32>, refusal: &str) -> Result<u32, Error> {
@@ -64,12 +64,12 @@ fn within(number: i32, range: std::ops::RangeInclusive<u32>, refusal: &str) -> R
 }
 
 /// Thousandths of a processor.
-pub(super) fn cpu_cores(cores: i32) -> Result<u32, Error> {
+pub(crate) fn cpu_cores(cores: i32) -> Result<u32, Error> {
     Ok(within(cores, limits::CPU_CORES, "cpu_cores must be 1 to 16")? * 1_000)
 }
 
 /// Bytes.
-pub(super) fn memory_mb(megabytes: i32) -> Result<u64, Error> {
+pub(crate) fn memory_mb(megabytes: i32) -> Result<u64, Error> {
     let refusal = "memory_mb must be an even number from 128 to 65536";
     match within(megabytes, limits::MEMORY_MB, refusal)? {
         odd if odd % 2 == 1 => Err(Error::new(Code::InvalidResources, refusal)),
@@ -78,20 +78,20 @@ pub(super) fn memory_mb(megabytes: i32) -> Result<u64, Error> {
 }
 
 /// Bytes.
-pub(super) fn disk_size_gb(gigabytes: i32) -> Result<u64, Error> {
+pub(crate) fn disk_size_gb(gigabytes: i32) -> Result<u64, Error> {
     Ok(u64::from(within(gigabytes, limits::DISK_GB, "disk_gb must be 5 to 100")?) << 30)
 }
 
-pub(super) fn egress(policy: wire::SessionEgressPolicy) -> Egress {
+pub(crate) fn egress(policy: wire::SessionEgressPolicy) -> Egress {
     Egress { allow_domains: policy.allow_domains, allow_cidrs: policy.allow_cidrs }
 }
 
 /// A message that the contract requires inside another.
-pub(super) fn required<T>(message: Option<T>, field: &str) -> Result<T, Error> {
+pub(crate) fn required<T>(message: Option<T>, field: &str) -> Result<T, Error> {
     message.ok_or_else(|| Error::new(Code::InvalidArgument, format!("{field} is required")))
 }
 
-pub(super) fn check_path(path: &str) -> Result<(), Error> {
+pub(crate) fn check_path(path: &str) -> Result<(), Error> {
     let problem = match path {
         "" => "path is empty",
         path if path.len() > PATH_BYTES_MAX => "path is longer than 4096 bytes",

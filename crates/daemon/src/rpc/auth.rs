@@ -1,15 +1,13 @@
-//! Where a request carries its credential. Whether the credential is good is the engine's decision.
+//! Where a request carries its key. Whether the key is good is the engine's decision.
 
 use http::{HeaderMap, header};
 use nagaya_api::error::{Code, Error};
 
-/// The data plane's only credential.
-pub(crate) const CERTIFICATE_HEADER: &str = "x-tenki-session-cert";
 const SESSION_TOKEN_HEADER: &str = "x-session-token";
 /// The name that the clients send, and the one that the vendor's documents have.
 pub(crate) const COOKIE_NAMES: [&str; 2] = ["tenki_session", "ory_kratos_session"];
 
-/// The control plane's token. Clients choose the header by the token's form, so every header is
+/// The caller's token. Clients choose the header by the token's form, so every header is
 /// accepted with every token; the first one present counts.
 pub(crate) fn token(headers: &HeaderMap) -> Result<&str, Error> {
     bearer(headers)
@@ -18,13 +16,8 @@ pub(crate) fn token(headers: &HeaderMap) -> Result<&str, Error> {
         .ok_or_else(|| Code::Unauthenticated.into())
 }
 
-/// The session certificate of a data-plane call.
-pub(crate) fn certificate(headers: &HeaderMap) -> Result<&str, Error> {
-    text(headers, CERTIFICATE_HEADER)
-        .ok_or_else(|| Error::new(Code::InvalidCertificate, "header x-tenki-session-cert is missing"))
-}
-
-fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+/// A header's text, where there is some.
+pub(crate) fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok().map(str::trim).filter(|text| !text.is_empty())
 }
 
@@ -84,11 +77,5 @@ mod tests {
         ] {
             assert_eq!(token(&headers(fields)).unwrap_err().code, Code::Unauthenticated, "{fields:?}");
         }
-    }
-
-    #[test]
-    fn the_data_plane_looks_at_its_own_header_only() {
-        assert_eq!(certificate(&headers(&[("x-tenki-session-cert", "c")])), Ok("c"));
-        assert_eq!(certificate(&headers(&[("authorization", "Bearer c")])).unwrap_err().code, Code::InvalidCertificate);
     }
 }

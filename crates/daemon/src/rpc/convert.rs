@@ -3,26 +3,23 @@
 use std::collections::BTreeMap;
 
 use buffa_types::google::protobuf::{Duration, Timestamp};
-use connectrpc::ConnectError;
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{DiskImageId, ParseIdError, SessionId};
 use nagaya_api::tenki::v1 as wire;
-use nagaya_engine::Certificate;
 use nagaya_engine::model::{
-    Attachment, AttachmentState, Durability, Egress, Execution, ExecutionStatus, Preview, PreviewKind, Session,
-    SessionState, Snapshot, SnapshotKind, SnapshotState, UnixMs, Volume, VolumeState,
+    Attachment, AttachmentState, Durability, Egress, Session, SessionState, Snapshot, SnapshotKind, SnapshotState,
+    UnixMs,
 };
-use nagaya_engine::ports::{ExitReason, ExitStatus, GuestError, Signal};
 
 /// The kind of the key that owns sessions. All keys of this server are personal ones: whoever holds one is a user.
-pub(super) const OWNER_TYPE: &str = "USER";
+pub(crate) const OWNER_TYPE: &str = "USER";
 
 /// The image below every disk, so far.
 const BASE_IMAGE: &str = "sandbox";
 /// Snapshots hold disks: what is made from one starts with a boot.
 const RESTORE_MODE: &str = "COLD_BOOT";
 
-pub(super) fn timestamp(at: UnixMs) -> Timestamp {
+pub(crate) fn timestamp(at: UnixMs) -> Timestamp {
     Timestamp {
         seconds: i64::try_from(at / 1000).unwrap_or(i64::MAX),
         nanos: i32::try_from(at % 1000).unwrap_or(0) * 1_000_000,
@@ -30,7 +27,7 @@ pub(super) fn timestamp(at: UnixMs) -> Timestamp {
     }
 }
 
-pub(super) fn duration(ms: u64) -> Duration {
+pub(crate) fn duration(ms: u64) -> Duration {
     Duration {
         seconds: i64::try_from(ms / 1000).unwrap_or(i64::MAX),
         nanos: i32::try_from(ms % 1000).unwrap_or(0) * 1_000_000,
@@ -39,7 +36,7 @@ pub(super) fn duration(ms: u64) -> Duration {
 }
 
 /// A moment as text, where the contract has no type for it.
-fn rfc3339(at: UnixMs) -> String {
+pub(crate) fn rfc3339(at: UnixMs) -> String {
     match serde_json::to_value(timestamp(at)) {
         Ok(serde_json::Value::String(text)) => text,
         // Years beyond 9999 have no such text.
@@ -48,7 +45,7 @@ fn rfc3339(at: UnixMs) -> String {
 }
 
 /// Milliseconds since the epoch of a moment that a caller named.
-pub(super) fn unix_ms(timestamp: &Timestamp, field: &str) -> Result<UnixMs, Error> {
+pub(crate) fn unix_ms(timestamp: &Timestamp, field: &str) -> Result<UnixMs, Error> {
     match (u64::try_from(timestamp.seconds), u64::try_from(timestamp.nanos)) {
         (Ok(seconds), Ok(nanos)) if nanos < 1_000_000_000 => {
             Ok(seconds.saturating_mul(1000).saturating_add(nanos / 1_000_000))
@@ -58,7 +55,7 @@ pub(super) fn unix_ms(timestamp: &Timestamp, field: &str) -> Result<UnixMs, Erro
 }
 
 /// Milliseconds, rounded up, so that nothing longer than zero becomes zero.
-pub(super) fn milliseconds(duration: &Duration, field: &str) -> Result<u64, Error> {
+pub(crate) fn milliseconds(duration: &Duration, field: &str) -> Result<u64, Error> {
     match (u64::try_from(duration.seconds), u32::try_from(duration.nanos)) {
         (Ok(seconds), Ok(nanos)) if nanos < 1_000_000_000 => {
             Ok(seconds.saturating_mul(1000).saturating_add(nanos.div_ceil(1_000_000).into()))
@@ -68,12 +65,12 @@ pub(super) fn milliseconds(duration: &Duration, field: &str) -> Result<u64, Erro
 }
 
 /// Reads an id; what is no UUID is refused with the field's name.
-pub(super) fn id<T: std::str::FromStr<Err = ParseIdError>>(text: &str, field: &str) -> Result<T, Error> {
+pub(crate) fn id<T: std::str::FromStr<Err = ParseIdError>>(text: &str, field: &str) -> Result<T, Error> {
     text.parse().map_err(|_| Error::new(Code::InvalidId, field))
 }
 
 /// An id in a field that need not be there. One that is there and empty is no id.
-pub(super) fn optional_id<T: std::str::FromStr<Err = ParseIdError>>(
+pub(crate) fn optional_id<T: std::str::FromStr<Err = ParseIdError>>(
     text: Option<&str>,
     field: &str,
 ) -> Result<Option<T>, Error> {
@@ -81,11 +78,11 @@ pub(super) fn optional_id<T: std::str::FromStr<Err = ParseIdError>>(
 }
 
 /// The text of a field in which the contract lets an empty text stand for none.
-pub(super) fn or_none(text: &str) -> Option<&str> {
+pub(crate) fn or_none(text: &str) -> Option<&str> {
     Some(text).filter(|text| !text.is_empty())
 }
 
-pub(super) fn state(state: SessionState) -> wire::SessionState {
+pub(crate) fn state(state: SessionState) -> wire::SessionState {
     match state {
         SessionState::Creating => wire::SessionState::Creating,
         SessionState::Running => wire::SessionState::Running,
@@ -99,7 +96,7 @@ pub(super) fn state(state: SessionState) -> wire::SessionState {
 }
 
 /// The state to filter a list by; `None` for "any".
-pub(super) fn state_filter(state: buffa::EnumValue<wire::SessionState>) -> Result<Option<SessionState>, Error> {
+pub(crate) fn state_filter(state: buffa::EnumValue<wire::SessionState>) -> Result<Option<SessionState>, Error> {
     match state.to_i32() {
         0 => Ok(None),
         number => SessionState::from_number(number.into())
@@ -108,7 +105,7 @@ pub(super) fn state_filter(state: buffa::EnumValue<wire::SessionState>) -> Resul
     }
 }
 
-pub(super) fn session(session: Session) -> wire::SandboxSession {
+pub(crate) fn session(session: Session) -> wire::SandboxSession {
     let workspace_id = session.workspace_id.to_string();
     // Until it is PAUSED there is nothing that could be used as a snapshot.
     let pause = session.pause.as_ref().filter(|_| session.state != SessionState::Pausing);
@@ -182,7 +179,7 @@ fn pause_snapshot(session: &Session) -> Option<Snapshot> {
     })
 }
 
-pub(super) fn snapshot(snapshot: Snapshot) -> wire::Snapshot {
+pub(crate) fn snapshot(snapshot: Snapshot) -> wire::Snapshot {
     let workspace_id = snapshot.workspace_id.to_string();
     let state = match snapshot.state {
         SnapshotState::Creating => wire::SnapshotState::Creating,
@@ -228,29 +225,7 @@ pub(super) fn snapshot(snapshot: Snapshot) -> wire::Snapshot {
     }
 }
 
-/// `attached` anywhere: clients that look at the state only must see that it cannot be deleted.
-pub(super) fn volume(volume: Volume, attached: bool) -> wire::Volume {
-    let workspace_id = volume.workspace_id.to_string();
-    let state = match volume.state {
-        VolumeState::Creating => wire::VolumeState::Unspecified,
-        VolumeState::Available if attached => wire::VolumeState::InUse,
-        VolumeState::Available => wire::VolumeState::Available,
-        VolumeState::Deleting => wire::VolumeState::Deleting,
-    };
-    wire::Volume {
-        id: volume.id.to_string(),
-        project_id: workspace_id.clone(),
-        workspace_id,
-        name: volume.name,
-        size_bytes: saturating(volume.size_bytes),
-        state: state.into(),
-        created_at: rfc3339(volume.created_at),
-        updated_at: rfc3339(volume.updated_at),
-        tags: volume.tags,
-    }
-}
-
-pub(super) fn attachment(session_id: SessionId, attachment: Attachment) -> wire::VolumeAttachment {
+pub(crate) fn attachment(session_id: SessionId, attachment: Attachment) -> wire::VolumeAttachment {
     let state = match attachment.state {
         AttachmentState::Attaching => "ATTACHING",
         AttachmentState::Attached => "ATTACHED",
@@ -266,73 +241,12 @@ pub(super) fn attachment(session_id: SessionId, attachment: Attachment) -> wire:
     }
 }
 
-pub(super) fn credential(certificate: Certificate) -> wire::SessionCredential {
-    wire::SessionCredential { credential: certificate.text, expires_at: timestamp(certificate.expires_at).into() }
-}
-
-pub(super) fn execution(execution: Execution) -> wire::CommandExecution {
-    let status = match execution.status {
-        ExecutionStatus::Running => wire::CommandStatus::Running,
-        ExecutionStatus::Succeeded => wire::CommandStatus::Succeeded,
-        ExecutionStatus::Failed => wire::CommandStatus::Failed,
-        ExecutionStatus::TimedOut => wire::CommandStatus::TimedOut,
-    };
-    wire::CommandExecution {
-        id: execution.id.to_string(),
-        session_id: execution.session_id.to_string(),
-        command: execution.command,
-        args: execution.args,
-        status: status.into(),
-        exit_code: execution.exit_code,
-        duration_ms: i64::try_from(execution.duration_ms).unwrap_or(i64::MAX),
-        started_at: timestamp(execution.started_at).into(),
-        ended_at: execution.ended_at.map(timestamp).into(),
-        ..Default::default()
-    }
-}
-
-pub(super) fn exit(status: ExitStatus) -> wire::RunExit {
-    wire::RunExit {
-        exit_code: status.code,
-        signal: status.signal,
-        timed_out: status.timed_out,
-        duration_ms: status.duration_ms,
-        reason: match status.reason {
-            ExitReason::SessionEnded => format!("{}:sandbox_ended", status.reason.name()),
-            reason => reason.name().to_owned(),
-        },
-        errno: status.errno,
-    }
-}
-
-/// Signals without a name of their own become TERM.
-pub(super) fn signal(signal: wire::run_signal::Sig) -> Signal {
-    use wire::run_signal::Sig;
-    match signal {
-        Sig::SIG_KILL => Signal::Kill,
-        Sig::SIG_INT => Signal::Int,
-        Sig::SIG_HUP => Signal::Hup,
-        Sig::SIG_USR1 => Signal::Usr1,
-        Sig::SIG_USR2 => Signal::Usr2,
-        Sig::SIG_UNSPECIFIED | Sig::SIG_TERM => Signal::Term,
-    }
-}
-
-pub(super) fn guest_error(error: GuestError) -> ConnectError {
-    Error::new(error.code, error.detail).into()
-}
-
-pub(super) fn egress(egress: Egress) -> wire::SessionEgressPolicy {
+pub(crate) fn egress(egress: Egress) -> wire::SessionEgressPolicy {
     wire::SessionEgressPolicy { allow_domains: egress.allow_domains, allow_cidrs: egress.allow_cidrs }
 }
 
-/// The name that the user chose.
-pub(super) fn slug(preview: &Preview) -> Option<String> {
-    (preview.kind == PreviewKind::Named).then(|| preview.label.clone())
-}
-
 /// Metadata key under which the driver of a session is asked for and told; the contract has no field for it.
-pub(super) const DRIVER_KEY: &str = "nagaya_driver";
+pub(crate) const DRIVER_KEY: &str = "nagaya_driver";
 
 fn told(mut metadata: BTreeMap<String, String>, driver: String) -> BTreeMap<String, String> {
     metadata.insert(DRIVER_KEY.to_owned(), driver);
@@ -347,7 +261,7 @@ fn signed(count: u32) -> i32 {
     i32::try_from(count).unwrap_or(i32::MAX)
 }
 
-pub(super) fn saturating(number: u64) -> i64 {
+pub(crate) fn saturating(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
