@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use super::config::{DiskPool, Disks};
 use pool::{Pool, PoolGrower};
 
 pub use pool::PoolError;
@@ -23,14 +24,6 @@ const POOL_FILE: &str = "storage.xfs";
 const MOUNT_POINT: &str = "storage";
 /// Every driver makes it, so that one without a pool has been used without.
 pub(crate) const SANDBOXES: &str = "sandboxes";
-
-/// Whether a data directory that is used for the first time gets a pool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PoolChoice {
-    /// Where its file system shares no blocks, and the host can make a pool.
-    Auto,
-    Off,
-}
 
 /// The directory that holds `sandboxes`, `disks`, `volumes` and `blobs` of a data directory.
 pub fn storage_root(data: &Path) -> PathBuf {
@@ -66,14 +59,14 @@ pub(crate) struct Storage {
 
 impl Storage {
     /// Finds what the data directory has, or decides what it gets. Blocks.
-    pub fn open(data: &Path, choice: PoolChoice, pool_first_mb: u64, disk_free_mb_min: u64) -> Result<Self, PoolError> {
+    pub fn open(data: &Path, disks: &Disks, disk_free_mb_min: u64) -> Result<Self, PoolError> {
         let pool = Pool::of(data, disk_free_mb_min);
         pool.sweep();
         if !has_pool(data)
             && !storage_is_plain(data)
-            && choice == PoolChoice::Auto
+            && disks.pool == DiskPool::Auto
             && !shares_blocks(data).unwrap_or(false)
-            && let Err(error) = pool.create(pool_first_mb)
+            && let Err(error) = pool.create(disks.pool_first_mb)
         {
             pool.sweep();
             let error = &error as &dyn std::error::Error;
@@ -112,7 +105,8 @@ mod tests {
     fn a_data_directory_that_was_used_without_a_pool_stays_without_one() {
         let data = tempfile::tempdir().expect("a directory");
         fs::create_dir(data.path().join(SANDBOXES)).expect("a directory");
-        let storage = Storage::open(data.path(), PoolChoice::Auto, 512, 0).expect("storage");
+        let storage =
+            Storage::open(data.path(), &Disks { pool: DiskPool::Auto, pool_first_mb: 512 }, 0).expect("storage");
         assert_eq!(storage.root(), data.path());
         assert!(!has_pool(data.path()));
     }

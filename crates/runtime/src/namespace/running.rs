@@ -155,7 +155,7 @@ pub(super) fn take(inner: &Inner, id: SessionId, spec: &SandboxSpec, slot: &Slot
     let limits = Limits {
         cpu_millis: spec.resources.cpu_millis,
         memory_bytes: spec.resources.memory_bytes,
-        processes_max: host.config.processes_max,
+        processes_max: host.config.limits.processes_max,
     };
     slot.group.set_limits(limits).map_err(|error| failed("set the sandbox's limits", &error))?;
     slot.set_sizes(limits.memory_bytes).map_err(|error| failed("set the sandbox's sizes", &error))?;

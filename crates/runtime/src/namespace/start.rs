@@ -102,7 +102,7 @@ impl Inner {
 
     fn check_request(&self, spec: &SandboxSpec) -> Result<(), DriverError> {
         let refuse = |why: &str| Err(DriverError::Refused(why.into()));
-        if spec.outbound && !self.host.config.network_outbound {
+        if spec.outbound && !self.host.config.network.outbound {
             return refuse("this server gives no sandbox outbound access; ask for allow_outbound=false");
         }
         if !disk::DISK_BYTES.contains(&spec.resources.disk_bytes) {
