@@ -134,7 +134,7 @@ fn in_larger_units(number: u64, unit: &str) -> Option<String> {
         "ms" => &[(86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1_000, "s")],
         _ => &[],
     };
-    let (size, name) = units.iter().find(|(size, _)| number >= *size && number % size == 0)?;
+    let (size, name) = units.iter().find(|(size, _)| number >= *size && number.is_multiple_of(*size))?;
     Some(format!("{} {name}", number / size))
 }
 
