@@ -80,7 +80,8 @@ impl Daemon {
         });
         let lifecycle = Lifecycle::new();
         let downloads = Arc::new(Downloads::new(engine.clone(), Arc::clone(&lifecycle), &config.limits));
-        let ssh = SshServer::start(engine.clone(), config.ssh.clone()).await.map_err(ListenError::Ssh)?;
+        let ssh =
+            SshServer::start(engine.clone(), config.ssh.clone(), tenki::USER_NAME).await.map_err(ListenError::Ssh)?;
         let ssh_address = match config.ssh.listen {
             Some(address) => Some(ssh.listen(address).await.map_err(|source| ListenError::Bind { address, source })?),
             None => None,
@@ -102,7 +103,7 @@ impl Daemon {
             previews: Some(Arc::clone(&previews)),
             ssh: Some(Arc::clone(ssh.traffic())),
         }));
-        let shared = rpc::service::Server {
+        let shared = rpc::service::Shared {
             limits: config.limits.clone(),
             metrics: Arc::clone(&metrics),
             lifecycle: Arc::clone(&lifecycle),
@@ -113,7 +114,7 @@ impl Daemon {
             ),
         };
         let tenki = tenki::TenkiFacade::new(tenki::Dependencies {
-            server: shared.clone(),
+            shared: shared.clone(),
             limits: config.tenki.clone(),
             engine: engine.clone(),
             public_url: config.public_url.clone(),

@@ -1,6 +1,5 @@
 //! Sessions to be: fresh ones, from snapshots, and forks.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
@@ -169,6 +168,7 @@ impl EngineCore {
             source_image_id: None,
             pause: None,
             last_resume_error: String::new(),
+            last_resume: None,
             attachments,
         })
     }
@@ -235,14 +235,11 @@ impl EngineCore {
     fn forked(&self, caller: &Caller, parent: &Session, fork: &Fork, n: u32) -> Session {
         let now = self.clock.now();
         let duration_ms = parent.timeout_at.map(|at| at.saturating_sub(parent.created_at));
-        let told: BTreeMap<_, _> =
-            parent.metadata.clone().into_iter().filter(|(key, _)| !key.starts_with("restore_")).collect();
         Session {
             id: SessionId::new(now, self.random()),
             owner_id: caller.key_id,
             name: fork.name.clone().unwrap_or_else(|| fork_name(&parent.name, n)),
             state: SessionState::Creating,
-            metadata: told,
             sticky: false,
             created_at: now,
             ready_at: None,
@@ -252,6 +249,7 @@ impl EngineCore {
             source_image_id: Some(DiskImageId::new(now, self.random())),
             pause: None,
             last_resume_error: String::new(),
+            last_resume: None,
             attachments: Vec::new(),
             ..parent.clone()
         }

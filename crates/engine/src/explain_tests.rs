@@ -41,6 +41,7 @@ fn session(state: SessionState) -> Session {
         source_image_id: None,
         pause: None,
         last_resume_error: String::new(),
+        last_resume: None,
         attachments: Vec::new(),
     }
 }

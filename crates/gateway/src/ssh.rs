@@ -61,6 +61,8 @@ struct Shared {
     authority: Authority,
     protocol: Arc<server::Config>,
     limits: SshConfig,
+    /// What visitors call the image's user.
+    user_name: &'static str,
     places: Arc<Semaphore>,
     logins: Arc<Places>,
     traffic: Arc<Traffic>,
@@ -77,8 +79,8 @@ pub struct SshServer {
 pub struct ConnectionPermit(#[allow(dead_code)] OwnedSemaphorePermit);
 
 impl SshServer {
-    /// Makes the keys of this server when there are none yet.
-    pub async fn start(engine: Engine, limits: SshConfig) -> Result<Self, Error> {
+    /// Makes the keys of this server when there are none yet. `user_name` is what visitors call the image's user.
+    pub async fn start(engine: Engine, limits: SshConfig, user_name: &'static str) -> Result<Self, Error> {
         let authority = Authority::new(&engine.lasting_secret(CA_SECRET).await?);
         let host_key = authority::key_of(&engine.lasting_secret(HOST_SECRET).await?);
         let shared = Arc::new(Shared {
@@ -90,6 +92,7 @@ impl SshServer {
             traffic: Arc::default(),
             closing: watch::Sender::new(false),
             limits,
+            user_name,
         });
         Ok(Self { shared })
     }

@@ -115,6 +115,18 @@ pub struct Disk {
     /// The directory of the root that each layer is the content of: one of [`PLACES`], or empty for the root itself. The
     /// uppermost comes first.
     pub layers: Vec<String>,
+    pub user: User,
+}
+
+/// Who commands run as that say nothing else: what the image says of its user. The rest is in the sandbox's own files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct User {
+    pub name: String,
+    /// As the sandbox counts them.
+    pub uid: u32,
+    pub gid: u32,
+    /// Where relative paths start; absolute.
+    pub home: String,
 }
 
 /// Layers of a root file system at most.

@@ -171,6 +171,7 @@ fn session(id: SessionId, workspace_id: WorkspaceId, machine: Machine, now: Unix
         source_image_id: None,
         pause: None,
         last_resume_error: String::new(),
+        last_resume: None,
         attachments: Vec::new(),
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Directories of modules. In each, a module uses only those that stand after it; what lies in a directory of its own counts
 /// as one module. Nothing uses what holds the directory, which is the top.
-const ORDERS: [(&str, &[&str]); 6] = [
+const ORDERS: [(&str, &[&str]); 9] = [
     (
         "engine/src",
         &[
@@ -78,11 +78,34 @@ const ORDERS: [(&str, &[&str]); 6] = [
             "answers",
             "messages",
             "certificate",
+            "resources",
             "limits",
         ],
     ),
     ("daemon/src/nagaya", &["facade", "services", "forks", "facts", "egress", "service"]),
     ("daemon/src/rpc", &["service", "parse", "convert", "auth"]),
+    ("runtime/src", &["doctor", "namespace", "host", "agent_client", "spawner", "programs", "cgroup", "sys"]),
+    ("runtime/src/namespace", &["start", "stop", "usage", "pause", "events", "core", "slots", "running"]),
+    (
+        "runtime/src/host",
+        &[
+            "config",
+            "locks",
+            "volumes",
+            "disk_images",
+            "record",
+            "disk",
+            "ext4_image",
+            "storage",
+            "host_image",
+            "network",
+            "numbers",
+            "brake",
+            "capacity",
+            "ceilings",
+            "errors",
+        ],
+    ),
 ];
 
 /// Directories of the daemon, each a façade. None uses another.

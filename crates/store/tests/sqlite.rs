@@ -220,6 +220,7 @@ fn a_database_of_schema_1_keeps_every_row_and_can_be_used_on() {
         source_image_id: None,
         pause: None,
         last_resume_error: String::new(),
+        last_resume: None,
         attachments: Vec::new(),
         ..session(1, state as u32)
     };

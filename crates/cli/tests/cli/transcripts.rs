@@ -17,7 +17,7 @@ fn a_sandboxs_life() {
         id:  [id]
         name:  web
         state:  running
-        driver: namespace
+        driver:  namespace
         cpu:  2
         memory:  512 MB
         disk:  5 GB
@@ -120,7 +120,7 @@ fn a_sandboxs_life() {
         id:  [id]
         name:  site
         state:  running
-        driver: namespace
+        driver:  namespace
         cpu:  2
         memory:  512 MB
         disk:  5 GB

@@ -12,7 +12,7 @@ use super::service::Nagaya;
 use super::services;
 use crate::facade::{Answer, Facade};
 use crate::rpc::auth;
-use crate::rpc::service::{Asking, RpcService, Server, Streams, service_of};
+use crate::rpc::service::{Asking, RpcService, Shared, Streams, service_of};
 use crate::wire::connection::Via;
 
 const SERVICE: &str = "nagaya.v1.NagayaService";
@@ -43,8 +43,8 @@ impl Facade for NagayaFacade {
 }
 
 impl NagayaFacade {
-    pub(crate) fn new(engine: Engine, server: Server, create_hold: Duration) -> Self {
+    pub(crate) fn new(engine: Engine, shared: Shared, create_hold: Duration) -> Self {
         let nagaya = Arc::new(Nagaya { engine: engine.clone(), create_hold });
-        Self { engine, rpcs: RpcService::new(services::router(&nagaya), STREAMS, server) }
+        Self { engine, rpcs: RpcService::new(services::router(&nagaya), STREAMS, shared) }
     }
 }

@@ -7,8 +7,8 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{DiskImageId, ParseIdError, SessionId};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{
-    Attachment, AttachmentState, Durability, Egress, Session, SessionState, Snapshot, SnapshotKind, SnapshotState,
-    UnixMs,
+    Attachment, AttachmentState, DiskOnlyReason, Durability, Egress, RestoreMode, Resume, Session, SessionState,
+    Snapshot, SnapshotKind, SnapshotState, UnixMs,
 };
 
 /// The kind of the key that owns sessions. All keys of this server are personal ones: whoever holds one is a user.
@@ -134,7 +134,7 @@ pub(crate) fn session(session: Session) -> wire::SandboxSession {
         cpu_cores: signed(session.machine.resources.cpus()),
         memory_mb: saturating_32(session.machine.resources.memory_mib()),
         disk_size_gb: saturating_32(session.machine.resources.disk_gib()),
-        metadata: told(session.metadata, session.driver),
+        metadata: told(session.metadata, session.driver, session.last_resume),
         // A workspace has exactly one project, which clients of an older generation ask for.
         project_id: workspace_id.clone(),
         workspace_id,
@@ -248,8 +248,24 @@ pub(crate) fn egress(egress: Egress) -> wire::SessionEgressPolicy {
 /// Metadata key under which the driver of a session is asked for and told; the contract has no field for it.
 pub(crate) const DRIVER_KEY: &str = "nagaya_driver";
 
-fn told(mut metadata: BTreeMap<String, String>, driver: String) -> BTreeMap<String, String> {
+/// Metadata with what the contract has no fields for: the driver, and what the session was resumed from.
+fn told(
+    mut metadata: BTreeMap<String, String>,
+    driver: String,
+    last_resume: Option<Resume>,
+) -> BTreeMap<String, String> {
     metadata.insert(DRIVER_KEY.to_owned(), driver);
+    if let Some(Resume { mode, disk_reason }) = last_resume {
+        let (mode, degraded) = match mode {
+            RestoreMode::Memory => ("memory", false),
+            RestoreMode::ColdBoot => ("cold_boot", disk_reason != Some(DiskOnlyReason::PoweredOff)),
+        };
+        metadata.insert("restore_mode".to_owned(), mode.to_owned());
+        metadata.insert("restore_degraded".to_owned(), degraded.to_string());
+        if let Some(reason) = disk_reason {
+            metadata.insert("restore_reason".to_owned(), reason.name().to_owned());
+        }
+    }
     metadata
 }
 

@@ -31,7 +31,7 @@ pub(crate) use crate::wire::instrument::Streams;
 
 /// What the server has one of, whichever façade is asked.
 #[derive(Clone)]
-pub(crate) struct Server {
+pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) lifecycle: Arc<Lifecycle>,
@@ -79,7 +79,7 @@ pub(crate) fn held(context: &RequestContext) -> Result<Arc<Held>, Error> {
 pub(crate) struct RpcService<D> {
     service: ConnectRpcService<Instrumented<D>>,
     streams: Streams,
-    server: Server,
+    shared: Shared,
     read_limits: ReadLimits,
     refused_body_drain: Duration,
 }
@@ -90,14 +90,14 @@ pub(crate) fn service_of(path: &str) -> Option<&str> {
 }
 
 impl<D: Dispatcher> RpcService<D> {
-    pub(crate) fn new(dispatcher: D, streams: Streams, server: Server) -> Self {
-        let limits = &server.limits;
+    pub(crate) fn new(dispatcher: D, streams: Streams, shared: Shared) -> Self {
+        let limits = &shared.limits;
         let idle_s = limits.request_body_idle_timeout_ms as f64 / 1_000.0;
         let dispatcher = Instrumented {
             inner: dispatcher,
             streams,
-            metrics: Arc::clone(&server.metrics),
-            lifecycle: Arc::clone(&server.lifecycle),
+            metrics: Arc::clone(&shared.metrics),
+            lifecycle: Arc::clone(&shared.lifecycle),
         };
         let service = ConnectRpcService::new(dispatcher)
             .with_limits(
@@ -121,7 +121,7 @@ impl<D: Dispatcher> RpcService<D> {
                 bytes_per_idle_timeout: (limits.message_bytes_per_s_min as f64 * idle_s) as usize,
             },
             refused_body_drain: Duration::from_millis(limits.refused_body_drain_ms),
-            server,
+            shared,
         }
     }
 
@@ -137,7 +137,7 @@ impl<D: Dispatcher> RpcService<D> {
         let method = self.service.dispatcher().lookup(path);
         let busy = match method.and_then(|method| method.spec) {
             Some(spec) if self.streams.is_long(spec.method()) => None,
-            _ => Some(self.server.lifecycle.enter()),
+            _ => Some(self.shared.lifecycle.enter()),
         };
 
         let outcome = Outcome::of(&parts);
@@ -149,7 +149,7 @@ impl<D: Dispatcher> RpcService<D> {
         let answer_held = Arc::clone(&admitted.held);
         // Until the call has returned: by then its message is used up.
         let caller = admitted.share;
-        let budget = &self.server.budget;
+        let budget = &self.shared.budget;
         let request_held = budget.hold(caller);
         let streams =
             matches!(method.map(|method| method.kind), Some(MethodKind::ClientStreaming | MethodKind::BidiStreaming));
@@ -191,7 +191,7 @@ impl<D: Dispatcher> RpcService<D> {
         scheme: UrlScheme,
         authenticate: impl FnOnce(&http::request::Parts) -> Result<Asking, Error>,
     ) -> Result<Admitted, Error> {
-        if self.server.lifecycle.phase() >= Phase::Draining {
+        if self.shared.lifecycle.phase() >= Phase::Draining {
             return Err(Code::Draining.into());
         }
         if method.is_none() {
@@ -209,7 +209,7 @@ impl<D: Dispatcher> RpcService<D> {
             scheme,
             authority: parts.uri.authority().cloned(),
             share,
-            held: Arc::new(self.server.budget.hold(share)),
+            held: Arc::new(self.shared.budget.hold(share)),
         })
     }
 
@@ -222,7 +222,7 @@ impl<D: Dispatcher> RpcService<D> {
     ) -> Response<ResponseBody> {
         let error = ConnectError::from(error);
         let rpc = method.and_then(|method| method.spec).map_or("unknown", |spec| spec.method());
-        self.server.metrics.call_ended(rpc, error.code.as_str());
+        self.shared.metrics.call_ended(rpc, error.code.as_str());
         body::discard(rest, self.refused_body_drain);
         error.into_http_response(&parts.headers).map(|body| ResponseBody::rpc(body, None))
     }

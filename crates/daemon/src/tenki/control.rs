@@ -11,6 +11,7 @@ use nagaya_engine::model::{Session, SessionState};
 use nagaya_engine::{Caller, ListSessions, NewExecution, NewSession, SessionUpdate};
 
 use super::messages;
+use super::resources;
 use super::service::TenkiService;
 use crate::rpc::convert;
 use crate::rpc::parse;
@@ -411,10 +412,10 @@ fn new_session(mut request: wire::CreateSessionRequest) -> Result<NewSession, Er
         pause_retention_ms: milliseconds(request.pause_retention.as_option(), "pause_retention")?,
         name: request.name,
         driver: request.metadata.remove(convert::DRIVER_KEY),
-        cpu_millis: request.cpu_cores.map(parse::cpu_cores).transpose()?,
-        memory_bytes: request.memory_mb.map(parse::memory_mb).transpose()?,
-        disk_bytes: request.disk_size_gb.map(parse::disk_size_gb).transpose()?,
-        default_resources: parse::DEFAULT_RESOURCES,
+        cpu_millis: request.cpu_cores.map(resources::cpu_cores).transpose()?,
+        memory_bytes: request.memory_mb.map(resources::memory_mb).transpose()?,
+        disk_bytes: request.disk_size_gb.map(resources::disk_size_gb).transpose()?,
+        default_resources: resources::DEFAULT_RESOURCES,
         env: request.env,
         metadata: request.metadata,
         tags: request.tags,

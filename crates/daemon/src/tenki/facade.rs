@@ -17,7 +17,7 @@ use super::{certificate, ssh};
 use crate::download::Downloads;
 use crate::facade::{Answer, Facade};
 use crate::rpc::auth;
-use crate::rpc::service::{Asking, RpcService, Server, Streams, service_of};
+use crate::rpc::service::{Asking, RpcService, Shared, Streams, service_of};
 use crate::wire::connection::Via;
 
 const CONTROL_PLANE: &str = "tenki.sandbox.v1.SandboxService";
@@ -32,7 +32,7 @@ const STREAMS: Streams = Streams {
 
 /// What the façade is made from.
 pub(crate) struct Dependencies {
-    pub(crate) server: Server,
+    pub(crate) shared: Shared,
     pub(crate) limits: Limits,
     pub(crate) engine: Engine,
     pub(crate) public_url: Option<String>,
@@ -66,24 +66,24 @@ impl Facade for TenkiFacade {
 
 impl TenkiFacade {
     pub(crate) fn new(dependencies: Dependencies) -> Self {
-        let Dependencies { server, limits, engine, public_url, downloads, ssh, ssh_address } = dependencies;
+        let Dependencies { shared, limits, engine, public_url, downloads, ssh, ssh_address } = dependencies;
         let tenki = Arc::new(TenkiService {
             engine,
-            metrics: Arc::clone(&server.metrics),
+            metrics: Arc::clone(&shared.metrics),
             public_url,
             downloads,
             ssh,
             ssh_address,
-            message_bytes_max: server.limits.message_bytes_max,
+            message_bytes_max: shared.limits.message_bytes_max,
             stdin_window_bytes: limits.stdin_window_bytes,
             read_chunk_bytes: limits.read_chunk_bytes as usize,
             create_hold: Duration::from_millis(limits.create_hold_ms),
             deadline_margin: Duration::from_millis(limits.deadline_margin_ms),
-            lifecycle: Arc::clone(&server.lifecycle),
-            tunnel_ping_interval: Duration::from_millis(server.limits.keep_alive_interval_ms),
-            tunnel_ping_timeout: Duration::from_millis(server.limits.keep_alive_timeout_ms),
+            lifecycle: Arc::clone(&shared.lifecycle),
+            tunnel_ping_interval: Duration::from_millis(shared.limits.keep_alive_interval_ms),
+            tunnel_ping_timeout: Duration::from_millis(shared.limits.keep_alive_timeout_ms),
         });
-        let rpcs = RpcService::new(ZeroCopyDispatcher::new(Arc::clone(&tenki)), STREAMS, server);
+        let rpcs = RpcService::new(ZeroCopyDispatcher::new(Arc::clone(&tenki)), STREAMS, shared);
         Self { tenki, rpcs }
     }
 
@@ -94,6 +94,41 @@ impl TenkiFacade {
             engine.certified_session(certificate::shown(&parts.headers)?).map(Asking::Certified)
         } else {
             engine.authenticate(auth::token(&parts.headers)?).map(Asking::Caller)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use connectrpc::{Dispatcher, MethodKind, Router};
+    use nagaya_api::tenki::v1::{SandboxService, SandboxSessionDataPlaneService, SshGatewayClientService};
+
+    use super::*;
+
+    struct Nothing;
+
+    impl SandboxService for Nothing {}
+    impl SandboxSessionDataPlaneService for Nothing {}
+    impl SshGatewayClientService for Nothing {}
+
+    #[test]
+    fn services_and_streams_are_named_as_in_the_contract() {
+        let router = SandboxService::register(Arc::new(Nothing), Router::new());
+        let router = SandboxSessionDataPlaneService::register(Arc::new(Nothing), router);
+        let router = SshGatewayClientService::register(Arc::new(Nothing), router);
+        let kind = |path: &str| router.lookup(path).map(|method| method.kind);
+        for (service, method) in
+            [(CONTROL_PLANE, "WhoAmI"), (DATA_PLANE, "Stat"), (SSH_GATEWAYS, "ListActiveSSHGateways")]
+        {
+            assert!(kind(&format!("{service}/{method}")).is_some(), "{service}");
+        }
+        for method in STREAMS.long.iter().chain(STREAMS.say_farewell) {
+            let kinds: Vec<_> =
+                [CONTROL_PLANE, DATA_PLANE].iter().filter_map(|of| kind(&format!("{of}/{method}"))).collect();
+            assert!(matches!(kinds[..], [MethodKind::ServerStreaming | MethodKind::BidiStreaming]), "{method}");
+        }
+        for path in STREAMS.rechunked {
+            assert!(matches!(kind(path), Some(MethodKind::ClientStreaming)), "{path}");
         }
     }
 }

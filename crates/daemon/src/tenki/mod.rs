@@ -17,6 +17,7 @@ mod limits;
 mod messages;
 mod ports;
 mod previews;
+mod resources;
 mod run;
 mod service;
 #[rustfmt::skip]
@@ -28,6 +29,9 @@ mod tunnel;
 mod volumes;
 mod wait;
 mod zero_copy;
+
+/// What this family calls the user that commands run as.
+pub(crate) const USER_NAME: &str = "tenki";
 
 pub(crate) use facade::{Dependencies, TenkiFacade};
 pub use limits::Limits;

@@ -16,7 +16,7 @@ use nagaya_api::tenki::v1 as wire;
 use nagaya_api::tenki::v1::{run_request, run_response};
 use nagaya_engine::OpenSession;
 use nagaya_engine::event_log::CommandLog;
-use nagaya_engine::ports::{Command, ExitStatus, ProcessEvent, ProcessInput};
+use nagaya_engine::ports::{Command, ExitStatus, ProcessEvent, ProcessInput, User};
 use nagaya_engine::validate;
 use tokio::sync::{mpsc, oneshot};
 
@@ -113,7 +113,7 @@ fn command(tenki: &TenkiService, open: &OpenSession, start: wire::RunStart) -> R
         argv: start.cmd,
         env,
         cwd: start.cwd,
-        privileged: start.privileged,
+        user: if start.privileged { User::Root } else { User::Image },
         pty: start.pty,
         stdin: start.stream_stdin,
         timeout_ms: start.timeout_ms.into(),

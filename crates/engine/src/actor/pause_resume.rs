@@ -14,7 +14,7 @@ use crate::executions::failed;
 use crate::handle::{Exit, Reply};
 use crate::model::{
     AttachmentState, DiskOnlyReason, Durability, EventKind, Execution, ExecutionStatus, Pause, PauseReason,
-    RestoreMode, Session, SessionState, Snapshot, SnapshotKind, SnapshotState, UnixMs,
+    RestoreMode, Resume, Session, SessionState, Snapshot, SnapshotKind, SnapshotState, UnixMs,
 };
 use crate::ports::{Adopted, Change, DriverError, Guest};
 use crate::session::{Request, Verdict, accept, check};
@@ -278,8 +278,8 @@ impl Actor {
             changes.push(Change::ForgetSnapshot(pause.snapshot_id));
             let stood_still = now.saturating_sub(pause.paused_at);
             session.timeout_at = session.timeout_at.map(|at| at.saturating_add(stood_still));
-            tell_restore(&mut session, &pause);
             let mode = if pause.in_memory { RestoreMode::Memory } else { RestoreMode::ColdBoot };
+            session.last_resume = Some(Resume { mode, disk_reason: pause.disk_reason });
             changes.push(self.event(EventKind::Resumed { mode, reason: pause.disk_reason }));
         }
         mark_attached(&mut session);
@@ -537,20 +537,6 @@ fn mark_attached(session: &mut Session) {
 fn mark_unattached(session: &mut Session) {
     for attachment in session.attachments.iter_mut().filter(|of| of.state == AttachmentState::Attached) {
         attachment.state = AttachmentState::Attaching;
-    }
-}
-
-/// Says in the metadata, under the contract's keys, what the session was resumed from.
-fn tell_restore(session: &mut Session, pause: &Pause) {
-    let (mode, degraded) = match pause.in_memory {
-        true => ("memory", false),
-        false => ("cold_boot", pause.disk_reason != Some(DiskOnlyReason::PoweredOff)),
-    };
-    session.metadata.insert("restore_mode".to_owned(), mode.to_owned());
-    session.metadata.insert("restore_degraded".to_owned(), degraded.to_string());
-    session.metadata.remove("restore_reason");
-    if let Some(reason) = pause.disk_reason {
-        session.metadata.insert("restore_reason".to_owned(), reason.name().to_owned());
     }
 }
 

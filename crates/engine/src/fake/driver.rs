@@ -11,7 +11,7 @@ use super::disks::Volume;
 use super::files::Files;
 use super::{FakeGuest, Faults};
 use crate::model::{
-    Capabilities, Connection, DiskOrigin, Egress, ImageDigest, Isolation, Limit, RootImage, SandboxSpec,
+    Capabilities, Connection, DiskOrigin, Egress, ImageDigest, ImageUser, Isolation, Limit, RootImage, SandboxSpec,
 };
 use crate::ports::{Adopted, Driver, DriverError, Ended, Guest, Host, HostEvent, Mount, ResourceUsage};
 
@@ -637,7 +637,7 @@ impl Host for FakeDriver {
     async fn root(&self, digest: &ImageDigest) -> Result<RootImage, DriverError> {
         match self.with(|world| world.lost_roots.contains(digest)) {
             true => Err(DriverError::Gone),
-            false => Ok(RootImage { digest: digest.clone(), layers: Vec::new() }),
+            false => Ok(RootImage { digest: digest.clone(), layers: Vec::new(), user: ImageUser::default() }),
         }
     }
 

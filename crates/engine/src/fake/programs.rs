@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::guest::refuse;
-use crate::ports::{Command, ExitReason, ExitStatus, GuestError, Process, ProcessEvent, ProcessInput, Signal};
+use crate::ports::{Command, ExitReason, ExitStatus, GuestError, Process, ProcessEvent, ProcessInput, Signal, User};
 
 const CHANNEL_MAX: usize = 4;
 /// Every fake command says that this is its number.
@@ -89,7 +89,7 @@ async fn program(
             let _ = outputs.send(ProcessEvent::Stderr(argument(2).to_owned().into())).await;
         }
         "env" => {
-            let user = if command.privileged { "root" } else { "tenki" };
+            let user = if command.user == User::Root { "root" } else { "tenki" };
             let mut env = BTreeMap::from([("USER".to_owned(), user.to_owned())]);
             env.extend(command.env.clone());
             let _ = out(env.iter().map(|(key, value)| format!("{key}={value}\n")).collect()).await;

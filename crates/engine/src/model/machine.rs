@@ -113,6 +113,25 @@ pub struct RootImage {
     pub digest: ImageDigest,
     /// What lies over each other, the uppermost first. Layers of one place are one stack; see [`Layer::place`].
     pub layers: Vec<Layer>,
+    pub user: ImageUser,
+}
+
+/// Who commands run as that say nothing else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageUser {
+    pub name: String,
+    /// As the sandbox counts them, below 65,536.
+    pub uid: u32,
+    pub gid: u32,
+    /// Absolute; relative paths start there.
+    pub home: String,
+}
+
+impl Default for ImageUser {
+    /// Of an image that names nobody.
+    fn default() -> Self {
+        Self { name: "root".to_owned(), uid: 0, gid: 0, home: "/root".to_owned() }
+    }
 }
 
 /// A directory of the host that a root file system is made of. Only ever read.

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use event::{DiskOnlyReason, DiskSource, EndReason, Event, EventKind, PauseReason, RestoreMode};
 pub use limit::{Limit, Resource};
 pub use machine::{
-    Capabilities, DiskOrigin, ImageDigest, Isolation, Layer, Machine, Resources, RootImage, SandboxSpec,
+    Capabilities, DiskOrigin, ImageDigest, ImageUser, Isolation, Layer, Machine, Resources, RootImage, SandboxSpec,
 };
 
 /// Milliseconds since the Unix epoch.
@@ -178,8 +178,19 @@ pub struct Session {
     pub pause: Option<Pause>,
     /// Why it is PAUSED although somebody wanted it to run; empty otherwise.
     pub last_resume_error: String,
+    /// What it was resumed from last; `None`: it never was.
+    #[serde(default)]
+    pub last_resume: Option<Resume>,
     /// Volumes in it, or on their way in or out. One that is out is not here any more.
     pub attachments: Vec<Attachment>,
+}
+
+/// What a stopped session went on from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resume {
+    pub mode: RestoreMode,
+    /// Why only its disk had been kept.
+    pub disk_reason: Option<DiskOnlyReason>,
 }
 
 /// How a stopped session is kept.

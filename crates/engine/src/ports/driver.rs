@@ -64,7 +64,7 @@ pub enum Adopted {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
     pub volume_id: VolumeId,
-    /// Absolute and normal, as the sandbox sees it. Made (for `tenki`) when it is missing.
+    /// Absolute and normal, as the sandbox sees it. Made (for the image's user) when it is missing.
     pub path: String,
     pub readonly: bool,
 }

@@ -45,8 +45,7 @@ pub struct Command {
     pub env: BTreeMap<String, String>,
     /// Relative ones start at the home directory; empty is the home directory.
     pub cwd: String,
-    /// Run as root instead of `tenki`.
-    pub privileged: bool,
+    pub user: User,
     /// Give it a terminal: one output stream, stdin is the terminal.
     pub pty: bool,
     /// False: stdin is empty from the start.
@@ -58,6 +57,15 @@ pub struct Command {
     /// With `pty`: how the terminal is from the start.
     pub terminal: Terminal,
     pub when_left: WhenLeft,
+}
+
+/// Who a command runs as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum User {
+    /// The image's own.
+    #[default]
+    Image,
+    Root,
 }
 
 /// What becomes of a command whose holder has gone.
@@ -289,7 +297,7 @@ pub enum Address {
 pub enum Bind {
     /// Port 0 chooses a free one.
     Tcp { ip: IpAddr, port: u16 },
-    /// A new unix socket of `tenki`, by its absolute path in the sandbox.
+    /// A new unix socket of the image's user, by its absolute path in the sandbox.
     Unix { path: String },
 }
 
@@ -323,7 +331,7 @@ impl std::fmt::Debug for Accepted {
 }
 
 /// A running sandbox, seen from outside. All paths are the sandbox's own; relative ones start at
-/// `/home/tenki`. File calls act as the sandbox's root; what they make new belongs to `tenki`.
+/// the home of the image's user. File calls act as the sandbox's root; what they make new belongs to that user.
 #[async_trait]
 pub trait Guest: Send + Sync + 'static {
     /// Starts a command that belongs to the returned value.

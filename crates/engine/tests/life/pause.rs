@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use nagaya_api::error::Code;
-use nagaya_engine::model::{DiskOnlyReason, ExecutionStatus, SessionState, SnapshotKind, SnapshotState};
+use nagaya_engine::model::{
+    DiskOnlyReason, ExecutionStatus, RestoreMode, Resume, SessionState, SnapshotKind, SnapshotState,
+};
 use nagaya_engine::ports::{Clock, DriverError};
 use nagaya_engine::{EngineConfig, NewExecution, NewSession, SessionUpdate, WorkspaceSettingsUpdate};
 
@@ -11,6 +13,12 @@ use crate::support::{World, code, idle};
 
 fn hang() -> NewExecution {
     NewExecution { command: "hang".into(), ..NewExecution::default() }
+}
+
+const FROM_MEMORY: Option<Resume> = Some(Resume { mode: RestoreMode::Memory, disk_reason: None });
+
+fn from_disk(reason: DiskOnlyReason) -> Option<Resume> {
+    Some(Resume { mode: RestoreMode::ColdBoot, disk_reason: Some(reason) })
 }
 
 #[tokio::test(start_paused = true)]
@@ -35,9 +43,7 @@ async fn a_paused_session_keeps_its_processes_and_gives_its_quota_back() {
 
     let resumed = world.resume(id).await;
     assert_eq!((resumed.pause, resumed.last_resume_error.as_str()), (None, ""));
-    assert_eq!(resumed.metadata["restore_mode"], "memory");
-    assert_eq!(resumed.metadata["restore_degraded"], "false");
-    assert!(!resumed.metadata.contains_key("restore_reason"));
+    assert_eq!(resumed.last_resume, FROM_MEMORY);
     assert_eq!(world.active().await, 1);
     assert_eq!(code(world.engine.snapshot(&world.caller, snapshot.id).await), Code::SnapshotNotFound);
     assert_eq!(world.resume(id).await.state, SessionState::Running, "resuming is idempotent");
@@ -94,11 +100,10 @@ async fn memory_is_given_up_after_its_time_and_the_next_start_is_a_cold_boot() {
     assert_eq!((command.status, command.exit_code), (ExecutionStatus::Failed, -1));
 
     let resumed = world.resume(id).await;
-    let told = ["restore_mode", "restore_degraded", "restore_reason"].map(|key| resumed.metadata[key].as_str());
-    assert_eq!(told, ["cold_boot", "true", "memory_time_limit"]);
+    assert_eq!(resumed.last_resume, from_disk(DiskOnlyReason::MemoryTimeLimit));
     assert_eq!(world.read(id, "/root/kept").await.as_deref(), Some("yes"));
     world.pause(id).await;
-    assert!(!world.resume(id).await.metadata.contains_key("restore_reason"));
+    assert_eq!(world.resume(id).await.last_resume, FROM_MEMORY);
 }
 
 #[tokio::test(start_paused = true)]
@@ -114,7 +119,7 @@ async fn when_memory_is_low_the_longest_paused_gives_its_up_first() {
     world.fakes.driver.report_memory_low();
     idle().await;
     assert!(world.fakes.driver.is_only_a_disk(a));
-    assert_eq!(world.resume(a).await.metadata["restore_reason"], "memory_pressure");
+    assert_eq!(world.resume(a).await.last_resume, from_disk(DiskOnlyReason::MemoryPressure));
 }
 
 #[tokio::test(start_paused = true)]
@@ -223,8 +228,8 @@ async fn a_sandbox_that_dies_leaves_its_disk_and_can_be_resumed() {
     assert_eq!(world.active().await, 0);
     let resumed = world.resume(id).await;
     assert_eq!(
-        (resumed.metadata["restore_reason"].as_str(), resumed.last_resume_error.as_str()),
-        ("sandbox_ended", "")
+        (resumed.last_resume, resumed.last_resume_error.as_str()),
+        (from_disk(DiskOnlyReason::SandboxEnded), "")
     );
     assert_eq!(world.read(id, "/root/kept").await.as_deref(), Some("yes"));
 }
@@ -239,8 +244,7 @@ async fn power_off_is_a_stop_that_nothing_is_wrong_with() {
     assert_eq!((stopped.state, stopped.last_resume_error.as_str()), (SessionState::UserShutdown, ""));
     assert_eq!(world.engine.pause_session(&world.caller, id).await.unwrap().state, SessionState::UserShutdown);
     let resumed = world.resume(id).await;
-    let told = ["restore_mode", "restore_degraded", "restore_reason"].map(|key| resumed.metadata[key].as_str());
-    assert_eq!(told, ["cold_boot", "false", "powered_off"]);
+    assert_eq!(resumed.last_resume, from_disk(DiskOnlyReason::PoweredOff));
 }
 
 #[tokio::test(start_paused = true)]
@@ -255,7 +259,7 @@ async fn a_sandbox_that_dies_while_it_is_frozen_is_started_from_its_disk() {
         (paused.state, paused.pause.unwrap().disk_reason),
         (SessionState::Paused, Some(DiskOnlyReason::SandboxEnded))
     );
-    assert_eq!(world.resume(id).await.metadata["restore_mode"], "cold_boot");
+    assert_eq!(world.resume(id).await.last_resume, from_disk(DiskOnlyReason::SandboxEnded));
 }
 
 #[tokio::test(start_paused = true)]
@@ -379,8 +383,8 @@ async fn a_restart_of_the_server_changes_nothing_about_stopped_and_running_sessi
     assert!(world.fakes.driver.is_frozen(frozen));
     assert_eq!(world.session(off).await.state, SessionState::UserShutdown);
     assert_eq!(world.active().await, 1);
-    assert_eq!(world.resume(frozen).await.metadata["restore_mode"], "memory");
-    assert_eq!(world.resume(off).await.metadata["restore_mode"], "cold_boot");
+    assert_eq!(world.resume(frozen).await.last_resume, FROM_MEMORY);
+    assert_eq!(world.resume(off).await.last_resume, from_disk(DiskOnlyReason::PoweredOff));
 }
 
 #[tokio::test(start_paused = true)]
@@ -398,7 +402,7 @@ async fn a_restart_of_the_host_keeps_every_disk() {
     assert_eq!(command.status, ExecutionStatus::Failed);
     for id in [running, frozen] {
         assert!(world.fakes.driver.is_only_a_disk(id));
-        assert_eq!(world.resume(id).await.metadata["restore_reason"], "host_restarted");
+        assert_eq!(world.resume(id).await.last_resume, from_disk(DiskOnlyReason::HostRestarted));
     }
     assert_eq!(world.read(running, "/root/kept").await.as_deref(), Some("yes"));
 }

@@ -1,7 +1,7 @@
 //! Every workflow, under every fault. See `steps.rs`.
 
 use nagaya_api::error::{Code, Error};
-use nagaya_engine::model::{AttachmentState, Session, SessionState, SnapshotState};
+use nagaya_engine::model::{AttachmentState, RestoreMode, Session, SessionState, SnapshotState};
 use nagaya_engine::ports::Clock;
 use nagaya_engine::{Fork, NewMount, NewSession, NewSnapshot, NewVolume};
 
@@ -107,7 +107,8 @@ impl Workflow for ResumeFromMemory {
 
     async fn check(&self, stage: &Stage) {
         assert_eq!(state(stage).await, SessionState::Running);
-        assert_eq!(stage.world.session(stage.session).await.metadata["restore_mode"], "memory");
+        let resume = stage.world.session(stage.session).await.last_resume;
+        assert_eq!(resume.map(|resume| resume.mode), Some(RestoreMode::Memory));
     }
 
     async fn check_refused(&self, stage: &Stage) {
@@ -128,7 +129,8 @@ impl Workflow for ResumeFromDisk {
 
     async fn check(&self, stage: &Stage) {
         assert_eq!(state(stage).await, SessionState::Running);
-        assert_eq!(stage.world.session(stage.session).await.metadata["restore_mode"], "cold_boot");
+        let resume = stage.world.session(stage.session).await.last_resume;
+        assert_eq!(resume.map(|resume| resume.mode), Some(RestoreMode::ColdBoot));
         assert_eq!(stage.world.read(stage.session, "/data/log").await.as_deref(), Some("kept too"));
     }
 

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use nagaya_api::ids::{PreviewId, SessionId, SnapshotId, VolumeId};
 use nagaya_engine::fake::Fakes;
-use nagaya_engine::model::{Binding, EndReason, ExecutionStatus, Limit, Session, SessionState, SnapshotState};
+use nagaya_engine::model::{
+    Binding, EndReason, ExecutionStatus, Limit, RestoreMode, Resume, Session, SessionState, SnapshotState,
+};
 
 use crate::audit::{self, ensure};
 use crate::keepers::DISK_LOG;
@@ -329,9 +331,13 @@ impl Model {
             seen.push("a visit".to_owned());
         }
         for row in self.seen.values() {
-            let told = |key: &str| row.metadata.get(key).map(|value| format!(" {value}")).unwrap_or_default();
-            if row.metadata.contains_key("restore_mode") {
-                seen.push(format!("restore{}{}", told("restore_mode"), told("restore_reason")));
+            if let Some(Resume { mode, disk_reason }) = row.last_resume {
+                let mode = match mode {
+                    RestoreMode::Memory => "memory",
+                    RestoreMode::ColdBoot => "cold_boot",
+                };
+                let reason = disk_reason.map(|reason| format!(" {}", reason.name())).unwrap_or_default();
+                seen.push(format!("restore {mode}{reason}"));
             }
             if row.source_snapshot_id.is_some() && row.ready_at.is_some() {
                 seen.push("from a snapshot".to_owned());

@@ -20,7 +20,8 @@ use super::Shared;
 use super::authority::Permissions;
 use super::channels::Entry;
 use super::inbound::{self, ChannelReader, ChannelWriter};
-use super::login::{self, Account};
+use super::login;
+use nagaya_engine::ports::User;
 
 /// How long a session may take to be resumed for somebody who comes in.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
@@ -39,7 +40,7 @@ pub enum Transport {
 /// Somebody who was let into a session, as the tasks of all channels know them.
 pub struct Visitor {
     visit: SshSession,
-    account: Account,
+    user: User,
     peer: Option<SocketAddr>,
     pub permissions: Permissions,
     pub handle: Handle,
@@ -73,8 +74,8 @@ impl Visitor {
         self.visit.session_id
     }
 
-    pub fn is_root(&self) -> bool {
-        self.account == Account::Root
+    pub fn user(&self) -> User {
+        self.user
     }
 
     /// The session's environment, and what SSH servers add.
@@ -137,7 +138,7 @@ pub struct Connection {
     peer: Option<SocketAddr>,
     /// Taken when somebody is let in.
     entrance: Option<Transport>,
-    accepted: Option<(Account, SessionId, Permissions)>,
+    accepted: Option<(User, SessionId, Permissions)>,
     /// Told when somebody is in.
     entered: Option<oneshot::Sender<Ended>>,
     visitor: Option<Arc<Visitor>>,
@@ -177,8 +178,8 @@ impl Connection {
     }
 
     /// The account and the session that a user name stands for here.
-    fn login(&self, user: &str) -> Option<(Account, SessionId)> {
-        let (account, named) = login::parse(user)?;
+    fn login(&self, user: &str) -> Option<(User, SessionId)> {
+        let (account, named) = login::parse(user, self.shared.user_name)?;
         match (&self.entrance, named) {
             (Some(Transport::Bridge(visit)), None) => Some((account, visit.session_id)),
             (Some(Transport::Bridge(visit)), Some(id)) => (id == visit.session_id).then_some((account, id)),
@@ -235,11 +236,11 @@ impl Connection {
             Ok(visit) => visit,
             Err(text) => return session.disconnect(Disconnect::ByApplication, &text, ""),
         };
-        tracing::info!(session = %id, account = account.name(), peer = ?self.peer, "an SSH client entered");
+        tracing::info!(session = %id, ?account, peer = ?self.peer, "an SSH client entered");
         let ended: Ended = Box::pin(visit.ended());
         self.visitor = Some(Arc::new(Visitor {
             visit,
-            account,
+            user: account,
             peer: self.peer,
             permissions,
             handle: session.handle(),

@@ -1,37 +1,24 @@
 //! User names, and the keys of sessions.
 
 use nagaya_api::ids::SessionId;
+use nagaya_engine::ports::User;
 use russh::keys::PublicKey;
 use russh::keys::ssh_key::authorized_keys::Entry;
 
-/// The users of a sandbox.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Account {
-    Tenki,
-    Root,
-}
+const ROOT: &str = "root";
 
-impl Account {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tenki => "tenki",
-            Self::Root => "root",
-        }
+/// The name of the image's user, `root`, and for those who must name the session: `SESSION`, `USER@SESSION`, `root@SESSION`.
+pub fn parse(login: &str, user: &str) -> Option<(User, Option<SessionId>)> {
+    let named = |name: &str| match name {
+        ROOT => Some(User::Root),
+        name => (name == user).then_some(User::Image),
+    };
+    if let Some(user) = named(login) {
+        return Some((user, None));
     }
-
-    fn parse(name: &str) -> Option<Self> {
-        [Self::Tenki, Self::Root].into_iter().find(|account| account.name() == name)
-    }
-}
-
-/// `tenki`, `root`, and for those who must name the session: `SESSION`, `tenki@SESSION`, `root@SESSION`.
-pub fn parse(user: &str) -> Option<(Account, Option<SessionId>)> {
-    if let Some(account) = Account::parse(user) {
-        return Some((account, None));
-    }
-    match user.split_once('@') {
-        Some((account, session)) => Some((Account::parse(account)?, Some(session.parse().ok()?))),
-        None => Some((Account::Tenki, Some(user.parse().ok()?))),
+    match login.split_once('@') {
+        Some((name, session)) => Some((named(name)?, Some(session.parse().ok()?))),
+        None => Some((User::Image, Some(login.parse().ok()?))),
     }
 }
 
@@ -53,14 +40,18 @@ pub fn now_seconds() -> u64 {
 mod tests {
     use super::*;
 
+    fn parse(login: &str) -> Option<(User, Option<SessionId>)> {
+        super::parse(login, "tenki")
+    }
+
     #[test]
     fn user_names_tell_account_and_session() {
         let id = SessionId::new(5, [5; 10]);
-        assert_eq!(parse("tenki"), Some((Account::Tenki, None)));
-        assert_eq!(parse("root"), Some((Account::Root, None)));
-        assert_eq!(parse(&id.to_string()), Some((Account::Tenki, Some(id))));
-        assert_eq!(parse(&format!("tenki@{id}")), Some((Account::Tenki, Some(id))));
-        assert_eq!(parse(&format!("root@{id}")), Some((Account::Root, Some(id))));
+        assert_eq!(parse("tenki"), Some((User::Image, None)));
+        assert_eq!(parse("root"), Some((User::Root, None)));
+        assert_eq!(parse(&id.to_string()), Some((User::Image, Some(id))));
+        assert_eq!(parse(&format!("tenki@{id}")), Some((User::Image, Some(id))));
+        assert_eq!(parse(&format!("root@{id}")), Some((User::Root, Some(id))));
         for bad in ["", "ubuntu", "root@", "@", "root@x", &format!("mail@{id}"), &format!("{id}@root"), "Root"] {
             assert_eq!(parse(bad), None, "{bad}");
         }

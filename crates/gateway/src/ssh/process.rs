@@ -105,7 +105,7 @@ async fn command(visitor: &Visitor, program: &Program, preparation: Preparation)
     Command {
         argv,
         env,
-        privileged: visitor.is_root(),
+        user: visitor.user(),
         pty,
         stdin: true,
         builtin: Some(builtin),

@@ -15,9 +15,8 @@ use rustix::fs::{FileType, Mode, OFlags, Timespec};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::limits::{self, Limit};
+use crate::spawn::User;
 
-/// Uid and gid of the user `tenki`.
-pub const TENKI: u32 = 1000;
 /// The rest of a larger file is not looked at, bytes.
 const FILE_BYTES_MAX: u64 = 256 * 1024;
 /// Ids from here on mean nobody in a sandbox, and no process can have them.
@@ -46,7 +45,7 @@ pub struct Account {
     pub limits: Vec<Limit>,
 }
 
-/// What was found out last about root and about `tenki`.
+/// What was found out last about root and about the image's user.
 #[derive(Debug, Default)]
 pub struct Accounts([Mutex<Option<Known>>; 2]);
 
@@ -73,8 +72,8 @@ struct Version {
 }
 
 impl Accounts {
-    /// The account of root or of `tenki`, as the files of this machine describe it now.
-    pub fn look_up(&self, privileged: bool, home_of_tenki: &str) -> Arc<Account> {
+    /// The account of root or of the image's user, as the files of this machine describe it now.
+    pub fn look_up(&self, privileged: bool, user: &User) -> Arc<Account> {
         let mut known = self.0[usize::from(privileged)].lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = &*known
             && known.sources.iter().all(Source::is_as_it_was)
@@ -83,7 +82,7 @@ impl Accounts {
         }
         // Looked at before they are read: a change in between is seen by the next look.
         let (files, sources) = sources();
-        let account = Arc::new(Account::read(privileged, home_of_tenki, &files));
+        let account = Arc::new(Account::read(privileged, user, &files));
         let settled = sources.iter().all(Source::is_settled);
         *known = settled.then(|| Known { account: account.clone(), sources });
         account
@@ -126,12 +125,15 @@ impl Version {
 }
 
 impl Account {
-    fn read(privileged: bool, home_of_tenki: &str, files_of_limits: &[String]) -> Self {
-        let (name, uid, home) = if privileged { ("root", 0, "/root") } else { ("tenki", TENKI, home_of_tenki) };
+    fn read(privileged: bool, user: &User, files_of_limits: &[String]) -> Self {
+        let (name, uid, gid, home) = match privileged {
+            true => ("root", 0, 0, "/root"),
+            false => (user.name.as_str(), user.uid, user.gid, user.home.as_str()),
+        };
         let mut account = Self {
             name: name.into(),
             uid,
-            gid: uid,
+            gid,
             groups: Vec::new(),
             home: home.into(),
             shell: "/bin/bash".into(),
@@ -236,8 +238,8 @@ mod tests {
     fn tenki() -> Account {
         Account {
             name: "tenki".into(),
-            uid: TENKI,
-            gid: TENKI,
+            uid: 1000,
+            gid: 1000,
             groups: Vec::new(),
             home: "/home/tenki".into(),
             shell: "/bin/bash".into(),

@@ -8,7 +8,6 @@ use nagaya_api::names;
 use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, RawMode, Stat, Uid};
 use rustix::io::Errno;
 
-use super::account::TENKI;
 use super::failure::Failure;
 use super::paths::{Place, Root};
 use crate::messages::{Entry, FileStatus, ListDirectory, Made, MakeDirectory, Remove, Removed};
@@ -66,7 +65,7 @@ fn make_at(root: &Root, path: &[u8], request: &MakeDirectory) -> Result<Made, Fa
             Ok(next) => next,
             Err(Errno::NOENT) if request.recursive || is_last => {
                 existed = false;
-                make_one(&directory, &c_string(name)?, mode)?
+                make_one(&directory, &c_string(name)?, mode, root.owner)?
             }
             Err(Errno::NOTDIR) if is_last => return Err(Errno::EXIST.into()),
             Err(errno) => return Err(errno.into()),
@@ -108,7 +107,7 @@ fn c_string(name: &[u8]) -> Result<CString, Failure> {
     CString::new(name).map_err(|_| Failure::new(Code::InvalidPath, ""))
 }
 
-fn make_one(parent: &OwnedFd, name: &CStr, mode: Mode) -> Result<OwnedFd, Failure> {
+fn make_one(parent: &OwnedFd, name: &CStr, mode: Mode, owner: (Uid, Gid)) -> Result<OwnedFd, Failure> {
     match rustix::fs::mkdirat(parent, name, Mode::RWXU) {
         Ok(()) => {}
         // Made by somebody else meanwhile, or a symbolic link to nowhere.
@@ -120,7 +119,7 @@ fn make_one(parent: &OwnedFd, name: &CStr, mode: Mode) -> Result<OwnedFd, Failur
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let made = rustix::fs::openat(parent, name, flags, Mode::empty())?;
-    rustix::fs::fchown(&made, Some(Uid::from_raw(TENKI)), Some(Gid::from_raw(TENKI)))?;
+    rustix::fs::fchown(&made, Some(owner.0), Some(owner.1))?;
     rustix::fs::fchmod(&made, mode)?;
     Ok(made)
 }

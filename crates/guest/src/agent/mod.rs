@@ -138,7 +138,7 @@ async fn serve(mut settings: Settings) -> std::io::Result<()> {
     let control = settings.control.take();
     let mut lifeline = settings.lifeline.take().map(|pipe| tokio::spawn(end_with(pipe)));
     let agent = Arc::new(Agent {
-        root: Root::open(&settings.home)?,
+        root: Root::open(&settings.user)?,
         null: rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?,
         reaper: Reaper::start()?,
         turn: groups::Turn::default(),

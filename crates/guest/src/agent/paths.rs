@@ -9,10 +9,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nagaya_api::error::Code;
 use nagaya_api::names;
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+use rustix::fs::{CWD, Gid, Mode, OFlags, ResolveFlags, Uid};
 use rustix::io::Errno;
 
 use super::failure::Failure;
+use crate::spawn::User;
 
 /// Bytes a path may have.
 pub const PATH_BYTES_MAX: usize = 4096;
@@ -26,6 +27,8 @@ const RACES_MAX: usize = 64;
 pub struct Root {
     root: OwnedFd,
     home: String,
+    /// To whom new files belong.
+    pub owner: (Uid, Gid),
 }
 
 /// A place in the file system where something is or could be.
@@ -39,9 +42,10 @@ pub struct Place {
 }
 
 impl Root {
-    pub fn open(home: &str) -> Result<Self, Errno> {
+    pub fn open(user: &User) -> Result<Self, Errno> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Self { root: rustix::fs::open("/", flags, Mode::empty())?, home: home.into() })
+        let owner = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+        Ok(Self { root: rustix::fs::open("/", flags, Mode::empty())?, home: user.home.clone(), owner })
     }
 
     /// The path from the root, as the bytes that its text stands for.

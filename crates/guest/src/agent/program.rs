@@ -89,7 +89,7 @@ struct Spawned {
 }
 
 fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
-    let account = agent.accounts.look_up(command.privileged, &agent.settings.home);
+    let account = agent.accounts.look_up(command.privileged, &agent.settings.user);
     let Strings { candidates, argv, env, cwd } = strings(agent, command, &account)?;
     let cgroup_procs = groups::choose(&agent.settings, &agent.turn);
     let program = |streams: [BorrowedFd<'_>; 3], terminal: bool| {
@@ -101,7 +101,7 @@ fn spawn(agent: &Agent, command: &Command) -> Result<Spawned, Failure> {
                 cwd: cwd.clone(),
                 streams,
                 terminal,
-                user: (!command.privileged).then_some((account.uid, account.gid)),
+                user: (account.uid != 0).then_some((account.uid, account.gid)),
                 groups: &account.groups,
                 umask: account.umask,
                 limits: &account.limits,
@@ -220,7 +220,7 @@ fn strings(agent: &Agent, command: &Command, account: &Account) -> Result<String
         "" => c_string(home)?,
         path => {
             let path = names::to_bytes(path);
-            let home = agent.settings.home.as_bytes();
+            let home = agent.settings.user.home.as_bytes();
             let absolute = if path.starts_with(b"/") { path.into_owned() } else { [home, b"/", &path].concat() };
             sys::c_string(absolute).ok_or_else(|| invalid("NUL byte"))?
         }

@@ -16,7 +16,6 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::account::TENKI;
 use super::failure::Failure;
 use super::files::{check_regular, gone, opened};
 use super::paths::{Place, Root};
@@ -182,7 +181,7 @@ impl Save {
                 Ok(file) => self.save_over(&file)?,
                 // A program that runs, or a lease: the name can have another file.
                 Err(errno @ (Errno::TXTBSY | Errno::AGAIN)) => self.replace(&place, errno)?,
-                Err(Errno::NOENT) => match self.appear(&place) {
+                Err(Errno::NOENT) => match self.appear(root, &place) {
                     // Somebody was faster.
                     Err(failure) if failure.errno == Errno::EXIST.raw_os_error() => continue,
                     other => other?,
@@ -218,10 +217,10 @@ impl Save {
     }
 
     /// Gives the content a name that nothing has.
-    fn appear(&mut self, place: &Place) -> Result<(), Failure> {
+    fn appear(&mut self, root: &Root, place: &Place) -> Result<(), Failure> {
         let (mode, sync) = (if self.request.mode == 0 { 0o644 } else { self.request.mode }, self.request.sync);
         let draft = self.drafted()?;
-        draft.belong_to(TENKI, TENKI, mode as RawMode)?;
+        draft.belong_to(root.owner, mode as RawMode)?;
         if sync {
             rustix::fs::fsync(&draft.file)?;
         }
@@ -247,7 +246,8 @@ impl Save {
         check_regular(&before)?;
         let sync = self.request.sync;
         let draft = self.drafted()?;
-        draft.belong_to(before.st_uid, before.st_gid, before.st_mode as RawMode)?;
+        let owner = (Uid::from_raw(before.st_uid), Gid::from_raw(before.st_gid));
+        draft.belong_to(owner, before.st_mode as RawMode)?;
         if sync {
             rustix::fs::fsync(&draft.file)?;
         }
@@ -355,8 +355,8 @@ impl Draft {
         Ok(Self { file, bytes: 0, name: Some((directory, name)) })
     }
 
-    fn belong_to(&self, owner: u32, group: u32, mode: RawMode) -> Result<(), Errno> {
-        rustix::fs::fchown(&self.file, Some(Uid::from_raw(owner)), Some(Gid::from_raw(group)))?;
+    fn belong_to(&self, (user, group): (Uid, Gid), mode: RawMode) -> Result<(), Errno> {
+        rustix::fs::fchown(&self.file, Some(user), Some(group))?;
         // After the owner, whose change takes away set-user-id bits.
         rustix::fs::fchmod(&self.file, Mode::from_raw_mode(mode & 0o7777))
     }

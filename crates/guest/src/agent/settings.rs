@@ -4,6 +4,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use super::detached::KeptMax;
+use crate::spawn::User;
 
 /// Where the agent was told nothing else.
 const KEPT_BYTES_MAX: u64 = 256 << 20;
@@ -51,8 +52,8 @@ pub struct Settings {
     pub lifeline: Option<OwnedFd>,
     /// Gets one byte when the agent is ready.
     pub control: Option<OwnedFd>,
-    /// Where relative paths start.
-    pub home: String,
+    /// Who commands run as that say nothing else.
+    pub user: User,
     /// How much output of detached commands is kept.
     pub kept_max: KeptMax,
 }
@@ -73,6 +74,8 @@ pub enum SettingsError {
     Argument(String),
     #[error("`--listen-fd=N` is missing")]
     NoListener,
+    #[error("`--user=UID:GID:NAME` is missing")]
+    NoUser,
     #[error("descriptor {0} is given twice, or is a standard stream")]
     Descriptor(RawFd),
 }
@@ -129,6 +132,7 @@ impl Settings {
                 "--kept-output-bytes-max" => settings.kept_bytes = Some(number(&argument, value)?),
                 "--kept-output-seconds-max" => settings.kept_seconds = Some(number(&argument, value)?),
                 "--home" if value.starts_with('/') => settings.home = Some(value.into()),
+                "--user" => settings.user = Some(user(&argument, value)?),
                 _ if name.starts_with("--optional-") => {}
                 _ => return Err(SettingsError::Argument(argument)),
             }
@@ -154,7 +158,10 @@ impl Settings {
             secret: settings.secret,
             lifeline: settings.lifeline,
             control: settings.control,
-            home: settings.home.unwrap_or_else(|| "/home/tenki".into()),
+            user: {
+                let (uid, gid, name) = settings.user.ok_or(SettingsError::NoUser)?;
+                User { name, uid, gid, home: settings.home.unwrap_or_else(|| "/".into()) }
+            },
             kept_max: KeptMax {
                 bytes: settings.kept_bytes.unwrap_or(KEPT_BYTES_MAX),
                 time: Duration::from_secs(settings.kept_seconds.unwrap_or(KEPT_SECONDS_MAX)),
@@ -185,8 +192,17 @@ struct PartialSettings {
     lifeline: Option<OwnedFd>,
     control: Option<OwnedFd>,
     home: Option<String>,
+    user: Option<(u32, u32, String)>,
     kept_bytes: Option<u64>,
     kept_seconds: Option<u64>,
+}
+
+/// The name may hold anything, and comes last for that.
+fn user(argument: &str, value: &str) -> Result<(u32, u32, String), SettingsError> {
+    let parts = value.split_once(':').and_then(|(uid, rest)| Some((uid, rest.split_once(':')?)));
+    let (uid, (gid, name)) = parts.ok_or_else(|| SettingsError::Argument(argument.into()))?;
+    let id = |text: &str| text.parse().map_err(|_| SettingsError::Argument(argument.into()));
+    Ok((id(uid)?, id(gid)?, name.into()))
 }
 
 fn number(argument: &str, value: &str) -> Result<u64, SettingsError> {

@@ -17,7 +17,6 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream, tcp, unix};
 
-use super::account::TENKI;
 use super::failure::Failure;
 use super::paths::{Place, Root};
 use super::{Agent, blocking};
@@ -350,20 +349,19 @@ impl Bound {
         let socket = bind().map_err(refused)?;
         let status = rustix::fs::statat(&place.directory, &place.name, AtFlags::SYMLINK_NOFOLLOW)?;
         let bound = Self { socket, place, status };
-        bound.hand_over()?;
+        bound.hand_over(root.owner)?;
         rustix::net::listen(&bound.socket, BACKLOG).map_err(refused)?;
         Ok(bound)
     }
 
-    /// Makes the file `tenki`'s, unless somebody has put something else in its place.
-    fn hand_over(&self) -> Result<(), Failure> {
+    /// Makes the file the user's, unless somebody has put something else in its place.
+    fn hand_over(&self, (user, group): (Uid, Gid)) -> Result<(), Failure> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&self.place.directory, &self.place.name, flags, Mode::empty())?;
         let status = rustix::fs::fstat(&file)?;
         if FileType::from_raw_mode(status.st_mode) != FileType::Socket || !self.is(&status) {
             return Err(Failure::with(Code::BindFailed, "somebody replaced the socket", Errno::BUSY));
         }
-        let (user, group) = (Uid::from_raw(TENKI), Gid::from_raw(TENKI));
         Ok(rustix::fs::chownat(file.as_fd(), c"", Some(user), Some(group), AtFlags::EMPTY_PATH)?)
     }
 

@@ -38,9 +38,11 @@ impl Server {
 
 /// What `ls -l` shows before the name.
 fn line(status: &Stat) -> String {
+    let own = rustix::process::getuid().as_raw();
+    // What the server is run as is known without a look into files that may say anything.
     let user = |id: u32| match id {
         0 => "root".to_owned(),
-        1000 => "tenki".to_owned(),
+        id if id == own => std::env::var("USER").unwrap_or_else(|_| id.to_string()),
         other => other.to_string(),
     };
     format!(

@@ -160,7 +160,7 @@ fn become_sandbox(
         return Err(lost("tell what has a size", error));
     }
     drop(sizes);
-    let Stand { disk, listen, layers } = await_disk(parts.disk)?;
+    let Stand { disk, listen, layers, user } = await_disk(parts.disk)?;
     build_root(order, disk.as_fd(), &layers)?;
 
     // From here on the process gives away what it can do.
@@ -175,7 +175,7 @@ fn become_sandbox(
     // The spawner's standard error is the server's; standard input is /dev/null already.
     rustix::stdio::dup2_stderr(rustix::stdio::stdin()).step("close standard error")?;
     let calls = install_filter(pin_cores).step("install the system call filter")?;
-    run_agent(order, parts, listen.as_fd(), &shown, calls, agent)
+    run_agent(order, parts, &user, listen.as_fd(), &shown, calls, agent)
 }
 
 /// What a sandbox lives on; see [`spawn::Disk`].
@@ -184,12 +184,13 @@ struct Stand {
     listen: OwnedFd,
     /// By the directory of the root that each is the content of.
     layers: Vec<(String, OwnedFd)>,
+    user: spawn::User,
 }
 
 /// Waits for the disk, the layers under it, and the socket to listen on. A server that ended sends none, and
 /// nobody is left who would read of an error.
 fn await_disk(socket: BorrowedFd<'_>) -> Result<Stand, StepError> {
-    let (spawn::Disk { layers: places }, descriptors) =
+    let (spawn::Disk { layers: places, user }, descriptors) =
         spawn::receive(socket).map_err(|error| lost("wait for the disk", error))?;
     let mut descriptors = descriptors.into_iter();
     let (disk, listen) = (descriptors.next(), descriptors.next());
@@ -198,7 +199,7 @@ fn await_disk(socket: BorrowedFd<'_>) -> Result<Stand, StepError> {
         (Some(disk), Some(listen))
             if descriptors.len() == places.len() && places.len() <= LAYERS_MAX && places.iter().all(known) =>
         {
-            Ok(Stand { disk, listen, layers: places.into_iter().zip(descriptors).collect() })
+            Ok(Stand { disk, listen, layers: places.into_iter().zip(descriptors).collect(), user })
         }
         _ => Err(StepError { step: "read what the disk is", errno: Errno::INVAL }),
     }
@@ -540,6 +541,7 @@ fn install(program: &[libc::sock_filter], flags: libc::c_ulong) -> Result<libc::
 fn run_agent(
     order: &Sandbox,
     parts: &Parts<'_>,
+    user: &spawn::User,
     listen: BorrowedFd<'_>,
     shown: &Shown,
     calls: Option<Calls>,
@@ -571,6 +573,8 @@ fn run_agent(
         "nagaya-agent".to_owned(),
         format!("--kept-output-bytes-max={}", order.kept_output_bytes_max),
         format!("--kept-output-seconds-max={}", order.kept_output_seconds_max),
+        format!("--user={}:{}:{}", user.uid, user.gid, user.name),
+        format!("--home={}", user.home),
     ];
     for (name, fd) in named.into_iter().chain(calls).chain(cgroups).chain(groups) {
         arguments.push(format!("--{name}-fd={}", fd.as_raw_fd()));

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use nagaya_api::error::Code;
 use nagaya_engine::ports::{
     Builtin, Command, ExitReason, ExitStatus, GuestError, Process, ProcessEvent, ProcessInput, Signal, Terminal,
-    TerminalSize, WhenLeft,
+    TerminalSize, User, WhenLeft,
 };
 use nagaya_guest::frame::{DATA_BYTES_MAX, Kind};
 use nagaya_guest::messages::{self, EnvironmentVariable, Exit, Input, Resize, TerminalMode, event, outcome, request};
@@ -27,7 +27,7 @@ pub(super) fn to_message(command: Command) -> messages::Command {
         argv: command.argv,
         env: command.env.into_iter().map(|(name, value)| EnvironmentVariable { name, value }).collect(),
         cwd: command.cwd,
-        privileged: command.privileged,
+        privileged: command.user == User::Root,
         pty: command.pty,
         stdin: command.stdin,
         timeout_ms: command.timeout_ms,

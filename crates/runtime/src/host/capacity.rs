@@ -11,7 +11,7 @@ use std::path::Path;
 use nagaya_engine::model::Limit;
 use nagaya_engine::ports::DriverError;
 
-use super::failed;
+use super::errors::failed;
 
 /// What new sandboxes leave to those that are there, MiB.
 pub(crate) struct Minimums {

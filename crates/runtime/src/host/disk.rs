@@ -19,7 +19,7 @@ use rustix::fs::{Mode, SeekFrom};
 use rustix::mount::MountAttrFlags;
 
 use super::brake;
-use super::volumes::image::{self, ImageError, Superblock};
+use super::ext4_image::{self, ImageError, Superblock};
 use crate::sys::loop_device::LoopDevice;
 
 const GIB: u64 = 1 << 30;
@@ -194,7 +194,7 @@ pub(crate) fn faults(path: &Path) -> (bool, bool) {
 pub(crate) fn repair(path: &Path) -> Result<(), DiskError> {
     let file = at("open", path, File::open(path))?;
     if Superblock::read(&file)?.has_errors {
-        image::repair(path)?;
+        ext4_image::repair(path)?;
     }
     Ok(())
 }
@@ -207,13 +207,13 @@ pub fn grow(path: &Path, bytes: u64) -> Result<(), DiskError> {
         return Ok(());
     }
     // Not by the kernel, to which only servers with CAP_SYS_RESOURCE may say so.
-    if image::recover(path).map(has)? {
+    if ext4_image::recover(path).map(has)? {
         return Ok(());
     }
     if at("look at", path, file.metadata())?.len() < bytes {
         at("size", path, file.set_len(bytes))?;
     }
-    image::grow(path, bytes)?;
+    ext4_image::grow(path, bytes)?;
     at("sync", path, file.sync_all())
 }
 

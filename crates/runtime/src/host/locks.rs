@@ -13,8 +13,6 @@ use std::time::Duration;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::time::MissedTickBehavior;
 
-use super::Host;
-
 /// Locks of one sandbox. Databases have hundreds.
 const LOCKS_MAX: usize = 10_000;
 /// Lines of the table that are read at most: enough to see who has most of a table of any size.
@@ -22,22 +20,24 @@ const LINES_MAX: usize = 2 * LOCKS_MAX;
 const LOOK: Duration = Duration::from_secs(1);
 const TABLE: &str = "/proc/locks";
 
-/// Ends who has too many locks, until the host is gone.
-pub(super) fn watch(host: &Arc<Host>) {
+/// Ends who has too many locks in groups whose paths begin so, until the host is gone.
+pub(super) fn watch<Host: Send + Sync + 'static>(host: &Arc<Host>, groups: String) {
     let host = Arc::downgrade(host);
     tokio::spawn(async move {
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             look.tick().await;
-            let Some(host) = host.upgrade() else { return };
+            if host.strong_count() == 0 {
+                return;
+            }
+            let groups = groups.clone();
             // The table is short on most hosts, and read within a millisecond.
-            let _ = tokio::task::spawn_blocking(move || end_hoarders(&host.groups_path())).await;
+            let _ = tokio::task::spawn_blocking(move || end_hoarders(&groups)).await;
         }
     });
 }
 
-/// Ends processes with too many locks in groups whose paths begin so.
 fn end_hoarders(groups: &str) {
     let Ok(table) = File::open(TABLE) else { return };
     let locks = count(BufReader::new(table));

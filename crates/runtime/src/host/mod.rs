@@ -10,6 +10,8 @@ mod ceilings;
 mod config;
 pub(crate) mod disk;
 pub(crate) mod disk_images;
+mod errors;
+mod ext4_image;
 mod host_image;
 mod locks;
 mod network;
@@ -33,9 +35,9 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 
 pub(crate) use ceilings::lacking as ceilings_lacking;
-pub use config::{Config, DiskPool, Disks, Limits, NetworkConfig};
-pub use network::{Cidr, Network, NetworkError};
-pub use storage::storage_root;
+pub use config::{Config, Limits};
+pub use network::{Cidr, Network, NetworkConfig, NetworkError};
+pub use storage::{DiskPool, Disks, storage_root};
 pub(crate) use storage::{has_pool, shares_blocks, storage_is_plain};
 
 use crate::cgroup::{CgroupError, Cgroups, Group};
@@ -43,6 +45,7 @@ use crate::spawner::Spawner;
 use brake::Brake;
 use capacity::Minimums;
 use disk_images::{CopyError, DiskImages};
+pub(crate) use errors::{blocking, failed, too_long};
 use host_image::HostImages;
 use numbers::Numbers;
 use record::Record;
@@ -322,25 +325,6 @@ fn own_processors() -> Result<Vec<usize>, std::io::Error> {
     Ok((0..rustix::thread::CpuSet::MAX_CPU).filter(|number| set.is_set(*number)).collect())
 }
 
-pub(crate) fn failed(step: &str, error: &dyn std::error::Error) -> DriverError {
-    let mut text = format!("{step}: {error}");
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    DriverError::Failed(text)
-}
-
-/// What is told of a step that was given up.
-pub(crate) fn too_long(what: &str, limit: Duration) -> DriverError {
-    DriverError::Failed(format!("{what} within {} s", limit.as_secs()))
-}
-
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    tokio::task::spawn_blocking(work).await.expect("blocking work does not panic")
-}
-
 /// The host as the engine knows it; clones share it.
 #[derive(Clone)]
 pub struct HostPort(pub Arc<Host>);
@@ -457,7 +441,7 @@ impl ports::Host for HostPort {
         if let Some(used_up) = used_up {
             watch_connections(&self.0, used_up, events);
         }
-        locks::watch(&self.0);
+        locks::watch(&self.0, self.0.groups_path());
         receiver
     }
 }

@@ -5,6 +5,7 @@
 //! changes no rule; the few that may reach named destinations only stand in sets. A sandbox without
 //! outbound access has no link at all.
 
+mod config;
 mod connections;
 mod dns_message;
 mod dns_proxy;
@@ -26,10 +27,10 @@ use nagaya_engine::model::{Connection, Egress};
 use serde::Deserialize;
 use tokio::sync::mpsc;
 
-use super::config::NetworkConfig;
 use crate::sys;
 use crate::sys::netlink::{GUEST_LINK, LOOPBACK, Netlink};
 
+pub use config::NetworkConfig;
 use dns_proxy::{DnsProxy, Sockets};
 use egress_policy::EgressPolicy;
 use netfilter::{Batch, Element};
@@ -135,11 +136,6 @@ impl Cidr {
     fn guest(&self, slot: u32) -> Ipv4Addr {
         Ipv4Addr::from(self.first + 2 + slot)
     }
-}
-
-/// Whether this is an address, a network or a first and last address.
-pub fn is_range(text: &str) -> bool {
-    ranges::parse(text).is_some()
 }
 
 /// The host's side of the sandboxes' network.

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 
-use nagaya_engine::model::{Egress, ImageDigest};
+use nagaya_engine::model::{Egress, ImageDigest, RootImage};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::disk;
@@ -23,6 +23,9 @@ pub(crate) struct Record {
     /// The image that its disk was written over; `None` where that was lost with the record.
     #[serde(default, alias = "base", deserialize_with = "digest")]
     pub root: Option<ImageDigest>,
+    /// The uid of the image's user, as the sandbox counts it.
+    #[serde(default = "first_user")]
+    pub user_id: u32,
     /// Names the run of the host on which its processes were started.
     #[serde(default)]
     pub boot_id: Option<String>,
@@ -43,9 +46,22 @@ fn digest<'de, D: Deserializer<'de>>(from: D) -> Result<Option<ImageDigest>, D::
     }))
 }
 
+/// The user of the one image there was.
+fn first_user() -> u32 {
+    1000
+}
+
 impl Default for Record {
     fn default() -> Self {
-        Self { slot: None, driver: first_driver(), root: None, boot_id: None, powered_off: false, egress: None }
+        Self {
+            slot: None,
+            driver: first_driver(),
+            root: None,
+            boot_id: None,
+            powered_off: false,
+            egress: None,
+            user_id: first_user(),
+        }
     }
 }
 
@@ -56,11 +72,12 @@ fn first_driver() -> String {
 
 impl Record {
     /// Of a sandbox that starts now, with the number that it has got.
-    pub fn new(driver: &str, root: ImageDigest, number: u32, boot_id: String) -> Self {
+    pub fn new(driver: &str, root: &RootImage, number: u32, boot_id: String) -> Self {
         Self {
             slot: Some(number),
             driver: driver.to_owned(),
-            root: Some(root),
+            root: Some(root.digest.clone()),
+            user_id: root.user.uid,
             boot_id: Some(boot_id),
             ..Self::default()
         }
@@ -139,7 +156,8 @@ mod tests {
     #[test]
     fn what_is_written_is_read_and_replaced_whole() {
         let directory = tempfile::tempdir().expect("a directory");
-        let mut record = Record::new("some", ImageDigest::new("host:1"), 1, "x".into());
+        let image = RootImage { digest: ImageDigest::new("host:1"), layers: Vec::new(), user: Default::default() };
+        let mut record = Record::new("some", &image, 1, "x".into());
         record.write(directory.path()).expect("write");
         assert_eq!(Record::read(directory.path()), Some(record.clone()));
         (record.slot, record.powered_off) = (None, true);

@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use serde::Deserialize;
 
-use super::config::{DiskPool, Disks};
 use pool::{Pool, PoolGrower};
 
 pub use pool::PoolError;
@@ -24,6 +24,35 @@ const POOL_FILE: &str = "storage.xfs";
 const MOUNT_POINT: &str = "storage";
 /// Every driver makes it, so that one without a pool has been used without.
 pub(crate) const SANDBOXES: &str = "sandboxes";
+
+/// Where disks, volumes and snapshots lie. Decided when a data directory is used for the first time.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Disks {
+    /// Whether a new data directory gets a pool of disks. One that is filled faster than it grows gives its sandboxes errors
+    /// that the host's own file system would not.
+    pub pool: DiskPool,
+    /// What a pool begins with; at most half of what the host has left. It grows by itself.
+    pub pool_first_mb: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "schema", derive(serde::Serialize, schemars::JsonSchema))]
+pub enum DiskPool {
+    /// Where the data directory's file system shares no blocks between copies, disks lie in a pool: an XFS file system in a
+    /// file.
+    Auto,
+    /// Disks are plain files always.
+    Off,
+}
+
+impl Default for Disks {
+    fn default() -> Self {
+        Self { pool: DiskPool::Off, pool_first_mb: 4_096 }
+    }
+}
 
 /// The directory that holds `sandboxes`, `disks`, `volumes` and `blobs` of a data directory.
 pub fn storage_root(data: &Path) -> PathBuf {

@@ -4,8 +4,6 @@
 //! nothing else, so that it goes with the sandbox however that ends. Nothing about it is kept in memory: who has
 //! a volume is read from the kernel, as a later server does that knows of nothing.
 
-pub(crate) mod image;
-
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -25,18 +23,16 @@ use rustix::mount::MountAttrFlags;
 use rustix::thread::CapabilitySet;
 
 use super::capacity;
+use super::errors::{blocking, failed, too_long};
+use super::ext4_image::{self, BLOCK, Superblock};
 use super::numbers::first_id;
-use super::{blocking, failed, too_long};
 use crate::spawner::Spawner;
 use crate::sys::ext4;
 use crate::sys::loop_device::LoopDevice;
-use image::{BLOCK, Superblock};
 
 const SUFFIX: &str = "ext4";
 /// A volume that is being made.
 const FRESH: &str = "new";
-/// The id of `tenki`, who owns what is made for a volume.
-const OWNER: u32 = 1000;
 /// How long whoever had a volume may take to let go of it after their end, before they count as having it.
 const GRACE: Duration = Duration::from_secs(3);
 /// How long the kernel may take to write back what was unmounted.
@@ -64,6 +60,8 @@ pub(crate) struct Volumes {
 pub(crate) struct Sandbox {
     pub id: SessionId,
     pub slot: u32,
+    /// To whom directories belong that are made for a mount, as the sandbox counts them.
+    pub user_id: u32,
     /// Of its first process.
     pub pidfd: OwnedFd,
 }
@@ -105,14 +103,14 @@ impl Volumes {
         }
         self.check_room()?;
         let fresh = path.with_extension(FRESH);
-        let made = image::format(&fresh, whole_blocks(size_bytes))
+        let made = ext4_image::format(&fresh, whole_blocks(size_bytes))
             .map_err(on("make a volume"))
             .and_then(|()| fs::rename(&fresh, &path).map_err(on("name a volume")));
         if made.is_err() {
             let _ = fs::remove_file(&fresh);
         }
         made?;
-        image::sync_directory(&self.directory).map_err(on("make a volume"))
+        ext4_image::sync_directory(&self.directory).map_err(on("make a volume"))
     }
 
     pub fn remove(&self, id: VolumeId) -> Result<(), DriverError> {
@@ -125,7 +123,7 @@ impl Volumes {
             return Err(DriverError::Busy);
         }
         fs::remove_file(&path).map_err(on("remove a volume"))?;
-        image::sync_directory(&self.directory).map_err(on("remove a volume"))
+        ext4_image::sync_directory(&self.directory).map_err(on("remove a volume"))
     }
 
     pub fn grow(&self, id: VolumeId, size_bytes: u64) -> Result<(), DriverError> {
@@ -133,7 +131,7 @@ impl Volumes {
         let path = self.existing(id)?;
         let file = OpenOptions::new().read(true).write(true).open(&path).map_err(on("open the volume's image"))?;
         let devices = devices_in_use(&path)?;
-        let found = if devices.is_empty() { image::recover(&path) } else { Superblock::read(&file) };
+        let found = if devices.is_empty() { ext4_image::recover(&path) } else { Superblock::read(&file) };
         let found = found.map_err(on("grow a volume"))?;
         let bytes = whole_blocks(size_bytes) + found.journal_bytes;
         if bytes < found.bytes {
@@ -162,7 +160,7 @@ impl Volumes {
                 drop(device);
                 wait_until_free(&path, number)?;
             }
-            (None, false) => image::grow(&path, bytes).map_err(on("grow a volume"))?,
+            (None, false) => ext4_image::grow(&path, bytes).map_err(on("grow a volume"))?,
         }
         sync(&path)
     }
@@ -193,14 +191,14 @@ impl Volumes {
             return Err(DriverError::Busy);
         }
         if unused {
-            image::recover(&path).map_err(on("attach a volume"))?;
+            ext4_image::recover(&path).map_err(on("attach a volume"))?;
         }
         let device = attach_image(&path, wanted.readonly)?;
         let tree = mount_device(&device, wanted.readonly)?;
         let attributes = if wanted.readonly { NO_DEVICES | READ_ONLY } else { NO_DEVICES };
         mount::set_attributes(tree.as_fd(), attributes, Some(sandbox.user_namespace()?.as_fd()))
             .map_err(on("map the volume's ids"))?;
-        let order = spawn::Mount { path: wanted.path.clone(), owner: first_id(sandbox.slot) + OWNER };
+        let order = spawn::Mount { path: wanted.path.clone(), owner: first_id(sandbox.slot) + sandbox.user_id };
         let outcome = spawner.mount(order, sandbox.pidfd.as_fd(), tree.as_fd());
         sandbox.judge(outcome.map_err(on("attach a volume"))?)
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use nagaya_engine::ports::Ended;
 
-use super::Inner;
+use super::core::Inner;
 use super::running::RunningSandbox;
 use crate::agent_client::Link;
 

@@ -13,6 +13,7 @@
 //! `sandboxes/`, images of disks, and volumes. Everything else (slots of the pool, mounts, loop devices) is held by descriptors
 //! and goes with it, but for files and cgroups of slots, which the next start sweeps.
 
+mod core;
 mod events;
 mod pause;
 mod running;
@@ -21,8 +22,7 @@ mod start;
 mod stop;
 mod usage;
 
-use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use nagaya_api::ids::SessionId;
@@ -32,10 +32,9 @@ use serde::Deserialize;
 use tokio::sync::{Notify, mpsc};
 
 use crate::host::record::Record;
-use crate::host::volumes::Sandbox;
-use crate::host::{Host, blocking, failed};
-use running::RunningSandbox;
-use slots::{Factory, PreparedSlot, SlotPool, SlotSpec};
+use crate::host::{Host, blocking};
+use core::Inner;
+use slots::{Factory, SlotPool, SlotSpec};
 
 /// The sections about this driver.
 #[derive(Debug, Clone, Deserialize)]
@@ -78,23 +77,6 @@ const PREPARED_READY: usize = 4;
 pub struct NamespaceDriver {
     inner: Arc<Inner>,
     ends: Mutex<Option<mpsc::UnboundedReceiver<Ended>>>,
-}
-
-struct Inner {
-    /// What sandboxes' records call this driver.
-    name: String,
-    host: Arc<Host>,
-    shortcuts: bool,
-    factory: Arc<Factory>,
-    pools: Vec<Arc<SlotPool>>,
-    prepared: Vec<Arc<SlotPool<PreparedSlot>>>,
-    running: Mutex<HashMap<SessionId, Arc<RunningSandbox>>>,
-    /// New sandboxes that are not on the host's disk for sure, and whether their disks are to be synced too.
-    unsynced: Mutex<HashMap<SessionId, bool>>,
-    releasing: Mutex<HashSet<SessionId>>,
-    /// Told after each release; one waiter at a time.
-    released: Notify,
-    ends: mpsc::UnboundedSender<Ended>,
 }
 
 impl NamespaceDriver {
@@ -158,27 +140,6 @@ impl NamespaceDriver {
         for pool in &self.inner.prepared {
             pool.close();
         }
-    }
-}
-
-impl Inner {
-    fn running_sandboxes(&self) -> MutexGuard<'_, HashMap<SessionId, Arc<RunningSandbox>>> {
-        self.running.lock().expect("the list is changed without panics")
-    }
-
-    fn unsynced(&self) -> MutexGuard<'_, HashMap<SessionId, bool>> {
-        self.unsynced.lock().expect("the list is changed without panics")
-    }
-
-    fn releasing(&self) -> MutexGuard<'_, HashSet<SessionId>> {
-        self.releasing.lock().expect("the list is changed without panics")
-    }
-
-    /// A running sandbox, for its volumes.
-    fn sandbox(&self, id: SessionId) -> Result<Sandbox, DriverError> {
-        let running = self.running(id)?;
-        let pidfd = running.pidfd.try_clone().map_err(|error| failed("watch the sandbox", &error))?;
-        Ok(Sandbox { id, slot: running.slot, pidfd })
     }
 }
 

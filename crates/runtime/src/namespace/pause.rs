@@ -7,7 +7,7 @@ use nagaya_api::error::Code;
 use nagaya_api::ids::SessionId;
 use nagaya_engine::ports::DriverError;
 
-use super::Inner;
+use super::core::Inner;
 use super::running::RunningSandbox;
 use crate::agent_client::Link;
 use crate::cgroup::Group;

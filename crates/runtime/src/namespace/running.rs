@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nagaya_api::ids::SessionId;
-use nagaya_engine::model::SandboxSpec;
 use nagaya_engine::ports::DriverError;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
@@ -18,11 +17,8 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use rustix::time::Timespec;
 use tokio::io::unix::AsyncFd;
 
-use super::Inner;
-use super::slots::Slot;
 use crate::agent_client::Link;
-use crate::cgroup::{Group, Limits, Part};
-use crate::host::record::Record;
+use crate::cgroup::{Group, Part};
 use crate::host::{Host, failed, too_long};
 use crate::sys;
 
@@ -147,55 +143,6 @@ impl RunningSandbox {
     }
 }
 
-/// Makes a slot the sandbox of a session: its limits, its record, its directory. The last step gives
-/// it its name, so that a crash before it leaves a slot and a crash after it a sandbox. The slot is
-/// unharmed by an error.
-pub(super) fn take(inner: &Inner, id: SessionId, spec: &SandboxSpec, slot: &Slot) -> Result<(), DriverError> {
-    let host = &*inner.host;
-    let limits = Limits {
-        cpu_millis: spec.resources.cpu_millis,
-        memory_bytes: spec.resources.memory_bytes,
-        processes_max: host.config.limits.processes_max,
-    };
-    slot.group.set_limits(limits).map_err(|error| failed("set the sandbox's limits", &error))?;
-    slot.set_sizes(limits.memory_bytes).map_err(|error| failed("set the sandbox's sizes", &error))?;
-    let processors = host.processors_for(slot.number, spec.resources.cpus());
-    set_processors(slot.started.pid, &processors).map_err(|error| failed("set the sandbox's processors", &error))?;
-    let record = Record {
-        egress: spec.egress.clone(),
-        ..Record::new(&inner.name, spec.root.digest.clone(), slot.number, host.boot_id.clone())
-    };
-    record.write(&slot.directory).map_err(|error| failed("write the sandbox's record", &error))?;
-    if let Some(network) = host.network.as_ref().filter(|_| spec.outbound) {
-        let begun = network.begin(slot.number, spec.egress.as_ref());
-        begun.map_err(|error| failed("set the sandbox's destinations", &error))?;
-    }
-    let directory = host.directory(id);
-    if slot.directory != directory {
-        fs::rename(&slot.directory, &directory).map_err(|error| failed("name the sandbox", &error))?;
-    }
-    Ok(())
-}
-
-/// Also what `nproc` tells inside. A thread hands its processors on to the threads and processes it
-/// starts, so every thread that the agent has already must get them.
-fn set_processors(pid: i32, processors: &[usize]) -> io::Result<()> {
-    let mut set = rustix::thread::CpuSet::new();
-    for processor in processors {
-        set.set(*processor);
-    }
-    rustix::thread::sched_setaffinity(Pid::from_raw(pid), &set)?;
-    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
-        let thread = entry?.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
-        match thread.map(|thread| rustix::thread::sched_setaffinity(Some(thread), &set)) {
-            // A thread that has ended meanwhile needs none.
-            None | Some(Ok(()) | Err(rustix::io::Errno::SRCH)) => {}
-            Some(Err(errno)) => return Err(errno.into()),
-        }
-    }
-    Ok(())
-}
-
 /// Ends a process and waits for its end, but not for ever. Blocks.
 pub(super) fn kill_and_wait(pidfd: &OwnedFd) {
     // A process that has ended already is what we want.
@@ -226,8 +173,7 @@ fn short_path(directory: &OwnedFd) -> String {
 }
 
 /// Connects to the agent and exchanges greetings.
-pub(super) async fn connect(inner: &Inner, running: &RunningSandbox) -> Result<Arc<Link>, DriverError> {
-    let host = &*inner.host;
+pub(super) async fn connect(host: &Host, running: &RunningSandbox, shortcuts: bool) -> Result<Arc<Link>, DriverError> {
     let (group, directory) = (host.group(running.slot), host.directory(running.id));
     if running.pidfd.is_halted() {
         return Err(DriverError::Failed(HALTED.into()));
@@ -240,7 +186,7 @@ pub(super) async fn connect(inner: &Inner, running: &RunningSandbox) -> Result<A
         .await
         .map_err(|_| DriverError::Failed("the agent does not answer".into()))?
         .map_err(|error| failed("connect to the agent", &error))?;
-    if inner.shortcuts {
+    if shortcuts {
         link.count_out_of_memory_kills(move || group.out_of_memory_kills());
         link.use_network_of(process);
     }

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use nagaya_engine::model::RootImage;
+use nagaya_engine::model::{ImageUser, RootImage};
 use nagaya_guest::mount::{self, NO_DEVICES, READ_ONLY};
 use nagaya_guest::spawn;
 use rustix::net::sockopt::Timeout;
@@ -253,7 +253,11 @@ impl Factory {
         let layers = spec.root.layers.iter().map(|of| layer(&of.source, prepared.user.as_fd()));
         let layers: Vec<OwnedFd> = layers.collect::<Result<_, _>>()?;
         let listen = running::listen(&directory).map_err(on("make the agent's socket"))?;
-        let order = spawn::Disk { layers: spec.root.layers.iter().map(|of| of.place.clone()).collect() };
+        let ImageUser { name, uid, gid, home } = spec.root.user.clone();
+        let order = spawn::Disk {
+            layers: spec.root.layers.iter().map(|of| of.place.clone()).collect(),
+            user: spawn::User { name, uid, gid, home },
+        };
         let mut fds = vec![disk.as_fd(), listen.as_fd()];
         fds.extend(layers.iter().map(AsFd::as_fd));
         spawn::send(prepared.disk.as_fd(), &order, &fds).map_err(|error| {

@@ -1,6 +1,7 @@
 //! How a sandbox comes to run: on a fresh disk, on an image's, or on the one it had before.
 
 use std::fs::{self, File};
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,10 +9,12 @@ use nagaya_api::ids::{DiskImageId, SessionId};
 use nagaya_engine::model::{DiskOrigin, Limit, SandboxSpec};
 use nagaya_engine::ports::{DriverError, Guest};
 use nagaya_guest::spawn::LAYERS_MAX;
+use rustix::process::Pid;
 
-use super::Inner;
+use super::core::Inner;
 use super::running::{self, PidFd, RunningSandbox};
 use super::slots::{PreparedSlot, Slot, SlotDisk, SlotError, SlotSpec, Started};
+use crate::cgroup::Limits;
 use crate::host::numbers::UsedUp;
 use crate::host::record::{self, Record};
 use crate::host::{blocking, capacity, disk, failed};
@@ -160,7 +163,7 @@ impl Inner {
     }
 
     fn take(&self, id: SessionId, spec: &SandboxSpec, slot: Slot) -> Result<(u32, Started), DriverError> {
-        match running::take(self, id, spec, &slot) {
+        match take(self, id, spec, &slot) {
             Ok(()) => Ok((slot.number, slot.started)),
             Err(error) => {
                 self.factory.discard(slot);
@@ -207,7 +210,7 @@ impl Inner {
         let pidfd = PidFd::new(pidfd).map_err(|error| failed("watch the sandbox", &error))?;
         let running = Arc::new(RunningSandbox::new(id, slot, pidfd));
         self.running_sandboxes().insert(id, running.clone());
-        match running::connect(self, &running).await {
+        match running::connect(&self.host, &running, self.shortcuts).await {
             Ok(link) => {
                 self.watch(&running);
                 self.watch_power(&running, &link);
@@ -219,4 +222,53 @@ impl Inner {
             }
         }
     }
+}
+
+/// Makes a slot the sandbox of a session: its limits, its record, its directory. The last step gives
+/// it its name, so that a crash before it leaves a slot and a crash after it a sandbox. The slot is
+/// unharmed by an error.
+fn take(inner: &Inner, id: SessionId, spec: &SandboxSpec, slot: &Slot) -> Result<(), DriverError> {
+    let host = &*inner.host;
+    let limits = Limits {
+        cpu_millis: spec.resources.cpu_millis,
+        memory_bytes: spec.resources.memory_bytes,
+        processes_max: host.config.limits.processes_max,
+    };
+    slot.group.set_limits(limits).map_err(|error| failed("set the sandbox's limits", &error))?;
+    slot.set_sizes(limits.memory_bytes).map_err(|error| failed("set the sandbox's sizes", &error))?;
+    let processors = host.processors_for(slot.number, spec.resources.cpus());
+    set_processors(slot.started.pid, &processors).map_err(|error| failed("set the sandbox's processors", &error))?;
+    let record = Record {
+        egress: spec.egress.clone(),
+        ..Record::new(&inner.name, &spec.root, slot.number, host.boot_id.clone())
+    };
+    record.write(&slot.directory).map_err(|error| failed("write the sandbox's record", &error))?;
+    if let Some(network) = host.network.as_ref().filter(|_| spec.outbound) {
+        let begun = network.begin(slot.number, spec.egress.as_ref());
+        begun.map_err(|error| failed("set the sandbox's destinations", &error))?;
+    }
+    let directory = host.directory(id);
+    if slot.directory != directory {
+        fs::rename(&slot.directory, &directory).map_err(|error| failed("name the sandbox", &error))?;
+    }
+    Ok(())
+}
+
+/// Also what `nproc` tells inside. A thread hands its processors on to the threads and processes it
+/// starts, so every thread that the agent has already must get them.
+fn set_processors(pid: i32, processors: &[usize]) -> io::Result<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    for processor in processors {
+        set.set(*processor);
+    }
+    rustix::thread::sched_setaffinity(Pid::from_raw(pid), &set)?;
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let thread = entry?.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
+        match thread.map(|thread| rustix::thread::sched_setaffinity(Some(thread), &set)) {
+            // A thread that has ended meanwhile needs none.
+            None | Some(Ok(()) | Err(rustix::io::Errno::SRCH)) => {}
+            Some(Err(errno)) => return Err(errno.into()),
+        }
+    }
+    Ok(())
 }

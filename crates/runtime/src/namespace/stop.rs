@@ -8,7 +8,7 @@ use std::time::Duration;
 use nagaya_api::ids::SessionId;
 use nagaya_engine::ports::{Adopted, DriverError};
 
-use super::Inner;
+use super::core::Inner;
 use super::running::{self, PidFd, RunningSandbox};
 use crate::host::record::Record;
 use crate::host::{blocking, capacity, disk, disk_images, failed, too_long};
@@ -27,7 +27,7 @@ impl Inner {
         let mut powered_off = record.powered_off;
         if let Some(running) = self.find(id, &record)? {
             let connecting = async {
-                let link = running::connect(self, &running).await?;
+                let link = running::connect(&self.host, &running, self.shortcuts).await?;
                 if link.powered_off() {
                     return Ok(None);
                 }

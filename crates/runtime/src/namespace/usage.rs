@@ -8,7 +8,7 @@ use nagaya_api::ids::SessionId;
 use nagaya_engine::ports::{DriverError, ResourceUsage};
 use tokio::time::Instant;
 
-use super::Inner;
+use super::core::Inner;
 use super::running::RunningSandbox;
 use crate::cgroup::{Group, Part};
 use crate::host::{blocking, failed};

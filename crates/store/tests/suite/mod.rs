@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use nagaya_api::ids::{AttachmentId, DiskImageId, ExecutionId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use nagaya_engine::model::{
     ApiKey, Attachment, AttachmentState, DiskOnlyReason, Egress, EndReason, Execution, ExecutionStatus, ImageDigest,
-    Limit, Machine, Pause, Resources, Session, SessionState, Workspace, WorkspaceSettings,
+    Limit, Machine, Pause, Resources, RestoreMode, Resume, Session, SessionState, Workspace, WorkspaceSettings,
 };
 use nagaya_engine::ports::{Change, SessionQuery, Store};
 use proptest::collection::vec;
@@ -133,6 +133,7 @@ pub fn session(created_at: u64, number: u32) -> Session {
             idle: true,
         }),
         last_resume_error: "no \"space\" for it".into(),
+        last_resume: Some(Resume { mode: RestoreMode::ColdBoot, disk_reason: Some(DiskOnlyReason::MemoryPressure) }),
         attachments: [AttachmentState::Attaching, AttachmentState::Attached, AttachmentState::SyncPending]
             .into_iter()
             .zip(4..)
@@ -206,6 +207,7 @@ async fn records_come_back_as_they_were_written(store: &dyn Store) {
         source_image_id: None,
         pause: None,
         last_resume_error: String::new(),
+        last_resume: None,
         attachments: Vec::new(),
         sticky: false,
         inbound: true,
@@ -266,6 +268,7 @@ async fn a_second_write_replaces_the_whole_record(store: &dyn Store) {
         source_image_id: None,
         pause: None,
         last_resume_error: String::new(),
+        last_resume: None,
         attachments: before.attachments[1..].to_vec(),
         ..before.clone()
     };

@@ -75,7 +75,8 @@ pub async fn a_terminal_is_one_and_changes_its_size(place: &mut Place) -> Outcom
 
 /// What `/root` is to the file server of a user: the number of its answer to OPENDIR.
 async fn opens_roots_home(guest: &dyn nagaya_engine::ports::Guest, privileged: bool) -> u8 {
-    let server = Command { builtin: Some(Builtin::Sftp), stdin: true, privileged, ..command(&["/nothing"]) };
+    let server =
+        Command { builtin: Some(Builtin::Sftp), stdin: true, user: user(privileged), ..command(&["/nothing"]) };
     let mut process = guest.run(server).await.unwrap();
     let hello: &[u8] = &[0, 0, 0, 5, 1, 0, 0, 0, 3];
     let open: &[u8] = &[0, 0, 0, 14, 11, 0, 0, 0, 7, 0, 0, 0, 5, b'/', b'r', b'o', b'o', b't'];

@@ -110,11 +110,11 @@ pub async fn only_root_powers_off_and_every_way_works(place: &mut Place) -> Outc
     assert_eq!(refused.exit.code, 1, "{refused:?}");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("only root"), "{refused:?}");
     for words in ["shutdown", "shutdown +5", "shutdown -r now"] {
-        let later = run(&*guest, Command { privileged: true, ..command(&["/bin/sh", "-c", words]) }).await;
+        let later = run(&*guest, Command { user: User::Root, ..command(&["/bin/sh", "-c", words]) }).await;
         assert_eq!(later.exit.code, 1, "{words}: {later:?}");
     }
     for words in ["poweroff", "halt", "/sbin/poweroff", "/usr/sbin/halt", "shutdown -h now", "shutdown now"] {
-        let asked = Command { privileged: true, ..command(&["/bin/sh", "-c", words]) };
+        let asked = Command { user: User::Root, ..command(&["/bin/sh", "-c", words]) };
         let _asked = guest.run(asked).await.unwrap();
         let (ended, powered_off, _) = place.ended().await;
         assert_eq!((ended, powered_off), (id, true), "{words}");
@@ -154,7 +154,7 @@ pub async fn a_power_off_while_no_server_runs_is_not_lost(place: &mut Place) -> 
     let id = fresh_id();
     let guest = place.driver().start(id, &place.fresh()).await.unwrap();
     let (_marked, host_pid) = marked_process(&*guest).await;
-    let later = Command { privileged: true, ..command(&["/bin/sh", "-c", "sleep 1; poweroff"]) };
+    let later = Command { user: User::Root, ..command(&["/bin/sh", "-c", "sleep 1; poweroff"]) };
     guest.run_detached(ExecutionId::new(15, [1; 10]), later).await.unwrap();
     let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
     let own = namespace(host_pid);

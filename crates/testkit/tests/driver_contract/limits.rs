@@ -20,7 +20,7 @@ pub async fn a_process_above_the_memory_limit_dies_with_that_reason_and_the_agen
     assert_eq!(within.exit.code, 0, "{within:?}");
     for privileged in [false, true] {
         let greedy = ["python3", "-c", "x = [b'x' * (1 << 20) for _ in range(400)]; print('fits')"];
-        let exit = run(&*guest, Command { privileged, ..command(&greedy) }).await.exit;
+        let exit = run(&*guest, Command { user: user(privileged), ..command(&greedy) }).await.exit;
         assert_eq!((exit.code, exit.signal.as_str(), exit.reason.name()), (-1, "SIGKILL", "out_of_memory"));
     }
     // Memory of files that live in memory counts as well.

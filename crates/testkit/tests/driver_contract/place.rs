@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use nagaya_api::ids::{DiskImageId, SessionId};
 use nagaya_engine::fake::{FakeDriver, Fakes};
-use nagaya_engine::model::{DiskOrigin, Resources, RootImage, SandboxSpec};
+use nagaya_engine::model::{DiskOrigin, ImageUser, Resources, RootImage, SandboxSpec};
+pub use nagaya_engine::ports::User;
 use nagaya_engine::ports::{
     self, Adopted, Command, Driver, Ended, ExitStatus, Guest, GuestError, Host as _, HostEvent, Process, ProcessEvent,
     ProcessInput, WriteOptions,
@@ -88,7 +89,9 @@ impl Place {
     /// A new sandbox: small, and without a way out.
     pub fn fresh(&self) -> SandboxSpec {
         let root = match &self.kind {
-            Kind::Fake(driver) => RootImage { digest: driver.default_root(), layers: Vec::new() },
+            Kind::Fake(driver) => {
+                RootImage { digest: driver.default_root(), layers: Vec::new(), user: ImageUser::default() }
+            }
             Kind::Namespace { server, .. } => server.as_ref().expect(BETWEEN).host.default_root_image(),
         };
         let resources = Resources::of(1, 256, 5);
@@ -164,7 +167,7 @@ impl Place {
         match &self.kind {
             Kind::Fake(driver) => assert!(driver.power_off(id)),
             Kind::Namespace { .. } => {
-                let asked = Command { privileged: true, ..command(&["poweroff"]) };
+                let asked = Command { user: User::Root, ..command(&["poweroff"]) };
                 let mut process = guest.run(asked).await.unwrap();
                 // Letting go of it would end it.
                 while !matches!(process.events.recv().await, None | Some(ProcessEvent::Exit(_))) {}
@@ -302,13 +305,17 @@ pub async fn run(guest: &dyn Guest, command: Command) -> Finished {
     finish(&mut process.events).await
 }
 
+pub fn user(privileged: bool) -> User {
+    if privileged { User::Root } else { User::Image }
+}
+
 /// Output of a shell script that must succeed.
 pub async fn shell(guest: &dyn Guest, script: &str) -> String {
     shell_as(guest, script, false).await
 }
 
 pub async fn shell_as(guest: &dyn Guest, script: &str, privileged: bool) -> String {
-    let finished = run(guest, Command { privileged, ..command(&["/bin/sh", "-c", script]) }).await;
+    let finished = run(guest, Command { user: user(privileged), ..command(&["/bin/sh", "-c", script]) }).await;
     assert_eq!(finished.exit.code, 0, "{script}\n{finished:?}");
     finished.text()
 }

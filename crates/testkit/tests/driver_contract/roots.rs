@@ -3,11 +3,10 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 
-use nagaya_engine::model::{ImageDigest, Layer, Resources, RootImage, SandboxSpec};
-use nagaya_engine::ports::{Adopted, Driver, DriverError};
+use nagaya_engine::model::{ImageDigest, ImageUser, Layer, Resources, RootImage, SandboxSpec};
+use nagaya_engine::ports::{Adopted, Command, Driver, DriverError};
 use nagaya_runtime::namespace::{self, NamespaceDriver, Pools};
 use nagaya_testkit::Outcome;
 
@@ -20,7 +19,7 @@ const MIB: u64 = 1 << 20;
 fn layered(directory: &Path) -> RootImage {
     let layer = |name: &str, files: &[(&str, &str)]| {
         let root = directory.join(name);
-        for made in ["", "bin", "dev", "proc", "sys", "etc", "home/tenki", "run", "tmp"] {
+        for made in ["", "bin", "dev", "proc", "sys", "etc", "home/app", "run", "tmp"] {
             fs::create_dir_all(root.join(made)).unwrap();
         }
         fs::set_permissions(&root, PermissionsExt::from_mode(0o755)).unwrap();
@@ -34,9 +33,15 @@ fn layered(directory: &Path) -> RootImage {
     // One program that needs no library, whatever the host is made of. What links our own programs is there.
     let source = directory.join("cat.c");
     fs::write(&source, CAT).unwrap();
-    let linked = Command::new("cc").arg("-static").arg("-o").arg(lower.source.join("bin/cat")).arg(&source).status();
+    let linked = std::process::Command::new("cc")
+        .arg("-static")
+        .arg("-o")
+        .arg(lower.source.join("bin/cat"))
+        .arg(&source)
+        .status();
     assert!(linked.unwrap().success(), "cc -static failed");
-    RootImage { digest: ImageDigest::new("sha256:made-by-hand"), layers: vec![upper, lower] }
+    let user = ImageUser { name: "app".into(), uid: 7, gid: 9, home: "/home/app".into() };
+    RootImage { digest: ImageDigest::new("sha256:made-by-hand"), layers: vec![upper, lower], user }
 }
 
 /// Prints the files that it is given.
@@ -62,7 +67,21 @@ pub async fn an_image_is_a_stack_of_layers_and_none_of_the_host_is_in_it(place: 
     let seen = run(&*guest, command(&["/bin/cat", "/etc/both", "/etc/lower", "/etc/upper"])).await;
     assert_eq!(seen.text(), "upper lower upper", "{seen:?}");
     assert!(guest.stat("/usr/bin").await.unwrap().is_none(), "the host's programs are in an image that has none");
-    write(&*guest, "/home/tenki/note", b"kept").await.unwrap();
+    let ids = |status: &str| {
+        status
+            .lines()
+            .filter(|line| line.starts_with("Uid:") || line.starts_with("Gid:"))
+            .fold(String::new(), |ids, line| format!("{ids}{} ", line.split_whitespace().nth(1).unwrap_or_default()))
+    };
+    let own = run(&*guest, command(&["/bin/cat", "/proc/self/status"])).await;
+    assert_eq!(ids(&own.text()), "7 9 ", "commands run as the image's user");
+    let root = Command { user: User::Root, ..command(&["/bin/cat", "/proc/self/status"]) };
+    assert_eq!(ids(&run(&*guest, root).await.text()), "0 0 ");
+    let told = run(&*guest, command(&["/bin/cat", "/proc/self/environ"])).await.text();
+    assert!(told.contains("USER=app\0") && told.contains("HOME=/home/app\0"), "{told:?}");
+    write(&*guest, "note", b"kept").await.unwrap();
+    let shut = Command { cwd: "/home/app".into(), ..command(&["/bin/cat", "note"]) };
+    assert_eq!(run(&*guest, shut).await.text(), "kept", "relative paths start at the image's home");
 
     // It goes on over its own image, and over no other.
     driver.stop(id).await.unwrap();
@@ -70,9 +89,9 @@ pub async fn an_image_is_a_stack_of_layers_and_none_of_the_host_is_in_it(place: 
     let Err(DriverError::OtherRoot { disk, asked }) = refused else { panic!("it started over another image") };
     assert_eq!((disk, asked), (spec.root.digest.clone(), place.fresh().root.digest));
     let guest = driver.start(id, &SandboxSpec { root: spec.root.clone(), ..place.kept() }).await.unwrap();
-    assert_eq!(read(&*guest, "/home/tenki/note").await.unwrap(), b"kept");
+    assert_eq!(read(&*guest, "/home/app/note").await.unwrap(), b"kept");
     assert_eq!(place.host().root_of(id).await.unwrap(), Some(spec.root.digest));
-    assert!(!directory.path().join("upper/home/tenki/note").exists(), "images are only ever read");
+    assert!(!directory.path().join("upper/home/app/note").exists(), "images are only ever read");
     driver.destroy(id).await.unwrap();
     place.settled().await;
     Ok(())

@@ -251,7 +251,7 @@ pub async fn renaming_the_mount_path_meanwhile_leads_nowhere_else(place: &mut Pl
     let swaps = "import ctypes, os\nos.chdir('/srv')\nos.makedirs('a/deep')\nos.symlink('/etc', 'b')\n\
                  swap = ctypes.CDLL(None, use_errno=True).renameat2\nassert swap(-100, b'a', -100, b'b', 2) == 0\n\
                  print('ready', flush=True)\nwhile True: swap(-100, b'a', -100, b'b', 2)";
-    let swaps = Command { privileged: true, ..command(&["/usr/bin/python3", "-c", swaps]) };
+    let swaps = Command { user: User::Root, ..command(&["/usr/bin/python3", "-c", swaps]) };
     let mut process = guest.run(swaps).await.unwrap();
     wait_for_line(&mut process, "ready").await;
     let (mut attached, mut refused) = (0, 0);
@@ -301,7 +301,7 @@ pub async fn a_volume_gives_no_devices_no_host_root_and_nothing_to_other_sandbox
     assert_eq!(shell_as(&*guest, device, true).await, "1");
     for call in ["umount /data", "mount -o remount,dev /data", "mount --bind /data /mnt"] {
         assert_ne!(
-            run(&*guest, Command { privileged: true, ..command(&["/bin/sh", "-c", call]) }).await.exit.code,
+            run(&*guest, Command { user: User::Root, ..command(&["/bin/sh", "-c", call]) }).await.exit.code,
             0,
             "{call}"
         );

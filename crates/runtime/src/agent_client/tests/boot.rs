@@ -92,7 +92,8 @@ async fn it_says_when_it_is_ready_and_shows_the_memory_of_the_sandbox() {
 
 #[tokio::test]
 async fn arguments_it_does_not_understand_stop_it() {
-    for arguments in [&["--listen-fd=0"][..], &["--listen-fd=x"], &["--what=1"], &[]] {
+    let without_user = &["--listen-fd=9"][..];
+    for arguments in [without_user, &["--listen-fd=0"], &["--listen-fd=x"], &["--user=x:0:a"], &["--what=1"], &[]] {
         let program = crate::programs::agent().unwrap();
         let _alone = SPAWNING.lock().unwrap_or_else(PoisonError::into_inner);
         let output = std::process::Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))

@@ -1,5 +1,5 @@
 use nagaya_api::error::Code;
-use nagaya_engine::ports::{Builtin, ExitReason, ProcessInput, Signal, Terminal, TerminalSize, WhenLeft};
+use nagaya_engine::ports::{Builtin, ExitReason, ProcessInput, Signal, Terminal, TerminalSize, User, WhenLeft};
 
 use super::*;
 
@@ -27,7 +27,7 @@ async fn commands_run_as_the_user_in_its_home_with_its_environment() {
     assert_eq!(String::from_utf8_lossy(&ended.stdout), expected);
 
     let mut wanted = shell("id -u; echo $HOME $USER $PATH");
-    wanted.privileged = true;
+    wanted.user = User::Root;
     wanted.env.insert("PATH".into(), "/usr/bin:/bin".into());
     let (ended, _) = run(&link, wanted).await;
     assert_eq!(ended.stdout, b"0\n/root root /usr/bin:/bin\n");

@@ -12,7 +12,7 @@ use std::net::Ipv4Addr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
-use nagaya_engine::model::{ImageDigest, Layer, RootImage};
+use nagaya_engine::model::{ImageDigest, ImageUser, Layer, RootImage};
 use nagaya_guest::spawn::PLACES as PROGRAM_DIRECTORIES;
 
 use accounts::{Accounts, Host};
@@ -66,6 +66,7 @@ const FROM_ETC: [&str; 36] = [
 const FROM_ETC_SSL: [&str; 2] = ["certs", "openssl.cnf"];
 
 /// The user that commands run as.
+const USER: &str = "tenki";
 const TENKI: u32 = 1000;
 /// Larger files of `/etc` are not configuration.
 const FILE_BYTES_MAX: u64 = 8 << 20;
@@ -149,7 +150,8 @@ fn image(base: PathBuf, name: &str) -> RootImage {
         .filter(|layer| fs::symlink_metadata(&layer.source).is_ok_and(|metadata| metadata.is_dir()));
     let base = Layer { source: base, place: String::new() };
     let layers = std::iter::once(base).chain(programs).collect();
-    RootImage { digest: ImageDigest::new(format!("{SCHEME}{name}")), layers }
+    let user = ImageUser { name: USER.into(), uid: TENKI, gid: TENKI, home: format!("/home/{USER}") };
+    RootImage { digest: ImageDigest::new(format!("{SCHEME}{name}")), layers, user }
 }
 
 fn make_base(base: &Path, name_server: Option<Ipv4Addr>) -> Result<(), ImageError> {

@@ -21,7 +21,7 @@ const BYTES_PER_INODE: u64 = 16 * 1024;
 const INODES_MIN: u64 = 256;
 /// mkfs makes no journal that takes more than half of an image; smaller ones are made that large and cut.
 const FORMAT_BYTES_MIN: u64 = 16 * MIB;
-/// The id of `tenki`.
+/// Who may write to a new volume: the first ordinary user of most images, and root in any case.
 const OWNER: u32 = 1000;
 
 const SUPERBLOCK_AT: u64 = 1024;
