@@ -5,6 +5,7 @@
 //! and are believed only after their digest has been computed again. They lie in a directory; an S3 bucket can
 //! be the durable place behind it. Absent on purpose: knowledge of snapshots, sessions and what an image means.
 
+mod config;
 mod cut;
 mod digest;
 mod directory;
@@ -15,10 +16,11 @@ mod restore;
 mod store;
 mod workers;
 
+pub use config::{Config, S3Config};
 pub use digest::Digest;
 pub use directory::manifests;
 pub use manifest::{BlockMap, Chunk, Manifest, ManifestError};
-pub use remote::{S3Config, S3Credentials};
+pub use remote::S3Credentials;
 pub use store::BlobStore;
 
 /// Blobs hold whole blocks: the unit in which holes are left out, and that file systems can share.

@@ -13,6 +13,7 @@ use object_store::path::Path;
 use object_store::{BackoffConfig, ClientOptions, ObjectStore, ObjectStoreExt, RetryConfig};
 use tokio::sync::OnceCell;
 
+use crate::config::S3Config;
 use crate::digest::Digest;
 use crate::directory::Kind;
 
@@ -24,20 +25,6 @@ const RETRIES_MAX: usize = 3;
 const REMOVALS_AT_ONCE: usize = 8;
 /// Names the server that a prefix belongs to.
 const OWNER_KEY: &str = "owner";
-
-/// Where the durable copies are.
-#[derive(Debug, Clone)]
-pub struct S3Config {
-    pub bucket: String,
-    /// Before every key, without slashes at its ends; may be empty. No two servers may share one.
-    pub prefix: String,
-    pub region: String,
-    /// For stores other than Amazon's, e.g. `https://s3.example.org`.
-    pub endpoint: Option<String>,
-    /// Lets the endpoint be `http://`: everything is readable on the way then.
-    pub allow_http: bool,
-    pub credentials: S3Credentials,
-}
 
 /// An access key with its secret, which is never printed.
 #[derive(Clone, PartialEq, Eq)]
@@ -88,13 +75,10 @@ pub(crate) struct Remote {
 
 impl Remote {
     /// Nothing is sent yet: a server starts while its bucket cannot be reached.
-    pub fn new(config: &S3Config, owner: String) -> Result<Self, BlobError> {
+    pub fn new(config: &S3Config, credentials: &S3Credentials, owner: String) -> Result<Self, BlobError> {
         let unusable = |reason: String| BlobError::Failed(format!("the S3 configuration cannot be used: {reason}"));
-        let is_http = config.endpoint.as_ref().is_some_and(|endpoint| endpoint.starts_with("http://"));
-        if is_http && !config.allow_http {
-            return Err(unusable("the endpoint is http://; use https://, or set allow_http".into()));
-        }
-        let prefix = Path::parse(&config.prefix).map_err(|error| unusable(format!("prefix: {error}")))?;
+        config.validate().map_err(|error| unusable(error.to_string()))?;
+        let prefix = config.path().map_err(|error| unusable(error.to_string()))?;
         let options = ClientOptions::new()
             .with_allow_http(config.allow_http)
             .with_timeout(REQUEST_TIMEOUT)
@@ -104,8 +88,8 @@ impl Remote {
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(&config.bucket)
             .with_region(&config.region)
-            .with_access_key_id(&config.credentials.access_key_id)
-            .with_secret_access_key(&config.credentials.secret_access_key)
+            .with_access_key_id(&credentials.access_key_id)
+            .with_secret_access_key(&credentials.secret_access_key)
             // Not every store that speaks S3 can remove many keys in one request.
             .with_disable_bulk_delete(true)
             .with_client_options(options)
@@ -228,18 +212,21 @@ mod tests {
             region: "eu-west-1".into(),
             endpoint: Some(endpoint.into()),
             allow_http,
-            credentials: S3Credentials::new("an-id".into(), "a-secret".into()).unwrap(),
+            credentials_file: None,
         }
     }
 
     #[test]
     fn a_configuration_says_what_is_wrong_with_it_and_never_tells_the_secret() {
-        let refused = Remote::new(&config("http://127.0.0.1:9", false, ""), String::new()).unwrap_err();
+        let credentials = S3Credentials::new("an-id".into(), "a-secret".into()).unwrap();
+        let open = |config: &S3Config| Remote::new(config, &credentials, String::new());
+        let refused = open(&config("http://127.0.0.1:9", false, "")).unwrap_err();
         assert!(refused.to_string().contains("allow_http"), "{refused}");
-        Remote::new(&config("http://127.0.0.1:9", true, "a//b"), String::new()).unwrap_err();
+        let refused = open(&config("http://127.0.0.1:9", true, "a//b")).unwrap_err();
+        assert!(refused.to_string().contains("blobs.s3.prefix"), "{refused}");
         let config = config("http://127.0.0.1:9", true, "a/b");
-        let remote = Remote::new(&config, String::new()).unwrap();
-        for text in [format!("{config:?}"), format!("{:?}", config.credentials), format!("{}", remote.bucket)] {
+        let remote = open(&config).unwrap();
+        for text in [format!("{config:?}"), format!("{credentials:?}"), format!("{}", remote.bucket)] {
             assert!(!text.contains("a-secret") && !text.contains("an-id"), "{text}");
         }
     }

@@ -11,9 +11,10 @@ use nagaya_engine::ports::{BlobError, Blobs, ImageReader, StoredImage};
 use tokio::runtime::Handle;
 use tokio::sync::RwLock;
 
+use crate::config::S3Config;
 use crate::digest::Digest;
 use crate::directory::{Directory, Kind, parse_manifest};
-use crate::remote::{Remote, S3Config};
+use crate::remote::{Remote, S3Credentials};
 use crate::{Chunk, Manifest, cut, reading, restore};
 
 /// Each holds one chunk in memory.
@@ -41,9 +42,9 @@ impl BlobStore {
     }
 
     /// Opens the directory as what this machine has of a bucket. The bucket need not be reachable yet.
-    pub fn open_with_s3(directory: &Path, config: &S3Config) -> Result<Self, BlobError> {
+    pub fn open_with_s3(directory: &Path, config: &S3Config, credentials: &S3Credentials) -> Result<Self, BlobError> {
         let directory = Directory::open(directory)?;
-        let remote = Remote::new(config, directory.owner()?)?;
+        let remote = Remote::new(config, credentials, directory.owner()?)?;
         Ok(Self::new(directory, Some(remote)))
     }
 

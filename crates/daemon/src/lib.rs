@@ -21,8 +21,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nagaya_engine::Engine;
-use nagaya_gateway::preview::{self, Proxy};
-use nagaya_gateway::ssh::{SshLimits, SshServer};
+use nagaya_gateway::preview::Proxy;
+use nagaya_gateway::ssh::SshServer;
 
 use budget::Budget;
 pub use budget::GiveBack;
@@ -80,7 +80,8 @@ impl Daemon {
         });
         let lifecycle = Lifecycle::new();
         let downloads = Arc::new(Downloads::new(engine.clone(), Arc::clone(&lifecycle), &config.limits));
-        let ssh = SshServer::start(engine.clone(), ssh_limits(&config.ssh)).await.map_err(ListenError::Ssh)?;
+        let ssh =
+            SshServer::start(engine.clone(), config.ssh.clone(), tenki::USER_NAME).await.map_err(ListenError::Ssh)?;
         let ssh_address = match config.ssh.listen {
             Some(address) => Some(ssh.listen(address).await.map_err(|source| ListenError::Bind { address, source })?),
             None => None,
@@ -88,8 +89,12 @@ impl Daemon {
         if let Some(address) = ssh_address {
             tracing::info!(%address, host_key = ssh.host_key_fingerprint(), "speaking SSH");
         }
-        let previews =
-            Proxy::start(Arc::new(engine.clone()), config.preview_domain.as_deref(), proxy_settings(&config.previews));
+        let previews = Proxy::start(
+            Arc::new(engine.clone()),
+            config.preview_domain.as_deref(),
+            config.previews.clone(),
+            &rpc::auth::COOKIE_NAMES,
+        );
         let stopping = engine.clone();
         let metrics = Arc::new(Metrics::new(Sources {
             sessions: Some(sessions),
@@ -112,7 +117,6 @@ impl Daemon {
             shared: shared.clone(),
             limits: config.tenki.clone(),
             engine: engine.clone(),
-            engine_config: config.engine.clone(),
             public_url: config.public_url.clone(),
             downloads: Arc::clone(&downloads),
             ssh: ssh.clone(),
@@ -154,37 +158,14 @@ impl Daemon {
     }
 }
 
-fn ssh_limits(config: &config::Ssh) -> SshLimits {
-    SshLimits {
-        connections_max: config.connections_max,
-        logins_max: config.logins_max,
-        login_timeout: Duration::from_millis(config.login_timeout_ms),
-        channels_per_connection_max: config.channels_per_connection_max,
-        user_name: tenki::USER_NAME,
-        certificate_ttl_default: Duration::from_millis(config.certificate_ttl_ms),
-        certificate_ttl_max: Duration::from_millis(config.certificate_ttl_max_ms),
-    }
-}
-
-fn proxy_settings(config: &config::Previews) -> preview::Settings {
-    preview::Settings {
-        connect_timeout: Duration::from_millis(config.connect_timeout_ms),
-        answer_timeout: Duration::from_millis(config.answer_timeout_ms),
-        exchanges_max: config.exchanges_max,
-        idle_connections_max: config.idle_connections_max,
-        idle_timeout: Duration::from_millis(config.idle_timeout_ms),
-        own_cookies: &rpc::auth::COOKIE_NAMES,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::SocketAddr;
 
     use http::{Request, Response, header};
     use hyper::body::Incoming;
-    use nagaya_engine::NewSession;
     use nagaya_engine::fake;
+    use nagaya_engine::{EngineConfig, NewSession};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
 
@@ -240,7 +221,7 @@ mod tests {
     #[tokio::test]
     async fn another_family_of_clients_is_one_entry_in_the_list() {
         let config = Config { listen: SocketAddr::from(([127, 0, 0, 1], 0)), ..Config::default() };
-        let (engine, key, caller, _fakes) = fake::start(config.engine.clone()).await;
+        let (engine, key, caller, _fakes) = fake::start(EngineConfig::default()).await;
         let session = engine.create_session(&caller, NewSession::default()).await.unwrap();
         let mut states = engine.watch_session(&caller, session.id).await.unwrap();
         states.wait_for(|session| session.ready_at.is_some()).await.unwrap();

@@ -1,10 +1,33 @@
-//! What an operator may set about the engine.
+//! What an operator may set about the engine, and how any owner of settings refuses one.
 
 use serde::{Deserialize, Serialize};
+
+/// A setting that cannot be used: its key with the section, and what is wrong or allowed instead.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{key} {problem}")]
+pub struct SettingError {
+    pub key: &'static str,
+    pub problem: String,
+}
+
+impl SettingError {
+    pub fn new(key: &'static str, problem: impl Into<String>) -> Self {
+        Self { key, problem: problem.into() }
+    }
+
+    /// Refuses the first setting that is 0.
+    pub fn unless_positive(settings: &[(&'static str, u64)]) -> Result<(), Self> {
+        match settings.iter().find(|(_, value)| *value == 0) {
+            Some((key, _)) => Err(Self::new(key, "must not be 0")),
+            None => Ok(()),
+        }
+    }
+}
 
 /// Which stopped sessions a visit from outside resumes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum WakeOnVisit {
     /// None of them.
     Never,
@@ -14,9 +37,10 @@ pub enum WakeOnVisit {
     Always,
 }
 
-/// Limits and periods of the engine. Every name ends in its unit or in what is counted.
+/// Sessions: how many there may be, how long they live, and what may be said about them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct EngineConfig {
     /// Sessions that may be alive at once on this server, over all workspaces.
     pub sessions_max: u32,
@@ -26,11 +50,11 @@ pub struct EngineConfig {
     pub certificate_ttl_ms: u64,
     /// Longest time that may lie between a session's creation and its end by deadline.
     pub max_duration_max_ms: u64,
-    /// Idle time after which sessions pause that do not say so themselves; absent: never.
+    /// Idle time after which sessions pause that do not say so themselves. Default: they never do.
     pub idle_timeout_default_minutes: Option<u32>,
-    /// How long paused sessions are kept when neither they nor their workspace say so; absent: for ever.
+    /// How long paused sessions are kept when neither they nor their workspace say so. Default: for ever.
     pub pause_retention_default_ms: Option<u64>,
-    /// How long a paused session may keep its memory; then only its disk is kept. Absent: until memory runs low.
+    /// How long a paused session may keep its memory; then only its disk is kept.
     pub pause_in_memory_max_ms: Option<u64>,
     /// Which stopped sessions are resumed when somebody wants to reach them from outside.
     pub wake_on_visit: WakeOnVisit,
@@ -58,6 +82,7 @@ pub struct EngineConfig {
     pub activity_flush_ms: u64,
     /// Pause before a failed step is tried again; doubles up to `retry_max_ms`.
     pub retry_first_ms: u64,
+    /// Longest pause before that.
     pub retry_max_ms: u64,
     /// How long the end of a session waits for what its driver is doing for it; then it ends the sandbox all the same.
     pub step_timeout_ms: u64,
@@ -69,6 +94,7 @@ pub struct EngineConfig {
     pub metadata_bytes_max: usize,
     /// Arguments of one command together.
     pub argv_bytes_max: usize,
+    /// Public keys that open one session over SSH.
     pub ssh_authorized_keys_max: usize,
     /// Remove sandboxes and volumes that no record names, not even as ended. For one start, and never from a file.
     #[serde(skip)]
@@ -107,5 +133,21 @@ impl Default for EngineConfig {
             ssh_authorized_keys_max: 32,
             discard_unrecorded: false,
         }
+    }
+}
+
+impl EngineConfig {
+    /// Refuses what no server can work with.
+    pub fn validate(&self) -> Result<(), SettingError> {
+        SettingError::unless_positive(&[
+            ("engine.forks_max", self.forks_max.into()),
+            ("engine.sessions_max", self.sessions_max.into()),
+            ("engine.certificate_ttl_ms", self.certificate_ttl_ms),
+            ("engine.wake_timeout_ms", self.wake_timeout_ms),
+            ("engine.previews_max", self.previews_max.into()),
+            ("engine.exposed_ports_max", self.exposed_ports_max.into()),
+            ("engine.private_preview_ttl_ms", self.private_preview_ttl_ms),
+            ("engine.viewer_token_ttl_max_ms", self.viewer_token_ttl_max_ms),
+        ])
     }
 }

@@ -32,6 +32,11 @@ use crate::volume_table::Volumes;
 use crate::{query, recovery};
 
 impl Engine {
+    /// What the operator decided.
+    pub fn config(&self) -> &EngineConfig {
+        &self.0.config
+    }
+
     /// Starts the engine: recovers everything recorded, then serves. The ingress is asked to publish before this returns;
     /// visitors who come so early have to wait for it.
     pub async fn start(config: EngineConfig, ports: Ports) -> Result<Self, Error> {

@@ -44,7 +44,7 @@ mod volumes;
 mod waking;
 
 pub use access::{Caller, check_secret};
-pub use config::{EngineConfig, WakeOnVisit};
+pub use config::{EngineConfig, SettingError, WakeOnVisit};
 pub use engine_core::Engine;
 pub use explain::{Finding, FindingCode};
 pub use open::{OpenSession, PreviewConnection};

@@ -60,7 +60,7 @@ pub fn resources(resources: &Resources) -> Result<(), Error> {
     if resources.cpu_millis == 0 || resources.memory_bytes == 0 || resources.disk_bytes == 0 {
         return refuse("a sandbox needs processor time, memory and a disk");
     }
-    if resources.disk_bytes % BLOCK_BYTES != 0 || resources.memory_bytes % BLOCK_BYTES != 0 {
+    if !resources.disk_bytes.is_multiple_of(BLOCK_BYTES) || !resources.memory_bytes.is_multiple_of(BLOCK_BYTES) {
         return refuse("memory and disk are multiples of 4096 bytes");
     }
     Ok(())

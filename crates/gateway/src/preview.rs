@@ -46,29 +46,13 @@ pub use token::PARAMETER as VIEWER_TOKEN_PARAMETER;
 use token::Shown;
 use upgrade::Upgrade;
 
+use crate::config::PreviewsConfig;
 use crate::traffic::Traffic;
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// How long the body of a refused request is read and thrown away, so that its sender gets to see the answer.
 const REFUSED_BODY_DRAIN: Duration = Duration::from_secs(5);
-
-/// Limits of the proxy.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    /// For connecting to the service, from the sandbox's side.
-    pub connect_timeout: Duration,
-    /// From the last piece of the request to the header of the answer.
-    pub answer_timeout: Duration,
-    /// Requests and tunnels under way to one preview.
-    pub exchanges_max: usize,
-    /// Connections kept open to one preview's service.
-    pub idle_connections_max: usize,
-    /// How long such a connection is kept.
-    pub idle_timeout: Duration,
-    /// Names of cookies that open the server itself. Services neither see nor set them.
-    pub own_cookies: &'static [&'static str],
-}
 
 /// Who decides where a preview leads.
 pub trait PreviewResolver: Send + Sync + 'static {
@@ -123,7 +107,9 @@ pub struct Proxy<E> {
     entrance: Arc<E>,
     /// Below which previews have their names, lower case.
     domain: Option<String>,
-    settings: Settings,
+    config: PreviewsConfig,
+    /// Names of cookies that open the server itself. Services neither see nor set them.
+    own_cookies: &'static [&'static str],
     services: Arc<Services>,
     answers: Answers,
     stopping: watch::Sender<bool>,
@@ -150,12 +136,18 @@ impl Answers {
 
 impl<E: PreviewResolver> Proxy<E> {
     /// Needs a Tokio runtime.
-    pub fn start(entrance: Arc<E>, domain: Option<&str>, settings: Settings) -> Arc<Self> {
+    pub fn start(
+        entrance: Arc<E>,
+        domain: Option<&str>,
+        config: PreviewsConfig,
+        own_cookies: &'static [&'static str],
+    ) -> Arc<Self> {
         Arc::new(Self {
             entrance,
             domain: domain.map(str::to_ascii_lowercase),
-            services: Services::start(settings.idle_timeout),
-            settings,
+            services: Services::start(config.idle_timeout()),
+            config,
+            own_cookies,
             answers: Answers::default(),
             stopping: watch::Sender::new(false),
         })
@@ -217,7 +209,7 @@ impl<E: PreviewResolver> Proxy<E> {
         viewer: &Viewer,
     ) -> Result<Response<ResponseBody>, Error> {
         let (host, label) = self.target(&parts, viewer)?;
-        let shown = token::take(&mut parts, &label, self.settings.own_cookies);
+        let shown = token::take(&mut parts, &label, self.own_cookies);
         let visit = self.entrance.enter(&label, shown.as_ref().map(|shown| shown.token.as_str())).await?;
         if !viewer.connection.admit() {
             return Err(Error::new(Code::CapacityUnavailable, "previews.connections_max is reached"));
@@ -239,14 +231,14 @@ impl<E: PreviewResolver> Proxy<E> {
         parts.version = Version::HTTP_11;
         parts.extensions = http::Extensions::new();
 
-        let entered = self.services.enter(&label, visit, &self.settings)?;
+        let entered = self.services.enter(&label, visit, &self.config)?;
         let body = body.take().expect("the body is taken here only");
         let head = parts.method == Method::HEAD;
-        let (mut response, lease) = exchange::exchange(entered, parts, body, &self.settings).await?;
+        let (mut response, lease) = exchange::exchange(entered, parts, body, &self.config).await?;
         let no_body = head || matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
         headers::one_length(response.headers_mut(), no_body).map_err(|why| Error::new(Code::ServiceBroken, why))?;
         let mut response = self.hand_back(response, lease, upgrade, viewer)?;
-        token::strip_set_cookies(response.headers_mut(), self.settings.own_cookies);
+        token::strip_set_cookies(response.headers_mut(), self.own_cookies);
         if let Some(cookie) = learned {
             response.headers_mut().append(header::SET_COOKIE, cookie);
         }

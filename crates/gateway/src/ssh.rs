@@ -35,6 +35,7 @@ pub use authority::{Issued, Permissions};
 use connection::{Connection, Ended, Transport};
 pub use websocket::{WebSocket, accept_key};
 
+use crate::config::SshConfig;
 use crate::places::Places;
 use crate::traffic::{Counted, Side, Traffic};
 
@@ -54,26 +55,14 @@ const LOGIN_ATTEMPTS_MAX: usize = 10;
 /// Messages from sandboxes that wait for one connection.
 const EVENTS_MAX: usize = 32;
 
-/// Limits of the server for SSH.
-#[derive(Debug, Clone)]
-pub struct SshLimits {
-    pub connections_max: usize,
-    /// Connections on which nobody is logged in yet.
-    pub logins_max: usize,
-    pub login_timeout: Duration,
-    pub channels_per_connection_max: usize,
-    /// What visitors call the image's user.
-    pub user_name: &'static str,
-    pub certificate_ttl_default: Duration,
-    pub certificate_ttl_max: Duration,
-}
-
 /// What all connections share.
 struct Shared {
     engine: Engine,
     authority: Authority,
     protocol: Arc<server::Config>,
-    limits: SshLimits,
+    limits: SshConfig,
+    /// What visitors call the image's user.
+    user_name: &'static str,
     places: Arc<Semaphore>,
     logins: Arc<Places>,
     traffic: Arc<Traffic>,
@@ -90,8 +79,8 @@ pub struct SshServer {
 pub struct ConnectionPermit(#[allow(dead_code)] OwnedSemaphorePermit);
 
 impl SshServer {
-    /// Makes the keys of this server when there are none yet.
-    pub async fn start(engine: Engine, limits: SshLimits) -> Result<Self, Error> {
+    /// Makes the keys of this server when there are none yet. `user_name` is what visitors call the image's user.
+    pub async fn start(engine: Engine, limits: SshConfig, user_name: &'static str) -> Result<Self, Error> {
         let authority = Authority::new(&engine.lasting_secret(CA_SECRET).await?);
         let host_key = authority::key_of(&engine.lasting_secret(HOST_SECRET).await?);
         let shared = Arc::new(Shared {
@@ -103,6 +92,7 @@ impl SshServer {
             traffic: Arc::default(),
             closing: watch::Sender::new(false),
             limits,
+            user_name,
         });
         Ok(Self { shared })
     }
@@ -141,7 +131,7 @@ impl SshServer {
             session_id,
             holder: &caller.key_id.to_string(),
             public_key,
-            ttl: ttl.unwrap_or(limits.certificate_ttl_default).min(limits.certificate_ttl_max),
+            ttl: limits.certificate_ttl(ttl),
             source_addresses,
             now_seconds: login::now_seconds(),
             serial: u64::from_be_bytes(*serial),
@@ -223,7 +213,7 @@ impl SshServer {
         let (stream, scissors) = Abortable::new(Counted::new(stream, Side::Client, &self.shared.traffic));
         let (entered, entering) = oneshot::channel();
         let handler = Connection::new(Arc::clone(&self.shared), entrance, peer, entered);
-        let deadline = tokio::time::Instant::now() + self.shared.limits.login_timeout;
+        let deadline = tokio::time::Instant::now() + self.shared.limits.login_timeout();
         let greeted = server::run_stream(Arc::clone(&self.shared.protocol), stream, handler);
         let greeted = tokio::select! {
             greeted = tokio::time::timeout_at(deadline, greeted) => greeted,

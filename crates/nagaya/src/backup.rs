@@ -3,8 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use nagaya_daemon::config::Config;
-
+use crate::config::Config;
 use crate::guard;
 use crate::server::DATABASE;
 

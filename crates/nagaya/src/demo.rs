@@ -8,11 +8,11 @@ use buffa::MessageField;
 use connectrpc::client::{BidiStream, ClientConfig, HttpClient};
 use nagaya_api::tenki::client::Whole;
 use nagaya_api::tenki::v1;
-use nagaya_daemon::config::Config;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use v1::run_request::Payload as Input;
 use v1::run_response::Payload as Output;
 
+use crate::config::Config;
 use crate::purge::purge;
 use crate::server::Server;
 
@@ -38,7 +38,7 @@ server.serve_forever()
 pub fn run() -> anyhow::Result<ExitCode> {
     let directory = tempfile::Builder::new().prefix("nagaya-demo-").tempdir().context("make a temporary directory")?;
     let mut config = Config { data_dir: directory.path().join("data"), ..Config::default() };
-    config.listen = ([127, 0, 0, 1], 0).into();
+    config.daemon.listen = ([127, 0, 0, 1], 0).into();
     crate::runtime()?.block_on(async {
         let shown = show(config.clone()).await;
         // Also after a failure nothing may stay.

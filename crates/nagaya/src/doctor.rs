@@ -2,11 +2,12 @@
 
 use std::process::ExitCode;
 
-use nagaya_daemon::config::Config;
 use nagaya_runtime::doctor::{Weight, examine};
 
+use crate::config::Config;
+
 pub fn run(config: &Config) -> anyhow::Result<ExitCode> {
-    let findings = examine(&config.data_dir, config.namespace.slots_max, config.namespace.processes_max);
+    let findings = examine(&config.data_dir, &config.host.limits);
     let mut unusable = false;
     for finding in &findings {
         let (mark, text) = match (&finding.outcome, finding.weight) {

@@ -1,6 +1,7 @@
 //! The one binary of Nagaya.
 
 mod backup;
+mod config;
 mod demo;
 mod doctor;
 mod guard;
@@ -10,13 +11,12 @@ mod recover;
 mod serve;
 mod server;
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
-use nagaya_daemon::config::{Config, Overrides};
+use clap::{CommandFactory, Parser, Subcommand};
+use config::{Config, Flags};
 pub use output::say;
 use tracing_subscriber::EnvFilter;
 
@@ -41,7 +41,7 @@ enum ServerVerb {
     /// Run the server. Sandboxes live on when it stops; the next start takes them over.
     Serve {
         #[command(flatten)]
-        settings: Settings,
+        flags: Flags,
         /// Remove sandboxes, volumes and snapshots that the database does not name, for good; without this, a start that would is refused.
         #[arg(long)]
         discard: bool,
@@ -49,50 +49,18 @@ enum ServerVerb {
     /// Show that it works: one sandbox, a program in it, a file written and read, all removed.
     Demo,
     /// Tell what this host can do, what is missing, and what fixes it.
-    Doctor(Settings),
+    Doctor(Flags),
     /// Write a consistent copy of the records to a new file, also while the server runs.
     Backup {
         /// The file to write; it must not exist.
         file: PathBuf,
         #[command(flatten)]
-        settings: Settings,
+        flags: Flags,
     },
     /// Give records again to what lies in a data directory whose database is missing, damaged or older. The server must not run.
-    Recover(Settings),
+    Recover(Flags),
     /// Remove every sandbox of a data directory, and the directory's content.
-    Purge(Settings),
-}
-
-#[derive(Args)]
-struct Settings {
-    /// Address and port to listen on; port 0 picks a free one [default: 127.0.0.1:7070].
-    #[arg(long, env = "NAGAYA_LISTEN")]
-    listen: Option<SocketAddr>,
-    /// Where everything that must survive is kept [default: /var/lib/nagaya].
-    #[arg(long, env = "NAGAYA_DATA_DIR")]
-    data_dir: Option<PathBuf>,
-    /// Configuration file (TOML).
-    #[arg(long, env = "NAGAYA_CONFIG")]
-    config: Option<PathBuf>,
-    /// An API key to accept besides those made by the server.
-    #[arg(long, env = "NAGAYA_API_KEY", hide_env_values = true)]
-    api_key: Option<String>,
-    /// Address and port on which plain SSH is spoken too, for clients with a certificate.
-    #[arg(long, env = "NAGAYA_SSH_LISTEN")]
-    ssh_listen: Option<SocketAddr>,
-}
-
-impl Settings {
-    fn load(self) -> anyhow::Result<Config> {
-        let overrides = Overrides {
-            listen: self.listen,
-            data_dir: self.data_dir,
-            api_key: self.api_key,
-            ssh_listen: self.ssh_listen,
-            ..Overrides::default()
-        };
-        Ok(Config::load(self.config.as_deref(), overrides)?)
-    }
+    Purge(Flags),
 }
 
 fn main() -> ExitCode {
@@ -120,15 +88,15 @@ fn serve_or_report(verb: ServerVerb) -> ExitCode {
         .with_writer(output::start_log())
         .init();
     let done = match verb {
-        ServerVerb::Serve { settings, discard } => settings.load().and_then(|mut config| {
+        ServerVerb::Serve { flags, discard } => Config::load(flags).and_then(|mut config| {
             config.engine.discard_unrecorded = discard;
             serve::run(config)
         }),
-        ServerVerb::Backup { file, settings } => settings.load().and_then(|config| backup::run(&config, &file)),
-        ServerVerb::Recover(settings) => settings.load().and_then(recover::run),
+        ServerVerb::Backup { file, flags } => Config::load(flags).and_then(|config| backup::run(&config, &file)),
+        ServerVerb::Recover(flags) => Config::load(flags).and_then(recover::run),
         ServerVerb::Demo => demo::run(),
-        ServerVerb::Doctor(settings) => settings.load().and_then(|config| doctor::run(&config)),
-        ServerVerb::Purge(settings) => settings.load().and_then(purge::run),
+        ServerVerb::Doctor(flags) => Config::load(flags).and_then(|config| doctor::run(&config)),
+        ServerVerb::Purge(flags) => Config::load(flags).and_then(purge::run),
     };
     let code = done.unwrap_or_else(|error| {
         output::complain(format_args!("nagaya: {error:#}"));

@@ -6,11 +6,11 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use nagaya_daemon::config::Config;
 use nagaya_engine::ports::{Driver, Host};
 use nagaya_runtime::host::{HostPort, NETWORK_FILE, storage_root};
 use nagaya_store::DirectoryLock;
 
+use crate::config::Config;
 use crate::server::{ADDRESS_FILE, BLOBS, DATABASE, KEY_FILE, open_blobs, open_host_at_rest};
 
 /// Everything that a server may have put into its data directory.

@@ -12,7 +12,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use nagaya_api::ids::{DiskImageId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use nagaya_blobs::Manifest;
-use nagaya_daemon::config::Config;
 use nagaya_daemon::host::HostEntropy;
 use nagaya_engine::model::{
     Durability, ImageDigest, Machine, Resources, Session, SessionState, Snapshot, SnapshotKind, SnapshotState, UnixMs,
@@ -23,6 +22,7 @@ use nagaya_runtime::host::{HostPort, storage_root};
 use nagaya_runtime::namespace::NamespaceDriver;
 use nagaya_store::SqliteStore;
 
+use crate::config::Config;
 use crate::guard;
 use crate::server::{BLOBS, DATABASE, NAMESPACE, open_host_at_rest};
 

@@ -4,9 +4,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use nagaya_daemon::config::Config;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::config::Config;
 use crate::output;
 use crate::server::Server;
 
@@ -15,7 +15,7 @@ use crate::server::Server;
 const END_MAX: Duration = Duration::from_secs(30);
 
 pub fn run(config: Config) -> anyhow::Result<ExitCode> {
-    let end_max = Duration::from_millis(config.limits.drain_timeout_ms) + END_MAX;
+    let end_max = Duration::from_millis(config.daemon.limits.drain_timeout_ms) + END_MAX;
     let runtime = crate::runtime()?;
     let served = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;

@@ -3,22 +3,21 @@
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::Write;
-use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use nagaya_blobs::{BlobStore, S3Config, S3Credentials};
-use nagaya_daemon::config::{Config, DiskPool};
+use nagaya_blobs::BlobStore;
 use nagaya_daemon::host::{HostClock, HostEntropy};
 use nagaya_daemon::{Daemon, GiveBack, Hooks, Level, Levels, Listeners};
 use nagaya_engine::ports::{Blobs, Driver, Drivers, Entropy, Ports, Store};
 use nagaya_engine::{Engine, check_secret};
-use nagaya_runtime::host::{self, Host, HostPort, PoolChoice};
-use nagaya_runtime::namespace::{self, NamespaceDriver};
+use nagaya_runtime::host::{self, DiskPool, Host, HostPort};
+use nagaya_runtime::namespace::{NamespaceDriver, Pools};
 
+use crate::config::Config;
 use crate::guard;
 
 /// Names in the data directory that are not the driver's.
@@ -57,11 +56,11 @@ impl Server {
         }
         let store: Arc<dyn Store> = Arc::new(store);
         let host = open_host(&config).await?;
-        let driver = Arc::new(NamespaceDriver::start(host.clone(), NAMESPACE, &pools(&config)));
+        let driver = Arc::new(NamespaceDriver::start(host.clone(), NAMESPACE, &config.namespace));
         let drivers = drivers(&config.drivers.default, [(NAMESPACE, driver.clone() as Arc<dyn Driver>)])?;
         let blobs = open_blobs(&config)?;
         let (clock, entropy) = (Arc::new(HostClock), Arc::new(HostEntropy));
-        let listeners = Listeners::open(&config).await?;
+        let listeners = Listeners::open(&config.daemon).await?;
         host.keep_reachable(listeners.local_addr().port());
         let ingress = listeners.ingress();
         let ports = Ports { store, drivers, host: Arc::new(HostPort(host)), blobs, ingress, clock, entropy };
@@ -69,14 +68,14 @@ impl Server {
         for key in [key.as_deref(), config.api_key.as_deref()].into_iter().flatten() {
             engine.first_start(Some(key)).await?;
         }
-        let (tls, data_dir) = (config.tls.is_some(), config.data_dir.clone());
-        let drain_timeout = Duration::from_millis(config.limits.drain_timeout_ms);
+        let (tls, data_dir) = (config.daemon.tls.is_some(), config.data_dir.clone());
+        let drain_timeout = Duration::from_millis(config.daemon.limits.drain_timeout_ms);
         let level = driver.clone();
         let pools: Levels =
             Arc::new(move || level.pool_levels().map(|(name, value)| Level { name: name.into(), value }).to_vec());
         let give_back: GiveBack = Arc::new(nagaya_runtime::give_memory_back);
         let daemon = Daemon::start(
-            &config,
+            &config.daemon,
             engine,
             Hooks { pools: Some(pools), listeners: Some(listeners), give_back: Some(give_back) },
         )
@@ -164,29 +163,7 @@ pub fn open_blobs(config: &Config) -> anyhow::Result<Arc<dyn Blobs>> {
     let Some(s3) = &config.blobs.s3 else {
         return Ok(Arc::new(BlobStore::open(&directory)?));
     };
-    let credentials = match &s3.credentials_file {
-        Some(file) => S3Credentials::from_file(file)?,
-        None => {
-            let variable = |name| std::env::var(name).unwrap_or_default();
-            S3Credentials::new(variable("NAGAYA_S3_ACCESS_KEY_ID"), variable("NAGAYA_S3_SECRET_ACCESS_KEY"))
-                .context("set blobs.s3.credentials_file, or NAGAYA_S3_ACCESS_KEY_ID and NAGAYA_S3_SECRET_ACCESS_KEY")?
-        }
-    };
-    let settings = S3Config {
-        bucket: s3.bucket.clone(),
-        prefix: s3.prefix.trim_matches('/').to_owned(),
-        region: s3.region.clone(),
-        endpoint: s3.endpoint.clone(),
-        allow_http: s3.allow_http,
-        credentials,
-    };
-    Ok(Arc::new(BlobStore::open_with_s3(&directory, &settings)?))
-}
-
-/// An address, with port 53 unless it names another.
-fn name_server(text: &str) -> anyhow::Result<SocketAddr> {
-    let address = text.parse().or_else(|_| text.parse().map(|ip: IpAddr| SocketAddr::from((ip, 53))));
-    address.with_context(|| format!("network.name_server {text:?} is neither ADDRESS nor ADDRESS:PORT"))
+    Ok(Arc::new(BlobStore::open_with_s3(&directory, s3, &s3.credentials()?)?))
 }
 
 /// What the namespace driver is called.
@@ -202,8 +179,8 @@ fn drivers<const N: usize>(default: &str, drivers: [(&str, Arc<dyn Driver>); N])
 
 /// Prepares the host.
 pub async fn open_host(config: &Config) -> anyhow::Result<Arc<Host>> {
-    let settings = host_settings(config)?;
-    let opened = tokio::task::spawn_blocking(move || Host::open(settings)).await?;
+    let (data, config) = (config.data_dir.clone(), config.host.clone());
+    let opened = tokio::task::spawn_blocking(move || Host::open(&data, config)).await?;
     opened.context("`nagaya doctor` tells what this host lacks")
 }
 
@@ -211,43 +188,10 @@ pub async fn open_host(config: &Config) -> anyhow::Result<Arc<Host>> {
 /// nothing.
 pub async fn open_host_at_rest(config: &Config) -> anyhow::Result<(Arc<Host>, NamespaceDriver)> {
     let mut config = config.clone();
-    config.disks.pool = DiskPool::Off;
+    config.host.disks.pool = DiskPool::Off;
+    config.namespace.pools = Pools { slots_ready: 0, isolated_slots_ready: 0 };
     let host = open_host(&config).await?;
-    let pools = namespace::Config { pool_ready: 0, pool_ready_isolated: 0, ..namespace::Config::default() };
-    Ok((host.clone(), NamespaceDriver::start(host, NAMESPACE, &pools)))
-}
-
-fn pools(config: &Config) -> namespace::Config {
-    let pools = &config.pools;
-    namespace::Config {
-        pool_ready: pools.slots_ready,
-        pool_ready_isolated: pools.isolated_slots_ready,
-        ..namespace::Config::default()
-    }
-}
-
-/// The host's part of the configuration.
-fn host_settings(config: &Config) -> anyhow::Result<host::Config> {
-    let mut settings = host::Config::new(config.data_dir.clone());
-    settings.network_cidr = config.network.cidr.as_deref().map(str::parse).transpose()?;
-    settings.network_allow = config.network.allow.clone();
-    settings.network_outbound = config.network.outbound;
-    settings.connections_max = config.network.connections_max;
-    settings.name_server = config.network.name_server.as_deref().map(name_server).transpose()?;
-    settings.slots_max = config.namespace.slots_max;
-    settings.processes_max = config.namespace.processes_max;
-    settings.kept_output_mb_max = config.namespace.kept_output_mb_max;
-    settings.kept_output_minutes_max = config.namespace.kept_output_minutes_max;
-    settings.disk_free_mb_min = config.namespace.disk_free_mb_min;
-    settings.pool = match config.disks.pool {
-        DiskPool::Auto => PoolChoice::Auto,
-        DiskPool::Off => PoolChoice::Off,
-    };
-    settings.pool_first_mb = config.disks.pool_first_mb;
-    settings.memory_available_mb_min = config.namespace.memory_available_mb_min;
-    settings.memory_low_mb = config.namespace.memory_low_mb;
-    settings.favor_cgroup_moves = config.namespace.favor_cgroup_moves;
-    Ok(settings)
+    Ok((host.clone(), NamespaceDriver::start(host, NAMESPACE, &config.namespace)))
 }
 
 #[cfg(test)]

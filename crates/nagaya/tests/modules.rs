@@ -89,6 +89,7 @@ const ORDERS: [(&str, &[&str]); 9] = [
     (
         "runtime/src/host",
         &[
+            "config",
             "locks",
             "volumes",
             "disk_images",

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::cgroup::Cgroups;
-use crate::host::{ceilings_lacking, has_pool, shares_blocks, storage_is_plain, storage_root};
+use crate::host::{Limits, ceilings_lacking, has_pool, shares_blocks, storage_is_plain, storage_root};
 
 /// Where programs are looked for, whatever the caller's PATH.
 const PROGRAMS: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -31,8 +31,8 @@ pub struct Finding {
     pub remedy: &'static str,
 }
 
-/// Looks at everything, for that many sandboxes with that many processes each. Blocks for some ten milliseconds.
-pub fn examine(data: &Path, sandboxes: u32, processes_max: u64) -> Vec<Finding> {
+/// Looks at everything, for as many sandboxes and processes as are allowed. Blocks for some ten milliseconds.
+pub fn examine(data: &Path, limits: &Limits) -> Vec<Finding> {
     let required = |name, outcome, remedy| Finding { name, weight: Weight::Required, outcome, remedy };
     let optional = |name, outcome, remedy| Finding { name, weight: Weight::Optional, outcome, remedy };
     vec![
@@ -78,7 +78,7 @@ pub fn examine(data: &Path, sandboxes: u32, processes_max: u64) -> Vec<Finding> 
         ),
         optional(
             "limits of the host",
-            ceilings_lacking(sandboxes, processes_max),
+            ceilings_lacking(limits.slots_max, limits.processes_max),
             "no more sandboxes are made than that; raise it with sysctl -w where the server may not, or lower namespace.slots_max or namespace.processes_max",
         ),
         optional(

@@ -7,7 +7,7 @@ use std::time::Duration;
 use http::Request;
 use hyper::body::Incoming;
 use nagaya_api::error::Error;
-use nagaya_engine::{Engine, EngineConfig};
+use nagaya_engine::Engine;
 use nagaya_gateway::ssh::SshServer;
 
 use super::limits::Limits;
@@ -35,7 +35,6 @@ pub(crate) struct Dependencies {
     pub(crate) shared: Shared,
     pub(crate) limits: Limits,
     pub(crate) engine: Engine,
-    pub(crate) engine_config: EngineConfig,
     pub(crate) public_url: Option<String>,
     pub(crate) downloads: Arc<Downloads>,
     pub(crate) ssh: SshServer,
@@ -67,11 +66,9 @@ impl Facade for TenkiFacade {
 
 impl TenkiFacade {
     pub(crate) fn new(dependencies: Dependencies) -> Self {
-        let Dependencies { shared, limits, engine, engine_config, public_url, downloads, ssh, ssh_address } =
-            dependencies;
+        let Dependencies { shared, limits, engine, public_url, downloads, ssh, ssh_address } = dependencies;
         let tenki = Arc::new(TenkiService {
             engine,
-            engine_config,
             metrics: Arc::clone(&shared.metrics),
             public_url,
             downloads,

@@ -38,7 +38,7 @@ impl TenkiService {
         env.insert("GIT_TERMINAL_PROMPT".to_owned(), "0".to_owned());
         let argv = ["git", "--no-pager", "-c", "color.ui=false"].into_iter().map(str::to_owned).chain(arguments);
         let command = Command { argv: argv.collect(), env, ..Command::default() };
-        validate::command(&command, &self.engine_config)?;
+        validate::command(&command, self.engine.config())?;
         let output = run(&open, &request.operation, command).await?;
         Ok(wire::GitOperationResponse { output })
     }

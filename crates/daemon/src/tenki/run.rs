@@ -119,7 +119,7 @@ fn command(tenki: &TenkiService, open: &OpenSession, start: wire::RunStart) -> R
         timeout_ms: start.timeout_ms.into(),
         ..Command::default()
     };
-    validate::command(&command, &tenki.engine_config)?;
+    validate::command(&command, tenki.engine.config())?;
     Ok(command)
 }
 

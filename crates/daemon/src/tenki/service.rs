@@ -8,7 +8,7 @@ use connectrpc::RequestContext;
 use http::header;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{Session, SessionState};
-use nagaya_engine::{Caller, Engine, EngineConfig};
+use nagaya_engine::{Caller, Engine};
 use nagaya_gateway::ssh::SshServer;
 
 use super::messages;
@@ -21,7 +21,6 @@ use crate::wire::lifecycle::Lifecycle;
 /// What the rpcs share.
 pub(super) struct TenkiService {
     pub(super) engine: Engine,
-    pub(super) engine_config: EngineConfig,
     pub(super) metrics: Arc<Metrics>,
     pub(super) public_url: Option<String>,
     pub(super) downloads: Arc<Downloads>,

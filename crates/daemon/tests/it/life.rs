@@ -124,7 +124,7 @@ async fn a_resume_that_fails_is_answered_with_the_session_and_its_reason() {
 
 #[tokio::test]
 async fn a_full_server_refuses_a_resume_and_keeps_the_session() {
-    let world = World::with(|config| config.engine.sessions_max = 1).await;
+    let world = World::with_engine(|config| config.sessions_max = 1).await;
     let client = world.control();
     let paused = world.session().await.0;
     client.pause_session(pause(&paused)).await.unwrap();

@@ -92,7 +92,7 @@ async fn a_port_is_exposed_listed_and_unexposed() {
 
 #[tokio::test]
 async fn the_port_limit_is_told_in_the_words_that_clients_know() {
-    let world = World::with(|config| config.engine.exposed_ports_max = 1).await;
+    let world = World::with_engine(|config| config.exposed_ports_max = 1).await;
     let client = world.control();
     let (id, _) = world.session().await;
     client.expose_port(expose(&id, 1, None)).await.unwrap();

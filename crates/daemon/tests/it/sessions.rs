@@ -481,7 +481,7 @@ async fn the_public_url_replaces_the_name_the_client_used() {
 
 #[tokio::test]
 async fn a_full_server_names_its_limit() {
-    let world = World::with(|config| config.engine.sessions_max = 1).await;
+    let world = World::with_engine(|config| config.sessions_max = 1).await;
     world.session().await;
     let error = world.control().create_session(create()).await.unwrap_err();
     assert_eq!(error.code, ErrorCode::ResourceExhausted);

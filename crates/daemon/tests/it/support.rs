@@ -17,10 +17,10 @@ use nagaya_api::ids::{ExecutionId, SessionId};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_daemon::config::Config;
 use nagaya_daemon::{Daemon, Hooks};
-use nagaya_engine::Engine;
 use nagaya_engine::fake::{FAKE_DRIVER, Fakes};
 use nagaya_engine::model::{Capabilities, DiskOrigin, SandboxSpec};
 use nagaya_engine::ports::*;
+use nagaya_engine::{Engine, EngineConfig};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 
@@ -49,6 +49,16 @@ impl World {
     pub async fn with(configure: impl FnOnce(&mut Config)) -> Self {
         let mut config = Config { listen: SocketAddr::from(([127, 0, 0, 1], 0)), ..Config::default() };
         configure(&mut config);
+        Self::start(config, EngineConfig::default()).await
+    }
+
+    pub async fn with_engine(configure: impl FnOnce(&mut EngineConfig)) -> Self {
+        let mut engine = EngineConfig::default();
+        configure(&mut engine);
+        Self::start(Config { listen: SocketAddr::from(([127, 0, 0, 1], 0)), ..Config::default() }, engine).await
+    }
+
+    async fn start(config: Config, engine: EngineConfig) -> Self {
         let fakes = Fakes::new(1);
         let running = watch::Sender::new(0);
         let hold_creations = watch::Sender::new(false);
@@ -58,7 +68,7 @@ impl World {
             hold_creations: hold_creations.clone(),
         };
         let drivers = Drivers::new(FAKE_DRIVER, [(FAKE_DRIVER.to_owned(), Arc::new(driver) as Arc<dyn Driver>)].into());
-        let engine = Engine::start(config.engine.clone(), Ports { drivers, ..fakes.ports() }).await.unwrap();
+        let engine = Engine::start(engine, Ports { drivers, ..fakes.ports() }).await.unwrap();
         let secret = engine.first_start(None).await.unwrap().unwrap();
         let daemon = Daemon::start(&config, engine, Hooks::default()).await.unwrap();
         Self { daemon, fakes, secret, running: running.subscribe(), hold_creations }

@@ -10,17 +10,17 @@ use nagaya_api::error::{Code, Error};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::Settings;
 use super::body::{Gate, Progress, Upload};
 use super::connection::{Answer, Connection, TooLate};
 use super::pool::{Entered, Lease};
+use crate::config::PreviewsConfig;
 
 /// Sends the request, on a kept connection if there is one, and waits for the answer's header.
 pub(super) async fn exchange(
     entered: Entered,
     parts: Parts,
     body: Incoming,
-    settings: &Settings,
+    config: &PreviewsConfig,
 ) -> Result<(Response<Incoming>, Lease), Error> {
     // What changes nothing may be sent twice; a body cannot, since nobody keeps what was sent of it.
     let again = (is_idempotent(&parts.method) && body.is_end_stream()).then(|| parts.clone());
@@ -28,7 +28,7 @@ pub(super) async fn exchange(
     let wants_upgrade = request.headers().contains_key(header::UPGRADE);
 
     if !wants_upgrade && let Some(mut kept) = entered.kept() {
-        match answer(&mut kept, request, settings, upload.as_deref()).await? {
+        match answer(&mut kept, request, config, upload.as_deref()).await? {
             Ok(response) => return Ok((response, Lease::new(kept, entered, upload))),
             // The service may close a kept connection at any time, also just now.
             Err(mut failed) => {
@@ -42,8 +42,8 @@ pub(super) async fn exchange(
             }
         }
     }
-    let mut fresh = entered.connect(settings.connect_timeout).await?;
-    match answer(&mut fresh, request, settings, upload.as_deref()).await? {
+    let mut fresh = entered.connect(config.connect_timeout()).await?;
+    match answer(&mut fresh, request, config, upload.as_deref()).await? {
         Ok(response) => Ok((response, Lease::new(fresh, entered, upload))),
         Err(failed) => Err(broken(failed.error())),
     }
@@ -84,10 +84,10 @@ pub(super) fn expects_continue(headers: &HeaderMap) -> bool {
 async fn answer(
     connection: &mut Connection,
     request: Request<Upload>,
-    settings: &Settings,
+    config: &PreviewsConfig,
     upload: Option<&Progress>,
 ) -> Result<Answer, Error> {
-    let patience = settings.answer_timeout;
+    let patience = config.answer_timeout();
     let begun = Instant::now();
     let last = || upload.map_or(begun, |upload| Instant::from_std(upload.last()));
     let answered = connection.send(request, begun + patience, || last() + patience).await;

@@ -11,9 +11,10 @@ use nagaya_api::error::{Code, Error};
 use nagaya_engine::ports::{Address, Guest, GuestError};
 use tokio::sync::Notify;
 
+use super::Visit;
 use super::body::Progress;
 use super::connection::{Connection, Frames};
-use super::{Settings, Visit};
+use crate::config::PreviewsConfig;
 use crate::traffic::Traffic;
 
 /// Services that close many kept connections have them all looked after at once, and not more often.
@@ -79,7 +80,7 @@ impl Services {
     }
 
     /// Room for one more exchange with the service that a visit leads to.
-    pub(super) fn enter(&self, label: &str, visit: Visit, settings: &Settings) -> Result<Entered, Error> {
+    pub(super) fn enter(&self, label: &str, visit: Visit, config: &PreviewsConfig) -> Result<Entered, Error> {
         let service = {
             let mut by_label = lock(&self.by_label);
             match by_label.get(label) {
@@ -89,7 +90,7 @@ impl Services {
                         guest: Arc::downgrade(&visit.guest),
                         port: visit.port,
                         idle: Mutex::default(),
-                        idle_max: settings.idle_connections_max,
+                        idle_max: config.idle_connections_max,
                         busy: AtomicUsize::new(0),
                         traffic: Arc::clone(&self.traffic),
                         sweeper: Arc::clone(&self.sweeper),
@@ -99,9 +100,9 @@ impl Services {
                 }
             }
         };
-        if service.busy.fetch_add(1, Ordering::Relaxed) >= settings.exchanges_max {
+        if service.busy.fetch_add(1, Ordering::Relaxed) >= config.exchanges_max {
             service.busy.fetch_sub(1, Ordering::Relaxed);
-            let detail = format!("previews.exchanges_max of one preview is {}", settings.exchanges_max);
+            let detail = format!("previews.exchanges_max of one preview is {}", config.exchanges_max);
             return Err(Error::new(Code::CapacityUnavailable, detail));
         }
         Ok(Entered { service, visit })

@@ -179,7 +179,7 @@ impl Connection {
 
     /// The account and the session that a user name stands for here.
     fn login(&self, user: &str) -> Option<(User, SessionId)> {
-        let (account, named) = login::parse(user, self.shared.limits.user_name)?;
+        let (account, named) = login::parse(user, self.shared.user_name)?;
         match (&self.entrance, named) {
             (Some(Transport::Bridge(visit)), None) => Some((account, visit.session_id)),
             (Some(Transport::Bridge(visit)), Some(id)) => (id == visit.session_id).then_some((account, id)),

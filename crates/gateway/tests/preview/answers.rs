@@ -8,6 +8,7 @@ use http::{Request, StatusCode};
 use http_body_util::Full;
 use nagaya_api::error::{Code, Error};
 use nagaya_engine::ports::Ingress;
+use nagaya_gateway::config::PreviewsConfig;
 use nagaya_gateway::preview::{DomainIngress, LoopbackIngress};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -94,8 +95,8 @@ async fn a_kept_connection_is_let_go_when_its_service_closes_it() {
     })
     .await;
     // Long after this test nobody looks after them by the clock.
-    let settings = nagaya_gateway::preview::Settings { idle_timeout: Duration::from_secs(3600), ..settings() };
-    let world = World::with(service.address, settings, None).await;
+    let config = PreviewsConfig { idle_timeout_ms: 3_600_000, ..config() };
+    let world = World::with(service.address, config, None).await;
     assert_eq!(world.get("/").await.status(), 200);
     assert_eq!(world.proxy.traffic().connections_open(), 1);
     close.notify_one();
@@ -126,7 +127,7 @@ async fn what_goes_wrong_is_told_to_browsers_and_programs() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let nobody = listener.local_addr().unwrap();
     drop(listener);
-    let world = World::with(nobody, settings(), None).await;
+    let world = World::with(nobody, config(), None).await;
     let answer = world.get("/").await;
     assert_eq!(answer.status(), 502);
     assert_eq!(answer.headers()["content-type"], "application/json");
@@ -180,8 +181,8 @@ async fn bad_services_get_a_502_and_silent_ones_a_504() {
         drop(stream);
     })
     .await;
-    let settings = nagaya_gateway::preview::Settings { answer_timeout: Duration::from_millis(50), ..settings() };
-    let world = World::with(service.address, settings, None).await;
+    let config = PreviewsConfig { answer_timeout_ms: 50, ..config() };
+    let world = World::with(service.address, config, None).await;
     let answer = world.get("/").await;
     assert_eq!(answer.status(), 504);
     assert!(text(&answer).contains("service_timed_out"));
@@ -205,8 +206,8 @@ async fn an_answer_that_breaks_off_is_not_taken_for_a_whole_one() {
 #[tokio::test]
 async fn an_upload_may_take_longer_than_an_answer() {
     let (service, _heard) = Service::answering(OK).await;
-    let settings = nagaya_gateway::preview::Settings { answer_timeout: Duration::from_millis(300), ..settings() };
-    let world = World::with(service.address, settings, None).await;
+    let config = PreviewsConfig { answer_timeout_ms: 300, ..config() };
+    let world = World::with(service.address, config, None).await;
     let mut stream = world.connect().await;
     stream.write_all(b"POST / HTTP/1.1\r\nhost: web.p.example\r\ncontent-length: 8\r\n\r\n").await.unwrap();
     for _ in 0..8 {
@@ -223,8 +224,8 @@ async fn exchanges_with_one_preview_have_a_limit() {
         drop(stream);
     })
     .await;
-    let settings = nagaya_gateway::preview::Settings { exchanges_max: 2, ..settings() };
-    let world = World::with(service.address, settings, None).await;
+    let config = PreviewsConfig { exchanges_max: 2, ..config() };
+    let world = World::with(service.address, config, None).await;
     let (mut first, mut second) = (world.connect().await, world.connect().await);
     let get = b"GET / HTTP/1.1\r\nhost: web.p.example\r\n\r\n";
     first.write_all(get).await.unwrap();

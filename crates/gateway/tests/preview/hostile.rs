@@ -133,7 +133,7 @@ async fn hosts_in_every_disguise() {
 #[tokio::test]
 async fn a_page_of_another_site_cannot_reach_a_loopback_port() {
     let (service, _heard) = Service::answering(OK).await;
-    let world = World::with(service.address, settings(), Some("web")).await;
+    let world = World::with(service.address, config(), Some("web")).await;
     for (host, status) in [
         ("localhost:1", 200),
         ("LOCALHOST", 200),

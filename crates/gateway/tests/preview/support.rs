@@ -14,7 +14,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::ExecutionId;
 use nagaya_engine::ports::*;
-use nagaya_gateway::preview::{PreviewResolver, Proxy, Settings, Viewer, Visit};
+use nagaya_gateway::config::PreviewsConfig;
+use nagaya_gateway::preview::{PreviewResolver, Proxy, Viewer, Visit};
 use nagaya_gateway::strict::{self, Strict};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -206,24 +207,25 @@ pub struct World {
     pub proxy: Arc<Proxy<Door>>,
 }
 
-pub fn settings() -> Settings {
-    Settings {
-        connect_timeout: PATIENCE,
-        answer_timeout: PATIENCE,
+pub fn config() -> PreviewsConfig {
+    let patience_ms = PATIENCE.as_millis() as u64;
+    PreviewsConfig {
+        connect_timeout_ms: patience_ms,
+        answer_timeout_ms: patience_ms,
         exchanges_max: 1000,
         idle_connections_max: 8,
-        idle_timeout: PATIENCE,
-        own_cookies: &["api_session"],
+        idle_timeout_ms: patience_ms,
+        ..PreviewsConfig::default()
     }
 }
 
 impl World {
     pub async fn new(service: &Service) -> Self {
-        Self::with(service.address, settings(), None).await
+        Self::with(service.address, config(), None).await
     }
 
     /// With a label the proxy is reached at a port of that preview's own.
-    pub async fn with(service: SocketAddr, settings: Settings, label: Option<&str>) -> Self {
+    pub async fn with(service: SocketAddr, config: PreviewsConfig, label: Option<&str>) -> Self {
         let guest: Arc<dyn Guest> = Arc::new(TestGuest(service));
         let door = Arc::new(Door {
             guest: Mutex::new(guest),
@@ -231,7 +233,7 @@ impl World {
             error: Mutex::default(),
             visits: Arc::default(),
         });
-        let proxy = Proxy::start(door.clone(), Some(DOMAIN), settings);
+        let proxy = Proxy::start(door.clone(), Some(DOMAIN), config, &["api_session"]);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (served, label) = (Arc::clone(&proxy), label.map(Arc::from));

@@ -7,6 +7,7 @@
 pub(crate) mod brake;
 pub(crate) mod capacity;
 mod ceilings;
+mod config;
 pub(crate) mod disk;
 pub(crate) mod disk_images;
 mod errors;
@@ -21,7 +22,7 @@ pub(crate) mod volumes;
 
 use std::collections::HashSet;
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -34,8 +35,9 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 
 pub(crate) use ceilings::lacking as ceilings_lacking;
-pub use network::{Cidr, Network, NetworkError, Settings};
-pub use storage::{PoolChoice, storage_root};
+pub use config::{Config, Limits};
+pub use network::{Cidr, Network, NetworkConfig, NetworkError};
+pub use storage::{DiskPool, Disks, storage_root};
 pub(crate) use storage::{has_pool, shares_blocks, storage_is_plain};
 
 use crate::cgroup::{CgroupError, Cgroups, Group};
@@ -58,67 +60,6 @@ const POOL: &str = "pool";
 const MEMORY_LOOK: Duration = Duration::from_secs(1);
 /// Between two events about it: what the first one sets off takes a while.
 const MEMORY_EVENT: Duration = Duration::from_secs(5);
-
-/// What the operator decides about the host.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// Everything that is written is below it.
-    pub data: PathBuf,
-    /// Sandboxes that can exist at once.
-    pub slots_max: u32,
-    /// Processes and threads of one sandbox.
-    pub processes_max: u64,
-    /// Output of commands in the background that one sandbox keeps for its readers, MiB, and for how long after the
-    /// command has ended, minutes.
-    pub kept_output_mb_max: u64,
-    pub kept_output_minutes_max: u64,
-    /// Free space below which no sandbox is made, MiB: of the pool of disks where there is one, else of the data
-    /// directory's file system.
-    pub disk_free_mb_min: u64,
-    /// Whether a new data directory gets a pool of disks.
-    pub pool: PoolChoice,
-    /// What a new pool begins with, MiB; at most half of what the host has left.
-    pub pool_first_mb: u64,
-    /// Available memory of the host below which no sandbox is made, MiB.
-    pub memory_available_mb_min: u64,
-    /// Available memory of the host below which paused sandboxes should give theirs back, MiB.
-    pub memory_low_mb: u64,
-    /// `None`: a /16 that no route of the host leads to is chosen at the first start, and kept.
-    pub network_cidr: Option<Cidr>,
-    /// Private networks that sandboxes may reach, such as `10.1.2.0/24`.
-    pub network_allow: Vec<String>,
-    /// Who answers sandboxes' questions for names; `None` is whom the host asks.
-    pub name_server: Option<SocketAddr>,
-    /// False: there is no way out for any sandbox, and asking for one is an error.
-    pub network_outbound: bool,
-    /// Connections that one sandbox may have at a time, within a 64th of the host's table of them.
-    pub connections_max: u32,
-    /// Switch the host's cgroups to fast moves of processes; see [`Cgroups::favor_moves`].
-    pub favor_cgroup_moves: bool,
-}
-
-impl Config {
-    pub fn new(data: PathBuf) -> Self {
-        Self {
-            data,
-            slots_max: 1_024,
-            processes_max: 1_024,
-            kept_output_mb_max: 256,
-            kept_output_minutes_max: 60,
-            disk_free_mb_min: 256,
-            pool: PoolChoice::Off,
-            pool_first_mb: 4_096,
-            memory_available_mb_min: 256,
-            memory_low_mb: 512,
-            network_cidr: None,
-            network_allow: Vec::new(),
-            name_server: None,
-            network_outbound: true,
-            connections_max: 4_096,
-            favor_cgroup_moves: true,
-        }
-    }
-}
 
 #[derive(Debug, thiserror::Error)]
 #[error("prepare the host: {step}")]
@@ -162,34 +103,30 @@ pub struct Host {
 }
 
 impl Host {
-    /// Prepares the host, and sweeps what belongs to no sandbox. Blocks.
-    pub fn open(config: Config) -> Result<Arc<Self>, StartError> {
-        let data = fs::canonicalize(&config.data).map_err(on("find the data directory"))?;
+    /// Prepares the host, and sweeps what belongs to no sandbox. Everything that is written is below `data`. Blocks.
+    pub fn open(data: &Path, config: Config) -> Result<Arc<Self>, StartError> {
+        let data = fs::canonicalize(data).map_err(on("find the data directory"))?;
         let instance = instance_name(&data);
         let cgroups = Cgroups::open(&instance).map_err(on("open the control groups"))?;
-        if config.favor_cgroup_moves
+        let limits = &config.limits;
+        if limits.favor_cgroup_moves
             && let Err(error) = Cgroups::favor_moves()
         {
             tracing::warn!(%error, "cgroups stay slow to move processes: creating and running take some ms longer");
         }
-        let storage = Storage::open(&data, config.pool, config.pool_first_mb, config.disk_free_mb_min)
-            .map_err(on("open the pool of disks"))?;
+        let storage =
+            Storage::open(&data, &config.disks, limits.disk_free_mb_min).map_err(on("open the pool of disks"))?;
         let root = storage.root();
         let sandboxes = root.join(storage::SANDBOXES);
         let records: Vec<Record> = directories(&sandboxes).iter().filter_map(|(_, path)| Record::read(path)).collect();
-        let (network, used_up) = if config.network_outbound {
-            let cidr = match config.network_cidr {
+        let (network, used_up) = if config.network.outbound {
+            let cidr = match config.network.cidr {
                 Some(cidr) => cidr,
                 None => Cidr::choose(&data.join(NETWORK_FILE)).map_err(on("choose a network"))?,
             };
-            let settings = Settings {
-                allowed: config.network_allow.clone(),
-                name_server: config.name_server,
-                connections_max: config.connections_max,
-            };
             let of_record = |record: &Record| Some((record.slot?, record.egress.clone()));
             let restricted: Vec<(u32, Option<Egress>)> = records.iter().filter_map(of_record).collect();
-            let opened = Network::open(&instance, cidr, &settings, &restricted);
+            let opened = Network::open(&instance, cidr, &config.network, &restricted);
             let (network, used_up) = opened.map_err(on("set the network's rules"))?;
             (Some(network), Some(used_up))
         } else {
@@ -205,10 +142,10 @@ impl Host {
         }
         let boot_id = record::boot_id().map_err(on("read the host's boot id"))?;
         let room = network.as_ref().map_or(u32::MAX, Network::capacity);
-        let held = ceilings::raise(config.slots_max, config.processes_max);
-        let numbers = Numbers::new(config.slots_max.min(room).min(held));
+        let held = ceilings::raise(limits.slots_max, limits.processes_max);
+        let numbers = Numbers::new(limits.slots_max.min(room).min(held));
         claim(&records, &numbers, &cgroups);
-        let free_min = config.disk_free_mb_min;
+        let free_min = limits.disk_free_mb_min;
         Ok(Arc::new(Self {
             spawner: Spawner::start().map_err(on("start a spawner"))?,
             network,
@@ -263,8 +200,8 @@ impl Host {
     /// The name of the limit that a new sandbox would break, if any.
     pub(crate) fn lacking(&self) -> Option<Limit> {
         let least = Minimums {
-            disk_free_mb: self.config.disk_free_mb_min,
-            memory_available_mb: self.config.memory_available_mb_min,
+            disk_free_mb: self.config.limits.disk_free_mb_min,
+            memory_available_mb: self.config.limits.memory_available_mb_min,
         };
         capacity::lacking(&least, self.storage.root())
     }
@@ -328,7 +265,7 @@ fn watch_memory(host: &Arc<Host>, events: mpsc::UnboundedSender<HostEvent>) {
         loop {
             look.tick().await;
             let Some(host) = host.upgrade() else { return };
-            let low = capacity::available_memory_mb().is_some_and(|found| found < host.config.memory_low_mb);
+            let low = capacity::available_memory_mb().is_some_and(|found| found < host.config.limits.memory_low_mb);
             if low && told.is_none_or(|told| told.elapsed() >= MEMORY_EVENT) {
                 told = Some(Instant::now());
                 // Nobody listens any more when the server shuts down.

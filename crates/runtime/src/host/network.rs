@@ -5,6 +5,7 @@
 //! changes no rule; the few that may reach named destinations only stand in sets. A sandbox without
 //! outbound access has no link at all.
 
+mod config;
 mod connections;
 mod dns_message;
 mod dns_proxy;
@@ -23,11 +24,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nagaya_engine::model::{Connection, Egress};
+use serde::Deserialize;
 use tokio::sync::mpsc;
 
 use crate::sys;
 use crate::sys::netlink::{GUEST_LINK, LOOPBACK, Netlink};
 
+pub use config::NetworkConfig;
 use dns_proxy::{DnsProxy, Sockets};
 use egress_policy::EgressPolicy;
 use netfilter::{Batch, Element};
@@ -43,16 +46,17 @@ pub enum NetworkError {
     Forwarding(#[source] io::Error),
     #[error("{step}")]
     Link { step: &'static str, source: io::Error },
-    #[error("network_allow {0:?} is not an IPv4 address or network such as 10.1.2.0/24")]
+    #[error("{0:?} is not a range of IPv4 addresses")]
     Allow(String),
     #[error("every /16 of 10.192.0.0/10 is routed already; name a free network as network.cidr")]
     NoneFree,
-    #[error("network_cidr {0:?} is not an IPv4 network of the form a.b.c.d/n with n from 8 to 28")]
+    #[error("network.cidr {0:?} is not an IPv4 network of the form a.b.c.d/n with n from 8 to 28")]
     Cidr(String),
 }
 
 /// An IPv4 network.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
 pub struct Cidr {
     first: u32,
     prefix: u8,
@@ -71,6 +75,14 @@ impl std::str::FromStr for Cidr {
             return Err(bad());
         }
         Ok(Self { first, prefix })
+    }
+}
+
+impl TryFrom<String> for Cidr {
+    type Error = NetworkError;
+
+    fn try_from(text: String) -> Result<Self, NetworkError> {
+        text.parse()
     }
 }
 
@@ -126,17 +138,6 @@ impl Cidr {
     }
 }
 
-/// What the operator decides about the network.
-#[derive(Debug, Clone, Default)]
-pub struct Settings {
-    /// Private networks that sandboxes reach.
-    pub allowed: Vec<String>,
-    /// Who answers questions for names; `None` is whom the host asks.
-    pub name_server: Option<SocketAddr>,
-    /// Connections that one sandbox may have at a time.
-    pub connections_max: u32,
-}
-
 /// The host's side of the sandboxes' network.
 pub struct Network {
     cidr: Cidr,
@@ -154,24 +155,24 @@ impl Network {
     pub fn open(
         instance: &str,
         cidr: Cidr,
-        settings: &Settings,
+        config: &NetworkConfig,
         existing: &[(u32, Option<Egress>)],
     ) -> Result<(Self, mpsc::UnboundedReceiver<Ipv4Addr>), NetworkError> {
         switch_on("/proc/sys/net/ipv4/ip_forward").map_err(NetworkError::Forwarding)?;
         if let Err(error) = switch_on("/proc/sys/net/netfilter/nf_conntrack_acct") {
             tracing::warn!(%error, "the kernel does not count bytes of sandboxes' connections");
         }
-        let (upstream, forwarded) = name_servers(settings);
+        let (upstream, forwarded) = name_servers(config.name_server);
         let number = u16::from_str_radix(instance, 16).unwrap_or(0);
         let mark = u32::from(number) | MARK;
         let sockets = Sockets::bind(cidr.gateway(), mark).map_err(on("open the name server of sandboxes"))?;
         let table = format!("nagaya_{instance}");
         let range = |text: &str| ranges::parse(text).ok_or_else(|| NetworkError::Allow(text.to_owned()));
         let denied = rules::DENIED.iter().map(|text| range(text)).collect::<Result<_, _>>()?;
-        let opened = settings.allowed.iter().map(|text| range(text)).collect::<Result<_, _>>()?;
+        let opened = config.allow.iter().map(|text| range(text)).collect::<Result<_, _>>()?;
         let (used_up, told) = mpsc::unbounded_channel();
         let destinations = Arc::new(EgressPolicy::new(table.clone(), denied, opened, used_up));
-        let share = share_of_connections(settings.connections_max);
+        let share = share_of_connections(config.connections_max);
         let stale_names = take_over(&destinations, cidr, &table, existing);
         let (restricted, networks) = destinations.describe();
         let rules = Rules {
@@ -179,7 +180,7 @@ impl Network {
             links: &format!("ngy{instance}"),
             cidr,
             gateway: cidr.gateway(),
-            opened: &settings.allowed,
+            opened: &config.allow,
             name_server: forwarded,
             port: sockets.port,
             mark,
@@ -325,8 +326,8 @@ fn switch_on(setting: &str) -> io::Result<()> {
 }
 
 /// Whom the stub asks, and to whom questions are sent on without it. The stub is on the host, so it may ask on loopback.
-fn name_servers(settings: &Settings) -> (Option<SocketAddr>, Option<SocketAddr>) {
-    if let Some(server) = settings.name_server {
+fn name_servers(chosen: Option<SocketAddr>) -> (Option<SocketAddr>, Option<SocketAddr>) {
+    if let Some(server) = chosen {
         return (Some(server), Some(server).filter(|server| server.is_ipv4() && !server.ip().is_loopback()));
     }
     let resolver = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();

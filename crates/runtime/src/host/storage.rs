@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use serde::Deserialize;
 
 use pool::{Pool, PoolGrower};
 
@@ -24,12 +25,33 @@ const MOUNT_POINT: &str = "storage";
 /// Every driver makes it, so that one without a pool has been used without.
 pub(crate) const SANDBOXES: &str = "sandboxes";
 
-/// Whether a data directory that is used for the first time gets a pool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PoolChoice {
-    /// Where its file system shares no blocks, and the host can make a pool.
+/// Where disks, volumes and snapshots lie. Decided when a data directory is used for the first time.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Disks {
+    /// Whether a new data directory gets a pool of disks. One that is filled faster than it grows gives its sandboxes errors
+    /// that the host's own file system would not.
+    pub pool: DiskPool,
+    /// What a pool begins with; at most half of what the host has left. It grows by itself.
+    pub pool_first_mb: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "schema", derive(serde::Serialize, schemars::JsonSchema))]
+pub enum DiskPool {
+    /// Where the data directory's file system shares no blocks between copies, disks lie in a pool: an XFS file system in a
+    /// file.
     Auto,
+    /// Disks are plain files always.
     Off,
+}
+
+impl Default for Disks {
+    fn default() -> Self {
+        Self { pool: DiskPool::Off, pool_first_mb: 4_096 }
+    }
 }
 
 /// The directory that holds `sandboxes`, `disks`, `volumes` and `blobs` of a data directory.
@@ -66,14 +88,14 @@ pub(crate) struct Storage {
 
 impl Storage {
     /// Finds what the data directory has, or decides what it gets. Blocks.
-    pub fn open(data: &Path, choice: PoolChoice, pool_first_mb: u64, disk_free_mb_min: u64) -> Result<Self, PoolError> {
+    pub fn open(data: &Path, disks: &Disks, disk_free_mb_min: u64) -> Result<Self, PoolError> {
         let pool = Pool::of(data, disk_free_mb_min);
         pool.sweep();
         if !has_pool(data)
             && !storage_is_plain(data)
-            && choice == PoolChoice::Auto
+            && disks.pool == DiskPool::Auto
             && !shares_blocks(data).unwrap_or(false)
-            && let Err(error) = pool.create(pool_first_mb)
+            && let Err(error) = pool.create(disks.pool_first_mb)
         {
             pool.sweep();
             let error = &error as &dyn std::error::Error;
@@ -112,7 +134,8 @@ mod tests {
     fn a_data_directory_that_was_used_without_a_pool_stays_without_one() {
         let data = tempfile::tempdir().expect("a directory");
         fs::create_dir(data.path().join(SANDBOXES)).expect("a directory");
-        let storage = Storage::open(data.path(), PoolChoice::Auto, 512, 0).expect("storage");
+        let storage =
+            Storage::open(data.path(), &Disks { pool: DiskPool::Auto, pool_first_mb: 512 }, 0).expect("storage");
         assert_eq!(storage.root(), data.path());
         assert!(!has_pool(data.path()));
     }

@@ -28,6 +28,7 @@ use async_trait::async_trait;
 use nagaya_api::ids::SessionId;
 use nagaya_engine::model::{Capabilities, Isolation, Resources, SandboxSpec};
 use nagaya_engine::ports::{Adopted, Driver, DriverError, Ended, Guest, Mount, ResourceUsage};
+use serde::Deserialize;
 use tokio::sync::{Notify, mpsc};
 
 use crate::host::record::Record;
@@ -35,21 +36,38 @@ use crate::host::{Host, blocking};
 use core::DriverCore;
 use slots::{Factory, SlotPool, SlotSpec};
 
-/// What the operator decides about the driver.
-#[derive(Debug, Clone)]
+/// The sections about this driver.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Config {
-    /// Slots of the default kind (5 GiB disk, outbound access) that are kept ready.
-    pub pool_ready: usize,
-    /// The same for sandboxes without outbound access.
-    pub pool_ready_isolated: usize,
+    pub pools: Pools,
     /// Whether this driver does from outside what it can do faster there than a sandbox's agent: make sockets in the
-    /// sandbox's network, and read what its control groups tell.
+    /// sandbox's network, and read what its control groups tell. For tests of the agent; never from a file.
+    #[serde(skip)]
     pub shortcuts: bool,
+}
+
+/// Pre-created resources, so that creating a sandbox does not wait for them.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Pools {
+    /// Slots (namespaces, disk of the default size, control group, address) kept ready for sandboxes with outbound access.
+    pub slots_ready: usize,
+    /// Slots kept ready for sandboxes without outbound access.
+    pub isolated_slots_ready: usize,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { pool_ready: 16, pool_ready_isolated: 2, shortcuts: true }
+        Self { pools: Pools::default(), shortcuts: true }
+    }
+}
+
+impl Default for Pools {
+    fn default() -> Self {
+        Self { slots_ready: 16, isolated_slots_ready: 2 }
     }
 }
 
@@ -68,9 +86,9 @@ impl NamespaceDriver {
         let root = Arc::new(host.default_root_image());
         let disk_bytes = Resources::default().disk_bytes;
         let spec = |outbound| SlotSpec { disk_bytes, outbound, root: root.clone() };
-        let mut kinds = vec![(spec(false), config.pool_ready_isolated)];
-        if host.config.network_outbound {
-            kinds.push((spec(true), config.pool_ready));
+        let mut kinds = vec![(spec(false), config.pools.isolated_slots_ready)];
+        if host.config.network.outbound {
+            kinds.push((spec(true), config.pools.slots_ready));
         }
         let prepare = |(spec, target): &(SlotSpec, usize)| {
             SlotPool::start(factory.clone(), spec.clone(), PREPARED_READY.min(*target))

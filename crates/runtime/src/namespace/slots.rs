@@ -210,8 +210,8 @@ impl Factory {
             command_groups: command_files.groups.iter().map(|group| group.join.len()).collect(),
             first_id: first_id(number),
             hostname: "sandbox".into(),
-            kept_output_bytes_max: self.host.config.kept_output_mb_max << 20,
-            kept_output_seconds_max: self.host.config.kept_output_minutes_max * 60,
+            kept_output_bytes_max: self.host.config.limits.kept_output_mb_max << 20,
+            kept_output_seconds_max: self.host.config.limits.kept_output_minutes_max * 60,
         };
         let mut fds: Vec<BorrowedFd<'_>> =
             vec![error_write.as_fd(), lifeline_read.as_fd(), disk_read.as_fd(), user.as_fd(), network.as_fd()];

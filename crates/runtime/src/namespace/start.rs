@@ -105,7 +105,7 @@ impl DriverCore {
 
     fn check_request(&self, spec: &SandboxSpec) -> Result<(), DriverError> {
         let refuse = |why: &str| Err(DriverError::Refused(why.into()));
-        if spec.outbound && !self.host.config.network_outbound {
+        if spec.outbound && !self.host.config.network.outbound {
             return refuse("this server gives no sandbox outbound access; ask for allow_outbound=false");
         }
         if !disk::DISK_BYTES.contains(&spec.resources.disk_bytes) {
@@ -232,7 +232,7 @@ fn take(inner: &DriverCore, id: SessionId, spec: &SandboxSpec, slot: &Slot) -> R
     let limits = Limits {
         cpu_millis: spec.resources.cpu_millis,
         memory_bytes: spec.resources.memory_bytes,
-        processes_max: host.config.processes_max,
+        processes_max: host.config.limits.processes_max,
     };
     slot.group.set_limits(limits).map_err(|error| failed("set the sandbox's limits", &error))?;
     slot.set_sizes(limits.memory_bytes).map_err(|error| failed("set the sandbox's sizes", &error))?;

@@ -396,7 +396,7 @@ pub async fn a_host_without_space_keeps_the_sandbox_usable_and_no_image(_place: 
 pub async fn low_memory_of_the_host_is_told_and_not_all_the_time(_place: &mut Place) -> Outcome {
     let data = tempfile::Builder::new().prefix("nagaya-contract-memory-").tempdir().unwrap();
     // Whatever this host has is less than that.
-    let mut place = Place::namespace_with(data, |config| config.memory_low_mb = u64::MAX).await.unwrap();
+    let mut place = Place::namespace_with(data, |config| config.limits.memory_low_mb = u64::MAX).await.unwrap();
     let first = tokio::time::timeout(Duration::from_secs(20), place.events.recv()).await.unwrap();
     assert!(matches!(first, Some(HostEvent::MemoryLow)), "{first:?}");
     let second = tokio::time::timeout(Duration::from_secs(3), place.events.recv()).await;

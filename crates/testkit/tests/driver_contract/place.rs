@@ -15,7 +15,7 @@ use nagaya_engine::ports::{
     ProcessInput, WriteOptions,
 };
 use nagaya_runtime::host::{Config, Host, HostPort};
-use nagaya_runtime::namespace::{self, NamespaceDriver};
+use nagaya_runtime::namespace::{self, NamespaceDriver, Pools};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 
@@ -239,13 +239,14 @@ fn directory() -> TempDir {
 const BETWEEN: &str = "there is a server between restarts";
 
 async fn start(data: &Path, set_up: impl FnOnce(&mut Config), shortcuts: bool) -> Result<Server, String> {
-    let mut config = Config::new(data.to_owned());
-    config.slots_max = SLOTS_MAX;
-    config.processes_max = PROCESSES_MAX;
+    let mut config = Config::default();
+    config.limits.slots_max = SLOTS_MAX;
+    config.limits.processes_max = PROCESSES_MAX;
     set_up(&mut config);
-    let opened = tokio::task::spawn_blocking(move || Host::open(config)).await.unwrap();
-    let pools = namespace::Config { pool_ready: 1, pool_ready_isolated: 1, shortcuts };
-    let driver = |host: Arc<Host>| Arc::new(NamespaceDriver::start(host, "namespace", &pools));
+    let data = data.to_owned();
+    let opened = tokio::task::spawn_blocking(move || Host::open(&data, config)).await.unwrap();
+    let own = namespace::Config { pools: Pools { slots_ready: 1, isolated_slots_ready: 1 }, shortcuts };
+    let driver = |host: Arc<Host>| Arc::new(NamespaceDriver::start(host, "namespace", &own));
     opened.map(|host| Server { driver: driver(host.clone()), host }).map_err(|error| {
         let mut text = error.to_string();
         let mut cause = std::error::Error::source(&error);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use nagaya_engine::model::{ImageDigest, ImageUser, Layer, Resources, RootImage, SandboxSpec};
 use nagaya_engine::ports::{Adopted, Command, Driver, DriverError};
-use nagaya_runtime::namespace::{self, NamespaceDriver};
+use nagaya_runtime::namespace::{self, NamespaceDriver, Pools};
 use nagaya_testkit::Outcome;
 
 use super::limits::cgroup_of;
@@ -122,8 +122,9 @@ pub async fn part_of_a_processor_and_a_disk_of_any_size_are_given(place: &mut Pl
 
 pub async fn two_drivers_of_one_host_keep_their_sandboxes_apart(place: &mut Place) -> Outcome {
     let (first, ids) = (place.driver(), [fresh_id(), fresh_id()]);
-    let pools = namespace::Config { pool_ready: 0, pool_ready_isolated: 0, ..namespace::Config::default() };
-    let another = |place: &Place| Arc::new(NamespaceDriver::start(place.shared_host(), "another", &pools));
+    let pools = Pools { slots_ready: 0, isolated_slots_ready: 0 };
+    let config = namespace::Config { pools, ..namespace::Config::default() };
+    let another = |place: &Place| Arc::new(NamespaceDriver::start(place.shared_host(), "another", &config));
     let second = another(place);
     for (driver, id) in [(&*first, ids[0]), (&*second as &dyn Driver, ids[1])] {
         let guest = driver.start(id, &place.fresh()).await.unwrap();
