@@ -419,6 +419,7 @@ pub fn fields(info: &SessionInfo) -> Fields {
         ("why", info.terminal_error.clone()),
         ("resume error", info.last_resume_error.clone()),
         ("driver", info.driver.clone()),
+        ("isolation", info.isolation.clone()),
         ("cpu", info.cpu_cores.to_string()),
         ("memory", format!("{} MB", info.memory_mb)),
         ("disk", format!("{} GB", info.disk_size_gb)),

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use nagaya_api::tenki::v1;
 use serde::Serialize;
 
-use crate::constants::DRIVER_KEY;
+use crate::constants::{DRIVER_KEY, ISOLATION_KEY};
 use crate::wire::{self, wire_enum};
 
 wire_enum! {
@@ -104,6 +104,8 @@ pub struct SessionInfo {
     pub metadata: BTreeMap<String, String>,
     /// The name of the driver that it runs on; empty where the server does not tell.
     pub driver: String,
+    /// What stands between it and the host's kernel, such as `shared kernel`; empty where the server does not tell.
+    pub isolation: String,
     pub tags: Vec<String>,
     pub volumes: Vec<VolumeAttachment>,
     pub pause_snapshot_id: Option<String>,
@@ -182,6 +184,7 @@ impl From<v1::SandboxSession> for SessionInfo {
             pause_retention: wire::span(session.pause_retention),
             sticky: session.sticky,
             driver: session.metadata.remove(DRIVER_KEY).unwrap_or_default(),
+            isolation: session.metadata.remove(ISOLATION_KEY).unwrap_or_default(),
             metadata: session.metadata,
             tags: session.tags,
             volumes: session.volume_attachments.into_iter().map(Into::into).collect(),

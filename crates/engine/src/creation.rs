@@ -135,6 +135,7 @@ impl EngineCore {
         let root = inherited.map_or_else(|| self.host.default_root(), |machine| machine.root.clone());
         let machine = Machine { resources, root, outbound: new.outbound, egress };
         let driver = self.choose_driver(new.driver)?;
+        let isolation = Some(self.drivers.of(&driver).capabilities().isolation);
         let mut attachments = Vec::new();
         for mount in &new.mounts {
             attachments.push(self.new_attachment(mount, &attachments)?);
@@ -163,6 +164,7 @@ impl EngineCore {
             end_reason: None,
             terminal_error: String::new(),
             exhausted: None,
+            isolation,
             driver,
             source_snapshot_id: None,
             source_image_id: None,

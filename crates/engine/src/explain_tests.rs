@@ -36,6 +36,7 @@ fn session(state: SessionState) -> Session {
         end_reason: None,
         terminal_error: String::new(),
         exhausted: None,
+        isolation: None,
         driver: "fake".into(),
         source_snapshot_id: None,
         source_image_id: None,

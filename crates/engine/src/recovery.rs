@@ -100,6 +100,7 @@ async fn name_roots(engine: &EngineCore, mut records: Records) -> Result<Records
         if session.driver.is_empty() {
             session.driver = engine.drivers.default_name().to_owned();
         }
+        session.isolation = engine.drivers.find(&session.driver).map(|driver| driver.capabilities().isolation);
         changes.push(Change::Session(session.clone()));
     }
     for snapshot in records.snapshots.iter_mut().filter(|snapshot| snapshot.machine.root.is_unknown()) {

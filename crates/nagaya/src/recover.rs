@@ -166,6 +166,7 @@ fn session(id: SessionId, workspace_id: WorkspaceId, machine: Machine, now: Unix
         end_reason: None,
         terminal_error: String::new(),
         exhausted: None,
+        isolation: None,
         driver: NAMESPACE.into(),
         source_snapshot_id: None,
         source_image_id: None,

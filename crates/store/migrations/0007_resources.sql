@@ -20,3 +20,6 @@ UPDATE sessions SET
     ),
     metadata = json_remove(metadata, '$.restore_mode', '$.restore_degraded', '$.restore_reason')
 WHERE json_extract(metadata, '$.restore_mode') IN ('memory', 'cold_boot');
+
+-- What stands between the sandbox and the host's kernel, as JSON.
+ALTER TABLE sessions ADD COLUMN isolation TEXT;

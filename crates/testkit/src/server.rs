@@ -28,6 +28,8 @@ pub fn binary() -> PathBuf {
 
 /// A server and its data directory. Dropping it kills the server and purges what it made.
 pub struct Server {
+    /// What is started; [`binary`] unless told otherwise.
+    program: PathBuf,
     data_dir: TempDir,
     child: Option<Child>,
     endpoint: String,
@@ -69,6 +71,28 @@ impl Server {
         server
     }
 
+    /// A server of another version, with small pools.
+    pub fn start_version(program: &Path) -> Self {
+        let mut server = Self::prepare(&std::env::temp_dir(), "[pools]\nslots_ready = 1\nisolated_slots_ready = 1\n");
+        program.clone_into(&mut server.program);
+        server.restart();
+        server
+    }
+
+    /// A server on a data directory that lies in an archive of the test's, with this key.
+    pub fn start_on(archive: &Path, api_key: &str) -> Self {
+        let mut server = Self::prepare(&std::env::temp_dir(), "[pools]\nslots_ready = 1\nisolated_slots_ready = 1\n");
+        let unpacked = Command::new("tar").arg("-xzSf").arg(archive).arg("-C").arg(server.data_dir()).status();
+        assert!(unpacked.unwrap().success(), "{} cannot be unpacked", archive.display());
+        server.restart_with(&["--api-key", api_key]);
+        server
+    }
+
+    /// From the next start on it is the version under test.
+    pub fn update(&mut self) {
+        self.program = binary();
+    }
+
     fn prepare(parent: &Path, configuration: &str) -> Self {
         let data_dir = tempfile::Builder::new().prefix("nagaya-test-").tempdir_in(parent).unwrap();
         let mut configuration = configuration.to_string();
@@ -76,11 +100,11 @@ impl Server {
             configuration.push_str(&format!("[network]\ncidr = \"{}\"\n", free_network()));
         }
         fs::write(data_dir.path().join("test.toml"), configuration).unwrap();
-        Self { data_dir, child: None, endpoint: String::new(), log: Arc::default() }
+        Self { program: binary(), data_dir, child: None, endpoint: String::new(), log: Arc::default() }
     }
 
     fn serve(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(binary());
+        let mut command = Command::new(&self.program);
         command
             .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
             .arg(self.data_dir.path())

@@ -18,13 +18,14 @@ fn a_sandboxs_life() {
         name:  web
         state:  running
         driver:  namespace
+        isolation: shared kernel
         cpu:  2
         memory:  512 MB
         disk:  5 GB
         inbound:  yes
-        outbound: yes
+        outbound:  yes
         tags:  b a
-        metadata: owner=alice
+        metadata:  owner=alice
         created:  [time]
         ready:  [time]
         ");
@@ -121,13 +122,14 @@ fn a_sandboxs_life() {
         name:  site
         state:  running
         driver:  namespace
+        isolation: shared kernel
         cpu:  2
         memory:  512 MB
         disk:  5 GB
         inbound:  yes
-        outbound: yes
+        outbound:  yes
         tags:  c
-        metadata: owner=alice restore_degraded=false restore_mode=memory
+        metadata:  owner=alice restore_degraded=false restore_mode=memory
         created:  [time]
         ready:  [time]
         ");

@@ -34,7 +34,13 @@ impl Nagaya {
         let caller = caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
         let findings = self.engine.explain(&caller, id).await?;
-        Ok(own::ExplainSessionResponse { findings: findings.into_iter().map(finding).collect() })
+        let session = self.engine.session(&caller, id).await?;
+        Ok(own::ExplainSessionResponse {
+            findings: findings.into_iter().map(finding).collect(),
+            driver: session.driver,
+            isolation: session.isolation.map(|isolation| isolation.name().to_owned()).unwrap_or_default(),
+            root_image: session.machine.root.to_string(),
+        })
     }
 
     pub(super) async fn watch_session_events(

@@ -55,7 +55,10 @@ async fn a_quick_sandbox_is_answered_running_with_everything_a_client_needs() {
     assert_eq!((session.cpu_cores, session.memory_mb, session.disk_size_gb), (3, 512, 7));
     assert_eq!((session.inbound_enabled, session.outbound_enabled, session.sticky), (false, true, true));
     assert_eq!(session.tags, ["a", "b"]);
-    assert_eq!(session.metadata, pairs(&[("team", "red"), ("nagaya_driver", "fake")]));
+    assert_eq!(
+        session.metadata,
+        pairs(&[("team", "red"), ("nagaya_driver", "fake"), ("nagaya_isolation", "shared kernel")])
+    );
     assert_eq!(session.timeout_at.seconds - session.created_at.seconds, 600);
     assert_eq!(session.idle_timeout_minutes, Some(0));
     assert_eq!(session.pause_retention.seconds, 60);

@@ -168,6 +168,9 @@ pub struct Session {
     /// What was used up, where that kept it from being created.
     #[serde(default)]
     pub exhausted: Option<Limit>,
+    /// What the driver promised when it was created; `None` in records of servers that had one driver.
+    #[serde(default)]
+    pub isolation: Option<Isolation>,
     /// The name of the driver it runs on.
     pub driver: String,
     /// The snapshot it was made from.

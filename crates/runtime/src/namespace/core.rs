@@ -13,7 +13,7 @@ use crate::host::record::Record;
 use crate::host::volumes::Sandbox;
 use crate::host::{Host, failed};
 
-pub(super) struct Inner {
+pub(super) struct DriverCore {
     /// What sandboxes' records call this driver.
     pub name: String,
     pub host: Arc<Host>,
@@ -30,7 +30,7 @@ pub(super) struct Inner {
     pub ends: mpsc::UnboundedSender<Ended>,
 }
 
-impl Inner {
+impl DriverCore {
     pub fn running_sandboxes(&self) -> MutexGuard<'_, HashMap<SessionId, Arc<RunningSandbox>>> {
         self.running.lock().expect("the list is changed without panics")
     }

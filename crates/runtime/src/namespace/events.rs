@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use nagaya_engine::ports::Ended;
 
-use super::core::Inner;
+use super::core::DriverCore;
 use super::running::RunningSandbox;
 use crate::agent_client::Link;
 
-impl Inner {
+impl DriverCore {
     /// Tells when a sandbox ends unasked.
     pub(super) fn watch(self: &Arc<Self>, running: &Arc<RunningSandbox>) {
         let (inner, running) = (self.clone(), running.clone());

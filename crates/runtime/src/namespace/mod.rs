@@ -33,7 +33,7 @@ use tokio::sync::{Notify, mpsc};
 
 use crate::host::record::Record;
 use crate::host::{Host, blocking};
-use core::Inner;
+use core::DriverCore;
 use slots::{Factory, SlotPool, SlotSpec};
 
 /// The sections about this driver.
@@ -75,7 +75,7 @@ impl Default for Pools {
 const PREPARED_READY: usize = 4;
 
 pub struct NamespaceDriver {
-    inner: Arc<Inner>,
+    inner: Arc<DriverCore>,
     ends: Mutex<Option<mpsc::UnboundedReceiver<Ended>>>,
 }
 
@@ -96,7 +96,7 @@ impl NamespaceDriver {
         let prepared = kinds.iter().map(prepare).collect();
         let pools = kinds.into_iter().map(|(spec, target)| SlotPool::start(factory.clone(), spec, target)).collect();
         let (ends, receiver) = mpsc::unbounded_channel();
-        let inner = Inner {
+        let inner = DriverCore {
             name: name.to_owned(),
             host,
             shortcuts: config.shortcuts,

@@ -7,7 +7,7 @@ use nagaya_api::error::Code;
 use nagaya_api::ids::SessionId;
 use nagaya_engine::ports::DriverError;
 
-use super::core::Inner;
+use super::core::DriverCore;
 use super::running::RunningSandbox;
 use crate::agent_client::Link;
 use crate::cgroup::Group;
@@ -17,7 +17,7 @@ use crate::host::{blocking, failed};
 const CLOCKS_MAX: Duration = Duration::from_secs(2);
 const CLOCKS_OF_HALTED_MAX: Duration = Duration::from_millis(100);
 
-impl Inner {
+impl DriverCore {
     pub(super) async fn freeze(&self, id: SessionId) -> Result<(), DriverError> {
         let running = self.running(id)?;
         set_clocks(&running, running.link(), true).await?;

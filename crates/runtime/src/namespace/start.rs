@@ -11,7 +11,7 @@ use nagaya_engine::ports::{DriverError, Guest};
 use nagaya_guest::spawn::LAYERS_MAX;
 use rustix::process::Pid;
 
-use super::core::Inner;
+use super::core::DriverCore;
 use super::running::{self, PidFd, RunningSandbox};
 use super::slots::{PreparedSlot, Slot, SlotDisk, SlotError, SlotSpec, Started};
 use crate::cgroup::Limits;
@@ -23,7 +23,7 @@ use crate::host::{blocking, capacity, disk, failed};
 /// meanwhile would wait for all of its disk.
 const KEEP_AFTER: Duration = Duration::from_millis(20);
 
-impl Inner {
+impl DriverCore {
     /// Starts a sandbox, new or stopped. What is left of a new one that fails is its directory, at most; of a stopped one the
     /// disk is as it was.
     pub(super) async fn start(
@@ -227,7 +227,7 @@ impl Inner {
 /// Makes a slot the sandbox of a session: its limits, its record, its directory. The last step gives
 /// it its name, so that a crash before it leaves a slot and a crash after it a sandbox. The slot is
 /// unharmed by an error.
-fn take(inner: &Inner, id: SessionId, spec: &SandboxSpec, slot: &Slot) -> Result<(), DriverError> {
+fn take(inner: &DriverCore, id: SessionId, spec: &SandboxSpec, slot: &Slot) -> Result<(), DriverError> {
     let host = &*inner.host;
     let limits = Limits {
         cpu_millis: spec.resources.cpu_millis,

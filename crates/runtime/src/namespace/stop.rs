@@ -8,7 +8,7 @@ use std::time::Duration;
 use nagaya_api::ids::SessionId;
 use nagaya_engine::ports::{Adopted, DriverError};
 
-use super::core::Inner;
+use super::core::DriverCore;
 use super::running::{self, PidFd, RunningSandbox};
 use crate::host::record::Record;
 use crate::host::{blocking, capacity, disk, disk_images, failed, too_long};
@@ -18,7 +18,7 @@ const WRITE_BACK_MAX: Duration = Duration::from_secs(120);
 /// How long a file system that was frozen for a copy may take to go on.
 const THAW_MAX: Duration = Duration::from_secs(30);
 
-impl Inner {
+impl DriverCore {
     /// Takes over what an earlier server left, or what this one knows already.
     pub(super) async fn adopt(self: &Arc<Self>, id: SessionId) -> Result<Adopted, DriverError> {
         let directory = self.host.directory(id);

@@ -8,7 +8,7 @@ use nagaya_api::ids::SessionId;
 use nagaya_engine::ports::{DriverError, ResourceUsage};
 use tokio::time::Instant;
 
-use super::core::Inner;
+use super::core::DriverCore;
 use super::running::RunningSandbox;
 use crate::cgroup::{Group, Part};
 use crate::host::{blocking, failed};
@@ -16,7 +16,7 @@ use crate::host::{blocking, failed};
 /// How long processor times are compared: some of the scheduler's periods.
 const WINDOW: Duration = Duration::from_millis(250);
 
-impl Inner {
+impl DriverCore {
     pub(super) async fn usage(self: &Arc<Self>, id: SessionId) -> Result<ResourceUsage, DriverError> {
         let running = self.running(id)?;
         let asked = !self.shortcuts && !running.pidfd.is_halted();

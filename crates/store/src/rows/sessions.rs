@@ -11,7 +11,7 @@ use super::{from_json, id, integer, json, optional_from_json, optional_id, optio
 pub(crate) const SESSION_COLUMNS: &str = "id, workspace_id, owner_id, name, state, cpu_millis, memory_bytes, disk_bytes, outbound, \
      inbound, env, metadata, tags, ssh_authorized_keys, sticky, idle_timeout_minutes, pause_retention_ms, created_at, \
      ready_at, terminated_at, timeout_at, last_activity_at, terminal_error, driver, source_snapshot_id, source_image_id, \
-     pause, last_resume_error, attachments, egress, end_reason, exhausted, root, last_resume";
+     pause, last_resume_error, attachments, egress, end_reason, exhausted, root, last_resume, isolation";
 pub(crate) const EXECUTION_COLUMNS: &str =
     "id, session_id, command, args, status, exit_code, duration_ms, started_at, ended_at";
 
@@ -22,9 +22,10 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
                  inbound, env, metadata, tags, ssh_authorized_keys, sticky, idle_timeout_minutes, pause_retention_ms,
                  created_at, ready_at, terminated_at, timeout_at, last_activity_at, terminal_error, driver,
                  source_snapshot_id, source_image_id, pause, last_resume_error, attachments, egress, end_reason,
-                 exhausted, root, last_resume)
+                 exhausted, root, last_resume,
+                 isolation)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21,
-                 ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34)
+                 ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34, ?35)
              ON CONFLICT (id) DO UPDATE SET
                  workspace_id = excluded.workspace_id, owner_id = excluded.owner_id, name = excluded.name,
                  state = excluded.state, cpu_millis = excluded.cpu_millis, memory_bytes = excluded.memory_bytes,
@@ -39,7 +40,7 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
                  pause = excluded.pause, last_resume_error = excluded.last_resume_error,
                  attachments = excluded.attachments, egress = excluded.egress,
                  end_reason = excluded.end_reason, exhausted = excluded.exhausted, root = excluded.root,
-                 last_resume = excluded.last_resume",
+                 last_resume = excluded.last_resume, isolation = excluded.isolation",
         )?
         .execute(params![
             session.id.to_string(),
@@ -76,6 +77,7 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
             session.exhausted.as_ref().map(json).transpose()?,
             session.machine.root.as_str(),
             session.last_resume.as_ref().map(json).transpose()?,
+            session.isolation.as_ref().map(json).transpose()?,
         ])?;
     Ok(())
 }
@@ -148,6 +150,7 @@ pub(crate) fn read_session(row: &Row<'_>) -> Result<Session> {
         end_reason: optional_from_json(row, 30)?,
         terminal_error: row.get(22)?,
         exhausted: optional_from_json(row, 31)?,
+        isolation: optional_from_json(row, 34)?,
         driver: row.get(23)?,
         source_snapshot_id: optional_id(row, 24, SnapshotId::from_uuid)?,
         source_image_id: optional_id(row, 25, DiskImageId::from_uuid)?,

@@ -10,3 +10,4 @@ mod never_lose;
 mod pool;
 mod previews;
 mod s3;
+mod takeover;

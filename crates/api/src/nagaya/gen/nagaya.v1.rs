@@ -2115,12 +2115,43 @@ pub struct ExplainSessionResponse {
         deserialize_with = "::buffa::json_helpers::null_as_default"
     )]
     pub findings: ::buffa::alloc::vec::Vec<Finding>,
+    /// The driver that it runs on, by its name on this server.
+    ///
+    /// Field 2: `driver`
+    #[serde(
+        rename = "driver",
+        with = "::buffa::json_helpers::proto_string",
+        skip_serializing_if = "::buffa::json_helpers::skip_if::is_empty_str"
+    )]
+    pub driver: ::buffa::alloc::string::String,
+    /// What stands between it and the host's kernel: "shared kernel", "user-space kernel" or "hardware virtualisation".
+    ///
+    /// Field 3: `isolation`
+    #[serde(
+        rename = "isolation",
+        with = "::buffa::json_helpers::proto_string",
+        skip_serializing_if = "::buffa::json_helpers::skip_if::is_empty_str"
+    )]
+    pub isolation: ::buffa::alloc::string::String,
+    /// The digest of the image under its disk.
+    ///
+    /// Field 4: `root_image`
+    #[serde(
+        rename = "rootImage",
+        alias = "root_image",
+        with = "::buffa::json_helpers::proto_string",
+        skip_serializing_if = "::buffa::json_helpers::skip_if::is_empty_str"
+    )]
+    pub root_image: ::buffa::alloc::string::String,
 }
 crate::json::object!(ExplainSessionResponse);
 impl ::core::fmt::Debug for ExplainSessionResponse {
     fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
         f.debug_struct("ExplainSessionResponse")
             .field("findings", &self.findings)
+            .field("driver", &self.driver)
+            .field("isolation", &self.isolation)
+            .field("root_image", &self.root_image)
             .finish()
     }
 }
@@ -2159,6 +2190,15 @@ impl ::buffa::Message for ExplainSessionResponse {
                 += 1u64 + ::buffa::encoding::varint_len(inner_size as u64) as u64
                     + inner_size as u64;
         }
+        if !self.driver.is_empty() {
+            size += 1u64 + ::buffa::types::string_encoded_len(&self.driver) as u64;
+        }
+        if !self.isolation.is_empty() {
+            size += 1u64 + ::buffa::types::string_encoded_len(&self.isolation) as u64;
+        }
+        if !self.root_image.is_empty() {
+            size += 1u64 + ::buffa::types::string_encoded_len(&self.root_image) as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -2175,6 +2215,15 @@ impl ::buffa::Message for ExplainSessionResponse {
                 buf,
             );
             v.write_to(__cache, buf);
+        }
+        if !self.driver.is_empty() {
+            ::buffa::types::put_string_field(2u32, &self.driver, buf);
+        }
+        if !self.isolation.is_empty() {
+            ::buffa::types::put_string_field(3u32, &self.isolation, buf);
+        }
+        if !self.root_image.is_empty() {
+            ::buffa::types::put_string_field(4u32, &self.root_image, buf);
         }
     }
     fn merge_field(
@@ -2200,6 +2249,27 @@ impl ::buffa::Message for ExplainSessionResponse {
                 ::buffa::Message::merge_length_delimited(&mut elem, buf, ctx)?;
                 self.findings.push(elem);
             }
+            2u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::types::merge_string(&mut self.driver, buf)?;
+            }
+            3u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::types::merge_string(&mut self.isolation, buf)?;
+            }
+            4u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::types::merge_string(&mut self.root_image, buf)?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -2208,6 +2278,9 @@ impl ::buffa::Message for ExplainSessionResponse {
     }
     fn clear(&mut self) {
         self.findings.clear();
+        self.driver.clear();
+        self.isolation.clear();
+        self.root_image.clear();
     }
 }
 impl ::buffa::json_helpers::ProtoElemJson for ExplainSessionResponse {
