@@ -80,7 +80,7 @@ fn a_directory_of_schema_6_is_taken_over() {
         }
         let running = client.attach(&find("running").id).await.unwrap();
         assert_eq!(text(&running, "/data/note").await, "volume");
-        let ports = v1::ListExposedPortsRequest { session_id: running.id.clone(), ..Default::default() };
+        let ports = v1::ListExposedPortsRequest { session_id: running.id.clone() };
         assert_eq!(client.control.list_exposed_ports(ports).await.unwrap().ports[0].port, 8000);
 
         let snapshots = client.control.list_snapshots(v1::ListSnapshotsRequest::default()).await.unwrap();
@@ -189,9 +189,7 @@ fn everything_of_the_version_before_is_there() {
         client.wait_running(&fork).await.unwrap();
         assert_eq!(text(&client.attach(&fork).await.unwrap(), "/home/tenki/note").await, "running");
 
-        let ports = client
-            .control
-            .list_exposed_ports(v1::ListExposedPortsRequest { session_id: running.clone(), ..Default::default() });
+        let ports = client.control.list_exposed_ports(v1::ListExposedPortsRequest { session_id: running.clone() });
         assert!(ports.await.unwrap().ports.iter().any(|port| port.preview_url == url), "the preview keeps its URL");
 
         // A sandbox that was started by the old server stops and starts under the new one, over its own image.
