@@ -2,15 +2,13 @@
 
 use std::fmt;
 
-/// By these words clients know a failure of git.
-const GIT_WORDS: &str = "failed (exit_code=";
 /// What an answer may say of an error, in the form that it travels in. gRPC carries it in header fields, of which clients
 /// take 8 KiB gladly and 16 KiB at most, all of an answer's together.
 pub const STATUS_BYTES_MAX: usize = 7 * 1024;
 /// The rest is for the names of the fields and the status itself.
 const TEXT_BYTES_MAX: usize = STATUS_BYTES_MAX - 256;
 /// Stands where the rest of a text was left out.
-const CUT_MARK: &str = "… (cut here: the whole is too long for an answer)";
+pub(crate) const CUT_MARK: &str = "… (cut here: the whole is too long for an answer)";
 
 /// The status codes that gRPC and Connect share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -45,41 +43,6 @@ impl Status {
             Self::DeadlineExceeded => 504,
         }
     }
-
-    /// Words that clients search for, in any case, in the text of an answer with this status.
-    /// Which error they report depends on the first one found.
-    pub const fn searched_words(self) -> &'static [&'static str] {
-        match self {
-            Self::NotFound => &[
-                "template build",
-                "template",
-                "registry image",
-                "no such file or directory",
-                "session",
-                "snapshot",
-                "volume",
-                "artifact",
-            ],
-            Self::AlreadyExists => &["template"],
-            Self::ResourceExhausted => &["maximum exposed ports", "volume", "rate limit", "capacity"],
-            Self::FailedPrecondition => &[
-                "snapshot not yet durable",
-                "build in progress",
-                "build already in progress",
-                "terminated",
-                GIT_WORDS,
-                "sync_pending",
-                "sync pending",
-                "volume is attached",
-                "volume is in use",
-                "inbound access is disabled",
-                "ssh",
-            ],
-            Self::Unavailable => &["ssh"],
-            Self::Unimplemented => &["404"],
-            _ => &[],
-        }
-    }
 }
 
 macro_rules! codes {
@@ -108,8 +71,8 @@ macro_rules! codes {
                 match self { $(Code::$variant => Status::$status,)* }
             }
 
-            /// What happened, in the words the client families search for. Must never be built
-            /// from names or paths a user chose: clients match on parts of it.
+            /// What happened. Must never be built from names or paths a user chose: families of clients
+            /// match on parts of it.
             pub const fn text(self) -> &'static str {
                 match self { $(Code::$variant => $text,)* }
             }
@@ -152,20 +115,7 @@ impl Code {
         }
     }
 
-    /// Words in a text that may lead clients away from this code.
-    fn misleading_words(self) -> &'static [&'static str] {
-        let searched = self.status().searched_words();
-        match self {
-            // What is searched after git's own words is found too late, so that what git says of SSH can be told.
-            Self::GitFailed => {
-                let own = searched.iter().position(|word| *word == GIT_WORDS);
-                &searched[..own.unwrap_or(searched.len())]
-            }
-            _ => searched,
-        }
-    }
-
-    /// The code at the end of a text made by [`Error::wire_text`].
+    /// The code at the end of a text made by [`Error::coded_text`].
     pub fn in_wire_text(text: &str) -> Option<Code> {
         let (_, name) = text.strip_suffix(']')?.rsplit_once(" [")?;
         Self::from_name(name)
@@ -268,29 +218,9 @@ impl Error {
 }
 
 impl Error {
-    /// What clients are told: text, detail and `[code]`. A detail with a word that would make a
-    /// client report another error (see [`Status::searched_words`]) is left out; it may have come
-    /// from a name or a path that a user chose. A text that is too long for an answer is cut.
-    pub fn wire_text(&self) -> String {
-        let whole = self.whole_text();
-        bounded(&whole).unwrap_or(whole)
-    }
-
-    /// Whether clients are told only the beginning of it.
-    pub fn is_cut(&self) -> bool {
-        !fits(&self.whole_text())
-    }
-
-    fn whole_text(&self) -> String {
-        let text = self.code.text();
-        // Judged together with the text, because a word may begin in one and end in the other.
-        let with_detail = self.to_string();
-        let misleads = |word: &&str| !contains(text, word) && contains(&with_detail, word);
-        let told = match self.code.misleading_words().iter().any(misleads) {
-            true => text,
-            false => &with_detail,
-        };
-        format!("{told} [{}]", self.code.name())
+    /// Text, detail and `[code]`.
+    pub fn coded_text(&self) -> String {
+        format!("{self} [{}]", self.code.name())
     }
 }
 
@@ -329,10 +259,6 @@ fn encoded_bytes(text: &str) -> usize {
     text.bytes().map(|byte| if (b' '..=b'~').contains(&byte) && byte != b'%' { 1 } else { 3 }).sum()
 }
 
-fn contains(text: &str, lower_case_word: &str) -> bool {
-    text.to_lowercase().contains(lower_case_word)
-}
-
 impl From<Code> for Error {
     fn from(code: Code) -> Self {
         Self { code, detail: String::new() }
@@ -341,10 +267,6 @@ impl From<Code> for Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Clients read the exit status and what git said out of a text of one shape, which the detail has already.
-        if self.code == Code::GitFailed && self.detail.starts_with("git ") && self.detail.contains(GIT_WORDS) {
-            return f.write_str(&self.detail);
-        }
         f.write_str(self.code.text())?;
         if !self.detail.is_empty() {
             write!(f, ": {}", self.detail)?;

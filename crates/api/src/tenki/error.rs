@@ -2,6 +2,7 @@
 
 use connectrpc::{ConnectError, ErrorCode};
 
+use super::words::wire_text;
 use crate::error::{Error, Status};
 
 impl From<Status> for ErrorCode {
@@ -26,6 +27,6 @@ impl From<Status> for ErrorCode {
 /// The one place where an error of ours becomes an answer.
 impl From<Error> for ConnectError {
     fn from(error: Error) -> Self {
-        ConnectError::new(error.code.status().into(), error.wire_text())
+        ConnectError::new(error.code.status().into(), wire_text(&error))
     }
 }

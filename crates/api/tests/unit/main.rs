@@ -10,3 +10,5 @@ mod ids;
 #[path = "../../src/names.rs"]
 mod names;
 mod services;
+#[path = "../../src/tenki/words.rs"]
+mod words;

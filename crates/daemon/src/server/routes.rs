@@ -87,7 +87,7 @@ impl Routes {
         };
         answer.unwrap_or_else(|error| {
             let status = StatusCode::from_u16(error.code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            json(status, error.code.name(), &error.wire_text())
+            json(status, error.code.name(), &error.coded_text())
         })
     }
 }

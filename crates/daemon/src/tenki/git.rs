@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use connectrpc::RequestContext;
 use nagaya_api::error::{Code, Error};
 use nagaya_api::tenki::v1 as wire;
+use nagaya_api::tenki::words;
 use nagaya_engine::ports::{Command, ExitStatus, Process, ProcessEvent};
 use nagaya_engine::{OpenSession, validate};
 
@@ -142,7 +143,7 @@ async fn run(open: &OpenSession, operation: &str, command: Command) -> Result<St
         "" => {
             let said = stderr.text();
             let failure = failure(operation, status.code, &said);
-            if failure.is_cut() {
+            if words::is_cut(&failure) {
                 open.commands.git_failed(execution, operation, status.code, said.trim()).await;
             }
             Err(failure)
@@ -156,7 +157,7 @@ fn failure(operation: &str, exit_code: i32, said: &str) -> Error {
     let shape = format!("git {operation} failed (exit_code={exit_code}); check the repository, ref and access token:");
     let error = Error::new(Code::GitFailed, format!("{shape} {}", said.trim()));
     // Words that clients would take for something else are left out; the exit status is not.
-    match error.wire_text().starts_with(&shape) {
+    match words::wire_text(&error).starts_with(&shape) {
         true => error,
         false => Error::new(Code::GitFailed, format!("{shape} git's message is left out here; run git with a command")),
     }
@@ -280,10 +281,10 @@ mod tests {
 
     #[test]
     fn a_failure_has_the_shape_that_clients_read() {
-        let told = failure("clone", 128, "fatal: repository 'x' not found\n").wire_text();
+        let told = words::wire_text(&failure("clone", 128, "fatal: repository 'x' not found\n"));
         let shape = "git clone failed (exit_code=128); check the repository, ref and access token: ";
         assert_eq!(told, format!("{shape}fatal: repository 'x' not found [git_failed]"));
-        let hidden = failure("clone", 1, "the connection was terminated").wire_text();
+        let hidden = words::wire_text(&failure("clone", 1, "the connection was terminated"));
         assert!(
             hidden.starts_with("git clone failed (exit_code=1); check") && !hidden.contains("terminated"),
             "{hidden}"

@@ -10,6 +10,7 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use nagaya_api::error::{Code, Error};
 use nagaya_api::tenki::v1 as wire;
+use nagaya_api::tenki::words;
 use nagaya_engine::ports::Clock;
 use nagaya_engine::{SessionUpdate, SshSession, validate};
 use nagaya_gateway::ssh::{self, ConnectionPermit, Permissions, WebSocket};
@@ -208,7 +209,7 @@ fn handshake(request: &Request<Incoming>) -> Result<HeaderValue, Error> {
 }
 
 fn refusal(error: &Error) -> Response<ResponseBody> {
-    let mut text = error.wire_text();
+    let mut text = words::wire_text(error);
     let end = (0..=REFUSAL_BYTES_MAX.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
     text.truncate(end.unwrap_or(0));
     let mut response = Response::new(ResponseBody::text(text));

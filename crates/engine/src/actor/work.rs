@@ -92,7 +92,7 @@ impl std::fmt::Display for StartFailure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::NoCapacity(limit) => write!(f, "{}", Error::new(Code::CapacityUnavailable, limit.name())),
-            Self::Refused(error) => f.write_str(&error.wire_text()),
+            Self::Refused(error) => f.write_str(&error.coded_text()),
             Self::Other(cause) => f.write_str(cause),
         }
     }

@@ -227,7 +227,7 @@ impl Connection {
             Transport::Bridge(visit) => Ok(*visit),
             Transport::Listener => {
                 match tokio::time::timeout(OPEN_TIMEOUT, self.shared.engine.visit_certified(id)).await {
-                    Ok(visit) => visit.map_err(|error| error.wire_text()),
+                    Ok(visit) => visit.map_err(|error| error.coded_text()),
                     Err(_) => Err("the session was not resumed in time".to_owned()),
                 }
             }

@@ -53,7 +53,7 @@ struct Line {
     id: String,
     /// Records 0..kept are on its disk.
     kept: u64,
-    /// A process of it that lives as long as its memory does: its pid and start time inside.
+    /// A process of it that lives as long as its memory does: its pid and start time inside, and that boot's id.
     process: String,
 }
 
@@ -414,14 +414,15 @@ async fn keep_process(client: &Client, line: &Line) -> Result<String, ConnectErr
     };
     client.control.execute_command(request).await?;
     let script = "while [ ! -e /tmp/pid ]; do sleep 0.01; done; pid=$(cat /tmp/pid); rm /tmp/pid; \
-                  echo $pid $(cut -d' ' -f22 /proc/$pid/stat)";
+                  echo $pid $(cut -d' ' -f22 /proc/$pid/stat) $(cat /proc/sys/kernel/random/boot_id)";
     let finished = client.attach(&line.id).await?.run(&["sh", "-c", script]).await?;
     Ok(finished.text())
 }
 
 async fn process_lives(client: &Client, line: &Line) -> Result<bool, ConnectError> {
     let Some((pid, started)) = line.process.split_once(' ') else { return Ok(false) };
-    let script = format!("cut -d' ' -f22 /proc/{pid}/stat");
+    // Numbers and times begin anew with each boot, and may be those of another process then.
+    let script = format!("echo $(cut -d' ' -f22 /proc/{pid}/stat) $(cat /proc/sys/kernel/random/boot_id)");
     let finished = client.attach(&line.id).await?.run(&["sh", "-c", &script]).await?;
     Ok(finished.text() == started)
 }
