@@ -155,7 +155,7 @@ fn intended(code: Code) -> Option<&'static str> {
 
 #[track_caller]
 fn assert_reported_as_intended(error: &Error) {
-    let (status, text) = (error.code.status(), wire_text(&error));
+    let (status, text) = (error.code.status(), wire_text(error));
     assert_eq!(go(status, &text), intended(error.code).unwrap_or("RawError"), "Go client, {text:?}");
     assert_eq!(
         typescript(status, &text),
