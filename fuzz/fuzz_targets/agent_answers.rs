@@ -11,7 +11,7 @@ use nagaya_api::ids::ExecutionId;
 use nagaya_engine::ports::{Address, Bind, BoxStream, Command, Guest, WriteOptions};
 use nagaya_guest::frame::{Decoder, Frame, Kind};
 use nagaya_guest::messages::{self, Hello};
-use nagaya_runtime::link::Link;
+use nagaya_runtime::agent_client::Link;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
