@@ -15,6 +15,9 @@ useClient((made) => ({ server, tenki } = made));
 
 const activeSessions = async () => (await tenki.getUsage()).find(({ key }) => key === "active_sessions").current;
 
+/** What every session tells of its driver, which the contract has no fields for. */
+const DRIVER = { nagaya_driver: "namespace", nagaya_isolation: "shared kernel" };
+
 describe("identity", () => {
   test("whoAmI names an owner and the workspace of the key", async () => {
     const identity = await tenki.whoAmI();
@@ -39,7 +42,7 @@ describe("create", () => {
       assert.equal(session.outboundEnabled, true);
       assert.equal(session.sticky, false);
       assert.deepEqual(session.tags, []);
-      assert.deepEqual(session.metadata, {});
+      assert.deepEqual({ ...session.metadata }, DRIVER);
       assert.deepEqual(session.volumeMounts, []);
       assert.equal(session.terminalError, undefined);
       assert.equal(session.workspaceId, (await tenki.whoAmI()).workspaces[0].id);
@@ -81,7 +84,7 @@ describe("create", () => {
         assert.equal(seen.idleTimeoutMinutes, 7);
         assert.equal(seen.pauseRetentionMs, 86_400_500);
         assert.deepEqual([seen.cpuCores, seen.memoryMb, seen.diskSizeGb], [1, 514, 6]);
-        assert.deepEqual(seen.metadata, { purpose: "conformance", "Key With Spaces": "値 = \"x\"\n", empty: "" });
+        assert.deepEqual({ ...seen.metadata }, { purpose: "conformance", "Key With Spaces": "値 = \"x\"\n", empty: "", ...DRIVER });
         assert.deepEqual(seen.tags, ["team:blue", "v1.2"]);
         assert.equal(seen.sticky, true);
         assert.ok(seen.lastActivityAt.getTime() >= started - 1_000);
