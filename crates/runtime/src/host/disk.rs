@@ -6,7 +6,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::ops::Range;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -32,7 +32,7 @@ const TEMPLATE_VERSION: u32 = 3;
 /// Templates that are kept. They take little, but clients may ask for any size.
 const TEMPLATES_MAX: usize = 64;
 /// What a disk may have: the least has room for its journal; more than the most is beyond what disks can grow to.
-pub const DISK_BYTES: Range<u64> = 64 << 20..100 * GIB;
+pub const DISK_BYTES: RangeInclusive<u64> = 64 << 20..=100 * GIB;
 
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
@@ -110,8 +110,8 @@ fn format(path: &Path, bytes: u64) -> Result<(), DiskError> {
     drop(file);
     // Every disk is a copy of what is written here: room to grow beyond what is allowed would be
     // ten times that. The first write of a sandbox looks at all groups of a flexible group (-G).
-    let (feature, growth) = if bytes < DISK_BYTES.end {
-        ("resize_inode", format!(",resize={}", DISK_BYTES.end / BLOCK_BYTES))
+    let (feature, growth) = if bytes < *DISK_BYTES.end() {
+        ("resize_inode", format!(",resize={}", DISK_BYTES.end() / BLOCK_BYTES))
     } else {
         ("^resize_inode", String::new())
     };

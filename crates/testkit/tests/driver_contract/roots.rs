@@ -108,7 +108,15 @@ pub async fn part_of_a_processor_and_a_disk_of_any_size_are_given(place: &mut Pl
         .unwrap();
     assert_eq!(quota.split_whitespace().next(), Some("50000"), "the quota of half a processor in 100 ms");
     driver.destroy(id).await.unwrap();
-    for disk_bytes in [MIB, 1 << 40] {
+    for disk_bytes in [64 * MIB, 100 << 30] {
+        let id = fresh_id();
+        let resources = Resources { disk_bytes, ..resources };
+        let guest = driver.start(id, &SandboxSpec { resources, ..place.fresh() }).await.unwrap();
+        let size_kib: u64 = shell(&*guest, "df -k --output=size / | tail -1").await.trim().parse().unwrap();
+        assert!((disk_bytes * 6 / 10..=disk_bytes).contains(&(size_kib << 10)), "{size_kib} KiB of {disk_bytes} bytes");
+        driver.destroy(id).await.unwrap();
+    }
+    for disk_bytes in [64 * MIB - 4096, (100 << 30) + 4096] {
         let resources = Resources { disk_bytes, ..resources };
         let refused = driver.start(fresh_id(), &SandboxSpec { resources, ..place.fresh() }).await;
         assert!(matches!(refused, Err(DriverError::Refused(_))), "a disk of {disk_bytes} bytes");
