@@ -154,14 +154,14 @@ impl EngineCore {
             stop_owed: false,
             asked: BTreeMap::new(),
             forced: BTreeSet::new(),
-            retry: self.backoff(),
+            retry: self.shared.backoff(),
             retry_at: None,
             unrecorded: Vec::new(),
             flush_at: None,
             refused_at: None,
             waiting: Vec::new(),
             attempted: None,
-            adoption: self.backoff(),
+            adoption: self.shared.backoff(),
             unadopted: false,
             _running: running,
         };
@@ -250,7 +250,7 @@ impl Actor {
                 Flow::Continue => self.due().await,
                 other => other,
             },
-            () = self.engine.tasks.stopping(), if !unfinished => {
+            () = self.engine.shared.tasks.stopping(), if !unfinished => {
                 self.flush().await;
                 Flow::Stop
             }
@@ -306,7 +306,7 @@ impl Actor {
 
     /// Acts on whatever is due now.
     async fn due(&mut self) -> Flow {
-        let now = self.engine.clock.now();
+        let now = self.engine.shared.clock.now();
         let is_due = |at: Option<UnixMs>| at.is_some_and(|at| at <= now);
         let state = self.state();
         if is_due(self.session.timeout_at) && accept(state, Request::Expire) == Verdict::Do {
@@ -332,7 +332,7 @@ impl Actor {
             self.flush().await;
         }
         if self.flush_at.is_none() && self.has_unsaved() {
-            self.flush_at = Some(now + self.engine.config.activity_flush_ms);
+            self.flush_at = Some(now + self.engine.shared.config.activity_flush_ms);
         }
         self.schedule();
         Flow::Continue
@@ -374,7 +374,7 @@ impl Actor {
 
     /// Registers the next time at which something is due.
     fn schedule(&self) {
-        let now = self.engine.clock.now();
+        let now = self.engine.shared.clock.now();
         let state = self.state();
         let when = |request, at: Option<UnixMs>| at.filter(|_| accept(state, request) == Verdict::Do);
         let expires_at = self.session.pause.as_ref().and_then(|pause| pause.expires_at);
@@ -389,12 +389,12 @@ impl Actor {
             own.flatten(),
             self.flush_at,
         ];
-        self.engine.deadlines.set(Sleeper::Session(self.session.id), next.into_iter().flatten().min());
+        self.engine.shared.deadlines.set(Sleeper::Session(self.session.id), next.into_iter().flatten().min());
     }
 
     /// Something failed that nobody waits for: try again later.
     fn try_later(&mut self) {
-        self.retry_at = Some(self.engine.clock.now() + self.retry.next_ms());
+        self.retry_at = Some(self.engine.shared.clock.now() + self.retry.next_ms());
     }
 
     async fn flush(&mut self) {
@@ -420,12 +420,12 @@ impl Actor {
     async fn commit(&mut self, mut session: Session, mut others: Vec<Change>) -> Result<(), Error> {
         // Cleared first: activity from here on is newer than what is written.
         let unsaved = self.live.activity.unsaved.swap(false, Ordering::AcqRel);
-        let last = self.live.activity.last(self.engine.clock.now());
+        let last = self.live.activity.last(self.engine.shared.clock.now());
         session.last_activity_at = session.last_activity_at.max(last);
         others.push(Change::Session(session.clone()));
         others.extend(self.unrecorded.iter().cloned());
         let tells = others.iter().any(|change| matches!(change, Change::Event { .. }));
-        if let Err(error) = self.engine.write(others).await {
+        if let Err(error) = self.engine.shared.write(others).await {
             if unsaved {
                 self.live.activity.unsaved.store(true, Ordering::Release);
             }

@@ -25,8 +25,8 @@ impl Engine {
     /// in state CREATING; watch the session for what becomes of it.
     pub async fn create_session(&self, caller: &Caller, new: NewSession) -> Result<Session, Error> {
         let inner = &self.0;
-        let running = inner.tasks.enter()?;
-        inner.access.workspace(caller, new.workspace_id)?;
+        let running = inner.shared.tasks.enter()?;
+        inner.shared.access.workspace(caller, new.workspace_id)?;
         // Until the session is known, its snapshot must stay and nobody else may become sticky.
         let quiet = match new.snapshot_id.is_some() || new.sticky {
             true => Some(inner.snapshots.quiet.lock().await),
@@ -55,7 +55,7 @@ impl Engine {
     /// answered in CREATING. Their memory is fresh: processes are not carried over.
     pub async fn fork_session(&self, caller: &Caller, id: SessionId, fork: Fork) -> Result<Vec<Session>, Error> {
         let inner = self.0.clone();
-        let max = inner.config.forks_max;
+        let max = inner.shared.config.forks_max;
         if !(1..=max).contains(&fork.count) {
             return Err(Error::new(Code::InvalidArgument, format!("count must be 1 to forks_max, which is {max}")));
         }
@@ -64,7 +64,7 @@ impl Engine {
         }
         let live = inner.find_live(caller, id, Request::Copy).await?;
         let caller = *caller;
-        self.0.detached(async move { inner.fork(&caller, live, fork).await }).await
+        self.0.shared.detached(async move { inner.fork(&caller, live, fork).await }).await
     }
 }
 
@@ -72,7 +72,7 @@ impl EngineCore {
     /// A snapshot that sessions can be made from.
     async fn usable_snapshot(&self, caller: &Caller, id: SnapshotId) -> Result<Snapshot, Error> {
         let snapshot = self.find_snapshot(caller.workspace_id, id).await?;
-        let expired = snapshot.expires_at.is_some_and(|at| at <= self.clock.now());
+        let expired = snapshot.expires_at.is_some_and(|at| at <= self.shared.clock.now());
         match snapshot.state {
             SnapshotState::Deleting => Err(Code::SnapshotNotFound.into()),
             _ if expired => Err(Code::SnapshotNotFound.into()),
@@ -84,7 +84,7 @@ impl EngineCore {
     /// What the session's disk is made from.
     fn source(&self, session: &mut Session, snapshot: Option<Snapshot>) -> Result<DiskPreparation, Error> {
         let Some(snapshot) = snapshot else { return Ok(DiskPreparation::Fresh) };
-        let image = DiskImageId::new(self.clock.now(), self.random());
+        let image = DiskImageId::new(self.shared.clock.now(), self.shared.random());
         session.source_snapshot_id = Some(snapshot.id);
         session.source_image_id = Some(image);
         if snapshot.kind != SnapshotKind::Pause {
@@ -96,9 +96,9 @@ impl EngineCore {
 
     /// The name of the driver that was asked for, or of the server's default.
     fn choose_driver(&self, asked: Option<String>) -> Result<String, Error> {
-        let Some(name) = asked else { return Ok(self.drivers.default_name().to_owned()) };
-        if self.drivers.find(&name).is_none() {
-            let known: Vec<&str> = self.drivers.names().collect();
+        let Some(name) = asked else { return Ok(self.shared.drivers.default_name().to_owned()) };
+        if self.shared.drivers.find(&name).is_none() {
+            let known: Vec<&str> = self.shared.drivers.names().collect();
             let detail = format!("this server has no driver {name:?}, but {}", known.join(", "));
             return Err(Error::new(Code::InvalidArgument, detail));
         }
@@ -112,11 +112,11 @@ impl EngineCore {
             None => new.env,
         };
         validate::name(&new.name)?;
-        validate::env(&env, &self.config)?;
-        validate::metadata(&new.metadata, &self.config)?;
-        let ssh_authorized_keys = validate::ssh_authorized_keys(new.ssh_authorized_keys, &self.config)?;
+        validate::env(&env, &self.shared.config)?;
+        validate::metadata(&new.metadata, &self.shared.config)?;
+        let ssh_authorized_keys = validate::ssh_authorized_keys(new.ssh_authorized_keys, &self.shared.config)?;
         if let Some(duration_ms) = new.max_duration_ms {
-            validate::max_duration_ms(duration_ms, &self.config)?;
+            validate::max_duration_ms(duration_ms, &self.shared.config)?;
         }
         let base = inherited.map_or(new.default_resources, |machine| machine.resources);
         let resources = Resources {
@@ -132,17 +132,17 @@ impl EngineCore {
             Some(egress) => Some(egress::checked(egress)?),
             None => inherited.and_then(|machine| machine.egress.clone()),
         };
-        let root = inherited.map_or_else(|| self.host.default_root(), |machine| machine.root.clone());
+        let root = inherited.map_or_else(|| self.shared.host.default_root(), |machine| machine.root.clone());
         let machine = Machine { resources, root, outbound: new.outbound, egress };
         let driver = self.choose_driver(new.driver)?;
-        let isolation = Some(self.drivers.of(&driver).capabilities().isolation);
+        let isolation = Some(self.shared.drivers.of(&driver).capabilities().isolation);
         let mut attachments = Vec::new();
         for mount in &new.mounts {
             attachments.push(self.new_attachment(mount, &attachments)?);
         }
-        let now = self.clock.now();
+        let now = self.shared.clock.now();
         Ok(Session {
-            id: SessionId::new(now, self.random()),
+            id: SessionId::new(now, self.shared.random()),
             workspace_id: caller.workspace_id,
             owner_id: caller.key_id,
             name: new.name,
@@ -196,7 +196,7 @@ impl EngineCore {
         }
         let mut recorded = Vec::new();
         for ((session, slot), image) in forks.iter().zip(slots).zip(&images) {
-            let Ok(running) = self.tasks.enter() else { break };
+            let Ok(running) = self.shared.tasks.enter() else { break };
             let (sender, receiver) = oneshot::channel();
             let start = StartMode::Recorded { source: DiskPreparation::Image(*image), recorded: receiver };
             self.spawn(session.clone(), Some(slot), start, running);
@@ -211,7 +211,7 @@ impl EngineCore {
             changes.push(Change::Session(session.clone()));
             changes.push(self.event(session.id, EventKind::Created(DiskSource::Fork { session_id: live.id })));
         }
-        if let Err(error) = self.write(changes).await {
+        if let Err(error) = self.shared.write(changes).await {
             self.discard_images(images);
             return Err(error);
         }
@@ -226,7 +226,7 @@ impl EngineCore {
     /// Removes images that nothing names. Those that a stopping engine leaves are swept at the next start.
     fn discard_images(self: &Arc<Self>, images: Vec<DiskImageId>) {
         let engine = self.clone();
-        self.background(async move {
+        self.shared.background(async move {
             for image in images {
                 engine.remove_image(image).await;
             }
@@ -235,10 +235,10 @@ impl EngineCore {
 
     /// The record of a fork: what its parent was made with, an identity of its own.
     fn forked(&self, caller: &Caller, parent: &Session, fork: &Fork, n: u32) -> Session {
-        let now = self.clock.now();
+        let now = self.shared.clock.now();
         let duration_ms = parent.timeout_at.map(|at| at.saturating_sub(parent.created_at));
         Session {
-            id: SessionId::new(now, self.random()),
+            id: SessionId::new(now, self.shared.random()),
             owner_id: caller.key_id,
             name: fork.name.clone().unwrap_or_else(|| fork_name(&parent.name, n)),
             state: SessionState::Creating,
@@ -248,7 +248,7 @@ impl EngineCore {
             timeout_at: duration_ms.map(|duration_ms| now.saturating_add(duration_ms)),
             last_activity_at: now,
             source_snapshot_id: None,
-            source_image_id: Some(DiskImageId::new(now, self.random())),
+            source_image_id: Some(DiskImageId::new(now, self.shared.random())),
             pause: None,
             last_resume_error: String::new(),
             last_resume: None,

@@ -17,7 +17,7 @@ impl Engine {
     /// Names the only destinations that a session reaches from now on; `None` lifts that. When it is answered,
     /// connections to what is not allowed any more are cut. A session without outbound access keeps it for its forks.
     pub async fn set_egress(&self, caller: &Caller, id: SessionId, egress: Option<Egress>) -> Result<Session, Error> {
-        self.0.tasks.check()?;
+        self.0.shared.tasks.check()?;
         let egress = egress.map(checked).transpose()?;
         let live = self.0.find_live(caller, id, Request::Change).await?;
         live.ask_job(|reply| Job::Restrict { egress, reply }).await
@@ -26,7 +26,7 @@ impl Engine {
     /// What is known of a live session's connections to the outside, oldest first: the last ones, while it runs.
     pub async fn connections(&self, caller: &Caller, id: SessionId) -> Result<Vec<Connection>, Error> {
         self.0.find_live(caller, id, Request::Change).await?;
-        self.0.host.connections(id).await.map_err(egress_error)
+        self.0.shared.host.connections(id).await.map_err(egress_error)
     }
 }
 

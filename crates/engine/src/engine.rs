@@ -14,7 +14,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use crate::access::{self, Access, Caller};
 use crate::config::EngineConfig;
 use crate::deadlines::{Deadlines, Sleeper};
-use crate::engine_core::{Engine, EngineCore, Found, certificate_key};
+use crate::engine_core::{Engine, EngineCore, Found};
 use crate::errors::{guest_error, store_error};
 use crate::event_log::CommandLog;
 use crate::handle::{Exit, InUse, Job, Message, SessionHandle};
@@ -26,6 +26,7 @@ use crate::ports::{Change, Ended, HostEvent, Ports, ProcessEvent, SessionQuery};
 use crate::preview_table::Previews;
 use crate::requests::{Certificate, ListSessions, NewExecution, SessionUpdate, Usage};
 use crate::session::{Request, check};
+use crate::shared::{Shared, certificate_key};
 use crate::snapshot_locks::SnapshotLocks;
 use crate::tasks::Tasks;
 use crate::volume_table::Volumes;
@@ -34,7 +35,7 @@ use crate::{query, recovery};
 impl Engine {
     /// What the operator decided.
     pub fn config(&self) -> &EngineConfig {
-        &self.0.config
+        &self.0.shared.config
     }
 
     /// Starts the engine: recovers everything recorded, then serves. The ingress is asked to publish before this returns;
@@ -45,26 +46,22 @@ impl Engine {
         let workspaces = store.workspaces().await.map_err(store_error)?;
         let keys = store.api_keys().await.map_err(store_error)?;
         let records = recovery::read(&*store).await?;
+        let access = Access::new(workspaces, keys, key);
+        let (deadlines, tasks) = (Deadlines::new(), Tasks::new());
+        let creates = Semaphore::new(config.creates_concurrent_max.max(1) as usize);
+        let shared = Shared { config, store, drivers, host, clock, entropy, access, deadlines, tasks };
         let inner = Arc::new(EngineCore {
-            creates: Semaphore::new(config.creates_concurrent_max.max(1) as usize),
-            config,
-            store,
-            drivers,
-            host,
+            shared: Arc::new(shared),
+            creates,
             blobs,
             ingress,
-            clock,
-            entropy,
-            access: Access::new(workspaces, keys, key),
             registry: Arc::default(),
             snapshots: SnapshotLocks::default(),
             volumes: Volumes::load(&records.volumes, &records.sessions),
             previews: Previews::load(&records.previews),
-            deadlines: Deadlines::new(),
-            tasks: Tasks::new(),
         });
-        let ends: Vec<_> = inner.drivers.all().map(|(_, driver)| driver.ends()).collect();
-        let events = inner.host.events();
+        let ends: Vec<_> = inner.shared.drivers.all().map(|(_, driver)| driver.ends()).collect();
+        let events = inner.shared.host.events();
         recovery::recover(&inner, records).await?;
         ends.into_iter().try_for_each(|ends| inner.spawn_ends(ends))?;
         inner.spawn_events(events)?;
@@ -75,12 +72,12 @@ impl Engine {
     /// Stops serving: new work is refused, work under way is finished or left to the next start,
     /// sandboxes keep running. Returns when all is quiet.
     pub async fn shut_down(&self) {
-        self.0.tasks.stop().await;
+        self.0.shared.tasks.stop().await;
     }
 
     /// Whether [`Engine::shut_down`] was called.
     pub fn is_draining(&self) -> bool {
-        self.0.tasks.is_stopping()
+        self.0.shared.tasks.is_stopping()
     }
 
     /// Makes sure that there is a workspace and a key.
@@ -93,17 +90,17 @@ impl Engine {
             access::check_secret(secret)?;
         }
         let made = match secret {
-            Some(secret) if inner.access.authenticate(secret).is_ok() => return Ok(None),
+            Some(secret) if inner.shared.access.authenticate(secret).is_ok() => return Ok(None),
             Some(_) => None,
-            None if inner.access.has_keys() => return Ok(None),
-            None => Some(access::new_secret(&*inner.entropy)),
+            None if inner.shared.access.has_keys() => return Ok(None),
+            None => Some(access::new_secret(&*inner.shared.entropy)),
         };
         let secret = made.as_deref().or(secret).unwrap_or_default();
-        let now = inner.clock.now();
-        let (workspace, is_new) = match inner.access.oldest_workspace() {
+        let now = inner.shared.clock.now();
+        let (workspace, is_new) = match inner.shared.access.oldest_workspace() {
             Some(workspace) => (workspace, false),
             None => {
-                let id = WorkspaceId::new(now, inner.random());
+                let id = WorkspaceId::new(now, inner.shared.random());
                 (
                     Workspace {
                         id,
@@ -116,7 +113,7 @@ impl Engine {
             }
         };
         let key = ApiKey {
-            id: KeyId::new(now, inner.random()),
+            id: KeyId::new(now, inner.shared.random()),
             workspace_id: workspace.id,
             secret_hash: access::hash_secret(secret),
             created_at: now,
@@ -124,19 +121,19 @@ impl Engine {
         let workspace = is_new.then_some(workspace);
         let mut changes: Vec<Change> = workspace.clone().map(Change::Workspace).into_iter().collect();
         changes.push(Change::ApiKey(key.clone()));
-        inner.store.commit(changes).await.map_err(store_error)?;
-        inner.access.add(workspace, key);
+        inner.shared.store.commit(changes).await.map_err(store_error)?;
+        inner.shared.access.add(workspace, key);
         Ok(made)
     }
 
     /// Who shows this token; `unauthenticated` for an unknown one.
     pub fn authenticate(&self, token: &str) -> Result<Caller, Error> {
-        self.0.access.authenticate(token)
+        self.0.shared.access.authenticate(token)
     }
 
     /// The caller's workspace.
     pub fn workspace(&self, caller: &Caller) -> Workspace {
-        self.0.access.workspace(caller, None).expect("a caller is made from a key whose workspace is loaded")
+        self.0.shared.access.workspace(caller, None).expect("a caller is made from a key whose workspace is loaded")
     }
 
     /// The session now and whenever it changes. The channel closes after TERMINATED, or when the
@@ -150,7 +147,7 @@ impl Engine {
 
     pub async fn session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
         Ok(match self.0.find(caller, id).await? {
-            Found::Live(live) => live.session(self.0.clock.now()),
+            Found::Live(live) => live.session(self.0.shared.clock.now()),
             Found::Ended(session) => session,
         })
     }
@@ -158,7 +155,7 @@ impl Engine {
     /// One page of sessions, newest first, and the token of the next page; empty at the end.
     pub async fn list_sessions(&self, caller: &Caller, list: ListSessions) -> Result<(Vec<Session>, String), Error> {
         let inner = &*self.0;
-        let workspace = inner.access.workspace(caller, list.workspace_id)?;
+        let workspace = inner.shared.access.workspace(caller, list.workspace_id)?;
         let size = query::page_size(list.page_size)?;
         let query = SessionQuery {
             workspace_id: Some(workspace.id),
@@ -171,9 +168,9 @@ impl Engine {
             // One more than asked tells whether there is another page.
             limit: size + 1,
         };
-        let mut sessions = inner.store.sessions(query).await.map_err(store_error)?;
+        let mut sessions = inner.shared.store.sessions(query).await.map_err(store_error)?;
         let next = query::page(&mut sessions, size, |last| (last.created_at, *last.id.as_uuid()));
-        let now = inner.clock.now();
+        let now = inner.shared.clock.now();
         for session in &mut sessions {
             if let Some(live) = inner.registry.get(session.id) {
                 session.last_activity_at = session.last_activity_at.max(live.activity.last(now));
@@ -188,7 +185,7 @@ impl Engine {
         id: SessionId,
         update: SessionUpdate,
     ) -> Result<Session, Error> {
-        self.0.tasks.check()?;
+        self.0.shared.tasks.check()?;
         let live = self.0.find_live(caller, id, Request::Change).await?;
         let _quiet = match update.sticky {
             Some(true) => {
@@ -203,7 +200,7 @@ impl Engine {
 
     /// Moves the session's deadline; one without deadline gets it counted from now.
     pub async fn extend_session(&self, caller: &Caller, id: SessionId, additional_ms: u64) -> Result<Session, Error> {
-        self.0.tasks.check()?;
+        self.0.shared.tasks.check()?;
         let live = self.0.find_live(caller, id, Request::Change).await?;
         live.ask(|reply| Message::Extend { additional_ms, reply }).await
     }
@@ -215,7 +212,7 @@ impl Engine {
             Found::Ended(_) => return Err(Code::Draining.into()),
             Found::Live(live) => live,
         };
-        self.0.tasks.check()?;
+        self.0.shared.tasks.check()?;
         let result = live.ask(|reply| Message::Terminate { reply }).await;
         // Somebody else's request may have ended it first.
         let session = live.published.borrow().clone();
@@ -230,32 +227,32 @@ impl Engine {
     /// Stops the session where it is: its processes and memory are kept. Returns when it is PAUSED;
     /// pausing a stopped one has no effect.
     pub async fn pause_session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
-        self.0.tasks.check()?;
+        self.0.shared.tasks.check()?;
         let live = self.0.find_live(caller, id, Request::Pause).await?;
         live.ask_job(|reply| Job::Pause { reply }).await
     }
 
     /// Lets a stopped session go on. Returns when it is RUNNING; resuming one that runs has no effect.
     pub async fn resume_session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
-        self.0.tasks.check()?;
+        self.0.shared.tasks.check()?;
         let live = self.0.find_live(caller, id, Request::Resume).await?;
         live.ask_job(|reply| Job::Resume { reply }).await
     }
 
     /// Notes that the session is in use; returns when that was.
     pub async fn report_activity(&self, caller: &Caller, id: SessionId) -> Result<UnixMs, Error> {
-        self.0.tasks.check()?;
+        self.0.shared.tasks.check()?;
         let live = self.0.find_live(caller, id, Request::Activity).await?;
-        let now = self.0.clock.now();
+        let now = self.0.shared.clock.now();
         live.touch(now);
         Ok(live.session(now).last_activity_at)
     }
 
     /// What the caller's workspace uses now, and may use.
     pub async fn usage(&self, caller: &Caller, workspace_id: Option<WorkspaceId>) -> Result<Usage, Error> {
-        let workspace = self.0.access.workspace(caller, workspace_id)?;
+        let workspace = self.0.shared.access.workspace(caller, workspace_id)?;
         let used = self.0.registry.used(workspace.id);
-        let server = u64::from(self.0.config.sessions_max);
+        let server = u64::from(self.0.shared.config.sessions_max);
         Ok(Usage {
             active_sessions: u64::from(used.sessions),
             sessions_max: Some(workspace.settings.sessions_max.map_or(server, |max| server.min(u64::from(max)))),
@@ -281,9 +278,9 @@ impl Engine {
     /// A certificate for the data plane of a RUNNING session, and the session.
     pub async fn certificate(&self, caller: &Caller, id: SessionId) -> Result<(Certificate, Session), Error> {
         let live = self.0.find_live(caller, id, Request::Use).await?;
-        let now = self.0.clock.now();
-        let expires_at = now + self.0.config.certificate_ttl_ms;
-        let text = self.0.access.certify(id, expires_at);
+        let now = self.0.shared.clock.now();
+        let expires_at = now + self.0.shared.config.certificate_ttl_ms;
+        let text = self.0.shared.access.certify(id, expires_at);
         Ok((Certificate { text, expires_at }, live.session(now)))
     }
 
@@ -292,33 +289,33 @@ impl Engine {
         let mut open = self.probe(certificate, id).await?;
         // The session may have ended meanwhile; then the guest says so.
         if let Some(live) = self.0.registry.get(id) {
-            open._activity = Some(InUse::new(live, self.0.clock.clone()));
+            open._activity = Some(InUse::new(live, self.0.shared.clock.clone()));
         }
         Ok(open)
     }
 
     /// Opens a running sandbox for a caller whose right to it is that to the session.
     pub async fn open_session(&self, caller: &Caller, id: SessionId) -> Result<OpenSession, Error> {
-        self.0.tasks.check()?;
+        self.0.shared.tasks.check()?;
         let live = self.0.find_live(caller, id, Request::Use).await?;
         let mut open = self.open_live(&live)?;
-        open._activity = Some(InUse::new(live, self.0.clock.clone()));
+        open._activity = Some(InUse::new(live, self.0.shared.clock.clone()));
         Ok(open)
     }
 
     /// Which session a certificate opens, as far as that can be told without looking at the session:
     /// what a façade asks before it takes in a large message.
     pub fn certified_session(&self, certificate: &str) -> Result<SessionId, Error> {
-        self.0.access.certified(certificate, self.0.clock.now())
+        self.0.shared.access.certified(certificate, self.0.shared.clock.now())
     }
 
     /// Like [`Engine::open`], but does not count as activity.
     pub async fn probe(&self, certificate: &str, id: SessionId) -> Result<OpenSession, Error> {
         let inner = &*self.0;
-        inner.tasks.check()?;
-        inner.access.verify(certificate, id, inner.clock.now())?;
+        inner.shared.tasks.check()?;
+        inner.shared.access.verify(certificate, id, inner.shared.clock.now())?;
         let Some(live) = inner.registry.get(id) else {
-            let session = inner.store.session(id).await.map_err(store_error)?;
+            let session = inner.shared.store.session(id).await.map_err(store_error)?;
             let ended = session.is_some();
             return Err(if ended { Code::SessionTerminated } else { Code::SessionNotFound }.into());
         };
@@ -345,9 +342,9 @@ impl Engine {
         new: NewExecution,
         wait: bool,
     ) -> Result<Execution, Error> {
-        self.0.tasks.check()?;
+        self.0.shared.tasks.check()?;
         let live = self.0.find_live(caller, id, Request::Use).await?;
-        let _in_use = InUse::new(live.clone(), self.0.clock.clone());
+        let _in_use = InUse::new(live.clone(), self.0.shared.clock.clone());
         let mut started = live.ask(|reply| Message::Execute { new, reply }).await?;
         if !wait {
             return Ok(started.execution);
@@ -364,7 +361,7 @@ impl Engine {
         execution_id: ExecutionId,
     ) -> Result<Execution, Error> {
         self.0.find(caller, id).await?;
-        let execution = self.0.store.execution(execution_id).await.map_err(store_error)?;
+        let execution = self.0.shared.store.execution(execution_id).await.map_err(store_error)?;
         execution.filter(|execution| execution.session_id == id).ok_or_else(|| Code::ExecutionNotFound.into())
     }
 
@@ -385,13 +382,13 @@ impl Engine {
 impl EngineCore {
     /// Passes on what a driver tells.
     fn spawn_ends(self: &Arc<Self>, mut ends: mpsc::UnboundedReceiver<Ended>) -> Result<(), Error> {
-        let (engine, running) = (self.clone(), self.tasks.enter()?);
+        let (engine, running) = (self.clone(), self.shared.tasks.enter()?);
         tokio::spawn(async move {
             let _running = running;
             loop {
                 let Ended { id, powered_off, cause } = tokio::select! {
                     biased;
-                    () = engine.tasks.stopping() => return,
+                    () = engine.shared.tasks.stopping() => return,
                     Some(ended) = ends.recv() => ended,
                 };
                 if let Some(live) = engine.registry.get(id) {
@@ -405,13 +402,13 @@ impl EngineCore {
 
     /// Passes on what the host tells.
     fn spawn_events(self: &Arc<Self>, mut events: mpsc::UnboundedReceiver<HostEvent>) -> Result<(), Error> {
-        let (engine, running) = (self.clone(), self.tasks.enter()?);
+        let (engine, running) = (self.clone(), self.shared.tasks.enter()?);
         tokio::spawn(async move {
             let _running = running;
             loop {
                 let event = tokio::select! {
                     biased;
-                    () = engine.tasks.stopping() => return,
+                    () = engine.shared.tasks.stopping() => return,
                     Some(event) = events.recv() => event,
                 };
                 match event {
@@ -442,7 +439,7 @@ impl EngineCore {
     }
 
     pub(crate) fn spawn_timer(self: &Arc<Self>) -> Result<(), Error> {
-        let (engine, running) = (self.clone(), self.tasks.enter()?);
+        let (engine, running) = (self.clone(), self.shared.tasks.enter()?);
         tokio::spawn(async move {
             let _running = running;
             let wake = |sleeper| match sleeper {
@@ -454,7 +451,7 @@ impl EngineCore {
                 Sleeper::Snapshot(id) => engine.expire_snapshot(id),
                 Sleeper::Preview(id) => engine.expire_preview(id),
             };
-            engine.deadlines.run(&*engine.clock, &engine.tasks, wake).await;
+            engine.shared.deadlines.run(&*engine.shared.clock, &engine.shared.tasks, wake).await;
         });
         Ok(())
     }

@@ -57,7 +57,7 @@ impl Engine {
     ) -> Result<(Vec<Event>, u64), Error> {
         let size = query::page_size(page_size)?;
         self.0.find(caller, id).await?;
-        let mut events = self.0.store.events(id, after, size + 1).await.map_err(store_error)?;
+        let mut events = self.0.shared.store.events(id, after, size + 1).await.map_err(store_error)?;
         let more = events.len() > size as usize;
         events.truncate(size as usize);
         let next = events.last().filter(|_| more).map_or(0, |last| last.sequence);
@@ -102,7 +102,7 @@ impl EventFollower {
             if let Some(news) = &mut self.news {
                 news.mark_unchanged();
             }
-            match self.engine.store.events(self.session_id, self.after, PAGE).await {
+            match self.engine.shared.store.events(self.session_id, self.after, PAGE).await {
                 Ok(events) if !events.is_empty() => {
                     self.ready = events.into();
                     continue;
@@ -115,11 +115,11 @@ impl EventFollower {
             }
             let Some(news) = &mut self.news else {
                 self.over = true;
-                return self.engine.tasks.check().err().map(Err);
+                return self.engine.shared.tasks.check().err().map(Err);
             };
             let more = tokio::select! {
                 biased;
-                () = self.engine.tasks.stopping() => false,
+                () = self.engine.shared.tasks.stopping() => false,
                 told = news.changed() => told.is_ok(),
             };
             if !more {
@@ -142,8 +142,8 @@ impl EngineCore {
         fact: EventKind,
         execution_id: Option<ExecutionId>,
     ) -> Change {
-        let event = Event { session_id, sequence: 0, at: self.clock.now(), fact, execution_id };
-        Change::Event { event, events_max: self.config.events_per_session_max.max(1) }
+        let event = Event { session_id, sequence: 0, at: self.shared.clock.now(), fact, execution_id };
+        Change::Event { event, events_max: self.shared.config.events_per_session_max.max(1) }
     }
 
     /// Tells followers that events of this session were committed.
@@ -155,7 +155,7 @@ impl EngineCore {
 
     /// Records something that belongs to no transition. What cannot be recorded is only logged: nobody was promised it.
     pub(crate) async fn record(&self, session_id: SessionId, fact: EventKind, execution_id: Option<ExecutionId>) {
-        match self.write(vec![self.command_event(session_id, fact, execution_id)]).await {
+        match self.shared.write(vec![self.command_event(session_id, fact, execution_id)]).await {
             Ok(()) => self.tell_recorded(session_id),
             Err(error) => tracing::warn!(session = %session_id, %error, "an event was not recorded"),
         }
@@ -186,7 +186,7 @@ pub struct CommandLog {
 impl CommandLog {
     /// An id for a command that is about to start.
     pub fn new_execution(&self) -> ExecutionId {
-        ExecutionId::new(self.engine.clock.now(), self.engine.random())
+        ExecutionId::new(self.engine.shared.clock.now(), self.engine.shared.random())
     }
 
     /// Whether this end of a command is worth recording, by whoever cannot wait for nothing.

@@ -104,15 +104,15 @@ impl Engine {
     pub async fn explain(&self, caller: &Caller, id: SessionId) -> Result<Vec<Finding>, Error> {
         let inner = &*self.0;
         let session = match inner.find(caller, id).await? {
-            Found::Live(live) => live.session(inner.clock.now()),
+            Found::Live(live) => live.session(inner.shared.clock.now()),
             Found::Ended(session) => session,
         };
-        let events = inner.store.events(id, 0, u32::MAX).await.map_err(store_error)?;
+        let events = inner.shared.store.events(id, 0, u32::MAX).await.map_err(store_error)?;
         let now = match session.state {
             SessionState::Running => inner.seen_now(&session).await,
             _ => Now::default(),
         };
-        Ok(findings(&session, &events, &now, inner.clock.now()))
+        Ok(findings(&session, &events, &now, inner.shared.clock.now()))
     }
 }
 
@@ -128,8 +128,8 @@ impl EngineCore {
         let id = session.id;
         let logged = |error| tracing::debug!(session = %id, %error, "a sandbox could not be looked at");
         Now {
-            load: self.driver_of(session).usage(id).await.map_err(logged).ok(),
-            connections: self.host.connections(id).await.map_err(logged).unwrap_or_default(),
+            load: self.shared.driver_of(session).usage(id).await.map_err(logged).ok(),
+            connections: self.shared.host.connections(id).await.map_err(logged).unwrap_or_default(),
         }
     }
 }

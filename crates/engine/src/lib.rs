@@ -34,6 +34,7 @@ mod recovery;
 mod requests;
 pub mod session;
 mod settings;
+mod shared;
 mod snapshot_locks;
 mod snapshots;
 mod ssh;

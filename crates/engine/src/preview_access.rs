@@ -34,8 +34,8 @@ impl Engine {
     /// - `guest_unreachable`, `draining`.
     pub async fn enter_preview(&self, label: &str, viewer_token: Option<&str>) -> Result<PreviewConnection, Error> {
         let inner = &self.0;
-        inner.tasks.check()?;
-        let now = inner.clock.now();
+        inner.shared.tasks.check()?;
+        let now = inner.shared.clock.now();
         let preview = inner.previews.labelled(label).filter(|of| of.state == PreviewState::Live);
         let preview = preview.ok_or(Code::PreviewNotFound)?;
         if is_over(&preview, now) {
@@ -68,15 +68,16 @@ impl Engine {
         expires_at: Option<UnixMs>,
     ) -> Result<OpenPreview, Error> {
         validate::port(port)?;
-        validate::expires_at(expires_at, self.0.clock.now())?;
+        validate::expires_at(expires_at, self.0.shared.clock.now())?;
         self.0.find_inbound(caller, id).await?;
         let (inner, caller) = (self.0.clone(), *caller);
         let binding = Binding { session_id: id, port };
         self.0
+            .shared
             .detached(async move {
                 let _quiet = inner.previews_quiet().await;
-                let now = inner.clock.now();
-                let longest = now.saturating_add(inner.config.viewer_token_ttl_max_ms);
+                let now = inner.shared.clock.now();
+                let longest = now.saturating_add(inner.shared.config.viewer_token_ttl_max_ms);
                 let token_ends_at = expires_at.unwrap_or(longest).min(longest);
                 let ends_at = expires_at.map_or(inner.idle_end(token_ends_at, now), |_| token_ends_at);
                 let mut preview = inner.unnamed(&caller, PreviewKind::Private, binding);
@@ -84,7 +85,7 @@ impl Engine {
                 preview.expires_at = Some(preview.expires_at.map_or(ends_at, |at| at.max(ends_at)));
                 preview.binding = Some(binding);
                 let made = inner.put_preview(preview).await?;
-                let viewer_token = inner.access.viewer_token(made.preview.id, token_ends_at);
+                let viewer_token = inner.shared.access.viewer_token(made.preview.id, token_ends_at);
                 Ok(OpenPreview { preview: made.preview, url: made.url, viewer_token, expires_at: ends_at })
             })
             .await
@@ -93,12 +94,12 @@ impl Engine {
     /// Notes that somebody looks at a preview: its session is in use, and a private one stays open. Returns when that was.
     pub async fn touch_preview(&self, caller: &Caller, token: &str) -> Result<UnixMs, Error> {
         let (preview, open_until) = self.0.find_by_token(caller, token)?;
-        let now = self.0.clock.now();
+        let now = self.0.shared.clock.now();
         if let Some(live) = preview.binding.and_then(|binding| self.0.registry.get(binding.session_id)) {
             live.touch(now);
         }
         let inner = self.0.clone();
-        self.0.detached(async move { inner.record_visit(preview, open_until, now).await }).await?;
+        self.0.shared.detached(async move { inner.record_visit(preview, open_until, now).await }).await?;
         Ok(now)
     }
 
@@ -125,12 +126,12 @@ fn asleep(error: Error, state: SessionState) -> Error {
 impl EngineCore {
     /// When a private preview closes that nobody looks at from now on.
     fn idle_end(&self, token_ends_at: UnixMs, now: UnixMs) -> UnixMs {
-        now.saturating_add(self.config.private_preview_ttl_ms).min(token_ends_at)
+        now.saturating_add(self.shared.config.private_preview_ttl_ms).min(token_ends_at)
     }
 
     /// Until when a visitor's token is good.
     fn check_viewer(&self, preview: &Preview, token: Option<&str>, now: UnixMs) -> Result<UnixMs, Error> {
-        match self.access.viewed(token.unwrap_or_default(), now)? {
+        match self.shared.access.viewed(token.unwrap_or_default(), now)? {
             (id, ends_at) if id == preview.id => Ok(ends_at),
             _ => Err(Code::PreviewPrivate.into()),
         }
@@ -138,10 +139,11 @@ impl EngineCore {
 
     /// A preview of the caller's workspace, and until when the token is good if that is a viewer's.
     fn find_by_token(&self, caller: &Caller, token: &str) -> Result<(Preview, Option<UnixMs>), Error> {
-        let now = self.clock.now();
+        let now = self.shared.clock.now();
         let (preview, open_until) = match Access::is_viewer_token(token) {
             true => {
-                let (id, ends_at) = self.access.viewed(token, now).map_err(|_| Error::from(Code::PreviewNotFound))?;
+                let (id, ends_at) =
+                    self.shared.access.viewed(token, now).map_err(|_| Error::from(Code::PreviewNotFound))?;
                 (self.previews.get(id), Some(ends_at))
             }
             // Who knows no more than the label of a private preview does not keep it open.
@@ -155,12 +157,12 @@ impl EngineCore {
 
     /// Writes a visit down, now and then, while the visitor goes on.
     fn note_visit(self: &Arc<Self>, preview: &Preview, open_until: Option<UnixMs>, now: UnixMs) {
-        let every_ms = VISIT_NOTED_MS.min(self.config.private_preview_ttl_ms / 4);
+        let every_ms = VISIT_NOTED_MS.min(self.shared.config.private_preview_ttl_ms / 4);
         if !self.previews.note_visit(preview.id, now, every_ms) {
             return;
         }
         let (engine, preview) = (self.clone(), preview.clone());
-        self.background(async move {
+        self.shared.background(async move {
             // Nobody waits for it; a later visit tries again.
             if let Err(error) = engine.record_visit(preview, open_until, now).await {
                 tracing::warn!(%error, "a visit to a preview was not recorded");
@@ -179,8 +181,8 @@ impl EngineCore {
         if let Some(token_ends_at) = open_until {
             preview.expires_at = preview.expires_at.max(Some(self.idle_end(token_ends_at, now)));
         }
-        self.write(vec![Change::Preview(preview.clone())]).await?;
-        self.deadlines.set(Sleeper::Preview(preview.id), preview.expires_at);
+        self.shared.write(vec![Change::Preview(preview.clone())]).await?;
+        self.shared.deadlines.set(Sleeper::Preview(preview.id), preview.expires_at);
         self.previews.put(preview);
         Ok(())
     }

@@ -31,12 +31,13 @@ impl Engine {
     /// Makes a port reachable from outside, or changes until when it is.
     pub async fn expose_port(&self, caller: &Caller, id: SessionId, new: NewExposure) -> Result<PreviewUrl, Error> {
         validate::port(new.port)?;
-        validate::expires_at(new.expires_at, self.0.clock.now())?;
+        validate::expires_at(new.expires_at, self.0.shared.clock.now())?;
         new.slug.as_deref().map_or(Ok(()), validate::slug)?;
         self.0.find_inbound(caller, id).await?;
         let (inner, caller) = (self.0.clone(), *caller);
         let binding = Binding { session_id: id, port: new.port };
         self.0
+            .shared
             .detached(async move {
                 let _quiet = inner.previews.quiet.lock().await;
                 let preview = match &new.slug {
@@ -54,6 +55,7 @@ impl Engine {
         self.0.find(caller, id).await?;
         let inner = self.0.clone();
         self.0
+            .shared
             .detached(async move {
                 let _quiet = inner.previews.quiet.lock().await;
                 let leads_there = |of: &Preview| of.binding == Some(Binding { session_id: id, port });
@@ -75,15 +77,16 @@ impl Engine {
 
     /// Makes a preview under a name of the caller's choice, which outlives sessions.
     pub async fn create_preview(&self, caller: &Caller, new: NewPreview) -> Result<PreviewUrl, Error> {
-        self.0.access.workspace(caller, new.workspace_id)?;
+        self.0.shared.access.workspace(caller, new.workspace_id)?;
         validate::slug(&new.slug)?;
-        validate::expires_at(new.expires_at, self.0.clock.now())?;
+        validate::expires_at(new.expires_at, self.0.shared.clock.now())?;
         if let Some(binding) = new.binding {
             validate::port(binding.port)?;
             self.0.find_live(caller, binding.session_id, Request::Change).await?;
         }
         let (inner, caller) = (self.0.clone(), *caller);
         self.0
+            .shared
             .detached(async move {
                 let _quiet = inner.previews.quiet.lock().await;
                 if inner.previews.labelled(&new.slug).is_some() {
@@ -105,7 +108,7 @@ impl Engine {
 
     /// One page of named previews, newest first, and the token of the next page; empty at the end.
     pub async fn list_previews(&self, caller: &Caller, list: ListPreviews) -> Result<(Vec<PreviewUrl>, String), Error> {
-        let workspace = self.0.access.workspace(caller, list.workspace_id)?;
+        let workspace = self.0.shared.access.workspace(caller, list.workspace_id)?;
         let size = query::page_size(list.page_size)?;
         let query = PreviewQuery {
             workspace_id: Some(workspace.id),
@@ -114,7 +117,7 @@ impl Engine {
             before: query::parse_page_token(&list.page_token)?.map(|(at, id)| (at, PreviewId::from_uuid(id))),
             limit: size + 1,
         };
-        let mut previews = self.0.store.previews(query).await.map_err(store_error)?;
+        let mut previews = self.0.shared.store.previews(query).await.map_err(store_error)?;
         let next = query::page(&mut previews, size, |last| (last.created_at, *last.id.as_uuid()));
         // One that is being made may still come to nothing.
         previews.retain(|of| of.state == PreviewState::Live);
@@ -130,7 +133,7 @@ impl Engine {
         expires_at: Option<UnixMs>,
     ) -> Result<PreviewUrl, Error> {
         validate::port(binding.port)?;
-        validate::expires_at(expires_at, self.0.clock.now())?;
+        validate::expires_at(expires_at, self.0.shared.clock.now())?;
         self.0.find_named(caller, self.0.previews.get(id))?;
         self.0.find_live(caller, binding.session_id, Request::Change).await?;
         self.change_preview(caller, id, move |preview| {
@@ -153,6 +156,7 @@ impl Engine {
     ) -> Result<PreviewUrl, Error> {
         let (inner, caller) = (self.0.clone(), *caller);
         self.0
+            .shared
             .detached(async move {
                 let _quiet = inner.previews.quiet.lock().await;
                 let mut preview = inner.find_named(&caller, inner.previews.get(id))?;
@@ -165,6 +169,7 @@ impl Engine {
     pub async fn delete_preview(&self, caller: &Caller, id: PreviewId) -> Result<(), Error> {
         let (inner, caller) = (self.0.clone(), *caller);
         self.0
+            .shared
             .detached(async move {
                 let _quiet = inner.previews.quiet.lock().await;
                 let preview = inner.find_named(&caller, inner.previews.get(id))?;
@@ -193,9 +198,9 @@ impl EngineCore {
     }
 
     fn new_preview(&self, caller: &Caller, kind: PreviewKind, label: String) -> Preview {
-        let now = self.clock.now();
+        let now = self.shared.clock.now();
         Preview {
-            id: PreviewId::new(now, self.random()),
+            id: PreviewId::new(now, self.shared.random()),
             workspace_id: caller.workspace_id,
             owner_id: caller.key_id,
             kind,
@@ -225,7 +230,7 @@ impl EngineCore {
         let existing = self.previews.filter(|of| of.kind == kind && of.binding == Some(binding) && is_live(of));
         existing.into_iter().next().unwrap_or_else(|| {
             // 128 random bits: nobody guesses it, and no slug is the same.
-            let label = format!("p{:032x}", u128::from_be_bytes(self.random()));
+            let label = format!("p{:032x}", u128::from_be_bytes(self.shared.random()));
             self.new_preview(caller, kind, label)
         })
     }
@@ -238,9 +243,9 @@ impl EngineCore {
     /// Records a preview that is new or changed, and sees to it that it can be reached. For holders of the lock.
     pub(crate) async fn put_preview(self: &Arc<Self>, mut preview: Preview) -> Result<PreviewUrl, Error> {
         self.check_preview_limits(&preview)?;
-        preview.updated_at = self.clock.now();
+        preview.updated_at = self.shared.clock.now();
         let is_new = preview.state == PreviewState::Making;
-        self.write(vec![Change::Preview(preview.clone())]).await?;
+        self.shared.write(vec![Change::Preview(preview.clone())]).await?;
         self.previews.put(preview.clone());
         if self.previews.url(preview.id).is_empty() {
             match self.publish_preview(preview.clone()).await {
@@ -253,7 +258,7 @@ impl EngineCore {
                 Err(error) => tracing::warn!(preview = %preview.id, %error, "a preview cannot be reached yet"),
             }
         }
-        self.deadlines.set(Sleeper::Preview(preview.id), preview.expires_at);
+        self.shared.deadlines.set(Sleeper::Preview(preview.id), preview.expires_at);
         // Its session may have ended while this was done. Then either its task has seen the preview, or this sees its end.
         if let Some(binding) = preview.binding
             && self.registry.get(binding.session_id).is_none()
@@ -269,7 +274,7 @@ impl EngineCore {
         if let Some(binding) = preview.binding.filter(|binding| {
             before.as_ref().and_then(|of| of.binding).is_none_or(|of| of.session_id != binding.session_id)
         }) {
-            let max = self.config.exposed_ports_max;
+            let max = self.shared.config.exposed_ports_max;
             if self.previews.bound_to(binding.session_id).len() >= max as usize {
                 return Err(Error::new(Code::PortLimit, format!("the server's exposed_ports_max is {max}")));
             }
@@ -277,11 +282,11 @@ impl EngineCore {
         if before.is_some() {
             return Ok(());
         }
-        let max = self.config.previews_max;
+        let max = self.shared.config.previews_max;
         if self.previews.filter(|_| true).len() >= max as usize {
             return Err(Error::new(Code::CapacityUnavailable, format!("the server's previews_max is {max}")));
         }
-        let Some(max) = self.access.settings(preview.workspace_id).preview_urls_max else { return Ok(()) };
+        let Some(max) = self.shared.access.settings(preview.workspace_id).preview_urls_max else { return Ok(()) };
         let named = |of: &Preview| of.workspace_id == preview.workspace_id && of.kind == PreviewKind::Named;
         if named(preview) && self.previews.filter(named).len() >= max as usize {
             return Err(Error::new(Code::QuotaExceeded, format!("the workspace's preview_urls_max is {max}")));
@@ -296,7 +301,7 @@ impl EngineCore {
         if preview.state == PreviewState::Making || preview.ingress_port != published.port {
             (preview.state, preview.ingress_port) = (PreviewState::Live, published.port);
             // What is told must be what the next start publishes.
-            self.write(vec![Change::Preview(preview.clone())]).await?;
+            self.shared.write(vec![Change::Preview(preview.clone())]).await?;
             self.previews.put(preview.clone());
         }
         self.previews.set_url(preview.id, published.url);
@@ -305,7 +310,7 @@ impl EngineCore {
 
     /// Lets previews lead nowhere any more: named ones are unbound, others removed. For holders of the lock.
     pub(crate) async fn release(&self, previews: Vec<Preview>) -> Result<(), Error> {
-        let now = self.clock.now();
+        let now = self.shared.clock.now();
         let (named, others): (Vec<_>, Vec<_>) = previews.into_iter().partition(|of| of.kind == PreviewKind::Named);
         let unbound = |of: Preview| Preview { binding: None, expires_at: None, updated_at: now, ..of };
         let named: Vec<Preview> = named.into_iter().map(unbound).collect();
@@ -314,9 +319,9 @@ impl EngineCore {
         }
         let mut changes: Vec<Change> = named.iter().cloned().map(Change::Preview).collect();
         changes.extend(others.iter().map(|of| Change::ForgetPreview(of.id)));
-        self.write(changes).await?;
+        self.shared.write(changes).await?;
         for preview in named {
-            self.deadlines.set(Sleeper::Preview(preview.id), None);
+            self.shared.deadlines.set(Sleeper::Preview(preview.id), None);
             self.previews.put(preview);
         }
         for preview in others {
@@ -326,14 +331,14 @@ impl EngineCore {
     }
 
     async fn forget_preview(&self, preview: &Preview) -> Result<(), Error> {
-        self.write(vec![Change::ForgetPreview(preview.id)]).await?;
+        self.shared.write(vec![Change::ForgetPreview(preview.id)]).await?;
         self.withdraw(preview).await;
         Ok(())
     }
 
     /// Takes a preview that is not recorded any more off the outside.
     async fn withdraw(&self, preview: &Preview) {
-        self.deadlines.set(Sleeper::Preview(preview.id), None);
+        self.shared.deadlines.set(Sleeper::Preview(preview.id), None);
         self.previews.remove(preview);
         self.ingress.withdraw(&preview.label).await;
     }
@@ -341,12 +346,12 @@ impl EngineCore {
     /// Forgets a preview that nobody was told of, or that leads nowhere any more. Until then its label is not free.
     fn keep_forgetting(self: &Arc<Self>, preview: Preview) {
         let engine = self.clone();
-        self.background(async move {
+        self.shared.background(async move {
             let forget = || async {
                 let _quiet = engine.previews.quiet.lock().await;
                 engine.forget_preview(&preview).await
             };
-            engine.insist("a preview could not be removed", forget).await;
+            engine.shared.insist("a preview could not be removed", forget).await;
         });
     }
 
@@ -359,31 +364,33 @@ impl EngineCore {
             return;
         }
         let engine = self.clone();
-        self.background(async move {
+        self.shared.background(async move {
             let release = || async {
                 let _quiet = engine.previews.quiet.lock().await;
                 engine.release(engine.previews.filter(goes_too)).await
             };
-            engine.insist("previews of a session that has ended could not be removed", release).await;
+            engine.shared.insist("previews of a session that has ended could not be removed", release).await;
         });
     }
 
     /// Ends a preview, or a named one's binding, whose time has come.
     pub(crate) fn expire_preview(self: &Arc<Self>, id: PreviewId) {
         let engine = self.clone();
-        self.background(async move {
+        self.shared.background(async move {
             let expire = || async {
                 let _quiet = engine.previews.quiet.lock().await;
                 match engine.previews.get(id) {
-                    Some(preview) if is_over(&preview, engine.clock.now()) => engine.release(vec![preview]).await,
+                    Some(preview) if is_over(&preview, engine.shared.clock.now()) => {
+                        engine.release(vec![preview]).await
+                    }
                     Some(preview) => {
-                        engine.deadlines.set(Sleeper::Preview(id), preview.expires_at);
+                        engine.shared.deadlines.set(Sleeper::Preview(id), preview.expires_at);
                         Ok(())
                     }
                     None => Ok(()),
                 }
             };
-            engine.insist("an expired preview could not be removed", expire).await;
+            engine.shared.insist("an expired preview could not be removed", expire).await;
         });
     }
 
@@ -399,8 +406,8 @@ impl EngineCore {
                 self.keep_forgetting(preview);
                 continue;
             }
-            self.deadlines.set(Sleeper::Preview(id), preview.expires_at);
-            if is_over(&preview, self.clock.now()) && !named {
+            self.shared.deadlines.set(Sleeper::Preview(id), preview.expires_at);
+            if is_over(&preview, self.shared.clock.now()) && !named {
                 continue;
             }
             if let Err(error) = self.publish_preview(preview).await {
@@ -412,7 +419,7 @@ impl EngineCore {
 
     fn keep_publishing(self: &Arc<Self>, id: PreviewId) {
         let engine = self.clone();
-        self.background(async move {
+        self.shared.background(async move {
             let publish = || async {
                 let _quiet = engine.previews.quiet.lock().await;
                 match engine.previews.get(id) {
@@ -422,7 +429,7 @@ impl EngineCore {
                     _ => Ok(()),
                 }
             };
-            engine.insist("a preview cannot be reached yet", publish).await;
+            engine.shared.insist("a preview cannot be reached yet", publish).await;
         });
     }
 }

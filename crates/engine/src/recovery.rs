@@ -47,12 +47,12 @@ pub(crate) async fn recover(engine: &Arc<EngineCore>, records: Records) -> Resul
     };
     let records = name_roots(engine, records).await?;
     let mut sandboxes = Vec::new();
-    for (name, driver) in engine.drivers.all() {
+    for (name, driver) in engine.shared.drivers.all() {
         let found = driver.list().await.map_err(|error| unknown("sandboxes", error))?;
         sandboxes.extend(found.into_iter().map(|id| (name.to_owned(), id)));
     }
-    let images = engine.host.images().await.map_err(|error| unknown("images", error))?;
-    let volumes = engine.host.volumes().await.map_err(|error| unknown("volumes", error))?;
+    let images = engine.shared.host.images().await.map_err(|error| unknown("images", error))?;
+    let volumes = engine.shared.host.volumes().await.map_err(|error| unknown("volumes", error))?;
     let mut unrecorded = Vec::new();
     for id in volumes.into_iter().filter(|id| !records.volumes.iter().any(|volume| volume.id == *id)) {
         if engine.give_up("volume", &id) {
@@ -67,15 +67,15 @@ pub(crate) async fn recover(engine: &Arc<EngineCore>, records: Records) -> Resul
         let stopped = matches!(session.state, SessionState::Paused | SessionState::UserShutdown);
         let slot = (!stopped).then(|| engine.registry.take(session.workspace_id, &session.machine.resources));
         let (attempted, attempt) = oneshot::channel();
-        engine.spawn(session, slot, StartMode::Recovered { attempted }, engine.tasks.enter()?);
+        engine.spawn(session, slot, StartMode::Recovered { attempted }, engine.shared.tasks.enter()?);
         attempts.push(attempt);
     }
     for (driver, id) in sandboxes.into_iter().filter(|(_, id)| !live.contains(id)) {
-        if engine.store.session(id).await.map_err(store_error)?.is_none() && !engine.give_up("sandbox", &id) {
+        if engine.shared.store.session(id).await.map_err(store_error)?.is_none() && !engine.give_up("sandbox", &id) {
             continue;
         }
         let (attempted, attempt) = oneshot::channel();
-        tokio::spawn(sweep(engine.clone(), driver, id, attempted, engine.tasks.enter()?));
+        tokio::spawn(sweep(engine.clone(), driver, id, attempted, engine.shared.tasks.enter()?));
         attempts.push(attempt);
     }
     engine.await_attempts(attempts).await;
@@ -83,8 +83,8 @@ pub(crate) async fn recover(engine: &Arc<EngineCore>, records: Records) -> Resul
     records.volumes.into_iter().for_each(|volume| engine.recover_volume(volume));
     records.snapshots.into_iter().for_each(|snapshot| engine.recover_snapshot(snapshot));
     let freeing = engine.clone();
-    engine.background(async move {
-        freeing.insist("blobs that no snapshot needs could not be removed", || freeing.free_blobs()).await;
+    engine.shared.background(async move {
+        freeing.shared.insist("blobs that no snapshot needs could not be removed", || freeing.free_blobs()).await;
     });
     Ok(())
 }
@@ -94,26 +94,26 @@ pub(crate) async fn recover(engine: &Arc<EngineCore>, records: Records) -> Resul
 async fn name_roots(engine: &EngineCore, mut records: Records) -> Result<Records, Error> {
     let mut changes = Vec::new();
     for session in records.sessions.iter_mut().filter(|session| session.machine.root.is_unknown()) {
-        let of_disk = engine.host.root_of(session.id).await.ok().flatten();
-        session.machine.root = of_disk.unwrap_or_else(|| engine.host.default_root());
+        let of_disk = engine.shared.host.root_of(session.id).await.ok().flatten();
+        session.machine.root = of_disk.unwrap_or_else(|| engine.shared.host.default_root());
         // Nor did they name the driver before its sandbox was up.
         if session.driver.is_empty() {
-            session.driver = engine.drivers.default_name().to_owned();
+            session.driver = engine.shared.drivers.default_name().to_owned();
         }
-        session.isolation = engine.drivers.find(&session.driver).map(|driver| driver.capabilities().isolation);
+        session.isolation = engine.shared.drivers.find(&session.driver).map(|driver| driver.capabilities().isolation);
         changes.push(Change::Session(session.clone()));
     }
     for snapshot in records.snapshots.iter_mut().filter(|snapshot| snapshot.machine.root.is_unknown()) {
-        snapshot.machine.root = engine.host.default_root();
+        snapshot.machine.root = engine.shared.host.default_root();
         changes.push(Change::Snapshot(snapshot.clone()));
     }
     if !changes.is_empty() {
-        engine.write(changes).await?;
+        engine.shared.write(changes).await?;
     }
     let of_sessions = records.sessions.iter().map(|session| &session.machine.root);
     let of_snapshots = records.snapshots.iter().map(|snapshot| &snapshot.machine.root);
     let used: Vec<_> = of_sessions.chain(of_snapshots).cloned().collect();
-    if let Err(error) = engine.host.retain_roots(&used).await {
+    if let Err(error) = engine.shared.host.retain_roots(&used).await {
         tracing::warn!(%error, "root file systems that nobody needs could not be removed");
     }
     Ok(records)
@@ -122,7 +122,7 @@ async fn name_roots(engine: &EngineCore, mut records: Records) -> Result<Records
 impl EngineCore {
     /// Whether something without a record is to be removed.
     fn give_up(&self, what: &str, id: &dyn std::fmt::Display) -> bool {
-        let discard = self.config.discard_unrecorded;
+        let discard = self.shared.config.discard_unrecorded;
         if discard {
             tracing::warn!(%id, "a {what} that no record names is removed, as was asked for");
         } else {
@@ -140,7 +140,8 @@ impl EngineCore {
         let tried = |attempt: oneshot::Receiver<()>| async { drop(attempt.await) };
         let mut waiting: JoinSet<()> = attempts.into_iter().map(tried).collect();
         loop {
-            let patience = self.clock.sleep_until(self.clock.now() + self.config.recovery_patience_ms);
+            let patience =
+                self.shared.clock.sleep_until(self.shared.clock.now() + self.shared.config.recovery_patience_ms);
             tokio::select! {
                 biased;
                 next = waiting.join_next() => if next.is_none() { return },
@@ -160,13 +161,13 @@ fn remove_nameless(engine: &Arc<EngineCore>, records: &Records, images: Vec<Disk
     let unfinished = records.snapshots.iter().filter(|of| of.state == SnapshotState::Creating && of.copied);
     let named: BTreeSet<DiskImageId> = of_sessions.chain(unfinished.map(|of| of.image_id)).collect();
     let removing = engine.clone();
-    engine.background(async move {
+    engine.shared.background(async move {
         for image in images.into_iter().filter(|image| !named.contains(image)) {
             removing.remove_image(image).await;
         }
         for id in volumes {
             let what = "a volume that no record names could not be removed";
-            removing.insist(what, || removing.host.remove_volume(id)).await;
+            removing.shared.insist(what, || removing.shared.host.remove_volume(id)).await;
         }
     });
 }
@@ -179,13 +180,13 @@ async fn sweep(
     attempted: oneshot::Sender<()>,
     _running: Running,
 ) {
-    let driver = engine.drivers.of(&driver);
+    let driver = engine.shared.drivers.of(&driver);
     let mut attempted = Some(attempted);
-    let mut backoff = engine.backoff();
+    let mut backoff = engine.shared.backoff();
     while let Err(error) = driver.destroy(id).await {
         tracing::warn!(session = %id, %error, "a leftover sandbox could not be removed; trying again");
         drop(attempted.take());
-        if !engine.pause(backoff.next_ms()).await {
+        if !engine.shared.pause(backoff.next_ms()).await {
             return;
         }
     }

@@ -15,7 +15,7 @@ impl Engine {
         caller: &Caller,
         workspace_id: Option<WorkspaceId>,
     ) -> Result<(WorkspaceId, WorkspaceSettings), Error> {
-        let workspace = self.0.access.workspace(caller, workspace_id)?;
+        let workspace = self.0.shared.access.workspace(caller, workspace_id)?;
         Ok((workspace.id, workspace.settings))
     }
 
@@ -29,12 +29,13 @@ impl Engine {
         let inner = self.0.clone();
         let caller = *caller;
         self.0
+            .shared
             .detached(async move {
                 let _quiet = inner.snapshots.quiet.lock().await;
-                let mut workspace = inner.access.workspace(&caller, workspace_id)?;
+                let mut workspace = inner.shared.access.workspace(&caller, workspace_id)?;
                 apply(&mut workspace.settings, update)?;
-                inner.write(vec![Change::Workspace(workspace.clone())]).await?;
-                inner.access.update(workspace.clone());
+                inner.shared.write(vec![Change::Workspace(workspace.clone())]).await?;
+                inner.shared.access.update(workspace.clone());
                 Ok((workspace.id, workspace.settings))
             })
             .await

@@ -16,13 +16,14 @@ use tokio::sync::oneshot;
 
 use crate::access::Caller;
 use crate::deadlines::Sleeper;
-use crate::engine_core::{Engine, EngineCore, spawn_running};
+use crate::engine_core::{Engine, EngineCore};
 use crate::errors::store_error;
 use crate::handle::{Job, Reply, SessionHandle};
 use crate::model::{Durability, EventKind, Session, Snapshot, SnapshotKind, SnapshotState};
 use crate::ports::{BlobError, Change, ImageReader, SnapshotQuery, StoredImage};
 use crate::requests::{ListSnapshots, NewSnapshot, SnapshotUpdate};
 use crate::session::Request;
+use crate::shared::spawn_running;
 use crate::{query, validate};
 
 /// A blocking creation waits this long for its snapshot to become durable as well, which is at once where the
@@ -36,9 +37,9 @@ impl Engine {
     /// with `wait` when it is READY; a caller that goes away does not stop it.
     pub async fn create_snapshot(&self, caller: &Caller, id: SessionId, new: NewSnapshot) -> Result<Snapshot, Error> {
         let inner = &self.0;
-        let running = inner.tasks.enter()?;
+        let running = inner.shared.tasks.enter()?;
         validate::name(&new.name)?;
-        let now = inner.clock.now();
+        let now = inner.shared.clock.now();
         validate::expires_at(new.expires_at, now)?;
         let live = inner.find_live(caller, id, Request::Copy).await?;
         let snapshot = inner.new_snapshot(&live.session(now), new.name, new.expires_at);
@@ -53,12 +54,12 @@ impl Engine {
 
     /// One page of snapshots, newest first, and the token of the next page; empty at the end.
     pub async fn list_snapshots(&self, caller: &Caller, list: ListSnapshots) -> Result<(Vec<Snapshot>, String), Error> {
-        let workspace = self.0.access.workspace(caller, list.workspace_id)?;
+        let workspace = self.0.shared.access.workspace(caller, list.workspace_id)?;
         let size = query::page_size(list.page_size)?;
         let before = query::parse_page_token(&list.page_token)?.map(|(at, id)| (at, SnapshotId::from_uuid(id)));
         let (workspace_id, limit) = (Some(workspace.id), size + 1);
         let query = SnapshotQuery { workspace_id, session_id: list.session_id, dangling: list.dangling, before, limit };
-        let mut snapshots = self.0.store.snapshots(query).await.map_err(store_error)?;
+        let mut snapshots = self.0.shared.store.snapshots(query).await.map_err(store_error)?;
         let next = query::page(&mut snapshots, size, |last| (last.created_at, *last.id.as_uuid()));
         Ok((snapshots, next))
     }
@@ -74,7 +75,7 @@ impl Engine {
         if let Some(name) = &update.name {
             validate::name(name)?;
         }
-        validate::expires_at(update.expires_at.flatten(), inner.clock.now())?;
+        validate::expires_at(update.expires_at.flatten(), inner.shared.clock.now())?;
         let tags = update.tags.map(validate::tags).transpose()?;
         let change = move |snapshot: &mut Snapshot| {
             if snapshot.workspace_id != workspace_id {
@@ -89,6 +90,7 @@ impl Engine {
             Ok(())
         };
         self.0
+            .shared
             .detached(async move {
                 let changed = inner.change_snapshot(id, change).await?;
                 inner.look_at_snapshot(id);
@@ -101,6 +103,7 @@ impl Engine {
     pub async fn delete_snapshot(&self, caller: &Caller, id: SnapshotId) -> Result<Snapshot, Error> {
         let (inner, workspace_id) = (self.0.clone(), caller.workspace_id);
         self.0
+            .shared
             .detached(async move {
                 let snapshot = inner.begin_delete(id, |of| of.workspace_id == workspace_id).await?;
                 if let Err(error) = inner.finish_delete(id).await {
@@ -165,15 +168,15 @@ pub(crate) fn blob_error(error: BlobError) -> Error {
 
 impl EngineCore {
     pub(crate) async fn find_snapshot(&self, workspace_id: WorkspaceId, id: SnapshotId) -> Result<Snapshot, Error> {
-        let snapshot = self.store.snapshot(id).await.map_err(store_error)?;
+        let snapshot = self.shared.store.snapshot(id).await.map_err(store_error)?;
         snapshot.filter(|of| of.workspace_id == workspace_id).ok_or_else(|| Code::SnapshotNotFound.into())
     }
 
     fn new_snapshot(&self, session: &Session, name: String, expires_at: Option<u64>) -> Snapshot {
-        let now = self.clock.now();
-        let retention_ms = self.access.settings(session.workspace_id).snapshot_retention_ms;
+        let now = self.shared.clock.now();
+        let retention_ms = self.shared.access.settings(session.workspace_id).snapshot_retention_ms;
         Snapshot {
-            id: SnapshotId::new(now, self.random()),
+            id: SnapshotId::new(now, self.shared.random()),
             workspace_id: session.workspace_id,
             session_id: session.id,
             name,
@@ -187,7 +190,7 @@ impl EngineCore {
             durable_at: None,
             machine: session.machine.clone(),
             env: session.env.clone(),
-            image_id: DiskImageId::new(now, self.random()),
+            image_id: DiskImageId::new(now, self.shared.random()),
             copied: false,
             source_stopped_us: 0,
             manifest: String::new(),
@@ -206,14 +209,14 @@ impl EngineCore {
         change: impl FnOnce(&mut Snapshot) -> Result<(), Error>,
     ) -> Result<Snapshot, Error> {
         let _quiet = self.snapshots.quiet.lock().await;
-        let snapshot = self.store.snapshot(id).await.map_err(store_error)?;
+        let snapshot = self.shared.store.snapshot(id).await.map_err(store_error)?;
         let mut snapshot = snapshot
             .filter(|of| of.state != SnapshotState::Deleting)
             .ok_or_else(|| Error::from(Code::SnapshotNotFound))?;
         let before = snapshot.state;
         change(&mut snapshot)?;
         let told = outcome(before, &snapshot).map(|fact| self.event(snapshot.session_id, fact));
-        self.write([Change::Snapshot(snapshot.clone())].into_iter().chain(told).collect()).await?;
+        self.shared.write([Change::Snapshot(snapshot.clone())].into_iter().chain(told).collect()).await?;
         self.tell_recorded(snapshot.session_id);
         Ok(snapshot)
     }
@@ -230,7 +233,7 @@ impl EngineCore {
                 other => other.map(|_| ()),
             }
         };
-        self.insist("a snapshot's progress could not be recorded", step).await
+        self.shared.insist("a snapshot's progress could not be recorded", step).await
     }
 
     async fn take_snapshot(
@@ -269,7 +272,7 @@ impl EngineCore {
     /// Records a snapshot to be taken, if its workspace may have one more.
     async fn record_snapshot(&self, snapshot: &Snapshot) -> Result<(), Error> {
         let _quiet = self.snapshots.quiet.lock().await;
-        let settings = self.access.settings(snapshot.workspace_id);
+        let settings = self.shared.access.settings(snapshot.workspace_id);
         if settings.snapshots_max.is_some() || settings.bytes_max.is_some() {
             let others = self.snapshots_of(snapshot.workspace_id).await?;
             let count = others.iter().filter(|of| of.kind == SnapshotKind::User).count();
@@ -281,15 +284,15 @@ impl EngineCore {
                 return Err(Error::new(Code::QuotaExceeded, format!("the workspace's bytes_max is {max}")));
             }
         }
-        self.write(vec![Change::Snapshot(snapshot.clone())]).await?;
-        self.deadlines.set(Sleeper::Snapshot(snapshot.id), snapshot.expires_at);
+        self.shared.write(vec![Change::Snapshot(snapshot.clone())]).await?;
+        self.shared.deadlines.set(Sleeper::Snapshot(snapshot.id), snapshot.expires_at);
         Ok(())
     }
 
     pub(crate) async fn snapshots_of(&self, workspace_id: WorkspaceId) -> Result<Vec<Snapshot>, Error> {
         let workspace_id = Some(workspace_id);
         let query = SnapshotQuery { workspace_id, limit: u32::MAX, ..SnapshotQuery::default() };
-        self.store.snapshots(query).await.map_err(store_error)
+        self.shared.store.snapshots(query).await.map_err(store_error)
     }
 
     /// Stored bytes of a workspace's snapshots and sizes of its volumes together.
@@ -325,8 +328,8 @@ impl EngineCore {
     async fn store_copy(&self, id: SnapshotId, image: DiskImageId) -> Result<StoredImage, Error> {
         let stored = {
             let _gate = self.snapshots.blobs.read().await;
-            let stored = self.blobs.store(&self.host.image_path(image)).await.map_err(blob_error)?;
-            let now = self.clock.now();
+            let stored = self.blobs.store(&self.shared.host.image_path(image)).await.map_err(blob_error)?;
+            let now = self.shared.clock.now();
             let ready = |snapshot: &mut Snapshot| {
                 snapshot.state = SnapshotState::Ready;
                 snapshot.durability = Durability::LocalReady;
@@ -346,7 +349,7 @@ impl EngineCore {
     }
 
     pub(crate) async fn remove_image(&self, image: DiskImageId) {
-        self.insist("a disk image could not be removed", || self.host.remove_image(image)).await;
+        self.shared.insist("a disk image could not be removed", || self.shared.host.remove_image(image)).await;
     }
 
     /// False when the engine stops, and leaves the rest to the next start.
@@ -370,7 +373,7 @@ impl EngineCore {
     async fn clean_up(&self, id: SnapshotId, image: DiskImageId) {
         self.remove_image(image).await;
         // Part of it may have been stored.
-        self.insist("blobs that no snapshot needs could not be removed", || self.free_blobs()).await;
+        self.shared.insist("blobs that no snapshot needs could not be removed", || self.free_blobs()).await;
         self.look_at_snapshot(id);
     }
 
@@ -380,9 +383,9 @@ impl EngineCore {
         let uploaded = tokio::select! {
             biased;
             () = &mut upload => true,
-            _ = self.pause(DURABLE_WAIT_MS) => false,
+            _ = self.shared.pause(DURABLE_WAIT_MS) => false,
         };
-        let snapshot = self.store.snapshot(id).await.map_err(store_error);
+        let snapshot = self.shared.store.snapshot(id).await.map_err(store_error);
         let _ = reply.send(snapshot.and_then(|of| of.ok_or_else(|| Code::SnapshotNotFound.into())));
         if !uploaded {
             upload.await;
@@ -391,14 +394,14 @@ impl EngineCore {
 
     /// Brings a READY snapshot to the durable place, however long that takes; until it is deleted or the engine stops.
     async fn upload_snapshot(&self, id: SnapshotId, manifest: &str) {
-        let mut backoff = self.backoff();
+        let mut backoff = self.shared.backoff();
         loop {
             let result = tokio::select! {
                 biased;
-                () = self.tasks.stopping() => return,
+                () = self.shared.tasks.stopping() => return,
                 result = self.blobs.upload(manifest) => result,
             };
-            let now = self.clock.now();
+            let now = self.shared.clock.now();
             let outcome = |snapshot: &mut Snapshot| match &result {
                 Ok(()) => {
                     snapshot.durability = Durability::Durable;
@@ -417,7 +420,7 @@ impl EngineCore {
                 Ok(_) if result.is_ok() => return,
                 _ => tracing::warn!(snapshot = %id, ?result, "a snapshot is not durable yet; trying again"),
             }
-            if !self.pause(backoff.next_ms()).await {
+            if !self.shared.pause(backoff.next_ms()).await {
                 return;
             }
         }
@@ -426,7 +429,7 @@ impl EngineCore {
     /// Records that a snapshot is to go, unless something needs it.
     async fn begin_delete(&self, id: SnapshotId, may: impl FnOnce(&Snapshot) -> bool) -> Result<Snapshot, Error> {
         let _quiet = self.snapshots.quiet.lock().await;
-        let snapshot = self.store.snapshot(id).await.map_err(store_error)?;
+        let snapshot = self.shared.store.snapshot(id).await.map_err(store_error)?;
         let mut snapshot = snapshot.filter(may).ok_or_else(|| Error::from(Code::SnapshotNotFound))?;
         match (snapshot.kind, snapshot.state) {
             (_, SnapshotState::Deleting) => return Ok(snapshot),
@@ -442,8 +445,8 @@ impl EngineCore {
             return Err(in_use(&format!("session {} was made from it", user.id)));
         }
         snapshot.state = SnapshotState::Deleting;
-        self.write(vec![Change::Snapshot(snapshot.clone())]).await?;
-        self.deadlines.set(Sleeper::Snapshot(id), None);
+        self.shared.write(vec![Change::Snapshot(snapshot.clone())]).await?;
+        self.shared.deadlines.set(Sleeper::Snapshot(id), None);
         Ok(snapshot)
     }
 
@@ -451,13 +454,13 @@ impl EngineCore {
     async fn finish_delete(&self, id: SnapshotId) -> Result<(), Error> {
         self.free_blobs().await?;
         let _quiet = self.snapshots.quiet.lock().await;
-        self.write(vec![Change::ForgetSnapshot(id)]).await
+        self.shared.write(vec![Change::ForgetSnapshot(id)]).await
     }
 
     /// Removes every blob that no snapshot needs.
     pub(crate) async fn free_blobs(&self) -> Result<(), Error> {
         let _gate = self.snapshots.blobs.write().await;
-        let snapshots = self.store.all_snapshots().await.map_err(store_error)?;
+        let snapshots = self.shared.store.all_snapshots().await.map_err(store_error)?;
         let kept = snapshots.into_iter().filter(|of| of.state != SnapshotState::Deleting && !of.manifest.is_empty());
         let manifests: Vec<String> = kept.map(|of| of.manifest).collect();
         let freed = self.blobs.retain(&manifests).await.map_err(blob_error)?;
@@ -467,36 +470,36 @@ impl EngineCore {
 
     fn keep_deleting(self: &Arc<Self>, id: SnapshotId) {
         let engine = self.clone();
-        self.background(async move {
-            engine.insist("a snapshot could not be deleted", || engine.finish_delete(id)).await;
+        self.shared.background(async move {
+            engine.shared.insist("a snapshot could not be deleted", || engine.finish_delete(id)).await;
         });
     }
 
     /// Has a look soon at whether the snapshot has expired, or when it will.
     pub(crate) fn look_at_snapshot(&self, id: SnapshotId) {
-        self.deadlines.set(Sleeper::Snapshot(id), Some(self.clock.now()));
+        self.shared.deadlines.set(Sleeper::Snapshot(id), Some(self.shared.clock.now()));
     }
 
     /// Deletes a snapshot whose time has come, unless something needs it: then its end is when this is asked again.
     pub(crate) fn expire_snapshot(self: &Arc<Self>, id: SnapshotId) {
         let engine = self.clone();
-        self.background(async move {
-            let now = engine.clock.now();
-            let due = match engine.store.snapshot(id).await {
+        self.shared.background(async move {
+            let now = engine.shared.clock.now();
+            let due = match engine.shared.store.snapshot(id).await {
                 Ok(Some(snapshot)) if snapshot.kind != SnapshotKind::Pause => snapshot.expires_at,
                 Ok(_) => return,
-                Err(_) => Some(now.saturating_add(engine.config.retry_max_ms)),
+                Err(_) => Some(now.saturating_add(engine.shared.config.retry_max_ms)),
             };
             if due.is_none_or(|at| at > now) {
-                return engine.deadlines.set(Sleeper::Snapshot(id), due);
+                return engine.shared.deadlines.set(Sleeper::Snapshot(id), due);
             }
             match engine.begin_delete(id, |of| of.expires_at.is_some_and(|at| at <= now)).await {
                 Ok(_) => {
-                    engine.insist("an expired snapshot could not be deleted", || engine.finish_delete(id)).await;
+                    engine.shared.insist("an expired snapshot could not be deleted", || engine.finish_delete(id)).await;
                 }
                 Err(error) if error.code == Code::Internal => {
-                    let again = now.saturating_add(engine.config.retry_max_ms);
-                    engine.deadlines.set(Sleeper::Snapshot(id), Some(again));
+                    let again = now.saturating_add(engine.shared.config.retry_max_ms);
+                    engine.shared.deadlines.set(Sleeper::Snapshot(id), Some(again));
                 }
                 Err(_) => {}
             }
@@ -508,7 +511,7 @@ impl EngineCore {
         let (engine, id) = (self.clone(), snapshot.id);
         match (snapshot.kind, snapshot.state) {
             (SnapshotKind::Pause, _) => {}
-            (_, SnapshotState::Creating) => self.background(async move {
+            (_, SnapshotState::Creating) => self.shared.background(async move {
                 let result = match snapshot.copied {
                     true => engine.store_copy(id, snapshot.image_id).await,
                     false => {
@@ -528,7 +531,7 @@ impl EngineCore {
             (_, SnapshotState::Ready) => {
                 self.look_at_snapshot(id);
                 if snapshot.durability != Durability::Durable {
-                    self.background(async move { engine.upload_snapshot(id, &snapshot.manifest).await });
+                    self.shared.background(async move { engine.upload_snapshot(id, &snapshot.manifest).await });
                 }
             }
             (_, SnapshotState::Failed) => self.look_at_snapshot(id),

@@ -5,12 +5,13 @@ use nagaya_api::ids::SessionId;
 use tokio::sync::watch;
 
 use crate::access::Caller;
-use crate::engine_core::{Engine, lasting_secret};
+use crate::engine_core::Engine;
 use crate::errors::store_error;
 use crate::event_log::CommandLog;
 use crate::model::{Session, SessionState};
 use crate::open::OpenSession;
 use crate::session::Request;
+use crate::shared::lasting_secret;
 
 /// A running sandbox, open for a connection that may last. While it lives the session is in use.
 pub struct SshSession {
@@ -48,18 +49,18 @@ fn end_of(session: &Session) -> Option<&'static str> {
 impl Engine {
     /// 32 random bytes that are made when they are first asked for, and are the same ever after.
     pub async fn lasting_secret(&self, name: &str) -> Result<[u8; 32], Error> {
-        lasting_secret(&*self.0.store, &*self.0.entropy, name).await
+        lasting_secret(&*self.0.shared.store, &*self.0.shared.entropy, name).await
     }
 
     /// Whether the caller may be let into this session by SSH, now or when it runs again.
     pub async fn check_visit(&self, caller: &Caller, id: SessionId) -> Result<(), Error> {
-        self.0.tasks.check()?;
+        self.0.shared.tasks.check()?;
         self.0.find_live(caller, id, Request::Activity).await.map(drop)
     }
 
     /// Opens a session for a caller who wants to stay; one that does not run is woken where visits may.
     pub async fn visit(&self, caller: &Caller, id: SessionId) -> Result<SshSession, Error> {
-        self.0.tasks.check()?;
+        self.0.shared.tasks.check()?;
         self.0.find(caller, id).await?;
         self.visit_certified(id).await
     }
@@ -67,9 +68,9 @@ impl Engine {
     /// The same for somebody whose right to this very session was proved to the server by a certificate of its own.
     pub async fn visit_certified(&self, id: SessionId) -> Result<SshSession, Error> {
         let inner = &*self.0;
-        inner.tasks.check()?;
+        inner.shared.tasks.check()?;
         let Some(live) = inner.registry.get(id) else {
-            let session = inner.store.session(id).await.map_err(store_error)?;
+            let session = inner.shared.store.session(id).await.map_err(store_error)?;
             let ended = session.is_some();
             return Err(if ended { Code::SessionTerminated } else { Code::SessionNotFound }.into());
         };

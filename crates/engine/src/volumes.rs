@@ -29,12 +29,12 @@ impl Engine {
     /// Makes an empty volume. Returns when it can be attached.
     pub async fn create_volume(&self, caller: &Caller, new: NewVolume) -> Result<Volume, Error> {
         let inner = self.0.clone();
-        let workspace = inner.access.workspace(caller, new.workspace_id)?;
+        let workspace = inner.shared.access.workspace(caller, new.workspace_id)?;
         validate::name(&new.name)?;
         validate::volume_bytes(new.size_bytes)?;
-        let now = inner.clock.now();
+        let now = inner.shared.clock.now();
         let volume = Volume {
-            id: VolumeId::new(now, inner.random()),
+            id: VolumeId::new(now, inner.shared.random()),
             workspace_id: workspace.id,
             name: new.name,
             size_bytes: new.size_bytes,
@@ -44,7 +44,7 @@ impl Engine {
             created_at: now,
             updated_at: now,
         };
-        self.0.detached(async move { inner.make_volume(volume).await }).await
+        self.0.shared.detached(async move { inner.make_volume(volume).await }).await
     }
 
     /// A volume, and where it is attached.
@@ -60,11 +60,11 @@ impl Engine {
         caller: &Caller,
         list: ListVolumes,
     ) -> Result<(Vec<(Volume, bool)>, String), Error> {
-        let workspace = self.0.access.workspace(caller, list.workspace_id)?;
+        let workspace = self.0.shared.access.workspace(caller, list.workspace_id)?;
         let size = query::page_size(list.page_size)?;
         let before = query::parse_page_token(&list.page_token)?.map(|(at, id)| (at, VolumeId::from_uuid(id)));
         let query = VolumeQuery { workspace_id: Some(workspace.id), before, limit: size + 1 };
-        let mut volumes = self.0.store.volumes(query).await.map_err(store_error)?;
+        let mut volumes = self.0.shared.store.volumes(query).await.map_err(store_error)?;
         let next = query::page(&mut volumes, size, |last| (last.created_at, *last.id.as_uuid()));
         let attached = |volume: Volume| {
             let attached = !self.0.volumes.holders(volume.id).is_empty();
@@ -80,6 +80,7 @@ impl Engine {
         let tags = update.tags.map(validate::tags).transpose()?;
         let (inner, workspace_id) = (self.0.clone(), caller.workspace_id);
         self.0
+            .shared
             .detached(async move {
                 let _quiet = inner.volumes.quiet(id).await;
                 let mut volume = inner.volumes.usable(workspace_id, id)?;
@@ -95,18 +96,18 @@ impl Engine {
     pub async fn resize_volume(&self, caller: &Caller, id: VolumeId, size_bytes: u64) -> Result<Volume, Error> {
         validate::volume_bytes(size_bytes)?;
         let (inner, workspace_id) = (self.0.clone(), caller.workspace_id);
-        self.0.detached(async move { inner.grow_volume(workspace_id, id, size_bytes).await }).await
+        self.0.shared.detached(async move { inner.grow_volume(workspace_id, id, size_bytes).await }).await
     }
 
     /// Removes a volume that no session has.
     pub async fn delete_volume(&self, caller: &Caller, id: VolumeId) -> Result<(), Error> {
         let (inner, workspace_id) = (self.0.clone(), caller.workspace_id);
-        self.0.detached(async move { inner.delete_volume(workspace_id, id).await }).await
+        self.0.shared.detached(async move { inner.delete_volume(workspace_id, id).await }).await
     }
 
     /// Mounts a volume in a RUNNING session.
     pub async fn attach_volume(&self, caller: &Caller, id: SessionId, mount: NewMount) -> Result<Attachment, Error> {
-        self.0.tasks.check()?;
+        self.0.shared.tasks.check()?;
         let live = self.0.find_live(caller, id, Request::Mount).await?;
         live.ask_job(|reply| Job::Attach { mount, reply }).await
     }
@@ -119,7 +120,7 @@ impl Engine {
         volume_id: VolumeId,
         force: bool,
     ) -> Result<(), Error> {
-        self.0.tasks.check()?;
+        self.0.shared.tasks.check()?;
         let live = self.0.find_live(caller, id, Request::Mount).await?;
         self.0.volumes.get(caller.workspace_id, volume_id)?;
         live.ask_job(|reply| Job::Detach { volume_id, force, reply }).await
@@ -171,15 +172,15 @@ impl EngineCore {
     }
 
     async fn record_volume(&self, volume: &mut Volume) -> Result<(), Error> {
-        volume.updated_at = self.clock.now();
-        self.write(vec![Change::Volume(volume.clone())]).await?;
+        volume.updated_at = self.shared.clock.now();
+        self.shared.write(vec![Change::Volume(volume.clone())]).await?;
         self.volumes.put(volume.clone());
         Ok(())
     }
 
     /// Refuses this many more volumes and bytes where the workspace has a limit. For holders of the snapshots' lock.
     async fn check_volume_limits(&self, workspace_id: WorkspaceId, more: usize, more_bytes: u64) -> Result<(), Error> {
-        let settings = self.access.settings(workspace_id);
+        let settings = self.shared.access.settings(workspace_id);
         let count = self.volumes.count_of(workspace_id) + more;
         if let Some(max) = settings.volumes_max.filter(|max| more > 0 && count > *max as usize) {
             return Err(Error::new(Code::VolumeLimit, format!("the workspace's volumes_max is {max}")));
@@ -201,14 +202,14 @@ impl EngineCore {
             self.record_volume(&mut volume).await?;
         }
         let _quiet = self.volumes.quiet(id).await;
-        if let Err(error) = self.host.create_volume(id, volume.size_bytes).await {
+        if let Err(error) = self.shared.host.create_volume(id, volume.size_bytes).await {
             tracing::warn!(volume = %id, %error, "a volume could not be made");
             self.keep_removing(id);
             return Err(volume_error(error));
         }
         volume.state = VolumeState::Available;
         let made = || async { self.record_volume(&mut volume.clone()).await };
-        if !self.insist("a new volume could not be recorded", made).await {
+        if !self.shared.insist("a new volume could not be recorded", made).await {
             // The next start removes what nobody was told of.
             return Err(Code::Draining.into());
         }
@@ -238,19 +239,19 @@ impl EngineCore {
     async fn finish_growing(&self, mut volume: Volume) -> Result<Volume, Error> {
         let Some(size_bytes) = volume.growing_to_bytes.take() else { return Ok(volume) };
         let grown = match size_bytes > volume.size_bytes {
-            true => self.host.grow_volume(volume.id, size_bytes).await,
+            true => self.shared.host.grow_volume(volume.id, size_bytes).await,
             false => Ok(()),
         };
         let is_grown = match &grown {
             Ok(()) => true,
             // What failed may have come after it, as may a crash of which this is the recovery.
-            Err(_) => self.host.volume_size(volume.id).await.is_ok_and(|size| size >= size_bytes),
+            Err(_) => self.shared.host.volume_size(volume.id).await.is_ok_and(|size| size >= size_bytes),
         };
         if is_grown {
             volume.size_bytes = size_bytes;
         }
         let recorded = || async { self.record_volume(&mut volume.clone()).await };
-        if !self.insist("the size of a volume could not be recorded", recorded).await {
+        if !self.shared.insist("the size of a volume could not be recorded", recorded).await {
             return Err(Code::Draining.into());
         }
         grown.map_err(|error| {
@@ -291,8 +292,8 @@ impl EngineCore {
 
     /// Removes a volume that is recorded as going, and forgets it. Can be repeated.
     async fn remove_volume(&self, id: VolumeId) -> Result<(), Error> {
-        self.host.remove_volume(id).await.map_err(volume_error)?;
-        self.write(vec![Change::ForgetVolume(id)]).await?;
+        self.shared.host.remove_volume(id).await.map_err(volume_error)?;
+        self.shared.write(vec![Change::ForgetVolume(id)]).await?;
         self.volumes.with(|table| table.remove(&id));
         Ok(())
     }
@@ -300,9 +301,9 @@ impl EngineCore {
     fn keep_removing(self: &Arc<Self>, id: VolumeId) {
         self.volumes.with(|table| table.get_mut(&id).map(|known| known.volume.state = VolumeState::Deleting));
         let engine = self.clone();
-        self.background(async move {
+        self.shared.background(async move {
             let _quiet = engine.volumes.quiet(id).await;
-            engine.insist("a volume could not be removed", || engine.remove_volume(id)).await;
+            engine.shared.insist("a volume could not be removed", || engine.remove_volume(id)).await;
         });
     }
 
@@ -313,7 +314,7 @@ impl EngineCore {
             VolumeState::Creating | VolumeState::Deleting => self.keep_removing(volume.id),
             VolumeState::Available if volume.growing_to_bytes.is_some() => {
                 let engine = self.clone();
-                self.background(async move {
+                self.shared.background(async move {
                     let _quiet = engine.volumes.quiet(volume.id).await;
                     // Its error is in the log; nobody waits for it.
                     let _ = engine.finish_growing(volume).await;

@@ -19,10 +19,11 @@ impl EngineCore {
         if let Some(running) = self.enter_running(live)? {
             return Ok(running);
         }
-        let patience = self.clock.sleep_until(self.clock.now().saturating_add(self.config.wake_timeout_ms));
+        let patience =
+            self.shared.clock.sleep_until(self.shared.clock.now().saturating_add(self.shared.config.wake_timeout_ms));
         tokio::select! {
             biased;
-            () = self.tasks.stopping() => Err(Code::Draining.into()),
+            () = self.shared.tasks.stopping() => Err(Code::Draining.into()),
             reached = self.wake(live) => reached,
             () = patience => Err(not_running(live.state())),
         }
@@ -34,7 +35,7 @@ impl EngineCore {
             return Ok(None);
         }
         // Entered before the second look, so that it cannot have become idle in between.
-        let in_use = InUse::new(live.clone(), self.clock.clone());
+        let in_use = InUse::new(live.clone(), self.shared.clock.clone());
         match (live.guest(), live.state()) {
             (Some(guest), SessionState::Running) => Ok(Some((in_use, guest))),
             (None, SessionState::Running) => Err(Code::GuestUnreachable.into()),
@@ -65,7 +66,7 @@ impl EngineCore {
     }
 
     pub(crate) fn may_wake(&self, session: &Session) -> bool {
-        match self.config.wake_on_visit {
+        match self.shared.config.wake_on_visit {
             WakeOnVisit::Never => false,
             WakeOnVisit::Idle => session.pause.as_ref().is_some_and(|pause| pause.idle),
             WakeOnVisit::Always => true,

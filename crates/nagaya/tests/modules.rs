@@ -33,6 +33,7 @@ const ORDERS: [(&str, &[&str]); 9] = [
             "snapshot_locks",
             "volume_table",
             "preview_table",
+            "shared",
             "handle",
             "requests",
             "access",

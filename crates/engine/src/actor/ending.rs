@@ -31,7 +31,7 @@ impl Actor {
                 None => return Flow::Stop,
             }
         }
-        self.engine.deadlines.set(Sleeper::Session(self.session.id), None);
+        self.engine.shared.deadlines.set(Sleeper::Session(self.session.id), None);
         // A creation that reached the driver is waited for: what it makes must be there to destroy.
         if let Some(work) = self.work.take()
             && work.begun.load(Ordering::Acquire)
@@ -40,7 +40,7 @@ impl Actor {
         }
         self.live.set_guest(None);
         self.asked.clear();
-        let mut backoff = self.engine.backoff();
+        let mut backoff = self.engine.shared.backoff();
         while let Err(error) = self.remove_sandbox().await {
             if !self.pause_after(&mut backoff, "its sandbox could not be removed", error.to_string()).await {
                 return Flow::Stop;
@@ -69,7 +69,7 @@ impl Actor {
     /// Records that a session is to end. False, where that may be, when there is no space for it; `None` when the engine
     /// stops.
     async fn record_ending(&mut self, session: &Session, may_wait: bool) -> Option<bool> {
-        let mut backoff = self.engine.backoff();
+        let mut backoff = self.engine.shared.backoff();
         while let Err(error) = self.commit(session.clone(), Vec::new()).await {
             if may_wait && error.code == Code::CapacityUnavailable {
                 tracing::warn!(session = %session.id, "ending a session before it is recorded: there is no space for the record");
@@ -86,7 +86,7 @@ impl Actor {
     async fn finish_or_leave(&mut self, work: Work) {
         let (engine, id) = (self.engine.clone(), self.session.id);
         let mut future = work.future;
-        let late = engine.clock.sleep_until(engine.clock.now() + engine.config.step_timeout_ms);
+        let late = engine.shared.clock.sleep_until(engine.shared.clock.now() + engine.shared.config.step_timeout_ms);
         let finishing = async {
             tokio::select! {
                 biased;
@@ -96,11 +96,11 @@ impl Actor {
         };
         if !self.meanwhile(finishing).await {
             tracing::warn!(session = %id, "ending a session although its driver is still at something else");
-            let (remover, driver) = (engine.clone(), engine.driver_of(&self.session));
-            engine.background(async move {
+            let (remover, driver) = (engine.clone(), engine.shared.driver_of(&self.session));
+            engine.shared.background(async move {
                 future.await;
                 let what = "what a late step made of an ended session could not be removed";
-                remover.insist(what, || driver.destroy(id)).await;
+                remover.shared.insist(what, || driver.destroy(id)).await;
             });
         }
     }
@@ -110,7 +110,7 @@ impl Actor {
     async fn remove_sandbox(&mut self) -> Result<(), DriverError> {
         let (engine, session) = (self.engine.clone(), self.session.clone());
         self.meanwhile(async move {
-            match engine.driver_of(&session).destroy(session.id).await {
+            match engine.shared.driver_of(&session).destroy(session.id).await {
                 Ok(()) | Err(DriverError::Gone) => {}
                 Err(error) => return Err(error),
             }
@@ -118,7 +118,7 @@ impl Actor {
                 engine.settle(attachment).await?;
             }
             match session.source_image_id {
-                Some(image) => engine.host.remove_image(image).await,
+                Some(image) => engine.shared.host.remove_image(image).await,
                 None => Ok(()),
             }
         })
@@ -126,10 +126,10 @@ impl Actor {
     }
 
     async fn record_end(&mut self) -> Flow {
-        let mut backoff = self.engine.backoff();
-        let mut interrupted = self.executions.fail_running(self.engine.clock.now()).await;
+        let mut backoff = self.engine.shared.backoff();
+        let mut interrupted = self.executions.fail_running(self.engine.shared.clock.now()).await;
         loop {
-            let now = self.engine.clock.now();
+            let now = self.engine.shared.clock.now();
             let mut session = self.session.clone();
             session.state = SessionState::Terminated;
             session.terminated_at = Some(now);
@@ -189,7 +189,7 @@ impl Actor {
     async fn write_end(&mut self, session: Session, interrupted: &mut Vec<Execution>) -> Result<(), Error> {
         // One that this process did not adopt may have commands from an earlier process.
         if !self.executions_known {
-            let store = self.engine.store.clone();
+            let store = self.engine.shared.store.clone();
             let id = session.id;
             let recorded = self.meanwhile(async move { store.executions(id).await }).await;
             let now = session.terminated_at.unwrap_or_default();
@@ -201,14 +201,14 @@ impl Actor {
         let ended =
             self.event(EventKind::Terminated { reason: session.end_reason.unwrap_or(EndReason::Failed), cause });
         let now = session.terminated_at.unwrap_or_default();
-        let ended_before = now.saturating_sub(self.engine.config.ended_sessions_kept_ms);
+        let ended_before = now.saturating_sub(self.engine.shared.config.ended_sessions_kept_ms);
         // More than one, so that their number shrinks when the time was made shorter.
         let forget = Change::ForgetEnded { ended_before, sessions_max: FORGOTTEN_AT_ONCE };
         let mut changes = vec![Change::Session(session), ended, forget];
         changes.extend(pause);
         changes.extend(self.unrecorded.iter().cloned());
         changes.extend(interrupted.iter().cloned().map(Change::Execution));
-        self.engine.write(changes).await
+        self.engine.shared.write(changes).await
     }
 
     /// Runs a future while answering messages, for a session that is ending.
@@ -236,12 +236,12 @@ impl Actor {
             let detail = format!("the session is ending, but {what} yet; the server keeps trying");
             let _ = reply.send(Err(Error::new(Code::Internal, detail)));
         }
-        let wake = self.engine.clock.sleep_until(self.engine.clock.now() + backoff.next_ms());
+        let wake = self.engine.shared.clock.sleep_until(self.engine.shared.clock.now() + backoff.next_ms());
         let engine = self.engine.clone();
         self.meanwhile(async move {
             tokio::select! {
                 biased;
-                () = engine.tasks.stopping() => false,
+                () = engine.shared.tasks.stopping() => false,
                 () = wake => true,
             }
         })

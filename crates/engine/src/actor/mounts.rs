@@ -221,7 +221,7 @@ impl Actor {
         }
         let (engine, id) = (self.engine.clone(), self.session.id);
         self.work = Some(work(async move {
-            let result = engine.host.copy_disk(id, &images).await;
+            let result = engine.shared.host.copy_disk(id, &images).await;
             Done::Copied { result, reply }
         }));
     }
@@ -250,7 +250,7 @@ impl crate::engine_core::EngineCore {
     /// An attachment that a session with these others can have.
     pub(crate) fn new_attachment(&self, mount: &NewMount, others: &[Attachment]) -> Result<Attachment, Error> {
         validate::mount_path(&mount.path)?;
-        let max = self.config.volumes_per_session_max;
+        let max = self.shared.config.volumes_per_session_max;
         if others.len() >= max as usize {
             return Err(Error::new(Code::VolumeLimit, format!("volumes_per_session_max is {max}")));
         }
@@ -262,7 +262,7 @@ impl crate::engine_core::EngineCore {
             return Err(Error::new(Code::PathRefused, detail));
         }
         Ok(Attachment {
-            id: AttachmentId::new(self.clock.now(), self.random()),
+            id: AttachmentId::new(self.shared.clock.now(), self.shared.random()),
             volume_id: mount.volume_id,
             mount_path: mount.path.clone(),
             readonly: mount.readonly,

@@ -33,7 +33,7 @@ impl Actor {
                 return Flow::End(End { exhausted, ..End::failed(cause) });
             }
         };
-        let now = self.engine.clock.now();
+        let now = self.engine.shared.clock.now();
         let mut session = self.session.clone();
         session.state = SessionState::Running;
         session.ready_at = Some(now);
@@ -67,7 +67,7 @@ impl Actor {
             return answer(reply, refusal);
         }
         self.show(Some(SessionState::Pausing));
-        let (driver, id) = (self.engine.driver_of(&self.session), self.session.id);
+        let (driver, id) = (self.engine.shared.driver_of(&self.session), self.session.id);
         self.work = Some(work(async move { Done::Frozen { result: driver.freeze(id).await, reply } }));
     }
 
@@ -77,7 +77,7 @@ impl Actor {
             return Some(Err(error));
         }
         let settled = accept(self.session.state, request) == Verdict::Nothing;
-        settled.then(|| Ok(self.live.session(self.engine.clock.now())))
+        settled.then(|| Ok(self.live.session(self.engine.shared.clock.now())))
     }
 
     pub(super) async fn frozen(&mut self, result: Result<(), DriverError>, reply: Option<Reply<Session>>) {
@@ -114,7 +114,7 @@ impl Actor {
             return Err(error);
         }
         self.slot = None;
-        self.retry = self.engine.backoff();
+        self.retry = self.engine.shared.backoff();
         self.live.memory_low.store(false, Ordering::Release);
         Ok(())
     }
@@ -122,8 +122,8 @@ impl Actor {
     /// Turns the record of a running session into that of a stopped one; an empty reason keeps its memory.
     /// Returns the snapshot that stands for its disk.
     fn stop_record(&self, session: &mut Session, state: SessionState, disk_reason: Option<DiskOnlyReason>) -> Snapshot {
-        let now = self.engine.clock.now();
-        let snapshot = pause_snapshot(session, now, self.engine.random(), self.engine.random());
+        let now = self.engine.shared.clock.now();
+        let snapshot = pause_snapshot(session, now, self.engine.shared.random(), self.engine.shared.random());
         let retention_ms = session.pause_retention_ms.or_else(|| self.engine.pause_retention_ms(session.workspace_id));
         session.state = state;
         session.last_resume_error.clear();
@@ -171,7 +171,7 @@ impl Actor {
         if !self.session.pause.as_ref().is_some_and(|pause| pause.in_memory) {
             return self.start_boot(self.session.clone(), Vec::new(), Vec::new(), reply).await;
         }
-        let (driver, id) = (self.engine.driver_of(&self.session), self.session.id);
+        let (driver, id) = (self.engine.shared.driver_of(&self.session), self.session.id);
         self.work = Some(work(async move { Done::Thawed { result: driver.thaw(id).await, reply } }));
     }
 
@@ -269,7 +269,7 @@ impl Actor {
     }
 
     async fn record_resume(&mut self) -> Result<(), Error> {
-        let now = self.engine.clock.now();
+        let now = self.engine.shared.clock.now();
         let mut session = self.session.clone();
         let mut changes = Vec::new();
         session.state = SessionState::Running;
@@ -299,7 +299,7 @@ impl Actor {
         if accept(self.session.state, Request::Exit) != Verdict::Do || !self.is_in_memory() {
             return;
         }
-        let (driver, id) = (self.engine.driver_of(&self.session), self.session.id);
+        let (driver, id) = (self.engine.shared.driver_of(&self.session), self.session.id);
         let frozen = self.session.state == SessionState::Paused;
         self.work = Some(work(async move {
             let result = if frozen { driver.freeze(id).await } else { driver.thaw(id).await };
@@ -358,7 +358,7 @@ impl Actor {
         if self.live.memory_low.load(Ordering::Acquire) {
             return Some((now, DiskOnlyReason::MemoryPressure));
         }
-        let max_ms = self.engine.config.pause_in_memory_max_ms?;
+        let max_ms = self.engine.shared.config.pause_in_memory_max_ms?;
         Some((pause.paused_at.saturating_add(max_ms), DiskOnlyReason::MemoryTimeLimit))
     }
 
@@ -397,11 +397,11 @@ impl Actor {
 
     /// The commands that end with the sandbox, as failed; they are still to be recorded.
     async fn interrupted(&mut self) -> Result<Vec<Execution>, Error> {
-        let now = self.engine.clock.now();
+        let now = self.engine.shared.clock.now();
         if self.executions_known {
             return Ok(self.executions.fail_running(now).await);
         }
-        let recorded = self.engine.store.executions(self.session.id).await.map_err(store_error)?;
+        let recorded = self.engine.shared.store.executions(self.session.id).await.map_err(store_error)?;
         self.executions.know(recorded.clone());
         self.executions_known = true;
         let running = recorded.into_iter().filter(|of| of.status == ExecutionStatus::Running);
@@ -414,7 +414,7 @@ impl Actor {
 
     /// When nobody will have used the session for too long.
     pub(super) fn idle_at(&self, now: UnixMs) -> Option<UnixMs> {
-        let minutes = self.session.idle_timeout_minutes.or(self.engine.config.idle_timeout_default_minutes);
+        let minutes = self.session.idle_timeout_minutes.or(self.engine.shared.config.idle_timeout_default_minutes);
         let minutes = minutes.filter(|minutes| *minutes > 0 && !self.session.sticky)?;
         if accept(self.state(), Request::Idle) != Verdict::Do {
             return None;
@@ -427,7 +427,7 @@ impl Actor {
         match result {
             Ok(()) => {
                 self.stop_owed = false;
-                self.retry = self.engine.backoff();
+                self.retry = self.engine.shared.backoff();
                 self.drop_detached().await;
             }
             Err(DriverError::Gone) => return Flow::End(End::failed("the sandbox's disk is gone")),
@@ -471,9 +471,9 @@ impl Actor {
     }
 
     fn adopted_alive(&mut self, guest: Arc<dyn Guest>, executions: Vec<Execution>) {
-        let backoff = self.engine.backoff();
+        let backoff = self.engine.shared.backoff();
         self.executions_known = true;
-        self.executions.adopt(executions, &guest, &self.engine.clock, backoff);
+        self.executions.adopt(executions, &guest, &self.engine.shared.clock, backoff);
         if self.session.state == SessionState::Resuming {
             self.work = Some(self.finish_boot(guest));
         } else {

@@ -28,7 +28,7 @@ impl Actor {
         }
         let (engine, session) = (self.engine.clone(), self.session.clone());
         self.work = Some(work(async move {
-            let result = engine.host.set_egress(session.id, session.machine.egress.as_ref()).await;
+            let result = engine.shared.host.set_egress(session.id, session.machine.egress.as_ref()).await;
             Done::Restricted { result, before, reply }
         }));
     }

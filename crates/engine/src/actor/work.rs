@@ -130,7 +130,7 @@ pub(super) fn work(future: impl Future<Output = Done> + Send + 'static) -> Work 
 
 /// Comes back with the same after a pause; may be dropped.
 pub(super) fn later(engine: &Arc<EngineCore>, pause_ms: u64, done: Done) -> Work {
-    let wake = engine.clock.sleep_until(engine.clock.now() + pause_ms);
+    let wake = engine.shared.clock.sleep_until(engine.shared.clock.now() + pause_ms);
     let future = Box::pin(async move {
         wake.await;
         done
@@ -156,7 +156,7 @@ impl Actor {
         let begun = Arc::new(AtomicBool::new(false));
         let (engine, session, begun_too) = (self.engine.clone(), self.session.clone(), begun.clone());
         let future = Box::pin(async move {
-            engine.clock.sleep_until(engine.clock.now() + pause_ms).await;
+            engine.shared.clock.sleep_until(engine.shared.clock.now() + pause_ms).await;
             Done::Adopted(adopt(&engine, &session, &begun_too).await)
         });
         Work { future, begun }
@@ -184,7 +184,7 @@ impl Actor {
     pub(super) fn stop(&self) -> Work {
         let (engine, session) = (self.engine.clone(), self.session.clone());
         work(async move {
-            let mut result = engine.driver_of(&session).stop(session.id).await;
+            let mut result = engine.shared.driver_of(&session).stop(session.id).await;
             for attachment in &session.attachments {
                 if result.is_ok() {
                     result = engine.settle(attachment).await;
@@ -198,9 +198,9 @@ impl Actor {
     pub(super) fn undo(&self, freeze: bool) -> Work {
         let begun = Arc::new(AtomicBool::new(true));
         let (engine, id, begun_too) = (self.engine.clone(), self.session.id, begun.clone());
-        let driver = engine.driver_of(&self.session);
+        let driver = engine.shared.driver_of(&self.session);
         let future = Box::pin(async move {
-            let mut backoff = engine.backoff();
+            let mut backoff = engine.shared.backoff();
             loop {
                 let result = match freeze {
                     true => driver.freeze(id).await,
@@ -211,7 +211,7 @@ impl Actor {
                     Err(error) => tracing::warn!(session = %id, %error, "a failed move is still to be taken back"),
                 }
                 begun_too.store(false, Ordering::Release);
-                engine.clock.sleep_until(engine.clock.now() + backoff.next_ms()).await;
+                engine.shared.clock.sleep_until(engine.shared.clock.now() + backoff.next_ms()).await;
                 begun_too.store(true, Ordering::Release);
             }
         });
@@ -228,7 +228,7 @@ async fn create(
         DiskPreparation::Fresh => DiskOrigin::Fresh,
         DiskPreparation::Image(image) => DiskOrigin::Image(image),
         DiskPreparation::Snapshot { manifest, image } => {
-            let path = engine.host.prepare_image(image).await.map_err(creation_failure)?;
+            let path = engine.shared.host.prepare_image(image).await.map_err(creation_failure)?;
             engine.blobs.restore(&manifest, &path).await.map_err(restore_failure)?;
             DiskOrigin::Image(image)
         }
@@ -242,7 +242,7 @@ async fn create(
         }
     };
     let spec = engine.spec(session, disk).await.map_err(root_failure(session))?;
-    let guest = engine.driver_of(session).start(session.id, &spec).await.map_err(creation_failure)?;
+    let guest = engine.shared.driver_of(session).start(session.id, &spec).await.map_err(creation_failure)?;
     attach_all(engine, session).await?;
     Ok(guest)
 }
@@ -275,7 +275,7 @@ async fn adopt(
     session: &Session,
     begun: &AtomicBool,
 ) -> Result<(Adopted, Vec<Execution>), AdoptError> {
-    let (id, driver) = (session.id, engine.driver_of(session));
+    let (id, driver) = (session.id, engine.shared.driver_of(session));
     let other = |error: DriverError| AdoptError::Other(error.to_string());
     let adopted = match driver.adopt(id).await {
         Ok(adopted) => adopted,
@@ -284,9 +284,9 @@ async fn adopt(
     };
     if matches!(adopted, Adopted::Running(_) | Adopted::Frozen(_)) && session.machine.outbound {
         // The server may have been killed between recording destinations and setting them.
-        engine.host.set_egress(id, session.machine.egress.as_ref()).await.map_err(other)?;
+        engine.shared.host.set_egress(id, session.machine.egress.as_ref()).await.map_err(other)?;
     }
-    let executions = engine.store.executions(id).await.map_err(|error| AdoptError::Other(error.to_string()))?;
+    let executions = engine.shared.store.executions(id).await.map_err(|error| AdoptError::Other(error.to_string()))?;
     let runs = matches!(session.state, SessionState::Running | SessionState::Pausing | SessionState::Resuming);
     let in_memory = session.pause.as_ref().is_some_and(|pause| pause.in_memory);
     begun.store(true, Ordering::Release);
@@ -310,13 +310,13 @@ async fn adopt(
 
 async fn boot(engine: &EngineCore, session: &Session, stop_first: bool) -> Result<Arc<dyn Guest>, StartFailure> {
     if stop_first {
-        engine.driver_of(session).stop(session.id).await.map_err(boot_failure)?;
+        engine.shared.driver_of(session).stop(session.id).await.map_err(boot_failure)?;
         for attachment in &session.attachments {
             engine.settle(attachment).await.map_err(boot_failure)?;
         }
     }
     let spec = engine.spec(session, DiskOrigin::Kept).await.map_err(root_failure(session))?;
-    let guest = engine.driver_of(session).start(session.id, &spec).await.map_err(boot_failure)?;
+    let guest = engine.shared.driver_of(session).start(session.id, &spec).await.map_err(boot_failure)?;
     attach_all(engine, session).await?;
     Ok(guest)
 }
@@ -343,18 +343,18 @@ impl EngineCore {
     /// Mounts a volume, while nothing else happens to it.
     pub(super) async fn mount(&self, session: &Session, attachment: &Attachment) -> Result<(), DriverError> {
         let _quiet = self.volumes.quiet(attachment.volume_id).await;
-        self.driver_of(session).attach_volume(session.id, &mount_of(attachment)).await
+        self.shared.driver_of(session).attach_volume(session.id, &mount_of(attachment)).await
     }
 
     pub(super) async fn unmount(&self, session: &Session, of: &Attachment, force: bool) -> Result<(), DriverError> {
         let _quiet = self.volumes.quiet(of.volume_id).await;
-        self.driver_of(session).detach_volume(session.id, &mount_of(of), force).await
+        self.shared.driver_of(session).detach_volume(session.id, &mount_of(of), force).await
     }
 
     /// Waits until what a dead sandbox wrote to a volume is safe.
     pub(super) async fn settle(&self, attachment: &Attachment) -> Result<(), DriverError> {
         let _quiet = self.volumes.quiet(attachment.volume_id).await;
-        match self.host.settle_volume(attachment.volume_id).await {
+        match self.shared.host.settle_volume(attachment.volume_id).await {
             // A volume that is gone has nothing left to write.
             Err(DriverError::Gone) => Ok(()),
             other => other,
