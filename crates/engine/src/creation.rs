@@ -29,7 +29,7 @@ impl Engine {
         inner.shared.access.workspace(caller, new.workspace_id)?;
         // Until the session is known, its snapshot must stay and nobody else may become sticky.
         let quiet = match new.snapshot_id.is_some() || new.sticky {
-            true => Some(inner.snapshots.quiet.lock().await),
+            true => Some(inner.workspaces.quiet().await),
             false => None,
         };
         let snapshot = match new.snapshot_id {

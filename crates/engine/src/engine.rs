@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{ExecutionId, KeyId, SessionId, WorkspaceId};
+use nagaya_api::ids::{ExecutionId, SessionId, WorkspaceId};
 use tokio::sync::{Semaphore, mpsc, watch};
 
-use crate::access::{self, Access, Caller};
+use crate::access::{Access, Caller};
 use crate::config::EngineConfig;
 use crate::deadlines::{Deadlines, Sleeper};
 use crate::engine_core::{Engine, EngineCore, Found};
@@ -19,17 +19,18 @@ use crate::errors::{guest_error, store_error};
 use crate::event_log::CommandLog;
 use crate::handle::{Exit, InUse, Job, Message, SessionHandle};
 use crate::model::{
-    ApiKey, EventKind, Execution, ExecutionStatus, Session, SessionState, UnixMs, Workspace, WorkspaceSettings,
+    EventKind, Execution, ExecutionStatus, Session, SessionState, UnixMs, Workspace, WorkspaceSettings,
 };
 use crate::open::OpenSession;
-use crate::ports::{Change, Ended, HostEvent, Ports, ProcessEvent, SessionQuery};
+use crate::ports::{Ended, HostEvent, Ports, ProcessEvent, SessionQuery};
 use crate::preview_table::Previews;
-use crate::requests::{Certificate, ListSessions, NewExecution, SessionUpdate, Usage};
+use crate::requests::{Certificate, ListSessions, NewExecution, SessionUpdate, Usage, WorkspaceSettingsUpdate};
 use crate::session::{Request, check};
 use crate::shared::{Shared, certificate_key};
 use crate::snapshot_locks::SnapshotLocks;
 use crate::tasks::Tasks;
 use crate::volume_table::Volumes;
+use crate::workspaces::Workspaces;
 use crate::{query, recovery};
 
 impl Engine {
@@ -49,9 +50,11 @@ impl Engine {
         let access = Access::new(workspaces, keys, key);
         let (deadlines, tasks) = (Deadlines::new(), Tasks::new());
         let creates = Semaphore::new(config.creates_concurrent_max.max(1) as usize);
-        let shared = Shared { config, store, drivers, host, clock, entropy, access, deadlines, tasks };
+        let shared = Arc::new(Shared { config, store, drivers, host, clock, entropy, access, deadlines, tasks });
+        let workspaces = Arc::new(Workspaces::new(shared.clone()));
         let inner = Arc::new(EngineCore {
-            shared: Arc::new(shared),
+            shared,
+            workspaces,
             creates,
             blobs,
             ingress,
@@ -85,45 +88,7 @@ impl Engine {
     /// A `secret` that is no key yet becomes one. Without one, and without any key so far, a new
     /// secret is made and returned: it is stored nowhere else.
     pub async fn first_start(&self, secret: Option<&str>) -> Result<Option<String>, Error> {
-        let inner = &*self.0;
-        if let Some(secret) = secret {
-            access::check_secret(secret)?;
-        }
-        let made = match secret {
-            Some(secret) if inner.shared.access.authenticate(secret).is_ok() => return Ok(None),
-            Some(_) => None,
-            None if inner.shared.access.has_keys() => return Ok(None),
-            None => Some(access::new_secret(&*inner.shared.entropy)),
-        };
-        let secret = made.as_deref().or(secret).unwrap_or_default();
-        let now = inner.shared.clock.now();
-        let (workspace, is_new) = match inner.shared.access.oldest_workspace() {
-            Some(workspace) => (workspace, false),
-            None => {
-                let id = WorkspaceId::new(now, inner.shared.random());
-                (
-                    Workspace {
-                        id,
-                        name: "default".to_owned(),
-                        created_at: now,
-                        settings: WorkspaceSettings::default(),
-                    },
-                    true,
-                )
-            }
-        };
-        let key = ApiKey {
-            id: KeyId::new(now, inner.shared.random()),
-            workspace_id: workspace.id,
-            secret_hash: access::hash_secret(secret),
-            created_at: now,
-        };
-        let workspace = is_new.then_some(workspace);
-        let mut changes: Vec<Change> = workspace.clone().map(Change::Workspace).into_iter().collect();
-        changes.push(Change::ApiKey(key.clone()));
-        inner.shared.store.commit(changes).await.map_err(store_error)?;
-        inner.shared.access.add(workspace, key);
-        Ok(made)
+        self.0.workspaces.first_start(secret).await
     }
 
     /// Who shows this token; `unauthenticated` for an unknown one.
@@ -134,6 +99,24 @@ impl Engine {
     /// The caller's workspace.
     pub fn workspace(&self, caller: &Caller) -> Workspace {
         self.0.shared.access.workspace(caller, None).expect("a caller is made from a key whose workspace is loaded")
+    }
+
+    pub async fn settings(
+        &self,
+        caller: &Caller,
+        workspace_id: Option<WorkspaceId>,
+    ) -> Result<(WorkspaceId, WorkspaceSettings), Error> {
+        self.0.workspaces.settings(caller, workspace_id)
+    }
+
+    /// Changes limits and retentions. They hold for what is done from now on.
+    pub async fn update_settings(
+        &self,
+        caller: &Caller,
+        workspace_id: Option<WorkspaceId>,
+        update: WorkspaceSettingsUpdate,
+    ) -> Result<(WorkspaceId, WorkspaceSettings), Error> {
+        self.0.workspaces.update_settings(caller, workspace_id, update).await
     }
 
     /// The session now and whenever it changes. The channel closes after TERMINATED, or when the
@@ -189,7 +172,7 @@ impl Engine {
         let live = self.0.find_live(caller, id, Request::Change).await?;
         let _quiet = match update.sticky {
             Some(true) => {
-                let quiet = self.0.snapshots.quiet.lock().await;
+                let quiet = self.0.workspaces.quiet().await;
                 self.0.check_sticky(live.workspace_id, Some(id))?;
                 Some(quiet)
             }

@@ -16,9 +16,11 @@ use crate::session::{Request, check};
 use crate::shared::Shared;
 use crate::snapshot_locks::SnapshotLocks;
 use crate::volume_table::Volumes;
+use crate::workspaces::Workspaces;
 
 pub(crate) struct EngineCore {
     pub(crate) shared: Arc<Shared>,
+    pub(crate) workspaces: Arc<Workspaces>,
     pub(crate) blobs: Arc<dyn Blobs>,
     pub(crate) ingress: Arc<dyn Ingress>,
     pub(crate) registry: Arc<Registry>,
@@ -97,8 +99,8 @@ impl EngineCore {
         self.shared.access.settings(workspace_id).pause_retention_ms.or(self.shared.config.pause_retention_default_ms)
     }
 
-    /// Refuses one more sticky session where the workspace has a limit. For callers who hold the snapshots' lock, so
-    /// that nobody else makes one meanwhile.
+    /// Refuses one more sticky session where the workspace has a limit. For callers who keep the workspaces quiet,
+    /// so that nobody else makes one meanwhile.
     pub(crate) fn check_sticky(&self, workspace_id: WorkspaceId, but: Option<SessionId>) -> Result<(), Error> {
         let Some(max) = self.shared.access.settings(workspace_id).sticky_sessions_max else { return Ok(()) };
         let counts = |live: &Arc<SessionHandle>| {

@@ -33,7 +33,6 @@ mod query;
 mod recovery;
 mod requests;
 pub mod session;
-mod settings;
 mod shared;
 mod snapshot_locks;
 mod snapshots;
@@ -43,6 +42,7 @@ pub mod validate;
 mod volume_table;
 mod volumes;
 mod waking;
+mod workspaces;
 
 pub use access::{Caller, check_secret};
 pub use config::{EngineConfig, SettingError, WakeOnVisit};

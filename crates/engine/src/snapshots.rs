@@ -208,7 +208,7 @@ impl EngineCore {
         id: SnapshotId,
         change: impl FnOnce(&mut Snapshot) -> Result<(), Error>,
     ) -> Result<Snapshot, Error> {
-        let _quiet = self.snapshots.quiet.lock().await;
+        let _quiet = self.workspaces.quiet().await;
         let snapshot = self.shared.store.snapshot(id).await.map_err(store_error)?;
         let mut snapshot = snapshot
             .filter(|of| of.state != SnapshotState::Deleting)
@@ -271,7 +271,7 @@ impl EngineCore {
 
     /// Records a snapshot to be taken, if its workspace may have one more.
     async fn record_snapshot(&self, snapshot: &Snapshot) -> Result<(), Error> {
-        let _quiet = self.snapshots.quiet.lock().await;
+        let _quiet = self.workspaces.quiet().await;
         let settings = self.shared.access.settings(snapshot.workspace_id);
         if settings.snapshots_max.is_some() || settings.bytes_max.is_some() {
             let others = self.snapshots_of(snapshot.workspace_id).await?;
@@ -428,7 +428,7 @@ impl EngineCore {
 
     /// Records that a snapshot is to go, unless something needs it.
     async fn begin_delete(&self, id: SnapshotId, may: impl FnOnce(&Snapshot) -> bool) -> Result<Snapshot, Error> {
-        let _quiet = self.snapshots.quiet.lock().await;
+        let _quiet = self.workspaces.quiet().await;
         let snapshot = self.shared.store.snapshot(id).await.map_err(store_error)?;
         let mut snapshot = snapshot.filter(may).ok_or_else(|| Error::from(Code::SnapshotNotFound))?;
         match (snapshot.kind, snapshot.state) {
@@ -453,7 +453,7 @@ impl EngineCore {
     /// Frees the space that only this snapshot needs, then forgets it. Can be repeated.
     async fn finish_delete(&self, id: SnapshotId) -> Result<(), Error> {
         self.free_blobs().await?;
-        let _quiet = self.snapshots.quiet.lock().await;
+        let _quiet = self.workspaces.quiet().await;
         self.shared.write(vec![Change::ForgetSnapshot(id)]).await
     }
 

@@ -178,7 +178,7 @@ impl EngineCore {
         Ok(())
     }
 
-    /// Refuses this many more volumes and bytes where the workspace has a limit. For holders of the snapshots' lock.
+    /// Refuses this many more volumes and bytes where the workspace has a limit. For those who keep the workspaces quiet.
     async fn check_volume_limits(&self, workspace_id: WorkspaceId, more: usize, more_bytes: u64) -> Result<(), Error> {
         let settings = self.shared.access.settings(workspace_id);
         let count = self.volumes.count_of(workspace_id) + more;
@@ -197,7 +197,7 @@ impl EngineCore {
     async fn make_volume(self: &Arc<Self>, mut volume: Volume) -> Result<Volume, Error> {
         let id = volume.id;
         {
-            let _library = self.snapshots.quiet.lock().await;
+            let _library = self.workspaces.quiet().await;
             self.check_volume_limits(volume.workspace_id, 1, volume.size_bytes).await?;
             self.record_volume(&mut volume).await?;
         }
@@ -227,7 +227,7 @@ impl EngineCore {
             return Err(Error::new(Code::InvalidArgument, "volumes cannot be made smaller"));
         }
         {
-            let _library = self.snapshots.quiet.lock().await;
+            let _library = self.workspaces.quiet().await;
             self.check_volume_limits(workspace_id, 0, size_bytes - volume.size_bytes).await?;
             volume.growing_to_bytes = Some(size_bytes);
             self.record_volume(&mut volume).await?;
