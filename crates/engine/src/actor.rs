@@ -24,9 +24,10 @@ use crate::backoff::Backoff;
 use crate::deadlines::Sleeper;
 use crate::engine_core::EngineCore;
 use crate::executions::Executions;
-use crate::handle::{Activity, Exit, Job, Message, Reply, SessionHandle, Slot};
+use crate::handle::{Activity, Exit, Job, Message, Reply, SessionHandle};
 use crate::model::{DiskSource, EndReason, EventKind, Limit, Session, SessionState, UnixMs};
 use crate::ports::Change;
+use crate::registry::Slot;
 use crate::session::{Request, Verdict, accept};
 use crate::tasks::Running;
 
@@ -137,7 +138,7 @@ impl EngineCore {
             activity: Activity::new(session.last_activity_at),
             recorded: Default::default(),
         });
-        self.registry.insert(live.clone());
+        self.registry.live.insert(live.clone());
         let actor = Actor {
             engine: self.clone(),
             live,
@@ -219,7 +220,7 @@ impl Actor {
         for attachment in &self.session.attachments {
             self.engine.volumes.release(attachment.volume_id, self.session.id);
         }
-        self.engine.registry.remove(self.session.id);
+        self.engine.registry.live.remove(self.session.id);
     }
 
     /// What a record from before the start asks for.

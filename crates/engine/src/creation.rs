@@ -39,9 +39,9 @@ impl Engine {
         let mut session = inner.new_session(caller, new, snapshot.as_ref())?;
         let source = inner.source(&mut session, snapshot)?;
         if session.sticky {
-            inner.check_sticky(caller.workspace_id, None)?;
+            inner.registry.check_sticky(caller.workspace_id, None)?;
         }
-        let slot = inner.reserve(session.workspace_id, &session.machine.resources)?;
+        let slot = inner.registry.reserve(session.workspace_id, &session.machine.resources)?;
         inner.hold_all(&session)?;
         // From here on the session's own task does everything, so that a caller who goes away
         // leaves nothing half done.
@@ -62,7 +62,7 @@ impl Engine {
         if let Some(name) = &fork.name {
             validate::name(name)?;
         }
-        let live = inner.find_live(caller, id, Request::Copy).await?;
+        let live = inner.registry.find_live(caller, id, Request::Copy).await?;
         let caller = *caller;
         self.0.shared.detached(async move { inner.fork(&caller, live, fork).await }).await
     }
@@ -90,7 +90,7 @@ impl EngineCore {
         if snapshot.kind != SnapshotKind::Pause {
             return Ok(DiskPreparation::Snapshot { manifest: snapshot.manifest, image });
         }
-        let paused = self.registry.get(snapshot.session_id).ok_or(Code::SnapshotNotFound)?;
+        let paused = self.registry.live.get(snapshot.session_id).ok_or(Code::SnapshotNotFound)?;
         Ok(DiskPreparation::Pause { session: paused, snapshot_id: snapshot.id, image })
     }
 
@@ -186,7 +186,7 @@ impl EngineCore {
         let forks: Vec<Session> = (1..=fork.count).map(|n| self.forked(caller, &parent, &fork, n)).collect();
         let mut slots = Vec::new();
         for session in &forks {
-            slots.push(self.reserve(session.workspace_id, &session.machine.resources)?);
+            slots.push(self.registry.reserve(session.workspace_id, &session.machine.resources)?);
         }
         let images: Vec<DiskImageId> = forks.iter().filter_map(|session| session.source_image_id).collect();
         let copy = |reply| Job::Copy { images: images.clone(), pause: None, reply };

@@ -19,13 +19,13 @@ impl Engine {
     pub async fn set_egress(&self, caller: &Caller, id: SessionId, egress: Option<Egress>) -> Result<Session, Error> {
         self.0.shared.tasks.check()?;
         let egress = egress.map(checked).transpose()?;
-        let live = self.0.find_live(caller, id, Request::Change).await?;
+        let live = self.0.registry.find_live(caller, id, Request::Change).await?;
         live.ask_job(|reply| Job::Restrict { egress, reply }).await
     }
 
     /// What is known of a live session's connections to the outside, oldest first: the last ones, while it runs.
     pub async fn connections(&self, caller: &Caller, id: SessionId) -> Result<Vec<Connection>, Error> {
-        self.0.find_live(caller, id, Request::Change).await?;
+        self.0.registry.find_live(caller, id, Request::Change).await?;
         self.0.shared.host.connections(id).await.map_err(egress_error)
     }
 }

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{ExecutionId, SessionId, WorkspaceId};
@@ -14,7 +13,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use crate::access::{Access, Caller};
 use crate::config::EngineConfig;
 use crate::deadlines::{Deadlines, Sleeper};
-use crate::engine_core::{Engine, EngineCore, Found};
+use crate::engine_core::{Engine, EngineCore};
 use crate::errors::{guest_error, store_error};
 use crate::event_log::CommandLog;
 use crate::handle::{Exit, InUse, Job, Message, SessionHandle};
@@ -24,6 +23,7 @@ use crate::model::{
 use crate::open::OpenSession;
 use crate::ports::{Ended, HostEvent, Ports, ProcessEvent, SessionQuery};
 use crate::preview_table::Previews;
+use crate::registry::{Found, Registry};
 use crate::requests::{Certificate, ListSessions, NewExecution, SessionUpdate, Usage, WorkspaceSettingsUpdate};
 use crate::session::{Request, check};
 use crate::shared::{Shared, certificate_key};
@@ -53,12 +53,12 @@ impl Engine {
         let shared = Arc::new(Shared { config, store, drivers, host, clock, entropy, access, deadlines, tasks });
         let workspaces = Arc::new(Workspaces::new(shared.clone()));
         let inner = Arc::new(EngineCore {
+            registry: Arc::new(Registry::new(shared.clone())),
             shared,
             workspaces,
             creates,
             blobs,
             ingress,
-            registry: Arc::default(),
             snapshots: SnapshotLocks::default(),
             volumes: Volumes::load(&records.volumes, &records.sessions),
             previews: Previews::load(&records.previews),
@@ -122,14 +122,14 @@ impl Engine {
     /// The session now and whenever it changes. The channel closes after TERMINATED, or when the
     /// engine shuts down.
     pub async fn watch_session(&self, caller: &Caller, id: SessionId) -> Result<watch::Receiver<Session>, Error> {
-        Ok(match self.0.find(caller, id).await? {
+        Ok(match self.0.registry.find(caller, id).await? {
             Found::Live(live) => live.published.clone(),
             Found::Ended(session) => watch::channel(session).1,
         })
     }
 
     pub async fn session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
-        Ok(match self.0.find(caller, id).await? {
+        Ok(match self.0.registry.find(caller, id).await? {
             Found::Live(live) => live.session(self.0.shared.clock.now()),
             Found::Ended(session) => session,
         })
@@ -155,7 +155,7 @@ impl Engine {
         let next = query::page(&mut sessions, size, |last| (last.created_at, *last.id.as_uuid()));
         let now = inner.shared.clock.now();
         for session in &mut sessions {
-            if let Some(live) = inner.registry.get(session.id) {
+            if let Some(live) = inner.registry.live.get(session.id) {
                 session.last_activity_at = session.last_activity_at.max(live.activity.last(now));
             }
         }
@@ -169,11 +169,11 @@ impl Engine {
         update: SessionUpdate,
     ) -> Result<Session, Error> {
         self.0.shared.tasks.check()?;
-        let live = self.0.find_live(caller, id, Request::Change).await?;
+        let live = self.0.registry.find_live(caller, id, Request::Change).await?;
         let _quiet = match update.sticky {
             Some(true) => {
                 let quiet = self.0.workspaces.quiet().await;
-                self.0.check_sticky(live.workspace_id, Some(id))?;
+                self.0.registry.check_sticky(live.workspace_id, Some(id))?;
                 Some(quiet)
             }
             _ => None,
@@ -184,13 +184,13 @@ impl Engine {
     /// Moves the session's deadline; one without deadline gets it counted from now.
     pub async fn extend_session(&self, caller: &Caller, id: SessionId, additional_ms: u64) -> Result<Session, Error> {
         self.0.shared.tasks.check()?;
-        let live = self.0.find_live(caller, id, Request::Change).await?;
+        let live = self.0.registry.find_live(caller, id, Request::Change).await?;
         live.ask(|reply| Message::Extend { additional_ms, reply }).await
     }
 
     /// Ends the session. Returns when it is TERMINATED; it is idempotent.
     pub async fn terminate_session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
-        let live = match self.0.find(caller, id).await? {
+        let live = match self.0.registry.find(caller, id).await? {
             Found::Ended(session) if session.state == SessionState::Terminated => return Ok(session),
             Found::Ended(_) => return Err(Code::Draining.into()),
             Found::Live(live) => live,
@@ -211,21 +211,21 @@ impl Engine {
     /// pausing a stopped one has no effect.
     pub async fn pause_session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
         self.0.shared.tasks.check()?;
-        let live = self.0.find_live(caller, id, Request::Pause).await?;
+        let live = self.0.registry.find_live(caller, id, Request::Pause).await?;
         live.ask_job(|reply| Job::Pause { reply }).await
     }
 
     /// Lets a stopped session go on. Returns when it is RUNNING; resuming one that runs has no effect.
     pub async fn resume_session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
         self.0.shared.tasks.check()?;
-        let live = self.0.find_live(caller, id, Request::Resume).await?;
+        let live = self.0.registry.find_live(caller, id, Request::Resume).await?;
         live.ask_job(|reply| Job::Resume { reply }).await
     }
 
     /// Notes that the session is in use; returns when that was.
     pub async fn report_activity(&self, caller: &Caller, id: SessionId) -> Result<UnixMs, Error> {
         self.0.shared.tasks.check()?;
-        let live = self.0.find_live(caller, id, Request::Activity).await?;
+        let live = self.0.registry.find_live(caller, id, Request::Activity).await?;
         let now = self.0.shared.clock.now();
         live.touch(now);
         Ok(live.session(now).last_activity_at)
@@ -234,7 +234,7 @@ impl Engine {
     /// What the caller's workspace uses now, and may use.
     pub async fn usage(&self, caller: &Caller, workspace_id: Option<WorkspaceId>) -> Result<Usage, Error> {
         let workspace = self.0.shared.access.workspace(caller, workspace_id)?;
-        let used = self.0.registry.used(workspace.id);
+        let used = self.0.registry.live.used(workspace.id);
         let server = u64::from(self.0.shared.config.sessions_max);
         Ok(Usage {
             active_sessions: u64::from(used.sessions),
@@ -252,7 +252,7 @@ impl Engine {
             .filter(|state| *state != SessionState::Terminated)
             .map(|state| (state.name(), 0))
             .collect();
-        for live in self.0.registry.all() {
+        for live in self.0.registry.live.all() {
             *counts.entry(live.state().name()).or_default() += 1;
         }
         counts
@@ -260,7 +260,7 @@ impl Engine {
 
     /// A certificate for the data plane of a RUNNING session, and the session.
     pub async fn certificate(&self, caller: &Caller, id: SessionId) -> Result<(Certificate, Session), Error> {
-        let live = self.0.find_live(caller, id, Request::Use).await?;
+        let live = self.0.registry.find_live(caller, id, Request::Use).await?;
         let now = self.0.shared.clock.now();
         let expires_at = now + self.0.shared.config.certificate_ttl_ms;
         let text = self.0.shared.access.certify(id, expires_at);
@@ -271,7 +271,7 @@ impl Engine {
     pub async fn open(&self, certificate: &str, id: SessionId) -> Result<OpenSession, Error> {
         let mut open = self.probe(certificate, id).await?;
         // The session may have ended meanwhile; then the guest says so.
-        if let Some(live) = self.0.registry.get(id) {
+        if let Some(live) = self.0.registry.live.get(id) {
             open._activity = Some(InUse::new(live, self.0.shared.clock.clone()));
         }
         Ok(open)
@@ -280,7 +280,7 @@ impl Engine {
     /// Opens a running sandbox for a caller whose right to it is that to the session.
     pub async fn open_session(&self, caller: &Caller, id: SessionId) -> Result<OpenSession, Error> {
         self.0.shared.tasks.check()?;
-        let live = self.0.find_live(caller, id, Request::Use).await?;
+        let live = self.0.registry.find_live(caller, id, Request::Use).await?;
         let mut open = self.open_live(&live)?;
         open._activity = Some(InUse::new(live, self.0.shared.clock.clone()));
         Ok(open)
@@ -297,12 +297,7 @@ impl Engine {
         let inner = &*self.0;
         inner.shared.tasks.check()?;
         inner.shared.access.verify(certificate, id, inner.shared.clock.now())?;
-        let Some(live) = inner.registry.get(id) else {
-            let session = inner.shared.store.session(id).await.map_err(store_error)?;
-            let ended = session.is_some();
-            return Err(if ended { Code::SessionTerminated } else { Code::SessionNotFound }.into());
-        };
-        self.open_live(&live)
+        self.open_live(&*inner.registry.find_certified(id).await?)
     }
 
     fn open_live(&self, live: &SessionHandle) -> Result<OpenSession, Error> {
@@ -326,7 +321,7 @@ impl Engine {
         wait: bool,
     ) -> Result<Execution, Error> {
         self.0.shared.tasks.check()?;
-        let live = self.0.find_live(caller, id, Request::Use).await?;
+        let live = self.0.registry.find_live(caller, id, Request::Use).await?;
         let _in_use = InUse::new(live.clone(), self.0.shared.clock.clone());
         let mut started = live.ask(|reply| Message::Execute { new, reply }).await?;
         if !wait {
@@ -343,7 +338,7 @@ impl Engine {
         id: SessionId,
         execution_id: ExecutionId,
     ) -> Result<Execution, Error> {
-        self.0.find(caller, id).await?;
+        self.0.registry.find(caller, id).await?;
         let execution = self.0.shared.store.execution(execution_id).await.map_err(store_error)?;
         execution.filter(|execution| execution.session_id == id).ok_or_else(|| Code::ExecutionNotFound.into())
     }
@@ -355,7 +350,7 @@ impl Engine {
         id: SessionId,
         execution_id: ExecutionId,
     ) -> Result<mpsc::Receiver<ProcessEvent>, Error> {
-        let live = self.0.find_live(caller, id, Request::Use).await?;
+        let live = self.0.registry.find_live(caller, id, Request::Use).await?;
         self.execution(caller, id, execution_id).await?;
         let guest = live.guest().ok_or(Code::GuestUnreachable)?;
         guest.follow(execution_id).await.map_err(guest_error)
@@ -374,7 +369,7 @@ impl EngineCore {
                     () = engine.shared.tasks.stopping() => return,
                     Some(ended) = ends.recv() => ended,
                 };
-                if let Some(live) = engine.registry.get(id) {
+                if let Some(live) = engine.registry.live.get(id) {
                     live.set_exit(Exit { cause, powered_off, host_restarted: false });
                     live.alarm.notify_one();
                 }
@@ -395,9 +390,9 @@ impl EngineCore {
                     Some(event) = events.recv() => event,
                 };
                 match event {
-                    HostEvent::MemoryLow => engine.release_longest_paused(),
+                    HostEvent::MemoryLow => engine.registry.release_longest_paused(),
                     HostEvent::Refused { id, request, limit } => {
-                        if engine.registry.get(id).is_some() {
+                        if engine.registry.live.get(id).is_some() {
                             engine.record(id, EventKind::Refused { request, limit }, None).await;
                         }
                     }
@@ -407,27 +402,13 @@ impl EngineCore {
         Ok(())
     }
 
-    /// Asks for the memory of the session that has been paused for longest.
-    fn release_longest_paused(&self) {
-        let in_memory = |live: &Arc<SessionHandle>| {
-            let session = live.published.borrow();
-            let pause = session.pause.as_ref().filter(|pause| pause.in_memory && session.state == SessionState::Paused);
-            pause.map(|pause| (pause.paused_at, live.id)).filter(|_| !live.memory_low.load(Ordering::Acquire))
-        };
-        let longest = self.registry.all().into_iter().filter_map(|live| Some((in_memory(&live)?, live)));
-        if let Some((_, live)) = longest.min_by_key(|(since, _)| *since) {
-            live.memory_low.store(true, Ordering::Release);
-            live.alarm.notify_one();
-        }
-    }
-
     pub(crate) fn spawn_timer(self: &Arc<Self>) -> Result<(), Error> {
         let (engine, running) = (self.clone(), self.shared.tasks.enter()?);
         tokio::spawn(async move {
             let _running = running;
             let wake = |sleeper| match sleeper {
                 Sleeper::Session(id) => {
-                    if let Some(live) = engine.registry.get(id) {
+                    if let Some(live) = engine.registry.live.get(id) {
                         live.alarm.notify_one();
                     }
                 }

@@ -11,11 +11,12 @@ use nagaya_api::ids::{ExecutionId, SessionId};
 use tokio::sync::watch;
 
 use crate::access::Caller;
-use crate::engine_core::{Engine, EngineCore, Found};
+use crate::engine_core::{Engine, EngineCore};
 use crate::errors::store_error;
 use crate::model::{Event, EventKind};
 use crate::ports::{Change, ExitReason, ExitStatus, GuestError};
 use crate::query;
+use crate::registry::Found;
 
 /// Characters of a program's name that are recorded.
 const PROGRAM_CHARS_MAX: usize = 64;
@@ -56,7 +57,7 @@ impl Engine {
         page_size: u32,
     ) -> Result<(Vec<Event>, u64), Error> {
         let size = query::page_size(page_size)?;
-        self.0.find(caller, id).await?;
+        self.0.registry.find(caller, id).await?;
         let mut events = self.0.shared.store.events(id, after, size + 1).await.map_err(store_error)?;
         let more = events.len() > size as usize;
         events.truncate(size as usize);
@@ -66,7 +67,7 @@ impl Engine {
 
     /// All of a session's events after this one, those to come included, until it has ended.
     pub async fn follow_events(&self, caller: &Caller, id: SessionId, after: u64) -> Result<EventFollower, Error> {
-        let news = match self.0.find(caller, id).await? {
+        let news = match self.0.registry.find(caller, id).await? {
             Found::Live(live) => Some(live.recorded.subscribe()),
             Found::Ended(_) => None,
         };
@@ -148,7 +149,7 @@ impl EngineCore {
 
     /// Tells followers that events of this session were committed.
     pub(crate) fn tell_recorded(&self, session_id: SessionId) {
-        if let Some(live) = self.registry.get(session_id) {
+        if let Some(live) = self.registry.live.get(session_id) {
             live.tell_recorded();
         }
     }

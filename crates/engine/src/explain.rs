@@ -6,13 +6,14 @@ use nagaya_api::error::Error;
 use nagaya_api::ids::SessionId;
 
 use crate::access::Caller;
-use crate::engine_core::{Engine, EngineCore, Found};
+use crate::engine_core::{Engine, EngineCore};
 use crate::errors::store_error;
 use crate::model::{
     CONNECTIONS_USED_UP, Connection, DiskOnlyReason, EndReason, Event, EventKind, Limit, Resource, Session,
     SessionState, UnixMs,
 };
 use crate::ports::ResourceUsage;
+use crate::registry::Found;
 
 /// A creation that takes longer than this is worth a word.
 const CREATION_SLOW_MS: u64 = 10_000;
@@ -103,7 +104,7 @@ impl Engine {
     /// Says why a session is as it is, whether it lives or has ended: the most important reason first, and always one.
     pub async fn explain(&self, caller: &Caller, id: SessionId) -> Result<Vec<Finding>, Error> {
         let inner = &*self.0;
-        let session = match inner.find(caller, id).await? {
+        let session = match inner.registry.find(caller, id).await? {
             Found::Live(live) => live.session(inner.shared.clock.now()),
             Found::Ended(session) => session,
         };

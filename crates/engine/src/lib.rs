@@ -31,6 +31,7 @@ mod preview_table;
 mod previews;
 mod query;
 mod recovery;
+mod registry;
 mod requests;
 pub mod session;
 mod shared;
@@ -41,7 +42,6 @@ mod tasks;
 pub mod validate;
 mod volume_table;
 mod volumes;
-mod waking;
 mod workspaces;
 
 pub use access::{Caller, check_secret};

@@ -47,12 +47,12 @@ impl Engine {
             PreviewKind::Exposed | PreviewKind::Named => None,
         };
         let binding = preview.binding.ok_or(Code::PreviewUnbound)?;
-        let live = inner.registry.get(binding.session_id).ok_or(Code::SessionTerminated)?;
+        let live = inner.registry.live.get(binding.session_id).ok_or(Code::SessionTerminated)?;
         // Named ones may be bound to it nevertheless.
         if !live.published.borrow().inbound {
             return Err(Code::InboundDisabled.into());
         }
-        let (activity, guest) = inner.reach(&live).await.map_err(|error| asleep(error, live.state()))?;
+        let (activity, guest) = inner.registry.reach(&live).await.map_err(|error| asleep(error, live.state()))?;
         inner.note_visit(&preview, open_until, now);
         let Binding { session_id, port } = binding;
         Ok(PreviewConnection { preview_id: preview.id, session_id, port, guest, _activity: activity })
@@ -95,7 +95,7 @@ impl Engine {
     pub async fn touch_preview(&self, caller: &Caller, token: &str) -> Result<UnixMs, Error> {
         let (preview, open_until) = self.0.find_by_token(caller, token)?;
         let now = self.0.shared.clock.now();
-        if let Some(live) = preview.binding.and_then(|binding| self.0.registry.get(binding.session_id)) {
+        if let Some(live) = preview.binding.and_then(|binding| self.0.registry.live.get(binding.session_id)) {
             live.touch(now);
         }
         let inner = self.0.clone();
@@ -106,7 +106,7 @@ impl Engine {
     /// Where the token of a preview leads: a viewer token, or the label that stands in its URL.
     pub async fn resolve_preview_token(&self, caller: &Caller, token: &str) -> Result<PreviewTarget, Error> {
         let (preview, _) = self.0.find_by_token(caller, token)?;
-        let live = preview.binding.and_then(|binding| self.0.registry.get(binding.session_id));
+        let live = preview.binding.and_then(|binding| self.0.registry.live.get(binding.session_id));
         let is_offline = !live.is_some_and(|live| live.state() == SessionState::Running);
         Ok(PreviewTarget { preview, is_offline })
     }

@@ -19,10 +19,11 @@ use nagaya_api::ids::{PreviewId, SessionId};
 
 use crate::access::Caller;
 use crate::deadlines::Sleeper;
-use crate::engine_core::{Engine, EngineCore, Found};
+use crate::engine_core::{Engine, EngineCore};
 use crate::errors::store_error;
 use crate::model::{Binding, Preview, PreviewKind, PreviewState, UnixMs};
 use crate::ports::{Change, PreviewQuery};
+use crate::registry::Found;
 use crate::requests::{ListPreviews, NewExposure, NewPreview, PreviewUrl};
 use crate::session::Request;
 use crate::{query, validate};
@@ -52,7 +53,7 @@ impl Engine {
     /// Takes a port off the outside. Named previews that led there stay, unbound. It is idempotent.
     pub async fn unexpose_port(&self, caller: &Caller, id: SessionId, port: u16) -> Result<(), Error> {
         validate::port(port)?;
-        self.0.find(caller, id).await?;
+        self.0.registry.find(caller, id).await?;
         let inner = self.0.clone();
         self.0
             .shared
@@ -66,7 +67,7 @@ impl Engine {
 
     /// What leads to a session that has not ended, private previews aside.
     pub async fn exposed_ports(&self, caller: &Caller, id: SessionId) -> Result<Vec<PreviewUrl>, Error> {
-        if let Found::Ended(_) = self.0.find(caller, id).await? {
+        if let Found::Ended(_) = self.0.registry.find(caller, id).await? {
             return Ok(Vec::new());
         }
         let mut exposed = self.0.previews.bound_to(id);
@@ -82,7 +83,7 @@ impl Engine {
         validate::expires_at(new.expires_at, self.0.shared.clock.now())?;
         if let Some(binding) = new.binding {
             validate::port(binding.port)?;
-            self.0.find_live(caller, binding.session_id, Request::Change).await?;
+            self.0.registry.find_live(caller, binding.session_id, Request::Change).await?;
         }
         let (inner, caller) = (self.0.clone(), *caller);
         self.0
@@ -135,7 +136,7 @@ impl Engine {
         validate::port(binding.port)?;
         validate::expires_at(expires_at, self.0.shared.clock.now())?;
         self.0.find_named(caller, self.0.previews.get(id))?;
-        self.0.find_live(caller, binding.session_id, Request::Change).await?;
+        self.0.registry.find_live(caller, binding.session_id, Request::Change).await?;
         self.change_preview(caller, id, move |preview| {
             preview.binding = Some(binding);
             preview.expires_at = expires_at;
@@ -182,7 +183,7 @@ impl Engine {
 impl EngineCore {
     /// A session that has not ended, and lets itself be reached from outside.
     pub(crate) async fn find_inbound(&self, caller: &Caller, id: SessionId) -> Result<(), Error> {
-        let live = self.find_live(caller, id, Request::Change).await?;
+        let live = self.registry.find_live(caller, id, Request::Change).await?;
         let inbound = live.published.borrow().inbound;
         if inbound { Ok(()) } else { Err(Code::InboundDisabled.into()) }
     }
@@ -261,7 +262,7 @@ impl EngineCore {
         self.shared.deadlines.set(Sleeper::Preview(preview.id), preview.expires_at);
         // Its session may have ended while this was done. Then either its task has seen the preview, or this sees its end.
         if let Some(binding) = preview.binding
-            && self.registry.get(binding.session_id).is_none()
+            && self.registry.live.get(binding.session_id).is_none()
         {
             self.end_previews_of(binding.session_id);
             return Err(Code::SessionTerminated.into());
@@ -400,7 +401,7 @@ impl EngineCore {
             let _quiet = self.previews.quiet.lock().await;
             // Sessions that came to their end just now have taken theirs with them.
             let Some(preview) = self.previews.get(id) else { continue };
-            let ended = preview.binding.is_some_and(|binding| self.registry.get(binding.session_id).is_none());
+            let ended = preview.binding.is_some_and(|binding| self.registry.live.get(binding.session_id).is_none());
             let named = preview.kind == PreviewKind::Named;
             if preview.state == PreviewState::Making || (ended && !named) {
                 self.keep_forgetting(preview);

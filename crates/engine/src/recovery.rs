@@ -65,7 +65,7 @@ pub(crate) async fn recover(engine: &Arc<EngineCore>, records: Records) -> Resul
     let mut attempts = Vec::new();
     for session in records.sessions {
         let stopped = matches!(session.state, SessionState::Paused | SessionState::UserShutdown);
-        let slot = (!stopped).then(|| engine.registry.take(session.workspace_id, &session.machine.resources));
+        let slot = (!stopped).then(|| engine.registry.live.take(session.workspace_id, &session.machine.resources));
         let (attempted, attempt) = oneshot::channel();
         engine.spawn(session, slot, StartMode::Recovered { attempted }, engine.shared.tasks.enter()?);
         attempts.push(attempt);

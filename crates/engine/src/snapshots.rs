@@ -41,7 +41,7 @@ impl Engine {
         validate::name(&new.name)?;
         let now = inner.shared.clock.now();
         validate::expires_at(new.expires_at, now)?;
-        let live = inner.find_live(caller, id, Request::Copy).await?;
+        let live = inner.registry.find_live(caller, id, Request::Copy).await?;
         let snapshot = inner.new_snapshot(&live.session(now), new.name, new.expires_at);
         let (reply, answer) = oneshot::channel();
         spawn_running(running, inner.clone().take_snapshot(live, snapshot, new.wait, reply));
@@ -441,7 +441,7 @@ impl EngineCore {
             let session = live.published.borrow();
             session.source_snapshot_id == Some(id) && !session.state.is_terminal()
         };
-        if let Some(user) = self.registry.all().iter().find(|live| uses(live)) {
+        if let Some(user) = self.registry.live.all().iter().find(|live| uses(live)) {
             return Err(in_use(&format!("session {} was made from it", user.id)));
         }
         snapshot.state = SnapshotState::Deleting;

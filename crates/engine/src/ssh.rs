@@ -1,12 +1,11 @@
 //! What a server for SSH needs of the engine: secrets that last, and a way into sessions.
 
-use nagaya_api::error::{Code, Error};
+use nagaya_api::error::Error;
 use nagaya_api::ids::SessionId;
 use tokio::sync::watch;
 
 use crate::access::Caller;
 use crate::engine_core::Engine;
-use crate::errors::store_error;
 use crate::event_log::CommandLog;
 use crate::model::{Session, SessionState};
 use crate::open::OpenSession;
@@ -55,13 +54,13 @@ impl Engine {
     /// Whether the caller may be let into this session by SSH, now or when it runs again.
     pub async fn check_visit(&self, caller: &Caller, id: SessionId) -> Result<(), Error> {
         self.0.shared.tasks.check()?;
-        self.0.find_live(caller, id, Request::Activity).await.map(drop)
+        self.0.registry.find_live(caller, id, Request::Activity).await.map(drop)
     }
 
     /// Opens a session for a caller who wants to stay; one that does not run is woken where visits may.
     pub async fn visit(&self, caller: &Caller, id: SessionId) -> Result<SshSession, Error> {
         self.0.shared.tasks.check()?;
-        self.0.find(caller, id).await?;
+        self.0.registry.find(caller, id).await?;
         self.visit_certified(id).await
     }
 
@@ -69,12 +68,8 @@ impl Engine {
     pub async fn visit_certified(&self, id: SessionId) -> Result<SshSession, Error> {
         let inner = &*self.0;
         inner.shared.tasks.check()?;
-        let Some(live) = inner.registry.get(id) else {
-            let session = inner.shared.store.session(id).await.map_err(store_error)?;
-            let ended = session.is_some();
-            return Err(if ended { Code::SessionTerminated } else { Code::SessionNotFound }.into());
-        };
-        let (in_use, guest) = inner.reach(&live).await?;
+        let live = inner.registry.find_certified(id).await?;
+        let (in_use, guest) = inner.registry.reach(&live).await?;
         let session = live.published.borrow().clone();
         let commands =
             CommandLog { engine: self.0.clone(), session_id: id, memory_bytes: session.machine.resources.memory_bytes };

@@ -108,7 +108,7 @@ impl Engine {
     /// Mounts a volume in a RUNNING session.
     pub async fn attach_volume(&self, caller: &Caller, id: SessionId, mount: NewMount) -> Result<Attachment, Error> {
         self.0.shared.tasks.check()?;
-        let live = self.0.find_live(caller, id, Request::Mount).await?;
+        let live = self.0.registry.find_live(caller, id, Request::Mount).await?;
         live.ask_job(|reply| Job::Attach { mount, reply }).await
     }
 
@@ -121,7 +121,7 @@ impl Engine {
         force: bool,
     ) -> Result<(), Error> {
         self.0.shared.tasks.check()?;
-        let live = self.0.find_live(caller, id, Request::Mount).await?;
+        let live = self.0.registry.find_live(caller, id, Request::Mount).await?;
         self.0.volumes.get(caller.workspace_id, volume_id)?;
         live.ask_job(|reply| Job::Detach { volume_id, force, reply }).await
     }
@@ -129,7 +129,7 @@ impl Engine {
 
 impl EngineCore {
     fn attachment(&self, session_id: SessionId, id: VolumeId) -> Option<Attachment> {
-        let live = self.registry.get(session_id)?;
+        let live = self.registry.live.get(session_id)?;
         let session = live.published.borrow();
         session.attachments.iter().find(|of| of.volume_id == id).cloned()
     }

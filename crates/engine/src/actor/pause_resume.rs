@@ -9,6 +9,7 @@ use nagaya_api::ids::{DiskImageId, SnapshotId};
 use super::mounts::attached;
 use super::work::{AdoptError, Done, StartFailure, later, work};
 use super::{Actor, End, Flow};
+use crate::config::WakeOnVisit;
 use crate::errors::store_error;
 use crate::executions::failed;
 use crate::handle::{Exit, Reply};
@@ -124,7 +125,10 @@ impl Actor {
     fn stop_record(&self, session: &mut Session, state: SessionState, disk_reason: Option<DiskOnlyReason>) -> Snapshot {
         let now = self.engine.shared.clock.now();
         let snapshot = pause_snapshot(session, now, self.engine.shared.random(), self.engine.shared.random());
-        let retention_ms = session.pause_retention_ms.or_else(|| self.engine.pause_retention_ms(session.workspace_id));
+        let shared = &self.engine.shared;
+        let of_workspace = || shared.access.settings(session.workspace_id).pause_retention_ms;
+        let retention_ms = session.pause_retention_ms.or_else(of_workspace);
+        let retention_ms = retention_ms.or(shared.config.pause_retention_default_ms);
         session.state = state;
         session.last_resume_error.clear();
         session.pause = Some(Pause {
@@ -148,18 +152,26 @@ impl Actor {
 
     /// Decided here, so that whoever was told of a pause finds it lasting.
     pub(super) async fn wake(&mut self, reply: Reply<Session>) {
-        if self.session.pause.is_some() && !self.engine.may_wake(&self.session) {
+        if self.session.pause.is_some() && !self.may_wake() {
             let state = self.session.state.name();
             return answer(Some(reply), Err(Error::new(Code::SessionNotRunning, format!("(state={state})"))));
         }
         self.resume(reply).await;
     }
 
+    fn may_wake(&self) -> bool {
+        match self.engine.shared.config.wake_on_visit {
+            WakeOnVisit::Never => false,
+            WakeOnVisit::Idle => self.session.pause.as_ref().is_some_and(|pause| pause.idle),
+            WakeOnVisit::Always => true,
+        }
+    }
+
     pub(super) async fn resume(&mut self, reply: Reply<Session>) {
         if let Some(refusal) = self.settled(Request::Resume) {
             return answer(Some(reply), refusal);
         }
-        let slot = match self.engine.reserve(self.session.workspace_id, &self.session.machine.resources) {
+        let slot = match self.engine.registry.reserve(self.session.workspace_id, &self.session.machine.resources) {
             Ok(slot) => slot,
             Err(error) => {
                 self.note_refusal("resuming the session", &error).await;

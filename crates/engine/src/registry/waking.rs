@@ -4,8 +4,7 @@ use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
 
-use crate::config::WakeOnVisit;
-use crate::engine_core::EngineCore;
+use super::Registry;
 use crate::handle::{InUse, Job, SessionHandle};
 use crate::model::{Session, SessionState};
 use crate::ports::Guest;
@@ -13,7 +12,7 @@ use crate::ports::Guest;
 /// A running sandbox, and what keeps it running.
 type Entered = (InUse, Arc<dyn Guest>);
 
-impl EngineCore {
+impl Registry {
     /// Waits until the session runs, and wakes it where visits may. From then on it is in use.
     pub(crate) async fn reach(&self, live: &Arc<SessionHandle>) -> Result<Entered, Error> {
         if let Some(running) = self.enter_running(live)? {
@@ -62,14 +61,6 @@ impl EngineCore {
                     states.wait_for(settled).await.map_err(|_| Error::from(Code::Draining))?;
                 }
             }
-        }
-    }
-
-    pub(crate) fn may_wake(&self, session: &Session) -> bool {
-        match self.shared.config.wake_on_visit {
-            WakeOnVisit::Never => false,
-            WakeOnVisit::Idle => session.pause.as_ref().is_some_and(|pause| pause.idle),
-            WakeOnVisit::Always => true,
         }
     }
 }
