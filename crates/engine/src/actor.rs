@@ -414,7 +414,7 @@ impl Actor {
     }
 
     fn event(&self, fact: EventKind) -> Change {
-        self.engine.event(self.session.id, fact)
+        self.engine.events.event(self.session.id, fact)
     }
 
     /// Commits the record and what belongs to it, then publishes it.

@@ -206,10 +206,10 @@ impl EngineCore {
             self.discard_images(images);
             return Err(Code::Draining.into());
         }
-        let mut changes = vec![self.event(live.id, EventKind::Forked { sessions: fork.count })];
+        let mut changes = vec![self.events.event(live.id, EventKind::Forked { sessions: fork.count })];
         for session in &forks {
             changes.push(Change::Session(session.clone()));
-            changes.push(self.event(session.id, EventKind::Created(DiskSource::Fork { session_id: live.id })));
+            changes.push(self.events.event(session.id, EventKind::Created(DiskSource::Fork { session_id: live.id })));
         }
         if let Err(error) = self.shared.write(changes).await {
             self.discard_images(images);

@@ -15,10 +15,10 @@ use crate::config::EngineConfig;
 use crate::deadlines::{Deadlines, Sleeper};
 use crate::engine_core::{Engine, EngineCore};
 use crate::errors::{guest_error, store_error};
-use crate::event_log::CommandLog;
+use crate::event_log::{CommandLog, EventFollower, Events};
 use crate::handle::{Exit, InUse, Job, Message, SessionHandle};
 use crate::model::{
-    EventKind, Execution, ExecutionStatus, Session, SessionState, UnixMs, Workspace, WorkspaceSettings,
+    Event, EventKind, Execution, ExecutionStatus, Session, SessionState, UnixMs, Workspace, WorkspaceSettings,
 };
 use crate::open::OpenSession;
 use crate::ports::{Ended, HostEvent, Ports, ProcessEvent, SessionQuery};
@@ -51,9 +51,12 @@ impl Engine {
         let (deadlines, tasks) = (Deadlines::new(), Tasks::new());
         let creates = Semaphore::new(config.creates_concurrent_max.max(1) as usize);
         let shared = Arc::new(Shared { config, store, drivers, host, clock, entropy, access, deadlines, tasks });
+        let registry = Arc::new(Registry::new(shared.clone()));
+        let events = Arc::new(Events::new(shared.clone(), registry.clone()));
         let workspaces = Arc::new(Workspaces::new(shared.clone()));
         let inner = Arc::new(EngineCore {
-            registry: Arc::new(Registry::new(shared.clone())),
+            registry,
+            events,
             shared,
             workspaces,
             creates,
@@ -64,10 +67,10 @@ impl Engine {
             previews: Previews::load(&records.previews),
         });
         let ends: Vec<_> = inner.shared.drivers.all().map(|(_, driver)| driver.ends()).collect();
-        let events = inner.shared.host.events();
+        let news = inner.shared.host.events();
         recovery::recover(&inner, records).await?;
         ends.into_iter().try_for_each(|ends| inner.spawn_ends(ends))?;
-        inner.spawn_events(events)?;
+        inner.spawn_events(news)?;
         inner.spawn_timer()?;
         Ok(Self(inner))
     }
@@ -307,7 +310,7 @@ impl Engine {
             (session.env.clone(), session.machine.resources.memory_bytes)
         };
         let guest = live.guest().ok_or(Code::GuestUnreachable)?;
-        let commands = CommandLog { engine: self.0.clone(), session_id: live.id, memory_bytes };
+        let commands = CommandLog { events: self.0.events.clone(), session_id: live.id, memory_bytes };
         Ok(OpenSession { guest, env, commands, _activity: None })
     }
 
@@ -355,6 +358,22 @@ impl Engine {
         let guest = live.guest().ok_or(Code::GuestUnreachable)?;
         guest.follow(execution_id).await.map_err(guest_error)
     }
+
+    /// A page of a session's events after this one, oldest first, and the `after` of the next page; 0 at the end.
+    pub async fn events(
+        &self,
+        caller: &Caller,
+        id: SessionId,
+        after: u64,
+        page_size: u32,
+    ) -> Result<(Vec<Event>, u64), Error> {
+        self.0.events.page(caller, id, after, page_size).await
+    }
+
+    /// All of a session's events after this one, those to come included, until it has ended.
+    pub async fn follow_events(&self, caller: &Caller, id: SessionId, after: u64) -> Result<EventFollower, Error> {
+        self.0.events.follow(caller, id, after).await
+    }
 }
 
 impl EngineCore {
@@ -393,7 +412,7 @@ impl EngineCore {
                     HostEvent::MemoryLow => engine.registry.release_longest_paused(),
                     HostEvent::Refused { id, request, limit } => {
                         if engine.registry.live.get(id).is_some() {
-                            engine.record(id, EventKind::Refused { request, limit }, None).await;
+                            engine.events.record(id, EventKind::Refused { request, limit }, None).await;
                         }
                     }
                 }

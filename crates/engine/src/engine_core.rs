@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 
+use crate::event_log::Events;
 use crate::model::{DiskOrigin, SandboxSpec, Session};
 use crate::ports::{Blobs, DriverError, Ingress};
 use crate::preview_table::Previews;
@@ -16,6 +17,7 @@ use crate::workspaces::Workspaces;
 pub(crate) struct EngineCore {
     pub(crate) shared: Arc<Shared>,
     pub(crate) workspaces: Arc<Workspaces>,
+    pub(crate) events: Arc<Events>,
     pub(crate) blobs: Arc<dyn Blobs>,
     pub(crate) ingress: Arc<dyn Ingress>,
     pub(crate) registry: Arc<Registry>,

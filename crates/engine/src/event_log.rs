@@ -11,12 +11,12 @@ use nagaya_api::ids::{ExecutionId, SessionId};
 use tokio::sync::watch;
 
 use crate::access::Caller;
-use crate::engine_core::{Engine, EngineCore};
 use crate::errors::store_error;
 use crate::model::{Event, EventKind};
 use crate::ports::{Change, ExitReason, ExitStatus, GuestError};
 use crate::query;
-use crate::registry::Found;
+use crate::registry::{Found, Registry};
+use crate::shared::Shared;
 
 /// Characters of a program's name that are recorded.
 const PROGRAM_CHARS_MAX: usize = 64;
@@ -47,9 +47,18 @@ fn program_name(program: &str) -> String {
     name.chars().filter(|character| !character.is_control()).take(PROGRAM_CHARS_MAX).collect()
 }
 
-impl Engine {
-    /// A page of a session's events after this one, oldest first, and the `after` of the next page; 0 at the end.
-    pub async fn events(
+/// The event log.
+pub(crate) struct Events {
+    shared: Arc<Shared>,
+    registry: Arc<Registry>,
+}
+
+impl Events {
+    pub(crate) fn new(shared: Arc<Shared>, registry: Arc<Registry>) -> Self {
+        Self { shared, registry }
+    }
+
+    pub(crate) async fn page(
         &self,
         caller: &Caller,
         id: SessionId,
@@ -57,28 +66,70 @@ impl Engine {
         page_size: u32,
     ) -> Result<(Vec<Event>, u64), Error> {
         let size = query::page_size(page_size)?;
-        self.0.registry.find(caller, id).await?;
-        let mut events = self.0.shared.store.events(id, after, size + 1).await.map_err(store_error)?;
+        self.registry.find(caller, id).await?;
+        let mut events = self.shared.store.events(id, after, size + 1).await.map_err(store_error)?;
         let more = events.len() > size as usize;
         events.truncate(size as usize);
         let next = events.last().filter(|_| more).map_or(0, |last| last.sequence);
         Ok((events, next))
     }
 
-    /// All of a session's events after this one, those to come included, until it has ended.
-    pub async fn follow_events(&self, caller: &Caller, id: SessionId, after: u64) -> Result<EventFollower, Error> {
-        let news = match self.0.registry.find(caller, id).await? {
+    pub(crate) async fn follow(&self, caller: &Caller, id: SessionId, after: u64) -> Result<EventFollower, Error> {
+        let news = match self.registry.find(caller, id).await? {
             Found::Live(live) => Some(live.recorded.subscribe()),
             Found::Ended(_) => None,
         };
         let ready = VecDeque::new();
-        Ok(EventFollower { engine: self.0.clone(), session_id: id, after, news, ready, over: false })
+        Ok(EventFollower { shared: self.shared.clone(), session_id: id, after, news, ready, over: false })
+    }
+
+    /// An event of now, to be committed with what it belongs to.
+    pub(crate) fn event(&self, session_id: SessionId, fact: EventKind) -> Change {
+        self.command_event(session_id, fact, None)
+    }
+
+    pub(crate) fn command_event(
+        &self,
+        session_id: SessionId,
+        fact: EventKind,
+        execution_id: Option<ExecutionId>,
+    ) -> Change {
+        let event = Event { session_id, sequence: 0, at: self.shared.clock.now(), fact, execution_id };
+        Change::Event { event, events_max: self.shared.config.events_per_session_max.max(1) }
+    }
+
+    /// Tells followers that events of this session were committed.
+    pub(crate) fn tell(&self, session_id: SessionId) {
+        if let Some(live) = self.registry.live.get(session_id) {
+            live.tell_recorded();
+        }
+    }
+
+    /// Records something that belongs to no transition. What cannot be recorded is only logged: nobody was promised it.
+    pub(crate) async fn record(&self, session_id: SessionId, fact: EventKind, execution_id: Option<ExecutionId>) {
+        match self.shared.write(vec![self.command_event(session_id, fact, execution_id)]).await {
+            Ok(()) => self.tell(session_id),
+            Err(error) => tracing::warn!(session = %session_id, %error, "an event was not recorded"),
+        }
+    }
+
+    /// The event of a command that ended abnormally.
+    pub(crate) fn exit_event(
+        &self,
+        session_id: SessionId,
+        execution_id: ExecutionId,
+        program: &str,
+        status: &ExitStatus,
+        memory_bytes: u64,
+    ) -> Option<Change> {
+        let fact = of_exit(program, status, memory_bytes)?;
+        Some(self.command_event(session_id, fact, Some(execution_id)))
     }
 }
 
 /// Reads a session's events as they are recorded.
 pub struct EventFollower {
-    engine: Arc<EngineCore>,
+    shared: Arc<Shared>,
     session_id: SessionId,
     after: u64,
     /// Tells that there may be more; gone when the session has ended.
@@ -103,7 +154,7 @@ impl EventFollower {
             if let Some(news) = &mut self.news {
                 news.mark_unchanged();
             }
-            match self.engine.shared.store.events(self.session_id, self.after, PAGE).await {
+            match self.shared.store.events(self.session_id, self.after, PAGE).await {
                 Ok(events) if !events.is_empty() => {
                     self.ready = events.into();
                     continue;
@@ -116,11 +167,11 @@ impl EventFollower {
             }
             let Some(news) = &mut self.news else {
                 self.over = true;
-                return self.engine.shared.tasks.check().err().map(Err);
+                return self.shared.tasks.check().err().map(Err);
             };
             let more = tokio::select! {
                 biased;
-                () = self.engine.shared.tasks.stopping() => false,
+                () = self.shared.tasks.stopping() => false,
                 told = news.changed() => told.is_ok(),
             };
             if !more {
@@ -131,55 +182,10 @@ impl EventFollower {
     }
 }
 
-impl EngineCore {
-    /// An event of now, to be committed with what it belongs to.
-    pub(crate) fn event(&self, session_id: SessionId, fact: EventKind) -> Change {
-        self.command_event(session_id, fact, None)
-    }
-
-    pub(crate) fn command_event(
-        &self,
-        session_id: SessionId,
-        fact: EventKind,
-        execution_id: Option<ExecutionId>,
-    ) -> Change {
-        let event = Event { session_id, sequence: 0, at: self.shared.clock.now(), fact, execution_id };
-        Change::Event { event, events_max: self.shared.config.events_per_session_max.max(1) }
-    }
-
-    /// Tells followers that events of this session were committed.
-    pub(crate) fn tell_recorded(&self, session_id: SessionId) {
-        if let Some(live) = self.registry.live.get(session_id) {
-            live.tell_recorded();
-        }
-    }
-
-    /// Records something that belongs to no transition. What cannot be recorded is only logged: nobody was promised it.
-    pub(crate) async fn record(&self, session_id: SessionId, fact: EventKind, execution_id: Option<ExecutionId>) {
-        match self.shared.write(vec![self.command_event(session_id, fact, execution_id)]).await {
-            Ok(()) => self.tell_recorded(session_id),
-            Err(error) => tracing::warn!(session = %session_id, %error, "an event was not recorded"),
-        }
-    }
-
-    /// The event of a command that ended abnormally.
-    pub(crate) fn exit_event(
-        &self,
-        session_id: SessionId,
-        execution_id: ExecutionId,
-        program: &str,
-        status: &ExitStatus,
-        memory_bytes: u64,
-    ) -> Option<Change> {
-        let fact = of_exit(program, status, memory_bytes)?;
-        Some(self.command_event(session_id, fact, Some(execution_id)))
-    }
-}
-
 /// Names the commands of one session, and records those that end abnormally.
 #[derive(Clone)]
 pub struct CommandLog {
-    pub(crate) engine: Arc<EngineCore>,
+    pub(crate) events: Arc<Events>,
     pub(crate) session_id: SessionId,
     pub(crate) memory_bytes: u64,
 }
@@ -187,7 +193,7 @@ pub struct CommandLog {
 impl CommandLog {
     /// An id for a command that is about to start.
     pub fn new_execution(&self) -> ExecutionId {
-        ExecutionId::new(self.engine.shared.clock.now(), self.engine.shared.random())
+        ExecutionId::new(self.events.shared.clock.now(), self.events.shared.random())
     }
 
     /// Whether this end of a command is worth recording, by whoever cannot wait for nothing.
@@ -199,21 +205,21 @@ impl CommandLog {
     /// argument. Returns when that is in the store, so that whoever hears of the end finds it explained.
     pub async fn ended(&self, id: ExecutionId, program: &str, status: &ExitStatus) {
         if let Some(fact) = of_exit(program, status, self.memory_bytes) {
-            self.engine.record(self.session_id, fact, Some(id)).await;
+            self.events.record(self.session_id, fact, Some(id)).await;
         }
     }
 
     /// Records what git said when it failed, where its caller is told only the beginning.
     pub async fn git_failed(&self, id: ExecutionId, operation: &str, exit_code: i32, said: &str) {
         let fact = EventKind::GitFailed { operation: operation.to_owned(), exit_code, said: said.to_owned() };
-        self.engine.record(self.session_id, fact, Some(id)).await;
+        self.events.record(self.session_id, fact, Some(id)).await;
     }
 
     /// Records that a command could not be started, if that is because it does not exist.
     pub async fn not_started(&self, id: ExecutionId, program: &str, error: &GuestError) {
         if error.code == Code::CommandNotFound {
             let fact = EventKind::CommandNotFound { program: program_name(program) };
-            self.engine.record(self.session_id, fact, Some(id)).await;
+            self.events.record(self.session_id, fact, Some(id)).await;
         }
     }
 }

@@ -215,9 +215,9 @@ impl EngineCore {
             .ok_or_else(|| Error::from(Code::SnapshotNotFound))?;
         let before = snapshot.state;
         change(&mut snapshot)?;
-        let told = outcome(before, &snapshot).map(|fact| self.event(snapshot.session_id, fact));
+        let told = outcome(before, &snapshot).map(|fact| self.events.event(snapshot.session_id, fact));
         self.shared.write([Change::Snapshot(snapshot.clone())].into_iter().chain(told).collect()).await?;
-        self.tell_recorded(snapshot.session_id);
+        self.events.tell(snapshot.session_id);
         Ok(snapshot)
     }
 

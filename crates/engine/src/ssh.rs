@@ -71,8 +71,11 @@ impl Engine {
         let live = inner.registry.find_certified(id).await?;
         let (in_use, guest) = inner.registry.reach(&live).await?;
         let session = live.published.borrow().clone();
-        let commands =
-            CommandLog { engine: self.0.clone(), session_id: id, memory_bytes: session.machine.resources.memory_bytes };
+        let commands = CommandLog {
+            events: self.0.events.clone(),
+            session_id: id,
+            memory_bytes: session.machine.resources.memory_bytes,
+        };
         Ok(SshSession {
             session_id: id,
             open: OpenSession { guest, env: session.env, commands, _activity: Some(in_use) },

@@ -173,7 +173,7 @@ impl Actor {
         };
         if let (Outcome::Exited(status), Some(execution)) = (&ended.outcome, &execution) {
             let (id, memory_bytes) = (self.session.id, self.session.machine.resources.memory_bytes);
-            changes.extend(self.engine.exit_event(id, ended.id, &execution.command, status, memory_bytes));
+            changes.extend(self.engine.events.exit_event(id, ended.id, &execution.command, status, memory_bytes));
         }
         match self.engine.shared.write(changes.clone()).await {
             Ok(()) => self.live.tell_recorded(),
