@@ -42,7 +42,7 @@ impl Engine {
             inner.registry.check_sticky(caller.workspace_id, None)?;
         }
         let slot = inner.registry.reserve(session.workspace_id, &session.machine.resources)?;
-        inner.hold_all(&session)?;
+        inner.volumes.hold_all(&session)?;
         // From here on the session's own task does everything, so that a caller who goes away
         // leaves nothing half done.
         let (reply, answer) = oneshot::channel();
@@ -138,7 +138,7 @@ impl EngineCore {
         let isolation = Some(self.shared.drivers.of(&driver).capabilities().isolation);
         let mut attachments = Vec::new();
         for mount in &new.mounts {
-            attachments.push(self.new_attachment(mount, &attachments)?);
+            attachments.push(self.volumes.new_attachment(mount, &attachments)?);
         }
         let now = self.shared.clock.now();
         Ok(Session {

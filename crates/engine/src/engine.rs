@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{ExecutionId, SessionId, WorkspaceId};
+use nagaya_api::ids::{ExecutionId, SessionId, VolumeId, WorkspaceId};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::access::{Access, Caller};
@@ -18,18 +18,22 @@ use crate::errors::{guest_error, store_error};
 use crate::event_log::{CommandLog, EventFollower, Events};
 use crate::handle::{Exit, InUse, Job, Message, SessionHandle};
 use crate::model::{
-    Event, EventKind, Execution, ExecutionStatus, Session, SessionState, UnixMs, Workspace, WorkspaceSettings,
+    Attachment, Event, EventKind, Execution, ExecutionStatus, Session, SessionState, UnixMs, Volume, Workspace,
+    WorkspaceSettings,
 };
 use crate::open::OpenSession;
 use crate::ports::{Ended, HostEvent, Ports, ProcessEvent, SessionQuery};
 use crate::preview_table::Previews;
 use crate::registry::{Found, Registry};
-use crate::requests::{Certificate, ListSessions, NewExecution, SessionUpdate, Usage, WorkspaceSettingsUpdate};
+use crate::requests::{
+    Certificate, ListSessions, ListVolumes, NewExecution, NewMount, NewVolume, SessionUpdate, Usage, VolumeUpdate,
+    WorkspaceSettingsUpdate,
+};
 use crate::session::{Request, check};
 use crate::shared::{Shared, certificate_key};
 use crate::snapshot_locks::SnapshotLocks;
 use crate::tasks::Tasks;
-use crate::volume_table::Volumes;
+use crate::volumes::Volumes;
 use crate::workspaces::Workspaces;
 use crate::{query, recovery};
 
@@ -54,6 +58,8 @@ impl Engine {
         let registry = Arc::new(Registry::new(shared.clone()));
         let events = Arc::new(Events::new(shared.clone(), registry.clone()));
         let workspaces = Arc::new(Workspaces::new(shared.clone()));
+        let (of_volumes, of_sessions) = (&records.volumes, &records.sessions);
+        let volumes = Volumes::new(shared.clone(), workspaces.clone(), registry.clone(), of_volumes, of_sessions);
         let inner = Arc::new(EngineCore {
             registry,
             events,
@@ -63,7 +69,7 @@ impl Engine {
             blobs,
             ingress,
             snapshots: SnapshotLocks::default(),
-            volumes: Volumes::load(&records.volumes, &records.sessions),
+            volumes: Arc::new(volumes),
             previews: Previews::load(&records.previews),
         });
         let ends: Vec<_> = inner.shared.drivers.all().map(|(_, driver)| driver.ends()).collect();
@@ -373,6 +379,55 @@ impl Engine {
     /// All of a session's events after this one, those to come included, until it has ended.
     pub async fn follow_events(&self, caller: &Caller, id: SessionId, after: u64) -> Result<EventFollower, Error> {
         self.0.events.follow(caller, id, after).await
+    }
+
+    /// Makes an empty volume. Returns when it can be attached.
+    pub async fn create_volume(&self, caller: &Caller, new: NewVolume) -> Result<Volume, Error> {
+        self.0.volumes.create(caller, new).await
+    }
+
+    /// A volume, and where it is attached.
+    pub async fn volume(&self, caller: &Caller, id: VolumeId) -> Result<(Volume, Vec<(SessionId, Attachment)>), Error> {
+        self.0.volumes.get(caller, id)
+    }
+
+    /// One page of volumes, newest first, each with whether it is attached anywhere, and the token of the next page.
+    pub async fn list_volumes(
+        &self,
+        caller: &Caller,
+        list: ListVolumes,
+    ) -> Result<(Vec<(Volume, bool)>, String), Error> {
+        self.0.volumes.list(caller, list).await
+    }
+
+    pub async fn update_volume(&self, caller: &Caller, id: VolumeId, update: VolumeUpdate) -> Result<Volume, Error> {
+        self.0.volumes.update(caller, id, update).await
+    }
+
+    /// Makes a volume larger, also while it is attached for writing.
+    pub async fn resize_volume(&self, caller: &Caller, id: VolumeId, size_bytes: u64) -> Result<Volume, Error> {
+        self.0.volumes.resize(caller, id, size_bytes).await
+    }
+
+    /// Removes a volume that no session has.
+    pub async fn delete_volume(&self, caller: &Caller, id: VolumeId) -> Result<(), Error> {
+        self.0.volumes.delete(caller, id).await
+    }
+
+    /// Mounts a volume in a RUNNING session.
+    pub async fn attach_volume(&self, caller: &Caller, id: SessionId, mount: NewMount) -> Result<Attachment, Error> {
+        self.0.volumes.attach(caller, id, mount).await
+    }
+
+    /// Unmounts a volume; with `force` also when processes have files of it open.
+    pub async fn detach_volume(
+        &self,
+        caller: &Caller,
+        id: SessionId,
+        volume_id: VolumeId,
+        force: bool,
+    ) -> Result<(), Error> {
+        self.0.volumes.detach(caller, id, volume_id, force).await
     }
 }
 

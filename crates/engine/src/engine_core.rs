@@ -11,7 +11,7 @@ use crate::preview_table::Previews;
 use crate::registry::Registry;
 use crate::shared::Shared;
 use crate::snapshot_locks::SnapshotLocks;
-use crate::volume_table::Volumes;
+use crate::volumes::Volumes;
 use crate::workspaces::Workspaces;
 
 pub(crate) struct EngineCore {
@@ -22,7 +22,7 @@ pub(crate) struct EngineCore {
     pub(crate) ingress: Arc<dyn Ingress>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) snapshots: SnapshotLocks,
-    pub(crate) volumes: Volumes,
+    pub(crate) volumes: Arc<Volumes>,
     pub(crate) previews: Previews,
     pub(crate) creates: Semaphore,
 }

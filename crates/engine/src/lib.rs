@@ -40,7 +40,6 @@ mod snapshots;
 mod ssh;
 mod tasks;
 pub mod validate;
-mod volume_table;
 mod volumes;
 mod workspaces;
 

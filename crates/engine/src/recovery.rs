@@ -80,7 +80,7 @@ pub(crate) async fn recover(engine: &Arc<EngineCore>, records: Records) -> Resul
     }
     engine.await_attempts(attempts).await;
     engine.recover_previews(records.previews).await;
-    records.volumes.into_iter().for_each(|volume| engine.recover_volume(volume));
+    records.volumes.into_iter().for_each(|volume| engine.volumes.recover(volume));
     records.snapshots.into_iter().for_each(|snapshot| engine.recover_snapshot(snapshot));
     let freeing = engine.clone();
     engine.shared.background(async move {

@@ -274,12 +274,12 @@ impl EngineCore {
         let _quiet = self.workspaces.quiet().await;
         let settings = self.shared.access.settings(snapshot.workspace_id);
         if settings.snapshots_max.is_some() || settings.bytes_max.is_some() {
-            let others = self.snapshots_of(snapshot.workspace_id).await?;
+            let others = self.workspaces.snapshots(snapshot.workspace_id).await?;
             let count = others.iter().filter(|of| of.kind == SnapshotKind::User).count();
             if let Some(max) = settings.snapshots_max.filter(|max| count >= *max as usize) {
                 return Err(Error::new(Code::QuotaExceeded, format!("the workspace's snapshots_max is {max}")));
             }
-            let bytes = self.bytes_used(snapshot.workspace_id, &others);
+            let bytes = self.volumes.bytes_used(snapshot.workspace_id, &others);
             if let Some(max) = settings.bytes_max.filter(|max| bytes >= *max) {
                 return Err(Error::new(Code::QuotaExceeded, format!("the workspace's bytes_max is {max}")));
             }
@@ -287,18 +287,6 @@ impl EngineCore {
         self.shared.write(vec![Change::Snapshot(snapshot.clone())]).await?;
         self.shared.deadlines.set(Sleeper::Snapshot(snapshot.id), snapshot.expires_at);
         Ok(())
-    }
-
-    pub(crate) async fn snapshots_of(&self, workspace_id: WorkspaceId) -> Result<Vec<Snapshot>, Error> {
-        let workspace_id = Some(workspace_id);
-        let query = SnapshotQuery { workspace_id, limit: u32::MAX, ..SnapshotQuery::default() };
-        self.shared.store.snapshots(query).await.map_err(store_error)
-    }
-
-    /// Stored bytes of a workspace's snapshots and sizes of its volumes together.
-    pub(crate) fn bytes_used(&self, workspace_id: WorkspaceId, snapshots: &[Snapshot]) -> u64 {
-        let stored: u64 = snapshots.iter().map(|of| of.stored_bytes).sum();
-        stored.saturating_add(self.volumes.bytes_of(workspace_id))
     }
 
     async fn copy_and_store(

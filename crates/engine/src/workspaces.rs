@@ -8,8 +8,8 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use crate::access::{self, Caller};
 use crate::errors::store_error;
-use crate::model::{ApiKey, Workspace, WorkspaceSettings};
-use crate::ports::Change;
+use crate::model::{ApiKey, Snapshot, Workspace, WorkspaceSettings};
+use crate::ports::{Change, SnapshotQuery};
 use crate::requests::WorkspaceSettingsUpdate;
 use crate::shared::Shared;
 
@@ -69,6 +69,13 @@ impl Workspaces {
         shared.store.commit(changes).await.map_err(store_error)?;
         shared.access.add(workspace, key);
         Ok(made)
+    }
+
+    /// All of a workspace's snapshots, which count against its limits.
+    pub(crate) async fn snapshots(&self, workspace_id: WorkspaceId) -> Result<Vec<Snapshot>, Error> {
+        let workspace_id = Some(workspace_id);
+        let query = SnapshotQuery { workspace_id, limit: u32::MAX, ..SnapshotQuery::default() };
+        self.shared.store.snapshots(query).await.map_err(store_error)
     }
 
     pub(crate) fn settings(

@@ -115,7 +115,7 @@ impl Actor {
                 Err(error) => return Err(error),
             }
             for attachment in &session.attachments {
-                engine.settle(attachment).await?;
+                engine.volumes.settle(attachment).await?;
             }
             match session.source_image_id {
                 Some(image) => engine.shared.host.remove_image(image).await,

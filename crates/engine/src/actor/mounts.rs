@@ -9,7 +9,6 @@ use crate::model::{Attachment, AttachmentState, EventKind};
 use crate::ports::DriverError;
 use crate::requests::NewMount;
 use crate::session::{Request, check};
-use crate::validate;
 
 /// Who waits for an attachment.
 pub(super) enum PendingMount {
@@ -48,9 +47,9 @@ impl Actor {
     async fn record_attaching(&mut self, mount: NewMount) -> Result<AttachmentId, Error> {
         check(self.session.state, Request::Mount)?;
         let mut session = self.session.clone();
-        let attachment = self.engine.new_attachment(&mount, &session.attachments)?;
+        let attachment = self.engine.volumes.new_attachment(&mount, &session.attachments)?;
         let (id, session_id) = (attachment.id, session.id);
-        self.engine.hold(session.workspace_id, session_id, &mount)?;
+        self.engine.volumes.hold(session.workspace_id, session_id, &mount)?;
         session.attachments.push(attachment);
         if let Err(error) = self.commit(session, Vec::new()).await {
             self.engine.volumes.release(mount.volume_id, session_id);
@@ -100,8 +99,8 @@ impl Actor {
             let mut results = Vec::new();
             for (attachment, force) in unsettled {
                 let result = match attachment.state {
-                    AttachmentState::SyncPending => engine.unmount(&session, &attachment, force).await,
-                    _ => engine.mount(&session, &attachment).await,
+                    AttachmentState::SyncPending => engine.volumes.unmount(&session, &attachment, force).await,
+                    _ => engine.volumes.mount(&session, &attachment).await,
                 };
                 results.push((attachment.id, result));
             }
@@ -243,30 +242,5 @@ fn mount_error(error: DriverError) -> Error {
         DriverError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit.name()),
         DriverError::Gone => Code::GuestUnreachable.into(),
         error => Error::new(Code::VolumeFailed, error.to_string()),
-    }
-}
-
-impl crate::engine_core::EngineCore {
-    /// An attachment that a session with these others can have.
-    pub(crate) fn new_attachment(&self, mount: &NewMount, others: &[Attachment]) -> Result<Attachment, Error> {
-        validate::mount_path(&mount.path)?;
-        let max = self.shared.config.volumes_per_session_max;
-        if others.len() >= max as usize {
-            return Err(Error::new(Code::VolumeLimit, format!("volumes_per_session_max is {max}")));
-        }
-        if others.iter().any(|other| other.volume_id == mount.volume_id) {
-            return Err(Error::new(Code::VolumeInUse, "it is attached here already"));
-        }
-        if others.iter().any(|other| validate::overlap(&other.mount_path, &mount.path)) {
-            let detail = "mount_path is, holds or lies below that of another attachment";
-            return Err(Error::new(Code::PathRefused, detail));
-        }
-        Ok(Attachment {
-            id: AttachmentId::new(self.shared.clock.now(), self.shared.random()),
-            volume_id: mount.volume_id,
-            mount_path: mount.path.clone(),
-            readonly: mount.readonly,
-            state: AttachmentState::Attaching,
-        })
     }
 }

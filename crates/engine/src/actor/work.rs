@@ -10,8 +10,8 @@ use nagaya_api::ids::{AttachmentId, DiskImageId, SnapshotId};
 use super::Actor;
 use crate::engine_core::EngineCore;
 use crate::handle::{Exit, Job, Reply, SessionHandle};
-use crate::model::{Attachment, AttachmentState, DiskOrigin, Egress, Execution, Limit, Session, SessionState};
-use crate::ports::{Adopted, BlobError, BoxFuture, DriverError, Guest, Mount};
+use crate::model::{AttachmentState, DiskOrigin, Egress, Execution, Limit, Session, SessionState};
+use crate::ports::{Adopted, BlobError, BoxFuture, DriverError, Guest};
 
 pub(super) struct Work {
     pub(super) future: BoxFuture<Done>,
@@ -187,7 +187,7 @@ impl Actor {
             let mut result = engine.shared.driver_of(&session).stop(session.id).await;
             for attachment in &session.attachments {
                 if result.is_ok() {
-                    result = engine.settle(attachment).await;
+                    result = engine.volumes.settle(attachment).await;
                 }
             }
             Done::Stopped(result)
@@ -312,7 +312,7 @@ async fn boot(engine: &EngineCore, session: &Session, stop_first: bool) -> Resul
     if stop_first {
         engine.shared.driver_of(session).stop(session.id).await.map_err(boot_failure)?;
         for attachment in &session.attachments {
-            engine.settle(attachment).await.map_err(boot_failure)?;
+            engine.volumes.settle(attachment).await.map_err(boot_failure)?;
         }
     }
     let spec = engine.spec(session, DiskOrigin::Kept).await.map_err(root_failure(session))?;
@@ -331,39 +331,12 @@ fn boot_failure(error: DriverError) -> StartFailure {
 /// Mounts every volume of a sandbox that just came up.
 async fn attach_all(engine: &EngineCore, session: &Session) -> Result<(), StartFailure> {
     for attachment in session.attachments.iter().filter(|of| of.state != AttachmentState::SyncPending) {
-        engine.mount(session, attachment).await.map_err(|error| match error {
+        engine.volumes.mount(session, attachment).await.map_err(|error| match error {
             DriverError::Exhausted(limit) => StartFailure::NoCapacity(limit),
             error => StartFailure::Other(format!("volume {} could not be mounted: {error}", attachment.volume_id)),
         })?;
     }
     Ok(())
-}
-
-impl EngineCore {
-    /// Mounts a volume, while nothing else happens to it.
-    pub(super) async fn mount(&self, session: &Session, attachment: &Attachment) -> Result<(), DriverError> {
-        let _quiet = self.volumes.quiet(attachment.volume_id).await;
-        self.shared.driver_of(session).attach_volume(session.id, &mount_of(attachment)).await
-    }
-
-    pub(super) async fn unmount(&self, session: &Session, of: &Attachment, force: bool) -> Result<(), DriverError> {
-        let _quiet = self.volumes.quiet(of.volume_id).await;
-        self.shared.driver_of(session).detach_volume(session.id, &mount_of(of), force).await
-    }
-
-    /// Waits until what a dead sandbox wrote to a volume is safe.
-    pub(super) async fn settle(&self, attachment: &Attachment) -> Result<(), DriverError> {
-        let _quiet = self.volumes.quiet(attachment.volume_id).await;
-        match self.shared.host.settle_volume(attachment.volume_id).await {
-            // A volume that is gone has nothing left to write.
-            Err(DriverError::Gone) => Ok(()),
-            other => other,
-        }
-    }
-}
-
-fn mount_of(attachment: &Attachment) -> Mount {
-    Mount { volume_id: attachment.volume_id, path: attachment.mount_path.clone(), readonly: attachment.readonly }
 }
 
 /// Why a disk could not be copied, in the words of the table.
