@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{DiskImageId, SessionId, SnapshotId};
+use nagaya_api::ids::{DiskImageId, SessionId};
 use nagaya_api::limits::NAME_CHARS_MAX;
 use tokio::sync::oneshot;
 
@@ -11,13 +11,10 @@ use crate::access::Caller;
 use crate::actor::{DiskPreparation, StartMode};
 use crate::engine_core::{Engine, EngineCore};
 use crate::handle::{Job, SessionHandle};
-use crate::model::{
-    DiskSource, EventKind, Machine, Resources, Session, SessionState, Snapshot, SnapshotKind, SnapshotState,
-};
+use crate::model::{DiskSource, EventKind, Machine, Resources, Session, SessionState, Snapshot, SnapshotKind};
 use crate::ports::Change;
 use crate::requests::{Fork, NewSession};
 use crate::session::Request;
-use crate::snapshots::not_ready;
 use crate::{egress, validate};
 
 impl Engine {
@@ -33,7 +30,7 @@ impl Engine {
             false => None,
         };
         let snapshot = match new.snapshot_id {
-            Some(id) => Some(inner.usable_snapshot(caller, id).await?),
+            Some(id) => Some(inner.snapshots.usable(caller, id).await?),
             None => None,
         };
         let mut session = inner.new_session(caller, new, snapshot.as_ref())?;
@@ -69,18 +66,6 @@ impl Engine {
 }
 
 impl EngineCore {
-    /// A snapshot that sessions can be made from.
-    async fn usable_snapshot(&self, caller: &Caller, id: SnapshotId) -> Result<Snapshot, Error> {
-        let snapshot = self.find_snapshot(caller.workspace_id, id).await?;
-        let expired = snapshot.expires_at.is_some_and(|at| at <= self.shared.clock.now());
-        match snapshot.state {
-            SnapshotState::Deleting => Err(Code::SnapshotNotFound.into()),
-            _ if expired => Err(Code::SnapshotNotFound.into()),
-            SnapshotState::Ready => Ok(snapshot),
-            SnapshotState::Creating | SnapshotState::Failed => Err(not_ready(&snapshot)),
-        }
-    }
-
     /// What the session's disk is made from.
     fn source(&self, session: &mut Session, snapshot: Option<Snapshot>) -> Result<DiskPreparation, Error> {
         let Some(snapshot) = snapshot else { return Ok(DiskPreparation::Fresh) };
@@ -228,7 +213,7 @@ impl EngineCore {
         let engine = self.clone();
         self.shared.background(async move {
             for image in images {
-                engine.remove_image(image).await;
+                engine.snapshots.remove_image(image).await;
             }
         });
     }

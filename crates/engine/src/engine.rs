@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{ExecutionId, SessionId, VolumeId, WorkspaceId};
+use nagaya_api::ids::{ExecutionId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::access::{Access, Caller};
@@ -18,20 +18,20 @@ use crate::errors::{guest_error, store_error};
 use crate::event_log::{CommandLog, EventFollower, Events};
 use crate::handle::{Exit, InUse, Job, Message, SessionHandle};
 use crate::model::{
-    Attachment, Event, EventKind, Execution, ExecutionStatus, Session, SessionState, UnixMs, Volume, Workspace,
-    WorkspaceSettings,
+    Attachment, Event, EventKind, Execution, ExecutionStatus, Session, SessionState, Snapshot, UnixMs, Volume,
+    Workspace, WorkspaceSettings,
 };
 use crate::open::OpenSession;
-use crate::ports::{Ended, HostEvent, Ports, ProcessEvent, SessionQuery};
+use crate::ports::{Ended, HostEvent, ImageReader, Ports, ProcessEvent, SessionQuery};
 use crate::preview_table::Previews;
 use crate::registry::{Found, Registry};
 use crate::requests::{
-    Certificate, ListSessions, ListVolumes, NewExecution, NewMount, NewVolume, SessionUpdate, Usage, VolumeUpdate,
-    WorkspaceSettingsUpdate,
+    Certificate, ListSessions, ListSnapshots, ListVolumes, NewExecution, NewMount, NewSnapshot, NewVolume,
+    SessionUpdate, SnapshotUpdate, Usage, VolumeUpdate, WorkspaceSettingsUpdate,
 };
 use crate::session::{Request, check};
 use crate::shared::{Shared, certificate_key};
-use crate::snapshot_locks::SnapshotLocks;
+use crate::snapshots::Snapshots;
 use crate::tasks::Tasks;
 use crate::volumes::Volumes;
 use crate::workspaces::Workspaces;
@@ -60,16 +60,24 @@ impl Engine {
         let workspaces = Arc::new(Workspaces::new(shared.clone()));
         let (of_volumes, of_sessions) = (&records.volumes, &records.sessions);
         let volumes = Volumes::new(shared.clone(), workspaces.clone(), registry.clone(), of_volumes, of_sessions);
+        let volumes = Arc::new(volumes);
+        let snapshots = Snapshots::new(
+            shared.clone(),
+            workspaces.clone(),
+            registry.clone(),
+            events.clone(),
+            volumes.clone(),
+            blobs,
+        );
         let inner = Arc::new(EngineCore {
             registry,
             events,
             shared,
             workspaces,
             creates,
-            blobs,
             ingress,
-            snapshots: SnapshotLocks::default(),
-            volumes: Arc::new(volumes),
+            snapshots: Arc::new(snapshots),
+            volumes,
             previews: Previews::load(&records.previews),
         });
         let ends: Vec<_> = inner.shared.drivers.all().map(|(_, driver)| driver.ends()).collect();
@@ -429,6 +437,45 @@ impl Engine {
     ) -> Result<(), Error> {
         self.0.volumes.detach(caller, id, volume_id, force).await
     }
+
+    /// Takes a snapshot of the session's disk, whether it runs or is stopped. Answered when it is recorded, or
+    /// with `wait` when it is READY; a caller that goes away does not stop it.
+    pub async fn create_snapshot(&self, caller: &Caller, id: SessionId, new: NewSnapshot) -> Result<Snapshot, Error> {
+        self.0.snapshots.create(caller, id, new).await
+    }
+
+    pub async fn snapshot(&self, caller: &Caller, id: SnapshotId) -> Result<Snapshot, Error> {
+        self.0.snapshots.get(caller, id).await
+    }
+
+    /// One page of snapshots, newest first, and the token of the next page; empty at the end.
+    pub async fn list_snapshots(&self, caller: &Caller, list: ListSnapshots) -> Result<(Vec<Snapshot>, String), Error> {
+        self.0.snapshots.list(caller, list).await
+    }
+
+    pub async fn update_snapshot(
+        &self,
+        caller: &Caller,
+        id: SnapshotId,
+        update: SnapshotUpdate,
+    ) -> Result<Snapshot, Error> {
+        self.0.snapshots.update(caller, id, update).await
+    }
+
+    /// Removes a snapshot and frees the space that only it needs. Answers with what it was.
+    pub async fn delete_snapshot(&self, caller: &Caller, id: SnapshotId) -> Result<Snapshot, Error> {
+        self.0.snapshots.delete(caller, id).await
+    }
+
+    /// The disk image of a READY snapshot.
+    pub async fn open_snapshot(&self, caller: &Caller, id: SnapshotId) -> Result<ImageReader, Error> {
+        self.0.snapshots.open(caller, id).await
+    }
+
+    /// How long snapshots stopped their sources since the last call, microseconds.
+    pub fn take_source_stops(&self) -> Vec<u64> {
+        self.0.snapshots.take_source_stops()
+    }
 }
 
 impl EngineCore {
@@ -486,7 +533,7 @@ impl EngineCore {
                         live.alarm.notify_one();
                     }
                 }
-                Sleeper::Snapshot(id) => engine.expire_snapshot(id),
+                Sleeper::Snapshot(id) => engine.snapshots.expire(id),
                 Sleeper::Preview(id) => engine.expire_preview(id),
             };
             engine.shared.deadlines.run(&*engine.shared.clock, &engine.shared.tasks, wake).await;

@@ -6,11 +6,11 @@ use tokio::sync::Semaphore;
 
 use crate::event_log::Events;
 use crate::model::{DiskOrigin, SandboxSpec, Session};
-use crate::ports::{Blobs, DriverError, Ingress};
+use crate::ports::{DriverError, Ingress};
 use crate::preview_table::Previews;
 use crate::registry::Registry;
 use crate::shared::Shared;
-use crate::snapshot_locks::SnapshotLocks;
+use crate::snapshots::Snapshots;
 use crate::volumes::Volumes;
 use crate::workspaces::Workspaces;
 
@@ -18,10 +18,9 @@ pub(crate) struct EngineCore {
     pub(crate) shared: Arc<Shared>,
     pub(crate) workspaces: Arc<Workspaces>,
     pub(crate) events: Arc<Events>,
-    pub(crate) blobs: Arc<dyn Blobs>,
     pub(crate) ingress: Arc<dyn Ingress>,
     pub(crate) registry: Arc<Registry>,
-    pub(crate) snapshots: SnapshotLocks,
+    pub(crate) snapshots: Arc<Snapshots>,
     pub(crate) volumes: Arc<Volumes>,
     pub(crate) previews: Previews,
     pub(crate) creates: Semaphore,

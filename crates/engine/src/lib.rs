@@ -35,7 +35,6 @@ mod registry;
 mod requests;
 pub mod session;
 mod shared;
-mod snapshot_locks;
 mod snapshots;
 mod ssh;
 mod tasks;

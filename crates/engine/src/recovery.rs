@@ -81,10 +81,13 @@ pub(crate) async fn recover(engine: &Arc<EngineCore>, records: Records) -> Resul
     engine.await_attempts(attempts).await;
     engine.recover_previews(records.previews).await;
     records.volumes.into_iter().for_each(|volume| engine.volumes.recover(volume));
-    records.snapshots.into_iter().for_each(|snapshot| engine.recover_snapshot(snapshot));
+    records.snapshots.into_iter().for_each(|snapshot| engine.snapshots.recover(snapshot));
     let freeing = engine.clone();
     engine.shared.background(async move {
-        freeing.shared.insist("blobs that no snapshot needs could not be removed", || freeing.free_blobs()).await;
+        freeing
+            .shared
+            .insist("blobs that no snapshot needs could not be removed", || freeing.snapshots.free_blobs())
+            .await;
     });
     Ok(())
 }
@@ -163,7 +166,7 @@ fn remove_nameless(engine: &Arc<EngineCore>, records: &Records, images: Vec<Disk
     let removing = engine.clone();
     engine.shared.background(async move {
         for image in images.into_iter().filter(|image| !named.contains(image)) {
-            removing.remove_image(image).await;
+            removing.snapshots.remove_image(image).await;
         }
         for id in volumes {
             let what = "a volume that no record names could not be removed";

@@ -8,74 +8,106 @@
 //! One task carries a snapshot through its steps, each recorded when it is done, so that the next start goes on
 //! where the last one stopped. Only the copy needs the session, and asks its task for it.
 
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{DiskImageId, SessionId, SnapshotId, WorkspaceId};
-use tokio::sync::oneshot;
+use nagaya_api::ids::{DiskImageId, SessionId, SnapshotId};
+use tokio::sync::{RwLock, oneshot};
 
 use crate::access::Caller;
 use crate::deadlines::Sleeper;
-use crate::engine_core::{Engine, EngineCore};
 use crate::errors::store_error;
+use crate::event_log::Events;
 use crate::handle::{Job, Reply, SessionHandle};
 use crate::model::{Durability, EventKind, Session, Snapshot, SnapshotKind, SnapshotState};
-use crate::ports::{BlobError, Change, ImageReader, SnapshotQuery, StoredImage};
+use crate::ports::{BlobError, Blobs, Change, ImageReader, SnapshotQuery, StoredImage};
+use crate::registry::Registry;
 use crate::requests::{ListSnapshots, NewSnapshot, SnapshotUpdate};
 use crate::session::Request;
-use crate::shared::spawn_running;
+use crate::shared::{Shared, spawn_running};
+use crate::volumes::Volumes;
+use crate::workspaces::Workspaces;
 use crate::{query, validate};
 
 /// A blocking creation waits this long for its snapshot to become durable as well, which is at once where the
 /// durable place is this machine.
 const DURABLE_WAIT_MS: u64 = 100;
-/// Times kept for [`Engine::take_source_stops`]; later ones are dropped until they are taken.
+/// Times kept for [`Snapshots::take_source_stops`]; later ones are dropped until they are taken.
 const SOURCE_STOPS_MAX: usize = 10_000;
 
-impl Engine {
-    /// Takes a snapshot of the session's disk, whether it runs or is stopped. Answered when it is recorded, or
-    /// with `wait` when it is READY; a caller that goes away does not stop it.
-    pub async fn create_snapshot(&self, caller: &Caller, id: SessionId, new: NewSnapshot) -> Result<Snapshot, Error> {
-        let inner = &self.0;
-        let running = inner.shared.tasks.enter()?;
+/// The snapshots of the server.
+pub(crate) struct Snapshots {
+    shared: Arc<Shared>,
+    workspaces: Arc<Workspaces>,
+    registry: Arc<Registry>,
+    events: Arc<Events>,
+    volumes: Arc<Volumes>,
+    blobs: Arc<dyn Blobs>,
+    /// Read by those who store blobs until they are recorded, written by who removes those not recorded.
+    gate: RwLock<()>,
+    /// How long sources were frozen, microseconds.
+    source_stops_us: Mutex<Vec<u64>>,
+}
+
+impl Snapshots {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        workspaces: Arc<Workspaces>,
+        registry: Arc<Registry>,
+        events: Arc<Events>,
+        volumes: Arc<Volumes>,
+        blobs: Arc<dyn Blobs>,
+    ) -> Self {
+        let (gate, source_stops_us) = (RwLock::default(), Mutex::default());
+        Self { shared, workspaces, registry, events, volumes, blobs, gate, source_stops_us }
+    }
+
+    pub(crate) async fn create(
+        self: &Arc<Self>,
+        caller: &Caller,
+        id: SessionId,
+        new: NewSnapshot,
+    ) -> Result<Snapshot, Error> {
+        let running = self.shared.tasks.enter()?;
         validate::name(&new.name)?;
-        let now = inner.shared.clock.now();
+        let now = self.shared.clock.now();
         validate::expires_at(new.expires_at, now)?;
-        let live = inner.registry.find_live(caller, id, Request::Copy).await?;
-        let snapshot = inner.new_snapshot(&live.session(now), new.name, new.expires_at);
+        let live = self.registry.find_live(caller, id, Request::Copy).await?;
+        let snapshot = self.new_snapshot(&live.session(now), new.name, new.expires_at);
         let (reply, answer) = oneshot::channel();
-        spawn_running(running, inner.clone().take_snapshot(live, snapshot, new.wait, reply));
+        spawn_running(running, self.clone().take(live, snapshot, new.wait, reply));
         answer.await.unwrap_or_else(|_| Err(Code::Draining.into()))
     }
 
-    pub async fn snapshot(&self, caller: &Caller, id: SnapshotId) -> Result<Snapshot, Error> {
-        self.0.find_snapshot(caller.workspace_id, id).await
+    pub(crate) async fn get(&self, caller: &Caller, id: SnapshotId) -> Result<Snapshot, Error> {
+        let snapshot = self.shared.store.snapshot(id).await.map_err(store_error)?;
+        snapshot.filter(|of| of.workspace_id == caller.workspace_id).ok_or_else(|| Code::SnapshotNotFound.into())
     }
 
-    /// One page of snapshots, newest first, and the token of the next page; empty at the end.
-    pub async fn list_snapshots(&self, caller: &Caller, list: ListSnapshots) -> Result<(Vec<Snapshot>, String), Error> {
-        let workspace = self.0.shared.access.workspace(caller, list.workspace_id)?;
+    pub(crate) async fn list(&self, caller: &Caller, list: ListSnapshots) -> Result<(Vec<Snapshot>, String), Error> {
+        let workspace = self.shared.access.workspace(caller, list.workspace_id)?;
         let size = query::page_size(list.page_size)?;
         let before = query::parse_page_token(&list.page_token)?.map(|(at, id)| (at, SnapshotId::from_uuid(id)));
         let (workspace_id, limit) = (Some(workspace.id), size + 1);
         let query = SnapshotQuery { workspace_id, session_id: list.session_id, dangling: list.dangling, before, limit };
-        let mut snapshots = self.0.shared.store.snapshots(query).await.map_err(store_error)?;
+        let mut snapshots = self.shared.store.snapshots(query).await.map_err(store_error)?;
         let next = query::page(&mut snapshots, size, |last| (last.created_at, *last.id.as_uuid()));
         Ok((snapshots, next))
     }
 
-    pub async fn update_snapshot(
-        &self,
+    pub(crate) async fn update(
+        self: &Arc<Self>,
         caller: &Caller,
         id: SnapshotId,
         update: SnapshotUpdate,
     ) -> Result<Snapshot, Error> {
-        let inner = self.0.clone();
+        let snapshots = self.clone();
         let workspace_id = caller.workspace_id;
         if let Some(name) = &update.name {
             validate::name(name)?;
         }
-        validate::expires_at(update.expires_at.flatten(), inner.shared.clock.now())?;
+        validate::expires_at(update.expires_at.flatten(), self.shared.clock.now())?;
         let tags = update.tags.map(validate::tags).transpose()?;
         let change = move |snapshot: &mut Snapshot| {
             if snapshot.workspace_id != workspace_id {
@@ -89,26 +121,23 @@ impl Engine {
             snapshot.tags = tags.clone().unwrap_or_else(|| snapshot.tags.clone());
             Ok(())
         };
-        self.0
-            .shared
+        self.shared
             .detached(async move {
-                let changed = inner.change_snapshot(id, change).await?;
-                inner.look_at_snapshot(id);
+                let changed = snapshots.change(id, change).await?;
+                snapshots.look_at(id);
                 Ok(changed)
             })
             .await
     }
 
-    /// Removes a snapshot and frees the space that only it needs. Answers with what it was.
-    pub async fn delete_snapshot(&self, caller: &Caller, id: SnapshotId) -> Result<Snapshot, Error> {
-        let (inner, workspace_id) = (self.0.clone(), caller.workspace_id);
-        self.0
-            .shared
+    pub(crate) async fn delete(self: &Arc<Self>, caller: &Caller, id: SnapshotId) -> Result<Snapshot, Error> {
+        let (snapshots, workspace_id) = (self.clone(), caller.workspace_id);
+        self.shared
             .detached(async move {
-                let snapshot = inner.begin_delete(id, |of| of.workspace_id == workspace_id).await?;
-                if let Err(error) = inner.finish_delete(id).await {
+                let snapshot = snapshots.begin_delete(id, |of| of.workspace_id == workspace_id).await?;
+                if let Err(error) = snapshots.finish_delete(id).await {
                     tracing::warn!(snapshot = %id, %error, "a snapshot could not be deleted; trying again");
-                    inner.keep_deleting(id);
+                    snapshots.keep_deleting(id);
                     let detail =
                         "the snapshot is being deleted, but its space is not free yet; the server keeps trying";
                     return Err(Error::new(Code::SnapshotFailed, detail));
@@ -118,58 +147,33 @@ impl Engine {
             .await
     }
 
-    /// The disk image of a READY snapshot.
-    pub async fn open_snapshot(&self, caller: &Caller, id: SnapshotId) -> Result<ImageReader, Error> {
-        let snapshot = self.0.find_snapshot(caller.workspace_id, id).await?;
+    pub(crate) async fn open(&self, caller: &Caller, id: SnapshotId) -> Result<ImageReader, Error> {
+        let snapshot = self.get(caller, id).await?;
         if snapshot.state != SnapshotState::Ready || snapshot.manifest.is_empty() {
             return Err(not_ready(&snapshot));
         }
-        self.0.blobs.open(&snapshot.manifest).await.map_err(blob_error)
+        self.blobs.open(&snapshot.manifest).await.map_err(blob_error)
     }
 
-    /// How long snapshots stopped their sources since the last call, microseconds.
-    pub fn take_source_stops(&self) -> Vec<u64> {
-        std::mem::take(&mut self.0.snapshots.source_stops_us.lock().expect("no holder of this lock panics"))
+    pub(crate) fn take_source_stops(&self) -> Vec<u64> {
+        std::mem::take(&mut self.source_stops_us.lock().expect("no holder of this lock panics"))
     }
-}
 
-fn in_use(detail: &str) -> Error {
-    Error::new(Code::SnapshotInUse, detail)
-}
-
-/// What its session is to remember of a change of a snapshot.
-fn outcome(before: SnapshotState, snapshot: &Snapshot) -> Option<EventKind> {
-    let snapshot_id = snapshot.id;
-    match (before, snapshot.state) {
-        (SnapshotState::Creating, SnapshotState::Ready) => Some(EventKind::SnapshotCreated { snapshot_id }),
-        (SnapshotState::Creating, SnapshotState::Failed) => {
-            Some(EventKind::SnapshotFailed { snapshot_id, cause: snapshot.failure_reason.clone() })
+    /// A snapshot that sessions can be made from.
+    pub(crate) async fn usable(&self, caller: &Caller, id: SnapshotId) -> Result<Snapshot, Error> {
+        let snapshot = self.get(caller, id).await?;
+        let expired = snapshot.expires_at.is_some_and(|at| at <= self.shared.clock.now());
+        match snapshot.state {
+            SnapshotState::Deleting => Err(Code::SnapshotNotFound.into()),
+            _ if expired => Err(Code::SnapshotNotFound.into()),
+            SnapshotState::Ready => Ok(snapshot),
+            SnapshotState::Creating | SnapshotState::Failed => Err(not_ready(&snapshot)),
         }
-        _ => None,
     }
-}
 
-pub(crate) fn not_ready(snapshot: &Snapshot) -> Error {
-    let detail = match (snapshot.kind, snapshot.state) {
-        (SnapshotKind::Pause, _) => "the disk of a paused session is not kept as blobs".to_owned(),
-        (_, SnapshotState::Failed) => format!("it failed: {}", snapshot.failure_reason),
-        _ => "it is being created".to_owned(),
-    };
-    Error::new(Code::SnapshotNotReady, detail)
-}
-
-pub(crate) fn blob_error(error: BlobError) -> Error {
-    match error {
-        BlobError::Missing(_) | BlobError::Corrupt(_) => Error::new(Code::SnapshotDamaged, error.to_string()),
-        BlobError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit.name()),
-        BlobError::Failed(reason) => Error::new(Code::SnapshotFailed, reason),
-    }
-}
-
-impl EngineCore {
-    pub(crate) async fn find_snapshot(&self, workspace_id: WorkspaceId, id: SnapshotId) -> Result<Snapshot, Error> {
-        let snapshot = self.shared.store.snapshot(id).await.map_err(store_error)?;
-        snapshot.filter(|of| of.workspace_id == workspace_id).ok_or_else(|| Code::SnapshotNotFound.into())
+    /// Makes a stored disk image at this path.
+    pub(crate) async fn restore(&self, manifest: &str, image: &Path) -> Result<(), BlobError> {
+        self.blobs.restore(manifest, image).await
     }
 
     fn new_snapshot(&self, session: &Session, name: String, expires_at: Option<u64>) -> Snapshot {
@@ -203,7 +207,7 @@ impl EngineCore {
 
     /// Reads a snapshot's record, changes and commits it, with nobody else at it. One that is being
     /// deleted is not there any more.
-    async fn change_snapshot(
+    async fn change(
         &self,
         id: SnapshotId,
         change: impl FnOnce(&mut Snapshot) -> Result<(), Error>,
@@ -224,7 +228,7 @@ impl EngineCore {
     /// Records a step that is done, however long that takes. False when the engine stops.
     async fn record_step(&self, id: SnapshotId, change: impl Fn(&mut Snapshot)) -> bool {
         let step = || async {
-            let changed = self.change_snapshot(id, |snapshot| {
+            let changed = self.change(id, |snapshot| {
                 change(snapshot);
                 Ok(())
             });
@@ -236,14 +240,8 @@ impl EngineCore {
         self.shared.insist("a snapshot's progress could not be recorded", step).await
     }
 
-    async fn take_snapshot(
-        self: Arc<Self>,
-        live: Arc<SessionHandle>,
-        snapshot: Snapshot,
-        wait: bool,
-        reply: Reply<Snapshot>,
-    ) {
-        if let Err(error) = self.record_snapshot(&snapshot).await {
+    async fn take(self: Arc<Self>, live: Arc<SessionHandle>, snapshot: Snapshot, wait: bool, reply: Reply<Snapshot>) {
+        if let Err(error) = self.record(&snapshot).await {
             let _ = reply.send(Err(error));
             return;
         }
@@ -270,7 +268,7 @@ impl EngineCore {
     }
 
     /// Records a snapshot to be taken, if its workspace may have one more.
-    async fn record_snapshot(&self, snapshot: &Snapshot) -> Result<(), Error> {
+    async fn record(&self, snapshot: &Snapshot) -> Result<(), Error> {
         let _quiet = self.workspaces.quiet().await;
         let settings = self.shared.access.settings(snapshot.workspace_id);
         if settings.snapshots_max.is_some() || settings.bytes_max.is_some() {
@@ -297,7 +295,7 @@ impl EngineCore {
     ) -> Result<StoredImage, Error> {
         let stopped_us = live.ask_job(|reply| Job::Copy { images: vec![image], pause: None, reply }).await?;
         {
-            let mut stops = self.snapshots.source_stops_us.lock().expect("no holder of this lock panics");
+            let mut stops = self.source_stops_us.lock().expect("no holder of this lock panics");
             if stops.len() < SOURCE_STOPS_MAX {
                 stops.push(stopped_us);
             }
@@ -315,7 +313,7 @@ impl EngineCore {
     /// Stores the copy of the disk as blobs, and removes it.
     async fn store_copy(&self, id: SnapshotId, image: DiskImageId) -> Result<StoredImage, Error> {
         let stored = {
-            let _gate = self.snapshots.blobs.read().await;
+            let _gate = self.gate.read().await;
             let stored = self.blobs.store(&self.shared.host.image_path(image)).await.map_err(blob_error)?;
             let now = self.shared.clock.now();
             let ready = |snapshot: &mut Snapshot| {
@@ -332,7 +330,7 @@ impl EngineCore {
             stored
         };
         self.remove_image(image).await;
-        self.look_at_snapshot(id);
+        self.look_at(id);
         Ok(stored)
     }
 
@@ -362,11 +360,11 @@ impl EngineCore {
         self.remove_image(image).await;
         // Part of it may have been stored.
         self.shared.insist("blobs that no snapshot needs could not be removed", || self.free_blobs()).await;
-        self.look_at_snapshot(id);
+        self.look_at(id);
     }
 
     async fn answer_and_upload(&self, id: SnapshotId, manifest: String, reply: Option<Reply<Snapshot>>) {
-        let mut upload = std::pin::pin!(self.upload_snapshot(id, &manifest));
+        let mut upload = std::pin::pin!(self.upload(id, &manifest));
         let Some(reply) = reply else { return upload.await };
         let uploaded = tokio::select! {
             biased;
@@ -381,7 +379,7 @@ impl EngineCore {
     }
 
     /// Brings a READY snapshot to the durable place, however long that takes; until it is deleted or the engine stops.
-    async fn upload_snapshot(&self, id: SnapshotId, manifest: &str) {
+    async fn upload(&self, id: SnapshotId, manifest: &str) {
         let mut backoff = self.shared.backoff();
         loop {
             let result = tokio::select! {
@@ -403,7 +401,7 @@ impl EngineCore {
                     Ok(())
                 }
             };
-            match self.change_snapshot(id, outcome).await {
+            match self.change(id, outcome).await {
                 Err(error) if error.code == Code::SnapshotNotFound => return,
                 Ok(_) if result.is_ok() => return,
                 _ => tracing::warn!(snapshot = %id, ?result, "a snapshot is not durable yet; trying again"),
@@ -447,7 +445,7 @@ impl EngineCore {
 
     /// Removes every blob that no snapshot needs.
     pub(crate) async fn free_blobs(&self) -> Result<(), Error> {
-        let _gate = self.snapshots.blobs.write().await;
+        let _gate = self.gate.write().await;
         let snapshots = self.shared.store.all_snapshots().await.map_err(store_error)?;
         let kept = snapshots.into_iter().filter(|of| of.state != SnapshotState::Deleting && !of.manifest.is_empty());
         let manifests: Vec<String> = kept.map(|of| of.manifest).collect();
@@ -457,37 +455,40 @@ impl EngineCore {
     }
 
     fn keep_deleting(self: &Arc<Self>, id: SnapshotId) {
-        let engine = self.clone();
+        let snapshots = self.clone();
         self.shared.background(async move {
-            engine.shared.insist("a snapshot could not be deleted", || engine.finish_delete(id)).await;
+            snapshots.shared.insist("a snapshot could not be deleted", || snapshots.finish_delete(id)).await;
         });
     }
 
     /// Has a look soon at whether the snapshot has expired, or when it will.
-    pub(crate) fn look_at_snapshot(&self, id: SnapshotId) {
+    pub(crate) fn look_at(&self, id: SnapshotId) {
         self.shared.deadlines.set(Sleeper::Snapshot(id), Some(self.shared.clock.now()));
     }
 
     /// Deletes a snapshot whose time has come, unless something needs it: then its end is when this is asked again.
-    pub(crate) fn expire_snapshot(self: &Arc<Self>, id: SnapshotId) {
-        let engine = self.clone();
+    pub(crate) fn expire(self: &Arc<Self>, id: SnapshotId) {
+        let snapshots = self.clone();
         self.shared.background(async move {
-            let now = engine.shared.clock.now();
-            let due = match engine.shared.store.snapshot(id).await {
+            let now = snapshots.shared.clock.now();
+            let due = match snapshots.shared.store.snapshot(id).await {
                 Ok(Some(snapshot)) if snapshot.kind != SnapshotKind::Pause => snapshot.expires_at,
                 Ok(_) => return,
-                Err(_) => Some(now.saturating_add(engine.shared.config.retry_max_ms)),
+                Err(_) => Some(now.saturating_add(snapshots.shared.config.retry_max_ms)),
             };
             if due.is_none_or(|at| at > now) {
-                return engine.shared.deadlines.set(Sleeper::Snapshot(id), due);
+                return snapshots.shared.deadlines.set(Sleeper::Snapshot(id), due);
             }
-            match engine.begin_delete(id, |of| of.expires_at.is_some_and(|at| at <= now)).await {
+            match snapshots.begin_delete(id, |of| of.expires_at.is_some_and(|at| at <= now)).await {
                 Ok(_) => {
-                    engine.shared.insist("an expired snapshot could not be deleted", || engine.finish_delete(id)).await;
+                    snapshots
+                        .shared
+                        .insist("an expired snapshot could not be deleted", || snapshots.finish_delete(id))
+                        .await;
                 }
                 Err(error) if error.code == Code::Internal => {
-                    let again = now.saturating_add(engine.shared.config.retry_max_ms);
-                    engine.shared.deadlines.set(Sleeper::Snapshot(id), Some(again));
+                    let again = now.saturating_add(snapshots.shared.config.retry_max_ms);
+                    snapshots.shared.deadlines.set(Sleeper::Snapshot(id), Some(again));
                 }
                 Err(_) => {}
             }
@@ -495,35 +496,68 @@ impl EngineCore {
     }
 
     /// Goes on with a snapshot where the last server stopped.
-    pub(crate) fn recover_snapshot(self: &Arc<Self>, snapshot: Snapshot) {
-        let (engine, id) = (self.clone(), snapshot.id);
+    pub(crate) fn recover(self: &Arc<Self>, snapshot: Snapshot) {
+        let (snapshots, id) = (self.clone(), snapshot.id);
         match (snapshot.kind, snapshot.state) {
             (SnapshotKind::Pause, _) => {}
             (_, SnapshotState::Creating) => self.shared.background(async move {
                 let result = match snapshot.copied {
-                    true => engine.store_copy(id, snapshot.image_id).await,
+                    true => snapshots.store_copy(id, snapshot.image_id).await,
                     false => {
                         let reason = "the server stopped before the disk was copied";
                         Err(Error::new(Code::SnapshotFailed, reason))
                     }
                 };
                 match result {
-                    Ok(stored) => engine.upload_snapshot(id, &stored.manifest).await,
+                    Ok(stored) => snapshots.upload(id, &stored.manifest).await,
                     Err(error) => {
-                        if engine.record_failure(id, &error).await {
-                            engine.clean_up(id, snapshot.image_id).await;
+                        if snapshots.record_failure(id, &error).await {
+                            snapshots.clean_up(id, snapshot.image_id).await;
                         }
                     }
                 }
             }),
             (_, SnapshotState::Ready) => {
-                self.look_at_snapshot(id);
+                self.look_at(id);
                 if snapshot.durability != Durability::Durable {
-                    self.shared.background(async move { engine.upload_snapshot(id, &snapshot.manifest).await });
+                    self.shared.background(async move { snapshots.upload(id, &snapshot.manifest).await });
                 }
             }
-            (_, SnapshotState::Failed) => self.look_at_snapshot(id),
+            (_, SnapshotState::Failed) => self.look_at(id),
             (_, SnapshotState::Deleting) => self.keep_deleting(id),
         }
+    }
+}
+
+fn in_use(detail: &str) -> Error {
+    Error::new(Code::SnapshotInUse, detail)
+}
+
+/// What its session is to remember of a change of a snapshot.
+fn outcome(before: SnapshotState, snapshot: &Snapshot) -> Option<EventKind> {
+    let snapshot_id = snapshot.id;
+    match (before, snapshot.state) {
+        (SnapshotState::Creating, SnapshotState::Ready) => Some(EventKind::SnapshotCreated { snapshot_id }),
+        (SnapshotState::Creating, SnapshotState::Failed) => {
+            Some(EventKind::SnapshotFailed { snapshot_id, cause: snapshot.failure_reason.clone() })
+        }
+        _ => None,
+    }
+}
+
+fn not_ready(snapshot: &Snapshot) -> Error {
+    let detail = match (snapshot.kind, snapshot.state) {
+        (SnapshotKind::Pause, _) => "the disk of a paused session is not kept as blobs".to_owned(),
+        (_, SnapshotState::Failed) => format!("it failed: {}", snapshot.failure_reason),
+        _ => "it is being created".to_owned(),
+    };
+    Error::new(Code::SnapshotNotReady, detail)
+}
+
+fn blob_error(error: BlobError) -> Error {
+    match error {
+        BlobError::Missing(_) | BlobError::Corrupt(_) => Error::new(Code::SnapshotDamaged, error.to_string()),
+        BlobError::Exhausted(limit) => Error::new(Code::CapacityUnavailable, limit.name()),
+        BlobError::Failed(reason) => Error::new(Code::SnapshotFailed, reason),
     }
 }

@@ -159,7 +159,7 @@ impl Actor {
         self.slot = None;
         if let Some(id) = self.session.source_snapshot_id {
             // It may have expired while this session kept it.
-            self.engine.look_at_snapshot(id);
+            self.engine.snapshots.look_at(id);
         }
         for execution in interrupted {
             self.executions.publish(execution);

@@ -229,7 +229,7 @@ async fn create(
         DiskPreparation::Image(image) => DiskOrigin::Image(image),
         DiskPreparation::Snapshot { manifest, image } => {
             let path = engine.shared.host.prepare_image(image).await.map_err(creation_failure)?;
-            engine.blobs.restore(&manifest, &path).await.map_err(restore_failure)?;
+            engine.snapshots.restore(&manifest, &path).await.map_err(restore_failure)?;
             DiskOrigin::Image(image)
         }
         DiskPreparation::Pause { session, snapshot_id, image } => {
