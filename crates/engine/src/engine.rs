@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::{ExecutionId, SessionId, SnapshotId, VolumeId, WorkspaceId};
+use nagaya_api::ids::{ExecutionId, PreviewId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::access::{Access, Caller};
@@ -18,16 +18,17 @@ use crate::errors::{guest_error, store_error};
 use crate::event_log::{CommandLog, EventFollower, Events};
 use crate::handle::{Exit, InUse, Job, Message, SessionHandle};
 use crate::model::{
-    Attachment, Event, EventKind, Execution, ExecutionStatus, Session, SessionState, Snapshot, UnixMs, Volume,
+    Attachment, Binding, Event, EventKind, Execution, ExecutionStatus, Session, SessionState, Snapshot, UnixMs, Volume,
     Workspace, WorkspaceSettings,
 };
-use crate::open::OpenSession;
+use crate::open::{OpenSession, PreviewConnection};
 use crate::ports::{Ended, HostEvent, ImageReader, Ports, ProcessEvent, SessionQuery};
-use crate::preview_table::Previews;
+use crate::previews::Previews;
 use crate::registry::{Found, Registry};
 use crate::requests::{
-    Certificate, ListSessions, ListSnapshots, ListVolumes, NewExecution, NewMount, NewSnapshot, NewVolume,
-    SessionUpdate, SnapshotUpdate, Usage, VolumeUpdate, WorkspaceSettingsUpdate,
+    Certificate, ListPreviews, ListSessions, ListSnapshots, ListVolumes, NewExecution, NewExposure, NewMount,
+    NewPreview, NewSnapshot, NewVolume, OpenPreview, PreviewTarget, PreviewUrl, SessionUpdate, SnapshotUpdate, Usage,
+    VolumeUpdate, WorkspaceSettingsUpdate,
 };
 use crate::session::{Request, check};
 use crate::shared::{Shared, certificate_key};
@@ -69,16 +70,16 @@ impl Engine {
             volumes.clone(),
             blobs,
         );
+        let previews = Previews::new(shared.clone(), registry.clone(), ingress, &records.previews);
         let inner = Arc::new(EngineCore {
             registry,
             events,
             shared,
             workspaces,
             creates,
-            ingress,
             snapshots: Arc::new(snapshots),
             volumes,
-            previews: Previews::load(&records.previews),
+            previews: Arc::new(previews),
         });
         let ends: Vec<_> = inner.shared.drivers.all().map(|(_, driver)| driver.ends()).collect();
         let news = inner.shared.host.events();
@@ -476,6 +477,97 @@ impl Engine {
     pub fn take_source_stops(&self) -> Vec<u64> {
         self.0.snapshots.take_source_stops()
     }
+
+    /// Makes a port reachable from outside, or changes until when it is.
+    pub async fn expose_port(&self, caller: &Caller, id: SessionId, new: NewExposure) -> Result<PreviewUrl, Error> {
+        self.0.previews.expose(caller, id, new).await
+    }
+
+    /// Takes a port off the outside. Named previews that led there stay, unbound. It is idempotent.
+    pub async fn unexpose_port(&self, caller: &Caller, id: SessionId, port: u16) -> Result<(), Error> {
+        self.0.previews.unexpose(caller, id, port).await
+    }
+
+    /// What leads to a session that has not ended, private previews aside.
+    pub async fn exposed_ports(&self, caller: &Caller, id: SessionId) -> Result<Vec<PreviewUrl>, Error> {
+        self.0.previews.exposed(caller, id).await
+    }
+
+    /// Makes a preview under a name of the caller's choice, which outlives sessions.
+    pub async fn create_preview(&self, caller: &Caller, new: NewPreview) -> Result<PreviewUrl, Error> {
+        self.0.previews.create(caller, new).await
+    }
+
+    pub async fn preview(&self, caller: &Caller, id: PreviewId) -> Result<PreviewUrl, Error> {
+        self.0.previews.get(caller, id)
+    }
+
+    pub async fn preview_by_slug(&self, caller: &Caller, slug: &str) -> Result<PreviewUrl, Error> {
+        self.0.previews.get_by_slug(caller, slug)
+    }
+
+    /// One page of named previews, newest first, and the token of the next page; empty at the end.
+    pub async fn list_previews(&self, caller: &Caller, list: ListPreviews) -> Result<(Vec<PreviewUrl>, String), Error> {
+        self.0.previews.list(caller, list).await
+    }
+
+    /// Leads a named preview to a port of a session; from elsewhere, if it led there. Visits under way are not touched.
+    pub async fn bind_preview(
+        &self,
+        caller: &Caller,
+        id: PreviewId,
+        binding: Binding,
+        expires_at: Option<UnixMs>,
+    ) -> Result<PreviewUrl, Error> {
+        self.0.previews.bind(caller, id, binding, expires_at).await
+    }
+
+    /// Lets a named preview lead nowhere. It is idempotent.
+    pub async fn unbind_preview(&self, caller: &Caller, id: PreviewId) -> Result<PreviewUrl, Error> {
+        self.0.previews.unbind(caller, id).await
+    }
+
+    pub async fn delete_preview(&self, caller: &Caller, id: PreviewId) -> Result<(), Error> {
+        self.0.previews.delete(caller, id).await
+    }
+
+    /// Lets a visitor in who knows the preview's label, and has its viewer token if it is private. Waits until the
+    /// session runs, and resumes it where visits may. While the answer lives the session is in use.
+    ///
+    /// - `preview_not_found`: there is no such label, or its time is over;
+    /// - `preview_private`: it is private, and the token is missing, expired or for another one;
+    /// - `preview_unbound`: it leads nowhere now;
+    /// - `session_terminated`: the session that it led to has ended;
+    /// - `inbound_disabled`: the session does not let itself be reached;
+    /// - `preview_paused`: the session is stopped and not to be woken; the detail tells its state;
+    /// - `session_not_running`: it is on its way from one state to another, and that takes too long;
+    /// - what a resume is refused with: `quota_exceeded`, `capacity_unavailable`, `resume_failed`;
+    /// - `guest_unreachable`, `draining`.
+    pub async fn enter_preview(&self, label: &str, viewer_token: Option<&str>) -> Result<PreviewConnection, Error> {
+        self.0.previews.enter(label, viewer_token).await
+    }
+
+    /// Opens a private preview of a port for whoever gets the token. Without `expires_at` it stays open while it is
+    /// visited or touched, within the token's longest life.
+    pub async fn open_preview(
+        &self,
+        caller: &Caller,
+        id: SessionId,
+        port: u16,
+        expires_at: Option<UnixMs>,
+    ) -> Result<OpenPreview, Error> {
+        self.0.previews.open(caller, id, port, expires_at).await
+    }
+
+    /// Notes that somebody looks at a preview: its session is in use, and a private one stays open. Returns when that was.
+    pub async fn touch_preview(&self, caller: &Caller, token: &str) -> Result<UnixMs, Error> {
+        self.0.previews.touch(caller, token).await
+    }
+
+    /// Where the token of a preview leads: a viewer token, or the label that stands in its URL.
+    pub async fn resolve_preview_token(&self, caller: &Caller, token: &str) -> Result<PreviewTarget, Error> {
+        self.0.previews.resolve_token(caller, token)
+    }
 }
 
 impl EngineCore {
@@ -534,7 +626,7 @@ impl EngineCore {
                     }
                 }
                 Sleeper::Snapshot(id) => engine.snapshots.expire(id),
-                Sleeper::Preview(id) => engine.expire_preview(id),
+                Sleeper::Preview(id) => engine.previews.expire(id),
             };
             engine.shared.deadlines.run(&*engine.shared.clock, &engine.shared.tasks, wake).await;
         });

@@ -6,8 +6,8 @@ use tokio::sync::Semaphore;
 
 use crate::event_log::Events;
 use crate::model::{DiskOrigin, SandboxSpec, Session};
-use crate::ports::{DriverError, Ingress};
-use crate::preview_table::Previews;
+use crate::ports::DriverError;
+use crate::previews::Previews;
 use crate::registry::Registry;
 use crate::shared::Shared;
 use crate::snapshots::Snapshots;
@@ -18,11 +18,10 @@ pub(crate) struct EngineCore {
     pub(crate) shared: Arc<Shared>,
     pub(crate) workspaces: Arc<Workspaces>,
     pub(crate) events: Arc<Events>,
-    pub(crate) ingress: Arc<dyn Ingress>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) snapshots: Arc<Snapshots>,
     pub(crate) volumes: Arc<Volumes>,
-    pub(crate) previews: Previews,
+    pub(crate) previews: Arc<Previews>,
     pub(crate) creates: Semaphore,
 }
 

@@ -26,8 +26,6 @@ mod handle;
 pub mod model;
 mod open;
 pub mod ports;
-mod preview_access;
-mod preview_table;
 mod previews;
 mod query;
 mod recovery;

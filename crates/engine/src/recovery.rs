@@ -79,7 +79,7 @@ pub(crate) async fn recover(engine: &Arc<EngineCore>, records: Records) -> Resul
         attempts.push(attempt);
     }
     engine.await_attempts(attempts).await;
-    engine.recover_previews(records.previews).await;
+    engine.previews.recover(records.previews).await;
     records.volumes.into_iter().for_each(|volume| engine.volumes.recover(volume));
     records.snapshots.into_iter().for_each(|snapshot| engine.snapshots.recover(snapshot));
     let freeing = engine.clone();

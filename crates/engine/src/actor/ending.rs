@@ -155,7 +155,7 @@ impl Actor {
         }
         // In this order: whoever learns that it has ended finds its quota free and its record in the store.
         self.engine.registry.live.remove(self.session.id);
-        self.engine.end_previews_of(self.session.id);
+        self.engine.previews.session_ended(self.session.id);
         self.slot = None;
         if let Some(id) = self.session.source_snapshot_id {
             // It may have expired while this session kept it.

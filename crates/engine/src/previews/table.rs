@@ -9,11 +9,7 @@ use crate::model::{Preview, UnixMs};
 
 /// All previews of the server.
 #[derive(Default)]
-pub(crate) struct Previews {
-    table: Mutex<Table>,
-    /// Held from a look at the table to the ingress's answer, by whoever makes, changes or removes a preview.
-    pub(crate) quiet: tokio::sync::Mutex<()>,
-}
+pub(super) struct PreviewTable(Mutex<Table>);
 
 #[derive(Default)]
 struct Table {
@@ -22,7 +18,7 @@ struct Table {
 }
 
 #[derive(Clone)]
-pub(crate) struct Known {
+pub(super) struct Known {
     /// As last committed.
     preview: Preview,
     /// Empty until the ingress has published it.
@@ -31,39 +27,39 @@ pub(crate) struct Known {
     noted_at: UnixMs,
 }
 
-impl Previews {
+impl PreviewTable {
     /// What was recorded before the start.
-    pub(crate) fn load(previews: &[Preview]) -> Self {
+    pub(super) fn load(previews: &[Preview]) -> Self {
         let table = Self::default();
         previews.iter().for_each(|preview| table.put(preview.clone()));
         table
     }
 
     fn with<T>(&self, action: impl FnOnce(&mut Table) -> T) -> T {
-        action(&mut self.table.lock().expect("no holder of this lock panics"))
+        action(&mut self.0.lock().expect("no holder of this lock panics"))
     }
 
-    pub(crate) fn get(&self, id: PreviewId) -> Option<Preview> {
+    pub(super) fn get(&self, id: PreviewId) -> Option<Preview> {
         self.with(|table| table.known.get(&id).map(|known| known.preview.clone()))
     }
 
-    pub(crate) fn labelled(&self, label: &str) -> Option<Preview> {
+    pub(super) fn labelled(&self, label: &str) -> Option<Preview> {
         self.with(|table| table.by_label.get(label).and_then(|id| table.known.get(id)).map(|of| of.preview.clone()))
     }
 
-    pub(crate) fn url(&self, id: PreviewId) -> String {
+    pub(super) fn url(&self, id: PreviewId) -> String {
         self.with(|table| table.known.get(&id).map(|known| known.url.clone()).unwrap_or_default())
     }
 
-    pub(crate) fn filter(&self, wanted: impl Fn(&Preview) -> bool) -> Vec<Preview> {
+    pub(super) fn filter(&self, wanted: impl Fn(&Preview) -> bool) -> Vec<Preview> {
         self.with(|table| table.known.values().map(|of| &of.preview).filter(|of| wanted(of)).cloned().collect())
     }
 
-    pub(crate) fn bound_to(&self, session_id: SessionId) -> Vec<Preview> {
+    pub(super) fn bound_to(&self, session_id: SessionId) -> Vec<Preview> {
         self.filter(|of| of.binding.is_some_and(|binding| binding.session_id == session_id))
     }
 
-    pub(crate) fn put(&self, preview: Preview) {
+    pub(super) fn put(&self, preview: Preview) {
         self.with(|table| {
             table.by_label.insert(preview.label.clone(), preview.id);
             let accessed_at = preview.last_accessed_at.unwrap_or_default();
@@ -75,19 +71,19 @@ impl Previews {
         });
     }
 
-    /// Whether a visit now is to be written down, because the last one that was is this long ago. PendingMount once for each.
-    pub(crate) fn note_visit(&self, id: PreviewId, now: UnixMs, every_ms: u64) -> bool {
+    /// Whether a visit now is to be written down, because the last one that was is this long ago. True once for each.
+    pub(super) fn note_visit(&self, id: PreviewId, now: UnixMs, every_ms: u64) -> bool {
         self.with(|table| {
             let known = table.known.get_mut(&id).filter(|known| now.saturating_sub(known.noted_at) >= every_ms);
             known.map(|known| known.noted_at = now).is_some()
         })
     }
 
-    pub(crate) fn set_url(&self, id: PreviewId, url: String) {
+    pub(super) fn set_url(&self, id: PreviewId, url: String) {
         self.with(|table| table.known.get_mut(&id).map(|known| known.url = url));
     }
 
-    pub(crate) fn remove(&self, preview: &Preview) {
+    pub(super) fn remove(&self, preview: &Preview) {
         self.with(|table| {
             table.known.remove(&preview.id);
             table.by_label.remove(&preview.label);

@@ -5,13 +5,12 @@ use std::sync::Arc;
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::SessionId;
 
+use super::{Previews, is_over};
 use crate::access::{Access, Caller};
 use crate::deadlines::Sleeper;
-use crate::engine_core::{Engine, EngineCore};
 use crate::model::{Binding, Preview, PreviewKind, PreviewState, SessionState, UnixMs};
 use crate::open::PreviewConnection;
 use crate::ports::Change;
-use crate::previews::is_over;
 use crate::requests::{OpenPreview, PreviewTarget};
 use crate::validate;
 
@@ -19,94 +18,80 @@ use crate::validate;
 /// preview open.
 const VISIT_NOTED_MS: u64 = 60_000;
 
-impl Engine {
-    /// Lets a visitor in who knows the preview's label, and has its viewer token if it is private. Waits until the
-    /// session runs, and resumes it where visits may. While the answer lives the session is in use.
-    ///
-    /// - `preview_not_found`: there is no such label, or its time is over;
-    /// - `preview_private`: it is private, and the token is missing, expired or for another one;
-    /// - `preview_unbound`: it leads nowhere now;
-    /// - `session_terminated`: the session that it led to has ended;
-    /// - `inbound_disabled`: the session does not let itself be reached;
-    /// - `preview_paused`: the session is stopped and not to be woken; the detail tells its state;
-    /// - `session_not_running`: it is on its way from one state to another, and that takes too long;
-    /// - what a resume is refused with: `quota_exceeded`, `capacity_unavailable`, `resume_failed`;
-    /// - `guest_unreachable`, `draining`.
-    pub async fn enter_preview(&self, label: &str, viewer_token: Option<&str>) -> Result<PreviewConnection, Error> {
-        let inner = &self.0;
-        inner.shared.tasks.check()?;
-        let now = inner.shared.clock.now();
-        let preview = inner.previews.labelled(label).filter(|of| of.state == PreviewState::Live);
+impl Previews {
+    pub(crate) async fn enter(
+        self: &Arc<Self>,
+        label: &str,
+        viewer_token: Option<&str>,
+    ) -> Result<PreviewConnection, Error> {
+        self.shared.tasks.check()?;
+        let now = self.shared.clock.now();
+        let preview = self.table.labelled(label).filter(|of| of.state == PreviewState::Live);
         let preview = preview.ok_or(Code::PreviewNotFound)?;
         if is_over(&preview, now) {
             let named = preview.kind == PreviewKind::Named;
             return Err(if named { Code::PreviewUnbound } else { Code::PreviewNotFound }.into());
         }
         let open_until = match preview.kind {
-            PreviewKind::Private => Some(inner.check_viewer(&preview, viewer_token, now)?),
+            PreviewKind::Private => Some(self.check_viewer(&preview, viewer_token, now)?),
             PreviewKind::Exposed | PreviewKind::Named => None,
         };
         let binding = preview.binding.ok_or(Code::PreviewUnbound)?;
-        let live = inner.registry.live.get(binding.session_id).ok_or(Code::SessionTerminated)?;
+        let live = self.registry.live.get(binding.session_id).ok_or(Code::SessionTerminated)?;
         // Named ones may be bound to it nevertheless.
         if !live.published.borrow().inbound {
             return Err(Code::InboundDisabled.into());
         }
-        let (activity, guest) = inner.registry.reach(&live).await.map_err(|error| asleep(error, live.state()))?;
-        inner.note_visit(&preview, open_until, now);
+        let (activity, guest) = self.registry.reach(&live).await.map_err(|error| asleep(error, live.state()))?;
+        self.note_visit(&preview, open_until, now);
         let Binding { session_id, port } = binding;
         Ok(PreviewConnection { preview_id: preview.id, session_id, port, guest, _activity: activity })
     }
 
-    /// Opens a private preview of a port for whoever gets the token. Without `expires_at` it stays open while it is
-    /// visited or touched, within the token's longest life.
-    pub async fn open_preview(
-        &self,
+    pub(crate) async fn open(
+        self: &Arc<Self>,
         caller: &Caller,
         id: SessionId,
         port: u16,
         expires_at: Option<UnixMs>,
     ) -> Result<OpenPreview, Error> {
         validate::port(port)?;
-        validate::expires_at(expires_at, self.0.shared.clock.now())?;
-        self.0.find_inbound(caller, id).await?;
-        let (inner, caller) = (self.0.clone(), *caller);
+        validate::expires_at(expires_at, self.shared.clock.now())?;
+        self.find_inbound(caller, id).await?;
+        let (previews, caller) = (self.clone(), *caller);
         let binding = Binding { session_id: id, port };
-        self.0
-            .shared
+        self.shared
             .detached(async move {
-                let _quiet = inner.previews_quiet().await;
-                let now = inner.shared.clock.now();
-                let longest = now.saturating_add(inner.shared.config.viewer_token_ttl_max_ms);
+                let _quiet = previews.quiet().await;
+                let now = previews.shared.clock.now();
+                let longest = now.saturating_add(previews.shared.config.viewer_token_ttl_max_ms);
                 let token_ends_at = expires_at.unwrap_or(longest).min(longest);
-                let ends_at = expires_at.map_or(inner.idle_end(token_ends_at, now), |_| token_ends_at);
-                let mut preview = inner.unnamed(&caller, PreviewKind::Private, binding);
+                let ends_at = expires_at.map_or(previews.idle_end(token_ends_at, now), |_| token_ends_at);
+                let mut preview = previews.unnamed(&caller, PreviewKind::Private, binding);
                 // Tokens given before stay good.
                 preview.expires_at = Some(preview.expires_at.map_or(ends_at, |at| at.max(ends_at)));
                 preview.binding = Some(binding);
-                let made = inner.put_preview(preview).await?;
-                let viewer_token = inner.shared.access.viewer_token(made.preview.id, token_ends_at);
+                let made = previews.put(preview).await?;
+                let viewer_token = previews.shared.access.viewer_token(made.preview.id, token_ends_at);
                 Ok(OpenPreview { preview: made.preview, url: made.url, viewer_token, expires_at: ends_at })
             })
             .await
     }
 
-    /// Notes that somebody looks at a preview: its session is in use, and a private one stays open. Returns when that was.
-    pub async fn touch_preview(&self, caller: &Caller, token: &str) -> Result<UnixMs, Error> {
-        let (preview, open_until) = self.0.find_by_token(caller, token)?;
-        let now = self.0.shared.clock.now();
-        if let Some(live) = preview.binding.and_then(|binding| self.0.registry.live.get(binding.session_id)) {
+    pub(crate) async fn touch(self: &Arc<Self>, caller: &Caller, token: &str) -> Result<UnixMs, Error> {
+        let (preview, open_until) = self.find_by_token(caller, token)?;
+        let now = self.shared.clock.now();
+        if let Some(live) = preview.binding.and_then(|binding| self.registry.live.get(binding.session_id)) {
             live.touch(now);
         }
-        let inner = self.0.clone();
-        self.0.shared.detached(async move { inner.record_visit(preview, open_until, now).await }).await?;
+        let previews = self.clone();
+        self.shared.detached(async move { previews.record_visit(preview, open_until, now).await }).await?;
         Ok(now)
     }
 
-    /// Where the token of a preview leads: a viewer token, or the label that stands in its URL.
-    pub async fn resolve_preview_token(&self, caller: &Caller, token: &str) -> Result<PreviewTarget, Error> {
-        let (preview, _) = self.0.find_by_token(caller, token)?;
-        let live = preview.binding.and_then(|binding| self.0.registry.live.get(binding.session_id));
+    pub(crate) fn resolve_token(&self, caller: &Caller, token: &str) -> Result<PreviewTarget, Error> {
+        let (preview, _) = self.find_by_token(caller, token)?;
+        let live = preview.binding.and_then(|binding| self.registry.live.get(binding.session_id));
         let is_offline = !live.is_some_and(|live| live.state() == SessionState::Running);
         Ok(PreviewTarget { preview, is_offline })
     }
@@ -123,7 +108,7 @@ fn asleep(error: Error, state: SessionState) -> Error {
     }
 }
 
-impl EngineCore {
+impl Previews {
     /// When a private preview closes that nobody looks at from now on.
     fn idle_end(&self, token_ends_at: UnixMs, now: UnixMs) -> UnixMs {
         now.saturating_add(self.shared.config.private_preview_ttl_ms).min(token_ends_at)
@@ -144,10 +129,10 @@ impl EngineCore {
             true => {
                 let (id, ends_at) =
                     self.shared.access.viewed(token, now).map_err(|_| Error::from(Code::PreviewNotFound))?;
-                (self.previews.get(id), Some(ends_at))
+                (self.table.get(id), Some(ends_at))
             }
             // Who knows no more than the label of a private preview does not keep it open.
-            false => (self.previews.labelled(token), None),
+            false => (self.table.labelled(token), None),
         };
         let mine = |of: &Preview| of.workspace_id == caller.workspace_id && of.state == PreviewState::Live;
         let gone = |of: &Preview| of.kind != PreviewKind::Named && is_over(of, now);
@@ -158,13 +143,13 @@ impl EngineCore {
     /// Writes a visit down, now and then, while the visitor goes on.
     fn note_visit(self: &Arc<Self>, preview: &Preview, open_until: Option<UnixMs>, now: UnixMs) {
         let every_ms = VISIT_NOTED_MS.min(self.shared.config.private_preview_ttl_ms / 4);
-        if !self.previews.note_visit(preview.id, now, every_ms) {
+        if !self.table.note_visit(preview.id, now, every_ms) {
             return;
         }
-        let (engine, preview) = (self.clone(), preview.clone());
+        let (previews, preview) = (self.clone(), preview.clone());
         self.shared.background(async move {
             // Nobody waits for it; a later visit tries again.
-            if let Err(error) = engine.record_visit(preview, open_until, now).await {
+            if let Err(error) = previews.record_visit(preview, open_until, now).await {
                 tracing::warn!(%error, "a visit to a preview was not recorded");
             }
         });
@@ -172,8 +157,8 @@ impl EngineCore {
 
     /// Records a visit, and keeps a private preview open as far as the visitor's token reaches.
     async fn record_visit(&self, seen: Preview, open_until: Option<UnixMs>, now: UnixMs) -> Result<(), Error> {
-        let _quiet = self.previews_quiet().await;
-        let Some(mut preview) = self.previews.get(seen.id) else { return Ok(()) };
+        let _quiet = self.quiet().await;
+        let Some(mut preview) = self.table.get(seen.id) else { return Ok(()) };
         if preview.last_accessed_at.is_some_and(|at| at >= now) {
             return Ok(());
         }
@@ -183,7 +168,7 @@ impl EngineCore {
         }
         self.shared.write(vec![Change::Preview(preview.clone())]).await?;
         self.shared.deadlines.set(Sleeper::Preview(preview.id), preview.expires_at);
-        self.previews.put(preview);
+        self.table.put(preview);
         Ok(())
     }
 }

@@ -12,104 +12,126 @@
 //! looks at the session when it comes. A named preview stays bound to a session that has ended, and says so to visitors,
 //! until it is bound elsewhere.
 
+mod access;
+mod table;
+
 use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{PreviewId, SessionId};
+use tokio::sync::{Mutex, MutexGuard};
 
 use crate::access::Caller;
 use crate::deadlines::Sleeper;
-use crate::engine_core::{Engine, EngineCore};
 use crate::errors::store_error;
 use crate::model::{Binding, Preview, PreviewKind, PreviewState, UnixMs};
-use crate::ports::{Change, PreviewQuery};
-use crate::registry::Found;
+use crate::ports::{Change, Ingress, PreviewQuery};
+use crate::registry::{Found, Registry};
 use crate::requests::{ListPreviews, NewExposure, NewPreview, PreviewUrl};
 use crate::session::Request;
+use crate::shared::Shared;
 use crate::{query, validate};
 
-impl Engine {
-    /// Makes a port reachable from outside, or changes until when it is.
-    pub async fn expose_port(&self, caller: &Caller, id: SessionId, new: NewExposure) -> Result<PreviewUrl, Error> {
+use table::PreviewTable;
+
+/// The previews of the server.
+pub(crate) struct Previews {
+    shared: Arc<Shared>,
+    registry: Arc<Registry>,
+    ingress: Arc<dyn Ingress>,
+    table: PreviewTable,
+    quiet: Mutex<()>,
+}
+
+impl Previews {
+    /// With what was recorded before the start.
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        registry: Arc<Registry>,
+        ingress: Arc<dyn Ingress>,
+        previews: &[Preview],
+    ) -> Self {
+        Self { shared, registry, ingress, table: PreviewTable::load(previews), quiet: Mutex::default() }
+    }
+
+    pub(crate) async fn expose(
+        self: &Arc<Self>,
+        caller: &Caller,
+        id: SessionId,
+        new: NewExposure,
+    ) -> Result<PreviewUrl, Error> {
         validate::port(new.port)?;
-        validate::expires_at(new.expires_at, self.0.shared.clock.now())?;
+        validate::expires_at(new.expires_at, self.shared.clock.now())?;
         new.slug.as_deref().map_or(Ok(()), validate::slug)?;
-        self.0.find_inbound(caller, id).await?;
-        let (inner, caller) = (self.0.clone(), *caller);
+        self.find_inbound(caller, id).await?;
+        let (previews, caller) = (self.clone(), *caller);
         let binding = Binding { session_id: id, port: new.port };
-        self.0
-            .shared
+        self.shared
             .detached(async move {
-                let _quiet = inner.previews.quiet.lock().await;
+                let _quiet = previews.quiet().await;
                 let preview = match &new.slug {
-                    Some(slug) => inner.named(&caller, slug)?,
-                    None => inner.unnamed(&caller, PreviewKind::Exposed, binding),
+                    Some(slug) => previews.named(&caller, slug)?,
+                    None => previews.unnamed(&caller, PreviewKind::Exposed, binding),
                 };
-                inner.put_preview(Preview { binding: Some(binding), expires_at: new.expires_at, ..preview }).await
+                previews.put(Preview { binding: Some(binding), expires_at: new.expires_at, ..preview }).await
             })
             .await
     }
 
-    /// Takes a port off the outside. Named previews that led there stay, unbound. It is idempotent.
-    pub async fn unexpose_port(&self, caller: &Caller, id: SessionId, port: u16) -> Result<(), Error> {
+    pub(crate) async fn unexpose(self: &Arc<Self>, caller: &Caller, id: SessionId, port: u16) -> Result<(), Error> {
         validate::port(port)?;
-        self.0.registry.find(caller, id).await?;
-        let inner = self.0.clone();
-        self.0
-            .shared
+        self.registry.find(caller, id).await?;
+        let previews = self.clone();
+        self.shared
             .detached(async move {
-                let _quiet = inner.previews.quiet.lock().await;
+                let _quiet = previews.quiet().await;
                 let leads_there = |of: &Preview| of.binding == Some(Binding { session_id: id, port });
-                inner.release(inner.previews.filter(|of| leads_there(of) && of.kind != PreviewKind::Private)).await
+                previews.release(previews.table.filter(|of| leads_there(of) && of.kind != PreviewKind::Private)).await
             })
             .await
     }
 
-    /// What leads to a session that has not ended, private previews aside.
-    pub async fn exposed_ports(&self, caller: &Caller, id: SessionId) -> Result<Vec<PreviewUrl>, Error> {
-        if let Found::Ended(_) = self.0.registry.find(caller, id).await? {
+    pub(crate) async fn exposed(&self, caller: &Caller, id: SessionId) -> Result<Vec<PreviewUrl>, Error> {
+        if let Found::Ended(_) = self.registry.find(caller, id).await? {
             return Ok(Vec::new());
         }
-        let mut exposed = self.0.previews.bound_to(id);
+        let mut exposed = self.table.bound_to(id);
         exposed.retain(|of| of.kind != PreviewKind::Private && of.state == PreviewState::Live);
         exposed.sort_by_key(|of| (of.binding.map(|binding| binding.port), of.created_at, of.id));
-        Ok(exposed.into_iter().map(|preview| self.0.with_url(preview)).collect())
+        Ok(exposed.into_iter().map(|preview| self.with_url(preview)).collect())
     }
 
-    /// Makes a preview under a name of the caller's choice, which outlives sessions.
-    pub async fn create_preview(&self, caller: &Caller, new: NewPreview) -> Result<PreviewUrl, Error> {
-        self.0.shared.access.workspace(caller, new.workspace_id)?;
+    pub(crate) async fn create(self: &Arc<Self>, caller: &Caller, new: NewPreview) -> Result<PreviewUrl, Error> {
+        self.shared.access.workspace(caller, new.workspace_id)?;
         validate::slug(&new.slug)?;
-        validate::expires_at(new.expires_at, self.0.shared.clock.now())?;
+        validate::expires_at(new.expires_at, self.shared.clock.now())?;
         if let Some(binding) = new.binding {
             validate::port(binding.port)?;
-            self.0.registry.find_live(caller, binding.session_id, Request::Change).await?;
+            self.registry.find_live(caller, binding.session_id, Request::Change).await?;
         }
-        let (inner, caller) = (self.0.clone(), *caller);
-        self.0
-            .shared
+        let (previews, caller) = (self.clone(), *caller);
+        self.shared
             .detached(async move {
-                let _quiet = inner.previews.quiet.lock().await;
-                if inner.previews.labelled(&new.slug).is_some() {
+                let _quiet = previews.quiet().await;
+                if previews.table.labelled(&new.slug).is_some() {
                     return Err(Code::SlugTaken.into());
                 }
-                let preview = inner.new_preview(&caller, PreviewKind::Named, new.slug);
-                inner.put_preview(Preview { binding: new.binding, expires_at: new.expires_at, ..preview }).await
+                let preview = previews.new_preview(&caller, PreviewKind::Named, new.slug);
+                previews.put(Preview { binding: new.binding, expires_at: new.expires_at, ..preview }).await
             })
             .await
     }
 
-    pub async fn preview(&self, caller: &Caller, id: PreviewId) -> Result<PreviewUrl, Error> {
-        self.0.find_named(caller, self.0.previews.get(id)).map(|preview| self.0.with_url(preview))
+    pub(crate) fn get(&self, caller: &Caller, id: PreviewId) -> Result<PreviewUrl, Error> {
+        self.find_named(caller, self.table.get(id)).map(|preview| self.with_url(preview))
     }
 
-    pub async fn preview_by_slug(&self, caller: &Caller, slug: &str) -> Result<PreviewUrl, Error> {
-        self.0.find_named(caller, self.0.previews.labelled(slug)).map(|preview| self.0.with_url(preview))
+    pub(crate) fn get_by_slug(&self, caller: &Caller, slug: &str) -> Result<PreviewUrl, Error> {
+        self.find_named(caller, self.table.labelled(slug)).map(|preview| self.with_url(preview))
     }
 
-    /// One page of named previews, newest first, and the token of the next page; empty at the end.
-    pub async fn list_previews(&self, caller: &Caller, list: ListPreviews) -> Result<(Vec<PreviewUrl>, String), Error> {
-        let workspace = self.0.shared.access.workspace(caller, list.workspace_id)?;
+    pub(crate) async fn list(&self, caller: &Caller, list: ListPreviews) -> Result<(Vec<PreviewUrl>, String), Error> {
+        let workspace = self.shared.access.workspace(caller, list.workspace_id)?;
         let size = query::page_size(list.page_size)?;
         let query = PreviewQuery {
             workspace_id: Some(workspace.id),
@@ -118,78 +140,72 @@ impl Engine {
             before: query::parse_page_token(&list.page_token)?.map(|(at, id)| (at, PreviewId::from_uuid(id))),
             limit: size + 1,
         };
-        let mut previews = self.0.shared.store.previews(query).await.map_err(store_error)?;
+        let mut previews = self.shared.store.previews(query).await.map_err(store_error)?;
         let next = query::page(&mut previews, size, |last| (last.created_at, *last.id.as_uuid()));
         // One that is being made may still come to nothing.
         previews.retain(|of| of.state == PreviewState::Live);
-        Ok((previews.into_iter().map(|preview| self.0.with_url(preview)).collect(), next))
+        Ok((previews.into_iter().map(|preview| self.with_url(preview)).collect(), next))
     }
 
-    /// Leads a named preview to a port of a session; from elsewhere, if it led there. Visits under way are not touched.
-    pub async fn bind_preview(
-        &self,
+    pub(crate) async fn bind(
+        self: &Arc<Self>,
         caller: &Caller,
         id: PreviewId,
         binding: Binding,
         expires_at: Option<UnixMs>,
     ) -> Result<PreviewUrl, Error> {
         validate::port(binding.port)?;
-        validate::expires_at(expires_at, self.0.shared.clock.now())?;
-        self.0.find_named(caller, self.0.previews.get(id))?;
-        self.0.registry.find_live(caller, binding.session_id, Request::Change).await?;
-        self.change_preview(caller, id, move |preview| {
+        validate::expires_at(expires_at, self.shared.clock.now())?;
+        self.find_named(caller, self.table.get(id))?;
+        self.registry.find_live(caller, binding.session_id, Request::Change).await?;
+        self.change(caller, id, move |preview| {
             preview.binding = Some(binding);
             preview.expires_at = expires_at;
         })
         .await
     }
 
-    /// Lets a named preview lead nowhere. It is idempotent.
-    pub async fn unbind_preview(&self, caller: &Caller, id: PreviewId) -> Result<PreviewUrl, Error> {
-        self.change_preview(caller, id, |preview| (preview.binding, preview.expires_at) = (None, None)).await
+    pub(crate) async fn unbind(self: &Arc<Self>, caller: &Caller, id: PreviewId) -> Result<PreviewUrl, Error> {
+        self.change(caller, id, |preview| (preview.binding, preview.expires_at) = (None, None)).await
     }
 
-    async fn change_preview(
-        &self,
+    async fn change(
+        self: &Arc<Self>,
         caller: &Caller,
         id: PreviewId,
         change: impl FnOnce(&mut Preview) + Send + 'static,
     ) -> Result<PreviewUrl, Error> {
-        let (inner, caller) = (self.0.clone(), *caller);
-        self.0
-            .shared
+        let (previews, caller) = (self.clone(), *caller);
+        self.shared
             .detached(async move {
-                let _quiet = inner.previews.quiet.lock().await;
-                let mut preview = inner.find_named(&caller, inner.previews.get(id))?;
+                let _quiet = previews.quiet().await;
+                let mut preview = previews.find_named(&caller, previews.table.get(id))?;
                 change(&mut preview);
-                inner.put_preview(preview).await
+                previews.put(preview).await
             })
             .await
     }
 
-    pub async fn delete_preview(&self, caller: &Caller, id: PreviewId) -> Result<(), Error> {
-        let (inner, caller) = (self.0.clone(), *caller);
-        self.0
-            .shared
+    pub(crate) async fn delete(self: &Arc<Self>, caller: &Caller, id: PreviewId) -> Result<(), Error> {
+        let (previews, caller) = (self.clone(), *caller);
+        self.shared
             .detached(async move {
-                let _quiet = inner.previews.quiet.lock().await;
-                let preview = inner.find_named(&caller, inner.previews.get(id))?;
-                inner.forget_preview(&preview).await
+                let _quiet = previews.quiet().await;
+                let preview = previews.find_named(&caller, previews.table.get(id))?;
+                previews.forget(&preview).await
             })
             .await
     }
-}
 
-impl EngineCore {
     /// A session that has not ended, and lets itself be reached from outside.
-    pub(crate) async fn find_inbound(&self, caller: &Caller, id: SessionId) -> Result<(), Error> {
+    async fn find_inbound(&self, caller: &Caller, id: SessionId) -> Result<(), Error> {
         let live = self.registry.find_live(caller, id, Request::Change).await?;
         let inbound = live.published.borrow().inbound;
         if inbound { Ok(()) } else { Err(Code::InboundDisabled.into()) }
     }
 
     fn with_url(&self, preview: Preview) -> PreviewUrl {
-        PreviewUrl { url: self.previews.url(preview.id), preview }
+        PreviewUrl { url: self.table.url(preview.id), preview }
     }
 
     /// The one place where a caller's right to a named preview is checked.
@@ -218,7 +234,7 @@ impl EngineCore {
 
     /// The preview with this slug, or a new one.
     fn named(&self, caller: &Caller, slug: &str) -> Result<Preview, Error> {
-        match self.previews.labelled(slug) {
+        match self.table.labelled(slug) {
             // Whose it is, is nobody else's business.
             Some(preview) => self.find_named(caller, Some(preview)).map_err(|_| Code::SlugTaken.into()),
             None => Ok(self.new_preview(caller, PreviewKind::Named, slug.to_owned())),
@@ -226,9 +242,9 @@ impl EngineCore {
     }
 
     /// The session's preview of this kind and port, or a new one.
-    pub(crate) fn unnamed(&self, caller: &Caller, kind: PreviewKind, binding: Binding) -> Preview {
+    fn unnamed(&self, caller: &Caller, kind: PreviewKind, binding: Binding) -> Preview {
         let is_live = |of: &Preview| of.state == PreviewState::Live;
-        let existing = self.previews.filter(|of| of.kind == kind && of.binding == Some(binding) && is_live(of));
+        let existing = self.table.filter(|of| of.kind == kind && of.binding == Some(binding) && is_live(of));
         existing.into_iter().next().unwrap_or_else(|| {
             // 128 random bits: nobody guesses it, and no slug is the same.
             let label = format!("p{:032x}", u128::from_be_bytes(self.shared.random()));
@@ -236,20 +252,21 @@ impl EngineCore {
         })
     }
 
-    /// Waits until nobody else changes a preview.
-    pub(crate) async fn previews_quiet(&self) -> tokio::sync::MutexGuard<'_, ()> {
-        self.previews.quiet.lock().await
+    /// Waits until nobody else changes a preview. Held from a look at the table to the ingress's answer, by whoever makes,
+    /// changes or removes one.
+    async fn quiet(&self) -> MutexGuard<'_, ()> {
+        self.quiet.lock().await
     }
 
     /// Records a preview that is new or changed, and sees to it that it can be reached. For holders of the lock.
-    pub(crate) async fn put_preview(self: &Arc<Self>, mut preview: Preview) -> Result<PreviewUrl, Error> {
-        self.check_preview_limits(&preview)?;
+    async fn put(self: &Arc<Self>, mut preview: Preview) -> Result<PreviewUrl, Error> {
+        self.check_limits(&preview)?;
         preview.updated_at = self.shared.clock.now();
         let is_new = preview.state == PreviewState::Making;
         self.shared.write(vec![Change::Preview(preview.clone())]).await?;
-        self.previews.put(preview.clone());
-        if self.previews.url(preview.id).is_empty() {
-            match self.publish_preview(preview.clone()).await {
+        self.table.put(preview.clone());
+        if self.table.url(preview.id).is_empty() {
+            match self.publish(preview.clone()).await {
                 Ok(published) => preview = published,
                 Err(error) if is_new => {
                     self.keep_forgetting(preview);
@@ -264,19 +281,19 @@ impl EngineCore {
         if let Some(binding) = preview.binding
             && self.registry.live.get(binding.session_id).is_none()
         {
-            self.end_previews_of(binding.session_id);
+            self.session_ended(binding.session_id);
             return Err(Code::SessionTerminated.into());
         }
         Ok(self.with_url(preview))
     }
 
-    fn check_preview_limits(&self, preview: &Preview) -> Result<(), Error> {
-        let before = self.previews.get(preview.id);
+    fn check_limits(&self, preview: &Preview) -> Result<(), Error> {
+        let before = self.table.get(preview.id);
         if let Some(binding) = preview.binding.filter(|binding| {
             before.as_ref().and_then(|of| of.binding).is_none_or(|of| of.session_id != binding.session_id)
         }) {
             let max = self.shared.config.exposed_ports_max;
-            if self.previews.bound_to(binding.session_id).len() >= max as usize {
+            if self.table.bound_to(binding.session_id).len() >= max as usize {
                 return Err(Error::new(Code::PortLimit, format!("the server's exposed_ports_max is {max}")));
             }
         }
@@ -284,33 +301,33 @@ impl EngineCore {
             return Ok(());
         }
         let max = self.shared.config.previews_max;
-        if self.previews.filter(|_| true).len() >= max as usize {
+        if self.table.filter(|_| true).len() >= max as usize {
             return Err(Error::new(Code::CapacityUnavailable, format!("the server's previews_max is {max}")));
         }
         let Some(max) = self.shared.access.settings(preview.workspace_id).preview_urls_max else { return Ok(()) };
         let named = |of: &Preview| of.workspace_id == preview.workspace_id && of.kind == PreviewKind::Named;
-        if named(preview) && self.previews.filter(named).len() >= max as usize {
+        if named(preview) && self.table.filter(named).len() >= max as usize {
             return Err(Error::new(Code::QuotaExceeded, format!("the workspace's preview_urls_max is {max}")));
         }
         Ok(())
     }
 
     /// Makes a recorded preview reachable, and records the port that it got.
-    async fn publish_preview(&self, mut preview: Preview) -> Result<Preview, Error> {
+    async fn publish(&self, mut preview: Preview) -> Result<Preview, Error> {
         let published = self.ingress.publish(&preview.label, preview.ingress_port).await;
         let published = published.map_err(|reason| Error::new(Code::PreviewFailed, reason))?;
         if preview.state == PreviewState::Making || preview.ingress_port != published.port {
             (preview.state, preview.ingress_port) = (PreviewState::Live, published.port);
             // What is told must be what the next start publishes.
             self.shared.write(vec![Change::Preview(preview.clone())]).await?;
-            self.previews.put(preview.clone());
+            self.table.put(preview.clone());
         }
-        self.previews.set_url(preview.id, published.url);
+        self.table.set_url(preview.id, published.url);
         Ok(preview)
     }
 
     /// Lets previews lead nowhere any more: named ones are unbound, others removed. For holders of the lock.
-    pub(crate) async fn release(&self, previews: Vec<Preview>) -> Result<(), Error> {
+    async fn release(&self, previews: Vec<Preview>) -> Result<(), Error> {
         let now = self.shared.clock.now();
         let (named, others): (Vec<_>, Vec<_>) = previews.into_iter().partition(|of| of.kind == PreviewKind::Named);
         let unbound = |of: Preview| Preview { binding: None, expires_at: None, updated_at: now, ..of };
@@ -323,7 +340,7 @@ impl EngineCore {
         self.shared.write(changes).await?;
         for preview in named {
             self.shared.deadlines.set(Sleeper::Preview(preview.id), None);
-            self.previews.put(preview);
+            self.table.put(preview);
         }
         for preview in others {
             self.withdraw(&preview).await;
@@ -331,7 +348,7 @@ impl EngineCore {
         Ok(())
     }
 
-    async fn forget_preview(&self, preview: &Preview) -> Result<(), Error> {
+    async fn forget(&self, preview: &Preview) -> Result<(), Error> {
         self.shared.write(vec![Change::ForgetPreview(preview.id)]).await?;
         self.withdraw(preview).await;
         Ok(())
@@ -340,67 +357,67 @@ impl EngineCore {
     /// Takes a preview that is not recorded any more off the outside.
     async fn withdraw(&self, preview: &Preview) {
         self.shared.deadlines.set(Sleeper::Preview(preview.id), None);
-        self.previews.remove(preview);
+        self.table.remove(preview);
         self.ingress.withdraw(&preview.label).await;
     }
 
     /// Forgets a preview that nobody was told of, or that leads nowhere any more. Until then its label is not free.
     fn keep_forgetting(self: &Arc<Self>, preview: Preview) {
-        let engine = self.clone();
+        let previews = self.clone();
         self.shared.background(async move {
             let forget = || async {
-                let _quiet = engine.previews.quiet.lock().await;
-                engine.forget_preview(&preview).await
+                let _quiet = previews.quiet().await;
+                previews.forget(&preview).await
             };
-            engine.shared.insist("a preview could not be removed", forget).await;
+            previews.shared.insist("a preview could not be removed", forget).await;
         });
     }
 
     /// Removes what led to a session that has ended, but for named previews.
-    pub(crate) fn end_previews_of(self: &Arc<Self>, session_id: SessionId) {
+    pub(crate) fn session_ended(self: &Arc<Self>, session_id: SessionId) {
         let goes_too = move |of: &Preview| {
             of.binding.is_some_and(|binding| binding.session_id == session_id) && of.kind != PreviewKind::Named
         };
-        if self.previews.filter(goes_too).is_empty() {
+        if self.table.filter(goes_too).is_empty() {
             return;
         }
-        let engine = self.clone();
+        let previews = self.clone();
         self.shared.background(async move {
             let release = || async {
-                let _quiet = engine.previews.quiet.lock().await;
-                engine.release(engine.previews.filter(goes_too)).await
+                let _quiet = previews.quiet().await;
+                previews.release(previews.table.filter(goes_too)).await
             };
-            engine.shared.insist("previews of a session that has ended could not be removed", release).await;
+            previews.shared.insist("previews of a session that has ended could not be removed", release).await;
         });
     }
 
     /// Ends a preview, or a named one's binding, whose time has come.
-    pub(crate) fn expire_preview(self: &Arc<Self>, id: PreviewId) {
-        let engine = self.clone();
+    pub(crate) fn expire(self: &Arc<Self>, id: PreviewId) {
+        let previews = self.clone();
         self.shared.background(async move {
             let expire = || async {
-                let _quiet = engine.previews.quiet.lock().await;
-                match engine.previews.get(id) {
-                    Some(preview) if is_over(&preview, engine.shared.clock.now()) => {
-                        engine.release(vec![preview]).await
+                let _quiet = previews.quiet().await;
+                match previews.table.get(id) {
+                    Some(preview) if is_over(&preview, previews.shared.clock.now()) => {
+                        previews.release(vec![preview]).await
                     }
                     Some(preview) => {
-                        engine.shared.deadlines.set(Sleeper::Preview(id), preview.expires_at);
+                        previews.shared.deadlines.set(Sleeper::Preview(id), preview.expires_at);
                         Ok(())
                     }
                     None => Ok(()),
                 }
             };
-            engine.shared.insist("an expired preview could not be removed", expire).await;
+            previews.shared.insist("an expired preview could not be removed", expire).await;
         });
     }
 
     /// Publishes again what the last server had, and removes what it left unfinished.
-    pub(crate) async fn recover_previews(self: &Arc<Self>, previews: Vec<Preview>) {
+    pub(crate) async fn recover(self: &Arc<Self>, previews: Vec<Preview>) {
         for id in previews.into_iter().map(|preview| preview.id) {
-            let _quiet = self.previews.quiet.lock().await;
+            let _quiet = self.quiet().await;
             // Sessions that came to their end just now have taken theirs with them.
-            let Some(preview) = self.previews.get(id) else { continue };
+            let Some(preview) = self.table.get(id) else { continue };
             let ended = preview.binding.is_some_and(|binding| self.registry.live.get(binding.session_id).is_none());
             let named = preview.kind == PreviewKind::Named;
             if preview.state == PreviewState::Making || (ended && !named) {
@@ -411,7 +428,7 @@ impl EngineCore {
             if is_over(&preview, self.shared.clock.now()) && !named {
                 continue;
             }
-            if let Err(error) = self.publish_preview(preview).await {
+            if let Err(error) = self.publish(preview).await {
                 tracing::warn!(preview = %id, %error, "a preview cannot be reached yet; trying again");
                 self.keep_publishing(id);
             }
@@ -419,23 +436,21 @@ impl EngineCore {
     }
 
     fn keep_publishing(self: &Arc<Self>, id: PreviewId) {
-        let engine = self.clone();
+        let previews = self.clone();
         self.shared.background(async move {
             let publish = || async {
-                let _quiet = engine.previews.quiet.lock().await;
-                match engine.previews.get(id) {
-                    Some(preview) if engine.previews.url(id).is_empty() => {
-                        engine.publish_preview(preview).await.map(|_| ())
-                    }
+                let _quiet = previews.quiet().await;
+                match previews.table.get(id) {
+                    Some(preview) if previews.table.url(id).is_empty() => previews.publish(preview).await.map(|_| ()),
                     _ => Ok(()),
                 }
             };
-            engine.shared.insist("a preview cannot be reached yet", publish).await;
+            previews.shared.insist("a preview cannot be reached yet", publish).await;
         });
     }
 }
 
 /// Whether its time has come.
-pub(crate) fn is_over(preview: &Preview, now: UnixMs) -> bool {
+fn is_over(preview: &Preview, now: UnixMs) -> bool {
     preview.expires_at.is_some_and(|at| at <= now)
 }
