@@ -18,18 +18,22 @@ use std::sync::atomic::Ordering;
 
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::AttachmentId;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use crate::backoff::Backoff;
 use crate::deadlines::Sleeper;
-use crate::engine_core::EngineCore;
+use crate::event_log::Events;
 use crate::executions::Executions;
 use crate::handle::{Activity, Exit, Job, Message, Reply, SessionHandle};
 use crate::model::{DiskSource, EndReason, EventKind, Limit, Session, SessionState, UnixMs};
 use crate::ports::Change;
-use crate::registry::Slot;
+use crate::previews::Previews;
+use crate::registry::{Registry, Slot};
 use crate::session::{Request, Verdict, accept};
+use crate::shared::Shared;
+use crate::snapshots::Snapshots;
 use crate::tasks::Running;
+use crate::volumes::Volumes;
 
 pub(crate) use work::DiskPreparation;
 use work::{Done, Work};
@@ -48,8 +52,21 @@ pub(crate) enum StartMode {
 /// Messages that may wait for a session's task; further senders wait. The same for jobs.
 const MAILBOX_MAX: usize = 64;
 
-pub(crate) struct Actor {
-    engine: Arc<EngineCore>,
+/// The tasks of sessions, and what they work with.
+pub(crate) struct Actors {
+    shared: Arc<Shared>,
+    registry: Arc<Registry>,
+    events: Arc<Events>,
+    volumes: Arc<Volumes>,
+    snapshots: Arc<Snapshots>,
+    previews: Arc<Previews>,
+    /// Sandboxes that are created at a time.
+    creates: Semaphore,
+}
+
+struct Actor {
+    shared: Arc<Shared>,
+    actors: Arc<Actors>,
     live: Arc<SessionHandle>,
     /// As last committed.
     session: Session,
@@ -119,7 +136,19 @@ enum Flow {
     Stop,
 }
 
-impl EngineCore {
+impl Actors {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        registry: Arc<Registry>,
+        events: Arc<Events>,
+        volumes: Arc<Volumes>,
+        snapshots: Arc<Snapshots>,
+        previews: Arc<Previews>,
+    ) -> Self {
+        let creates = Semaphore::new(shared.config.creates_concurrent_max.max(1) as usize);
+        Self { shared, registry, events, volumes, snapshots, previews, creates }
+    }
+
     /// Starts the task of a session and makes the session known.
     pub(crate) fn spawn(self: &Arc<Self>, session: Session, slot: Option<Slot>, start: StartMode, running: Running) {
         let (sender, mailbox) = mpsc::channel(MAILBOX_MAX);
@@ -140,7 +169,8 @@ impl EngineCore {
         });
         self.registry.live.insert(live.clone());
         let actor = Actor {
-            engine: self.clone(),
+            shared: self.shared.clone(),
+            actors: self.clone(),
             live,
             session,
             moving: None,
@@ -218,9 +248,9 @@ impl Actor {
 
     fn forget(&mut self) {
         for attachment in &self.session.attachments {
-            self.engine.volumes.release(attachment.volume_id, self.session.id);
+            self.actors.volumes.release(attachment.volume_id, self.session.id);
         }
-        self.engine.registry.live.remove(self.session.id);
+        self.actors.registry.live.remove(self.session.id);
     }
 
     /// What a record from before the start asks for.
@@ -251,7 +281,7 @@ impl Actor {
                 Flow::Continue => self.due().await,
                 other => other,
             },
-            () = self.engine.shared.tasks.stopping(), if !unfinished => {
+            () = self.shared.tasks.stopping(), if !unfinished => {
                 self.flush().await;
                 Flow::Stop
             }
@@ -307,7 +337,7 @@ impl Actor {
 
     /// Acts on whatever is due now.
     async fn due(&mut self) -> Flow {
-        let now = self.engine.shared.clock.now();
+        let now = self.shared.clock.now();
         let is_due = |at: Option<UnixMs>| at.is_some_and(|at| at <= now);
         let state = self.state();
         if is_due(self.session.timeout_at) && accept(state, Request::Expire) == Verdict::Do {
@@ -333,7 +363,7 @@ impl Actor {
             self.flush().await;
         }
         if self.flush_at.is_none() && self.has_unsaved() {
-            self.flush_at = Some(now + self.engine.shared.config.activity_flush_ms);
+            self.flush_at = Some(now + self.shared.config.activity_flush_ms);
         }
         self.schedule();
         Flow::Continue
@@ -375,7 +405,7 @@ impl Actor {
 
     /// Registers the next time at which something is due.
     fn schedule(&self) {
-        let now = self.engine.shared.clock.now();
+        let now = self.shared.clock.now();
         let state = self.state();
         let when = |request, at: Option<UnixMs>| at.filter(|_| accept(state, request) == Verdict::Do);
         let expires_at = self.session.pause.as_ref().and_then(|pause| pause.expires_at);
@@ -390,12 +420,12 @@ impl Actor {
             own.flatten(),
             self.flush_at,
         ];
-        self.engine.shared.deadlines.set(Sleeper::Session(self.session.id), next.into_iter().flatten().min());
+        self.shared.deadlines.set(Sleeper::Session(self.session.id), next.into_iter().flatten().min());
     }
 
     /// Something failed that nobody waits for: try again later.
     fn try_later(&mut self) {
-        self.retry_at = Some(self.engine.shared.clock.now() + self.retry.next_ms());
+        self.retry_at = Some(self.shared.clock.now() + self.retry.next_ms());
     }
 
     async fn flush(&mut self) {
@@ -414,19 +444,19 @@ impl Actor {
     }
 
     fn event(&self, fact: EventKind) -> Change {
-        self.engine.events.event(self.session.id, fact)
+        self.actors.events.event(self.session.id, fact)
     }
 
     /// Commits the record and what belongs to it, then publishes it.
     async fn commit(&mut self, mut session: Session, mut others: Vec<Change>) -> Result<(), Error> {
         // Cleared first: activity from here on is newer than what is written.
         let unsaved = self.live.activity.unsaved.swap(false, Ordering::AcqRel);
-        let last = self.live.activity.last(self.engine.shared.clock.now());
+        let last = self.live.activity.last(self.shared.clock.now());
         session.last_activity_at = session.last_activity_at.max(last);
         others.push(Change::Session(session.clone()));
         others.extend(self.unrecorded.iter().cloned());
         let tells = others.iter().any(|change| matches!(change, Change::Event { .. }));
-        if let Err(error) = self.engine.shared.write(others).await {
+        if let Err(error) = self.shared.write(others).await {
             if unsaved {
                 self.live.activity.unsaved.store(true, Ordering::Release);
             }

@@ -43,7 +43,7 @@ impl Engine {
         // From here on the session's own task does everything, so that a caller who goes away
         // leaves nothing half done.
         let (reply, answer) = oneshot::channel();
-        inner.spawn(session, Some(slot), StartMode::New { source, reply }, running);
+        inner.actors.spawn(session, Some(slot), StartMode::New { source, reply }, running);
         drop(quiet);
         answer.await.unwrap_or_else(|_| Err(Code::Draining.into()))
     }
@@ -184,7 +184,7 @@ impl EngineCore {
             let Ok(running) = self.shared.tasks.enter() else { break };
             let (sender, receiver) = oneshot::channel();
             let start = StartMode::Recorded { source: DiskPreparation::Image(*image), recorded: receiver };
-            self.spawn(session.clone(), Some(slot), start, running);
+            self.actors.spawn(session.clone(), Some(slot), start, running);
             recorded.push(sender);
         }
         if recorded.len() < forks.len() {

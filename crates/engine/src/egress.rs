@@ -3,32 +3,10 @@
 use std::net::Ipv4Addr;
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::ids::SessionId;
 use nagaya_api::limits::{EGRESS_CIDR_CHARS_MAX, EGRESS_CIDRS_MAX, EGRESS_DOMAIN_CHARS_MAX, EGRESS_DOMAINS_MAX};
 
-use crate::access::Caller;
-use crate::engine_core::Engine;
-use crate::handle::Job;
-use crate::model::{Connection, Egress, Session};
+use crate::model::Egress;
 use crate::ports::DriverError;
-use crate::session::Request;
-
-impl Engine {
-    /// Names the only destinations that a session reaches from now on; `None` lifts that. When it is answered,
-    /// connections to what is not allowed any more are cut. A session without outbound access keeps it for its forks.
-    pub async fn set_egress(&self, caller: &Caller, id: SessionId, egress: Option<Egress>) -> Result<Session, Error> {
-        self.0.shared.tasks.check()?;
-        let egress = egress.map(checked).transpose()?;
-        let live = self.0.registry.find_live(caller, id, Request::Change).await?;
-        live.ask_job(|reply| Job::Restrict { egress, reply }).await
-    }
-
-    /// What is known of a live session's connections to the outside, oldest first: the last ones, while it runs.
-    pub async fn connections(&self, caller: &Caller, id: SessionId) -> Result<Vec<Connection>, Error> {
-        self.0.registry.find_live(caller, id, Request::Change).await?;
-        self.0.shared.host.connections(id).await.map_err(egress_error)
-    }
-}
 
 /// Why destinations could not be changed or looked at, in the words of the table.
 pub(crate) fn egress_error(error: DriverError) -> Error {

@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{ExecutionId, PreviewId, SessionId, SnapshotId, VolumeId, WorkspaceId};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 
 use crate::access::{Access, Caller};
+use crate::actor::Actors;
 use crate::config::EngineConfig;
 use crate::deadlines::{Deadlines, Sleeper};
 use crate::engine_core::{Engine, EngineCore};
@@ -18,8 +19,8 @@ use crate::errors::{guest_error, store_error};
 use crate::event_log::{CommandLog, EventFollower, Events};
 use crate::handle::{Exit, InUse, Job, Message, SessionHandle};
 use crate::model::{
-    Attachment, Binding, Event, EventKind, Execution, ExecutionStatus, Session, SessionState, Snapshot, UnixMs, Volume,
-    Workspace, WorkspaceSettings,
+    Attachment, Binding, Connection, Egress, Event, EventKind, Execution, ExecutionStatus, Session, SessionState,
+    Snapshot, UnixMs, Volume, Workspace, WorkspaceSettings,
 };
 use crate::open::{OpenSession, PreviewConnection};
 use crate::ports::{Ended, HostEvent, ImageReader, Ports, ProcessEvent, SessionQuery};
@@ -36,7 +37,7 @@ use crate::snapshots::Snapshots;
 use crate::tasks::Tasks;
 use crate::volumes::Volumes;
 use crate::workspaces::Workspaces;
-use crate::{query, recovery};
+use crate::{egress, query, recovery};
 
 impl Engine {
     /// What the operator decided.
@@ -54,7 +55,6 @@ impl Engine {
         let records = recovery::read(&*store).await?;
         let access = Access::new(workspaces, keys, key);
         let (deadlines, tasks) = (Deadlines::new(), Tasks::new());
-        let creates = Semaphore::new(config.creates_concurrent_max.max(1) as usize);
         let shared = Arc::new(Shared { config, store, drivers, host, clock, entropy, access, deadlines, tasks });
         let registry = Arc::new(Registry::new(shared.clone()));
         let events = Arc::new(Events::new(shared.clone(), registry.clone()));
@@ -71,15 +71,24 @@ impl Engine {
             blobs,
         );
         let previews = Previews::new(shared.clone(), registry.clone(), ingress, &records.previews);
+        let (snapshots, previews) = (Arc::new(snapshots), Arc::new(previews));
+        let actors = Actors::new(
+            shared.clone(),
+            registry.clone(),
+            events.clone(),
+            volumes.clone(),
+            snapshots.clone(),
+            previews.clone(),
+        );
         let inner = Arc::new(EngineCore {
             registry,
             events,
             shared,
             workspaces,
-            creates,
-            snapshots: Arc::new(snapshots),
+            actors: Arc::new(actors),
+            snapshots,
             volumes,
-            previews: Arc::new(previews),
+            previews,
         });
         let ends: Vec<_> = inner.shared.drivers.all().map(|(_, driver)| driver.ends()).collect();
         let news = inner.shared.host.events();
@@ -567,6 +576,21 @@ impl Engine {
     /// Where the token of a preview leads: a viewer token, or the label that stands in its URL.
     pub async fn resolve_preview_token(&self, caller: &Caller, token: &str) -> Result<PreviewTarget, Error> {
         self.0.previews.resolve_token(caller, token)
+    }
+
+    /// Names the only destinations that a session reaches from now on; `None` lifts that. When it is answered,
+    /// connections to what is not allowed any more are cut. A session without outbound access keeps it for its forks.
+    pub async fn set_egress(&self, caller: &Caller, id: SessionId, egress: Option<Egress>) -> Result<Session, Error> {
+        self.0.shared.tasks.check()?;
+        let egress = egress.map(egress::checked).transpose()?;
+        let live = self.0.registry.find_live(caller, id, Request::Change).await?;
+        live.ask_job(|reply| Job::Restrict { egress, reply }).await
+    }
+
+    /// What is known of a live session's connections to the outside, oldest first: the last ones, while it runs.
+    pub async fn connections(&self, caller: &Caller, id: SessionId) -> Result<Vec<Connection>, Error> {
+        self.0.registry.find_live(caller, id, Request::Change).await?;
+        self.0.shared.host.connections(id).await.map_err(egress::egress_error)
     }
 }
 

@@ -67,7 +67,7 @@ pub(crate) async fn recover(engine: &Arc<EngineCore>, records: Records) -> Resul
         let stopped = matches!(session.state, SessionState::Paused | SessionState::UserShutdown);
         let slot = (!stopped).then(|| engine.registry.live.take(session.workspace_id, &session.machine.resources));
         let (attempted, attempt) = oneshot::channel();
-        engine.spawn(session, slot, StartMode::Recovered { attempted }, engine.shared.tasks.enter()?);
+        engine.actors.spawn(session, slot, StartMode::Recovered { attempted }, engine.shared.tasks.enter()?);
         attempts.push(attempt);
     }
     for (driver, id) in sandboxes.into_iter().filter(|(_, id)| !live.contains(id)) {

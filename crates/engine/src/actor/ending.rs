@@ -31,7 +31,7 @@ impl Actor {
                 None => return Flow::Stop,
             }
         }
-        self.engine.shared.deadlines.set(Sleeper::Session(self.session.id), None);
+        self.shared.deadlines.set(Sleeper::Session(self.session.id), None);
         // A creation that reached the driver is waited for: what it makes must be there to destroy.
         if let Some(work) = self.work.take()
             && work.begun.load(Ordering::Acquire)
@@ -40,7 +40,7 @@ impl Actor {
         }
         self.live.set_guest(None);
         self.asked.clear();
-        let mut backoff = self.engine.shared.backoff();
+        let mut backoff = self.shared.backoff();
         while let Err(error) = self.remove_sandbox().await {
             if !self.pause_after(&mut backoff, "its sandbox could not be removed", error.to_string()).await {
                 return Flow::Stop;
@@ -69,7 +69,7 @@ impl Actor {
     /// Records that a session is to end. False, where that may be, when there is no space for it; `None` when the engine
     /// stops.
     async fn record_ending(&mut self, session: &Session, may_wait: bool) -> Option<bool> {
-        let mut backoff = self.engine.shared.backoff();
+        let mut backoff = self.shared.backoff();
         while let Err(error) = self.commit(session.clone(), Vec::new()).await {
             if may_wait && error.code == Code::CapacityUnavailable {
                 tracing::warn!(session = %session.id, "ending a session before it is recorded: there is no space for the record");
@@ -84,9 +84,9 @@ impl Actor {
 
     /// Waits for what the driver is doing, but not for ever. What it still makes when nobody waits any more is removed then.
     async fn finish_or_leave(&mut self, work: Work) {
-        let (engine, id) = (self.engine.clone(), self.session.id);
+        let (shared, id) = (self.shared.clone(), self.session.id);
         let mut future = work.future;
-        let late = engine.shared.clock.sleep_until(engine.shared.clock.now() + engine.shared.config.step_timeout_ms);
+        let late = shared.clock.sleep_until(shared.clock.now() + shared.config.step_timeout_ms);
         let finishing = async {
             tokio::select! {
                 biased;
@@ -96,11 +96,11 @@ impl Actor {
         };
         if !self.meanwhile(finishing).await {
             tracing::warn!(session = %id, "ending a session although its driver is still at something else");
-            let (remover, driver) = (engine.clone(), engine.shared.driver_of(&self.session));
-            engine.shared.background(async move {
+            let (remover, driver) = (shared.clone(), shared.driver_of(&self.session));
+            shared.background(async move {
                 future.await;
                 let what = "what a late step made of an ended session could not be removed";
-                remover.shared.insist(what, || driver.destroy(id)).await;
+                remover.insist(what, || driver.destroy(id)).await;
             });
         }
     }
@@ -108,17 +108,17 @@ impl Actor {
     /// Destroys the sandbox, waits until what it wrote to its volumes is safe, and removes what its disk was to be
     /// made from. All of it can be repeated.
     async fn remove_sandbox(&mut self) -> Result<(), DriverError> {
-        let (engine, session) = (self.engine.clone(), self.session.clone());
+        let (actors, session) = (self.actors.clone(), self.session.clone());
         self.meanwhile(async move {
-            match engine.shared.driver_of(&session).destroy(session.id).await {
+            match actors.shared.driver_of(&session).destroy(session.id).await {
                 Ok(()) | Err(DriverError::Gone) => {}
                 Err(error) => return Err(error),
             }
             for attachment in &session.attachments {
-                engine.volumes.settle(attachment).await?;
+                actors.volumes.settle(attachment).await?;
             }
             match session.source_image_id {
-                Some(image) => engine.shared.host.remove_image(image).await,
+                Some(image) => actors.shared.host.remove_image(image).await,
                 None => Ok(()),
             }
         })
@@ -126,10 +126,10 @@ impl Actor {
     }
 
     async fn record_end(&mut self) -> Flow {
-        let mut backoff = self.engine.shared.backoff();
-        let mut interrupted = self.executions.fail_running(self.engine.shared.clock.now()).await;
+        let mut backoff = self.shared.backoff();
+        let mut interrupted = self.executions.fail_running(self.shared.clock.now()).await;
         loop {
-            let now = self.engine.shared.clock.now();
+            let now = self.shared.clock.now();
             let mut session = self.session.clone();
             session.state = SessionState::Terminated;
             session.terminated_at = Some(now);
@@ -142,7 +142,7 @@ impl Actor {
                 Ok(()) => {
                     let before = std::mem::replace(&mut self.session, session);
                     for attachment in before.attachments {
-                        self.engine.volumes.release(attachment.volume_id, before.id);
+                        self.actors.volumes.release(attachment.volume_id, before.id);
                     }
                     break;
                 }
@@ -154,12 +154,12 @@ impl Actor {
             }
         }
         // In this order: whoever learns that it has ended finds its quota free and its record in the store.
-        self.engine.registry.live.remove(self.session.id);
-        self.engine.previews.session_ended(self.session.id);
+        self.actors.registry.live.remove(self.session.id);
+        self.actors.previews.session_ended(self.session.id);
         self.slot = None;
         if let Some(id) = self.session.source_snapshot_id {
             // It may have expired while this session kept it.
-            self.engine.snapshots.look_at(id);
+            self.actors.snapshots.look_at(id);
         }
         for execution in interrupted {
             self.executions.publish(execution);
@@ -189,7 +189,7 @@ impl Actor {
     async fn write_end(&mut self, session: Session, interrupted: &mut Vec<Execution>) -> Result<(), Error> {
         // One that this process did not adopt may have commands from an earlier process.
         if !self.executions_known {
-            let store = self.engine.shared.store.clone();
+            let store = self.shared.store.clone();
             let id = session.id;
             let recorded = self.meanwhile(async move { store.executions(id).await }).await;
             let now = session.terminated_at.unwrap_or_default();
@@ -201,14 +201,14 @@ impl Actor {
         let ended =
             self.event(EventKind::Terminated { reason: session.end_reason.unwrap_or(EndReason::Failed), cause });
         let now = session.terminated_at.unwrap_or_default();
-        let ended_before = now.saturating_sub(self.engine.shared.config.ended_sessions_kept_ms);
+        let ended_before = now.saturating_sub(self.shared.config.ended_sessions_kept_ms);
         // More than one, so that their number shrinks when the time was made shorter.
         let forget = Change::ForgetEnded { ended_before, sessions_max: FORGOTTEN_AT_ONCE };
         let mut changes = vec![Change::Session(session), ended, forget];
         changes.extend(pause);
         changes.extend(self.unrecorded.iter().cloned());
         changes.extend(interrupted.iter().cloned().map(Change::Execution));
-        self.engine.shared.write(changes).await
+        self.shared.write(changes).await
     }
 
     /// Runs a future while answering messages, for a session that is ending.
@@ -236,12 +236,12 @@ impl Actor {
             let detail = format!("the session is ending, but {what} yet; the server keeps trying");
             let _ = reply.send(Err(Error::new(Code::Internal, detail)));
         }
-        let wake = self.engine.shared.clock.sleep_until(self.engine.shared.clock.now() + backoff.next_ms());
-        let engine = self.engine.clone();
+        let wake = self.shared.clock.sleep_until(self.shared.clock.now() + backoff.next_ms());
+        let shared = self.shared.clone();
         self.meanwhile(async move {
             tokio::select! {
                 biased;
-                () = engine.shared.tasks.stopping() => false,
+                () = shared.tasks.stopping() => false,
                 () = wake => true,
             }
         })

@@ -47,12 +47,12 @@ impl Actor {
     async fn record_attaching(&mut self, mount: NewMount) -> Result<AttachmentId, Error> {
         check(self.session.state, Request::Mount)?;
         let mut session = self.session.clone();
-        let attachment = self.engine.volumes.new_attachment(&mount, &session.attachments)?;
+        let attachment = self.actors.volumes.new_attachment(&mount, &session.attachments)?;
         let (id, session_id) = (attachment.id, session.id);
-        self.engine.volumes.hold(session.workspace_id, session_id, &mount)?;
+        self.actors.volumes.hold(session.workspace_id, session_id, &mount)?;
         session.attachments.push(attachment);
         if let Err(error) = self.commit(session, Vec::new()).await {
-            self.engine.volumes.release(mount.volume_id, session_id);
+            self.actors.volumes.release(mount.volume_id, session_id);
             return Err(error);
         }
         Ok(id)
@@ -92,15 +92,15 @@ impl Actor {
 
     /// Mounts what is Attaching and unmounts what is SyncPending.
     pub(super) fn settle_mounts(&self) -> Work {
-        let (engine, session) = (self.engine.clone(), self.session.clone());
+        let (actors, session) = (self.actors.clone(), self.session.clone());
         let unsettled = self.session.attachments.iter().filter(|of| of.state != AttachmentState::Attached);
         let unsettled: Vec<_> = unsettled.map(|of| (of.clone(), self.forced.contains(&of.id))).collect();
         work(async move {
             let mut results = Vec::new();
             for (attachment, force) in unsettled {
                 let result = match attachment.state {
-                    AttachmentState::SyncPending => engine.volumes.unmount(&session, &attachment, force).await,
-                    _ => engine.volumes.mount(&session, &attachment).await,
+                    AttachmentState::SyncPending => actors.volumes.unmount(&session, &attachment, force).await,
+                    _ => actors.volumes.mount(&session, &attachment).await,
                 };
                 results.push((attachment.id, result));
             }
@@ -164,7 +164,7 @@ impl Actor {
         }
         for attachment in gone {
             self.forced.remove(&attachment.id);
-            self.engine.volumes.release(attachment.volume_id, self.session.id);
+            self.actors.volumes.release(attachment.volume_id, self.session.id);
             if let Some(asked) = self.asked.remove(&attachment.id) {
                 asked.succeed(&attachment);
             }
@@ -218,9 +218,9 @@ impl Actor {
             let _ = reply.send(Err(refusal));
             return;
         }
-        let (engine, id) = (self.engine.clone(), self.session.id);
+        let (shared, id) = (self.shared.clone(), self.session.id);
         self.work = Some(work(async move {
-            let result = engine.shared.host.copy_disk(id, &images).await;
+            let result = shared.host.copy_disk(id, &images).await;
             Done::Copied { result, reply }
         }));
     }

@@ -34,7 +34,7 @@ impl Actor {
                 return Flow::End(End { exhausted, ..End::failed(cause) });
             }
         };
-        let now = self.engine.shared.clock.now();
+        let now = self.shared.clock.now();
         let mut session = self.session.clone();
         session.state = SessionState::Running;
         session.ready_at = Some(now);
@@ -68,7 +68,7 @@ impl Actor {
             return answer(reply, refusal);
         }
         self.show(Some(SessionState::Pausing));
-        let (driver, id) = (self.engine.shared.driver_of(&self.session), self.session.id);
+        let (driver, id) = (self.shared.driver_of(&self.session), self.session.id);
         self.work = Some(work(async move { Done::Frozen { result: driver.freeze(id).await, reply } }));
     }
 
@@ -78,7 +78,7 @@ impl Actor {
             return Some(Err(error));
         }
         let settled = accept(self.session.state, request) == Verdict::Nothing;
-        settled.then(|| Ok(self.live.session(self.engine.shared.clock.now())))
+        settled.then(|| Ok(self.live.session(self.shared.clock.now())))
     }
 
     pub(super) async fn frozen(&mut self, result: Result<(), DriverError>, reply: Option<Reply<Session>>) {
@@ -115,7 +115,7 @@ impl Actor {
             return Err(error);
         }
         self.slot = None;
-        self.retry = self.engine.shared.backoff();
+        self.retry = self.shared.backoff();
         self.live.memory_low.store(false, Ordering::Release);
         Ok(())
     }
@@ -123,9 +123,9 @@ impl Actor {
     /// Turns the record of a running session into that of a stopped one; an empty reason keeps its memory.
     /// Returns the snapshot that stands for its disk.
     fn stop_record(&self, session: &mut Session, state: SessionState, disk_reason: Option<DiskOnlyReason>) -> Snapshot {
-        let now = self.engine.shared.clock.now();
-        let snapshot = pause_snapshot(session, now, self.engine.shared.random(), self.engine.shared.random());
-        let shared = &self.engine.shared;
+        let now = self.shared.clock.now();
+        let snapshot = pause_snapshot(session, now, self.shared.random(), self.shared.random());
+        let shared = &self.shared;
         let of_workspace = || shared.access.settings(session.workspace_id).pause_retention_ms;
         let retention_ms = session.pause_retention_ms.or_else(of_workspace);
         let retention_ms = retention_ms.or(shared.config.pause_retention_default_ms);
@@ -160,7 +160,7 @@ impl Actor {
     }
 
     fn may_wake(&self) -> bool {
-        match self.engine.shared.config.wake_on_visit {
+        match self.shared.config.wake_on_visit {
             WakeOnVisit::Never => false,
             WakeOnVisit::Idle => self.session.pause.as_ref().is_some_and(|pause| pause.idle),
             WakeOnVisit::Always => true,
@@ -171,7 +171,7 @@ impl Actor {
         if let Some(refusal) = self.settled(Request::Resume) {
             return answer(Some(reply), refusal);
         }
-        let slot = match self.engine.registry.reserve(self.session.workspace_id, &self.session.machine.resources) {
+        let slot = match self.actors.registry.reserve(self.session.workspace_id, &self.session.machine.resources) {
             Ok(slot) => slot,
             Err(error) => {
                 self.note_refusal("resuming the session", &error).await;
@@ -183,7 +183,7 @@ impl Actor {
         if !self.session.pause.as_ref().is_some_and(|pause| pause.in_memory) {
             return self.start_boot(self.session.clone(), Vec::new(), Vec::new(), reply).await;
         }
-        let (driver, id) = (self.engine.shared.driver_of(&self.session), self.session.id);
+        let (driver, id) = (self.shared.driver_of(&self.session), self.session.id);
         self.work = Some(work(async move { Done::Thawed { result: driver.thaw(id).await, reply } }));
     }
 
@@ -268,7 +268,7 @@ impl Actor {
         if let Err(error) = recorded {
             tracing::warn!(session = %self.session.id, %error, "the outcome of a start is still to be recorded");
             let pause_ms = self.retry.next_ms();
-            self.work = Some(later(&self.engine, pause_ms, Done::Booted { result, reply }));
+            self.work = Some(later(&self.shared, pause_ms, Done::Booted { result, reply }));
             return;
         }
         match result {
@@ -281,7 +281,7 @@ impl Actor {
     }
 
     async fn record_resume(&mut self) -> Result<(), Error> {
-        let now = self.engine.shared.clock.now();
+        let now = self.shared.clock.now();
         let mut session = self.session.clone();
         let mut changes = Vec::new();
         session.state = SessionState::Running;
@@ -311,7 +311,7 @@ impl Actor {
         if accept(self.session.state, Request::Exit) != Verdict::Do || !self.is_in_memory() {
             return;
         }
-        let (driver, id) = (self.engine.shared.driver_of(&self.session), self.session.id);
+        let (driver, id) = (self.shared.driver_of(&self.session), self.session.id);
         let frozen = self.session.state == SessionState::Paused;
         self.work = Some(work(async move {
             let result = if frozen { driver.freeze(id).await } else { driver.thaw(id).await };
@@ -370,7 +370,7 @@ impl Actor {
         if self.live.memory_low.load(Ordering::Acquire) {
             return Some((now, DiskOnlyReason::MemoryPressure));
         }
-        let max_ms = self.engine.shared.config.pause_in_memory_max_ms?;
+        let max_ms = self.shared.config.pause_in_memory_max_ms?;
         Some((pause.paused_at.saturating_add(max_ms), DiskOnlyReason::MemoryTimeLimit))
     }
 
@@ -409,11 +409,11 @@ impl Actor {
 
     /// The commands that end with the sandbox, as failed; they are still to be recorded.
     async fn interrupted(&mut self) -> Result<Vec<Execution>, Error> {
-        let now = self.engine.shared.clock.now();
+        let now = self.shared.clock.now();
         if self.executions_known {
             return Ok(self.executions.fail_running(now).await);
         }
-        let recorded = self.engine.shared.store.executions(self.session.id).await.map_err(store_error)?;
+        let recorded = self.shared.store.executions(self.session.id).await.map_err(store_error)?;
         self.executions.know(recorded.clone());
         self.executions_known = true;
         let running = recorded.into_iter().filter(|of| of.status == ExecutionStatus::Running);
@@ -426,7 +426,7 @@ impl Actor {
 
     /// When nobody will have used the session for too long.
     pub(super) fn idle_at(&self, now: UnixMs) -> Option<UnixMs> {
-        let minutes = self.session.idle_timeout_minutes.or(self.engine.shared.config.idle_timeout_default_minutes);
+        let minutes = self.session.idle_timeout_minutes.or(self.shared.config.idle_timeout_default_minutes);
         let minutes = minutes.filter(|minutes| *minutes > 0 && !self.session.sticky)?;
         if accept(self.state(), Request::Idle) != Verdict::Do {
             return None;
@@ -439,7 +439,7 @@ impl Actor {
         match result {
             Ok(()) => {
                 self.stop_owed = false;
-                self.retry = self.engine.shared.backoff();
+                self.retry = self.shared.backoff();
                 self.drop_detached().await;
             }
             Err(DriverError::Gone) => return Flow::End(End::failed("the sandbox's disk is gone")),
@@ -483,9 +483,9 @@ impl Actor {
     }
 
     fn adopted_alive(&mut self, guest: Arc<dyn Guest>, executions: Vec<Execution>) {
-        let backoff = self.engine.shared.backoff();
+        let backoff = self.shared.backoff();
         self.executions_known = true;
-        self.executions.adopt(executions, &guest, &self.engine.shared.clock, backoff);
+        self.executions.adopt(executions, &guest, &self.shared.clock, backoff);
         if self.session.state == SessionState::Resuming {
             self.work = Some(self.finish_boot(guest));
         } else {

@@ -64,28 +64,28 @@ impl Actor {
             session.sticky = sticky;
         }
         if let Some(duration_ms) = update.max_duration_ms {
-            validate::max_duration_ms(duration_ms, &self.engine.shared.config)?;
+            validate::max_duration_ms(duration_ms, &self.shared.config)?;
             session.timeout_at = Some(session.created_at.saturating_add(duration_ms));
         }
         if let Some(keys) = update.ssh_authorized_keys {
             if keys.is_empty() {
                 return Err(Error::new(Code::InvalidArgument, "ssh_authorized_keys must name at least one key"));
             }
-            session.ssh_authorized_keys = validate::ssh_authorized_keys(keys, &self.engine.shared.config)?;
+            session.ssh_authorized_keys = validate::ssh_authorized_keys(keys, &self.shared.config)?;
         }
         Ok(session)
     }
 
     /// Records that a request was refused because of a limit, so that it can be explained.
     pub(super) async fn note_refusal(&mut self, request: &str, error: &Error) {
-        let now = self.engine.shared.clock.now();
+        let now = self.shared.clock.now();
         let at_limit = matches!(error.code, Code::QuotaExceeded | Code::CapacityUnavailable | Code::VolumeLimit);
         if !at_limit || self.refused_at.is_some_and(|at| now < at.saturating_add(REFUSAL_PAUSE_MS)) {
             return;
         }
         self.refused_at = Some(now);
         let event = self.event(EventKind::Refused { request: request.to_owned(), limit: error.to_string() });
-        match self.engine.shared.write(vec![event]).await {
+        match self.shared.write(vec![event]).await {
             Ok(()) => self.live.tell_recorded(),
             Err(error) => tracing::warn!(session = %self.session.id, %error, "a refusal was not recorded"),
         }
@@ -97,12 +97,12 @@ impl Actor {
         if additional_ms == 0 {
             return invalid("additional_duration must be longer than zero");
         }
-        if additional_ms > self.engine.shared.config.max_duration_max_ms {
+        if additional_ms > self.shared.config.max_duration_max_ms {
             return invalid("additional_duration is longer than max_duration_max_ms");
         }
         // What has no end cannot be made to end later, and whoever asks for more time does not mean less.
         let Some(from) = self.session.timeout_at else { return Ok((self.session.clone(), Vec::new())) };
-        let latest = self.session.created_at.saturating_add(self.engine.shared.config.max_duration_max_ms);
+        let latest = self.session.created_at.saturating_add(self.shared.config.max_duration_max_ms);
         match from.checked_add(additional_ms) {
             Some(timeout_at) if timeout_at <= latest => {
                 let extended = EventKind::Extended { by_ms: additional_ms, timeout_at_ms: timeout_at };
@@ -117,10 +117,10 @@ impl Actor {
         let started = async {
             check(state, Request::Use)?;
             let guest = self.live.guest().ok_or(Code::GuestUnreachable)?;
-            let forget = self.executions.make_room(self.engine.shared.config.executions_per_session_max)?;
-            let now = self.engine.shared.clock.now();
+            let forget = self.executions.make_room(self.shared.config.executions_per_session_max)?;
+            let now = self.shared.clock.now();
             let execution = Execution {
-                id: ExecutionId::new(now, self.engine.shared.random()),
+                id: ExecutionId::new(now, self.shared.random()),
                 session_id: self.session.id,
                 command: new.command,
                 args: new.args,
@@ -134,10 +134,10 @@ impl Actor {
             env.extend(new.env);
             let argv = std::iter::once(&execution.command).chain(&execution.args).cloned().collect();
             let command = Command { argv, env, timeout_ms: new.timeout_ms, ..Command::default() };
-            validate::command(&command, &self.engine.shared.config)?;
+            validate::command(&command, &self.shared.config)?;
             let mut changes = vec![Change::Execution(execution.clone())];
             changes.extend(forget.map(Change::ForgetExecution));
-            self.engine.shared.write(changes).await?;
+            self.shared.write(changes).await?;
             Ok((execution, command, guest, forget))
         };
         match started.await {
@@ -146,7 +146,7 @@ impl Actor {
                 if let Some(id) = forget {
                     self.executions.forget(id, guest.clone());
                 }
-                let (clock, backoff) = (self.engine.shared.clock.clone(), self.engine.shared.backoff());
+                let (clock, backoff) = (self.shared.clock.clone(), self.shared.backoff());
                 self.executions.start(execution, command, guest, clock, backoff, reply);
                 Ok(())
             }
@@ -155,7 +155,7 @@ impl Actor {
 
     /// Records how a command ended, then tells those who wait for it.
     pub(super) async fn execution_ended(&mut self, ended: Ended) {
-        let now = self.engine.shared.clock.now();
+        let now = self.shared.clock.now();
         let (mut changes, execution) = match &ended.outcome {
             Outcome::Forgotten => return,
             Outcome::NotStarted => {
@@ -173,15 +173,15 @@ impl Actor {
         };
         if let (Outcome::Exited(status), Some(execution)) = (&ended.outcome, &execution) {
             let (id, memory_bytes) = (self.session.id, self.session.machine.resources.memory_bytes);
-            changes.extend(self.engine.events.exit_event(id, ended.id, &execution.command, status, memory_bytes));
+            changes.extend(self.actors.events.exit_event(id, ended.id, &execution.command, status, memory_bytes));
         }
-        match self.engine.shared.write(changes.clone()).await {
+        match self.shared.write(changes.clone()).await {
             Ok(()) => self.live.tell_recorded(),
             Err(error) => {
                 // It is a fact all the same: it goes with the next thing that is written.
                 tracing::warn!(execution = %ended.id, %error, "the end of a command was not recorded; trying again");
                 self.unrecorded.extend(changes);
-                self.flush_at = Some(now + self.engine.shared.config.retry_max_ms);
+                self.flush_at = Some(now + self.shared.config.retry_max_ms);
                 self.schedule();
             }
         }

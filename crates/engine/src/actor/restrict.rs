@@ -26,9 +26,9 @@ impl Actor {
             let _ = reply.send(Ok(self.session.clone()));
             return;
         }
-        let (engine, session) = (self.engine.clone(), self.session.clone());
+        let (shared, session) = (self.shared.clone(), self.session.clone());
         self.work = Some(work(async move {
-            let result = engine.shared.host.set_egress(session.id, session.machine.egress.as_ref()).await;
+            let result = shared.host.set_egress(session.id, session.machine.egress.as_ref()).await;
             Done::Restricted { result, before, reply }
         }));
     }

@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{AttachmentId, DiskImageId, SnapshotId};
 
-use super::Actor;
-use crate::engine_core::EngineCore;
+use super::{Actor, Actors};
 use crate::handle::{Exit, Job, Reply, SessionHandle};
-use crate::model::{AttachmentState, DiskOrigin, Egress, Execution, Limit, Session, SessionState};
+use crate::model::{AttachmentState, DiskOrigin, Egress, Execution, Limit, SandboxSpec, Session, SessionState};
 use crate::ports::{Adopted, BlobError, BoxFuture, DriverError, Guest};
+use crate::shared::Shared;
 
 pub(super) struct Work {
     pub(super) future: BoxFuture<Done>,
@@ -129,8 +129,8 @@ pub(super) fn work(future: impl Future<Output = Done> + Send + 'static) -> Work 
 }
 
 /// Comes back with the same after a pause; may be dropped.
-pub(super) fn later(engine: &Arc<EngineCore>, pause_ms: u64, done: Done) -> Work {
-    let wake = engine.shared.clock.sleep_until(engine.shared.clock.now() + pause_ms);
+pub(super) fn later(shared: &Shared, pause_ms: u64, done: Done) -> Work {
+    let wake = shared.clock.sleep_until(shared.clock.now() + pause_ms);
     let future = Box::pin(async move {
         wake.await;
         done
@@ -141,11 +141,11 @@ pub(super) fn later(engine: &Arc<EngineCore>, pause_ms: u64, done: Done) -> Work
 impl Actor {
     pub(super) fn create(&self, source: DiskPreparation) -> Work {
         let begun = Arc::new(AtomicBool::new(false));
-        let (engine, session, begun_too) = (self.engine.clone(), self.session.clone(), begun.clone());
+        let (actors, session, begun_too) = (self.actors.clone(), self.session.clone(), begun.clone());
         let future = Box::pin(async move {
-            let _permit = engine.creates.acquire().await.expect("the semaphore is never closed");
+            let _permit = actors.creates.acquire().await.expect("the semaphore is never closed");
             begun_too.store(true, Ordering::Release);
-            Done::Created(create(&engine, &session, source).await)
+            Done::Created(create(&actors, &session, source).await)
         });
         Work { future, begun }
     }
@@ -154,40 +154,40 @@ impl Actor {
     /// it is moved, this may be dropped at any point: destroying copes with whatever there is.
     pub(super) fn adopt(&self, pause_ms: u64) -> Work {
         let begun = Arc::new(AtomicBool::new(false));
-        let (engine, session, begun_too) = (self.engine.clone(), self.session.clone(), begun.clone());
+        let (shared, session, begun_too) = (self.shared.clone(), self.session.clone(), begun.clone());
         let future = Box::pin(async move {
-            engine.shared.clock.sleep_until(engine.shared.clock.now() + pause_ms).await;
-            Done::Adopted(adopt(&engine, &session, &begun_too).await)
+            shared.clock.sleep_until(shared.clock.now() + pause_ms).await;
+            Done::Adopted(adopt(&shared, &session, &begun_too).await)
         });
         Work { future, begun }
     }
 
     /// Starts the sandbox on its disk, and mounts its volumes. What is left when that fails is to be stopped.
     pub(super) fn boot(&self, reply: Option<Reply<Session>>) -> Work {
-        let (engine, session, stop_first) = (self.engine.clone(), self.session.clone(), self.stop_owed);
+        let (actors, session, stop_first) = (self.actors.clone(), self.session.clone(), self.stop_owed);
         work(async move {
-            let result = boot(&engine, &session, stop_first).await;
+            let result = boot(&actors, &session, stop_first).await;
             Done::Booted { result, reply }
         })
     }
 
     /// Mounts what a sandbox that is up already has not mounted yet.
     pub(super) fn finish_boot(&self, guest: Arc<dyn Guest>) -> Work {
-        let (engine, session) = (self.engine.clone(), self.session.clone());
+        let (actors, session) = (self.actors.clone(), self.session.clone());
         work(async move {
-            let result = attach_all(&engine, &session).await.map(|()| guest);
+            let result = attach_all(&actors, &session).await.map(|()| guest);
             Done::Booted { result, reply: None }
         })
     }
 
     /// Ends all processes, and waits until nothing uses the volumes any more.
     pub(super) fn stop(&self) -> Work {
-        let (engine, session) = (self.engine.clone(), self.session.clone());
+        let (actors, session) = (self.actors.clone(), self.session.clone());
         work(async move {
-            let mut result = engine.shared.driver_of(&session).stop(session.id).await;
+            let mut result = actors.shared.driver_of(&session).stop(session.id).await;
             for attachment in &session.attachments {
                 if result.is_ok() {
-                    result = engine.volumes.settle(attachment).await;
+                    result = actors.volumes.settle(attachment).await;
                 }
             }
             Done::Stopped(result)
@@ -197,10 +197,10 @@ impl Actor {
     /// Freezes or thaws, until that succeeds or there is nothing left to move.
     pub(super) fn undo(&self, freeze: bool) -> Work {
         let begun = Arc::new(AtomicBool::new(true));
-        let (engine, id, begun_too) = (self.engine.clone(), self.session.id, begun.clone());
-        let driver = engine.shared.driver_of(&self.session);
+        let (shared, id, begun_too) = (self.shared.clone(), self.session.id, begun.clone());
+        let driver = shared.driver_of(&self.session);
         let future = Box::pin(async move {
-            let mut backoff = engine.shared.backoff();
+            let mut backoff = shared.backoff();
             loop {
                 let result = match freeze {
                     true => driver.freeze(id).await,
@@ -211,7 +211,7 @@ impl Actor {
                     Err(error) => tracing::warn!(session = %id, %error, "a failed move is still to be taken back"),
                 }
                 begun_too.store(false, Ordering::Release);
-                engine.shared.clock.sleep_until(engine.shared.clock.now() + backoff.next_ms()).await;
+                shared.clock.sleep_until(shared.clock.now() + backoff.next_ms()).await;
                 begun_too.store(true, Ordering::Release);
             }
         });
@@ -220,7 +220,7 @@ impl Actor {
 }
 
 async fn create(
-    engine: &Arc<EngineCore>,
+    actors: &Arc<Actors>,
     session: &Session,
     source: DiskPreparation,
 ) -> Result<Arc<dyn Guest>, StartFailure> {
@@ -228,8 +228,8 @@ async fn create(
         DiskPreparation::Fresh => DiskOrigin::Fresh,
         DiskPreparation::Image(image) => DiskOrigin::Image(image),
         DiskPreparation::Snapshot { manifest, image } => {
-            let path = engine.shared.host.prepare_image(image).await.map_err(creation_failure)?;
-            engine.snapshots.restore(&manifest, &path).await.map_err(restore_failure)?;
+            let path = actors.shared.host.prepare_image(image).await.map_err(creation_failure)?;
+            actors.snapshots.restore(&manifest, &path).await.map_err(restore_failure)?;
             DiskOrigin::Image(image)
         }
         DiskPreparation::Pause { session, snapshot_id, image } => {
@@ -241,10 +241,23 @@ async fn create(
             DiskOrigin::Image(image)
         }
     };
-    let spec = engine.spec(session, disk).await.map_err(root_failure(session))?;
-    let guest = engine.shared.driver_of(session).start(session.id, &spec).await.map_err(creation_failure)?;
-    attach_all(engine, session).await?;
+    let spec = spec(&actors.shared, session, disk).await.map_err(root_failure(session))?;
+    let guest = actors.shared.driver_of(session).start(session.id, &spec).await.map_err(creation_failure)?;
+    attach_all(actors, session).await?;
     Ok(guest)
+}
+
+/// What the driver is told to start a session's sandbox.
+async fn spec(shared: &Shared, session: &Session, disk: DiskOrigin) -> Result<SandboxSpec, DriverError> {
+    let machine = &session.machine;
+    Ok(SandboxSpec {
+        resources: machine.resources,
+        root: shared.host.root(&machine.root).await?,
+        disk,
+        memory: None,
+        outbound: machine.outbound,
+        egress: machine.egress.clone(),
+    })
 }
 
 /// Why there is no root file system to start on.
@@ -271,11 +284,11 @@ fn restore_failure(error: BlobError) -> StartFailure {
 }
 
 async fn adopt(
-    engine: &EngineCore,
+    shared: &Shared,
     session: &Session,
     begun: &AtomicBool,
 ) -> Result<(Adopted, Vec<Execution>), AdoptError> {
-    let (id, driver) = (session.id, engine.shared.driver_of(session));
+    let (id, driver) = (session.id, shared.driver_of(session));
     let other = |error: DriverError| AdoptError::Other(error.to_string());
     let adopted = match driver.adopt(id).await {
         Ok(adopted) => adopted,
@@ -284,9 +297,9 @@ async fn adopt(
     };
     if matches!(adopted, Adopted::Running(_) | Adopted::Frozen(_)) && session.machine.outbound {
         // The server may have been killed between recording destinations and setting them.
-        engine.shared.host.set_egress(id, session.machine.egress.as_ref()).await.map_err(other)?;
+        shared.host.set_egress(id, session.machine.egress.as_ref()).await.map_err(other)?;
     }
-    let executions = engine.shared.store.executions(id).await.map_err(|error| AdoptError::Other(error.to_string()))?;
+    let executions = shared.store.executions(id).await.map_err(|error| AdoptError::Other(error.to_string()))?;
     let runs = matches!(session.state, SessionState::Running | SessionState::Pausing | SessionState::Resuming);
     let in_memory = session.pause.as_ref().is_some_and(|pause| pause.in_memory);
     begun.store(true, Ordering::Release);
@@ -308,16 +321,16 @@ async fn adopt(
     Ok((settled, executions))
 }
 
-async fn boot(engine: &EngineCore, session: &Session, stop_first: bool) -> Result<Arc<dyn Guest>, StartFailure> {
+async fn boot(actors: &Actors, session: &Session, stop_first: bool) -> Result<Arc<dyn Guest>, StartFailure> {
     if stop_first {
-        engine.shared.driver_of(session).stop(session.id).await.map_err(boot_failure)?;
+        actors.shared.driver_of(session).stop(session.id).await.map_err(boot_failure)?;
         for attachment in &session.attachments {
-            engine.volumes.settle(attachment).await.map_err(boot_failure)?;
+            actors.volumes.settle(attachment).await.map_err(boot_failure)?;
         }
     }
-    let spec = engine.spec(session, DiskOrigin::Kept).await.map_err(root_failure(session))?;
-    let guest = engine.shared.driver_of(session).start(session.id, &spec).await.map_err(boot_failure)?;
-    attach_all(engine, session).await?;
+    let spec = spec(&actors.shared, session, DiskOrigin::Kept).await.map_err(root_failure(session))?;
+    let guest = actors.shared.driver_of(session).start(session.id, &spec).await.map_err(boot_failure)?;
+    attach_all(actors, session).await?;
     Ok(guest)
 }
 
@@ -329,9 +342,9 @@ fn boot_failure(error: DriverError) -> StartFailure {
 }
 
 /// Mounts every volume of a sandbox that just came up.
-async fn attach_all(engine: &EngineCore, session: &Session) -> Result<(), StartFailure> {
+async fn attach_all(actors: &Actors, session: &Session) -> Result<(), StartFailure> {
     for attachment in session.attachments.iter().filter(|of| of.state != AttachmentState::SyncPending) {
-        engine.volumes.mount(session, attachment).await.map_err(|error| match error {
+        actors.volumes.mount(session, attachment).await.map_err(|error| match error {
             DriverError::Exhausted(limit) => StartFailure::NoCapacity(limit),
             error => StartFailure::Other(format!("volume {} could not be mounted: {error}", attachment.volume_id)),
         })?;
