@@ -6,38 +6,36 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use nagaya_api::error::{Code, Error};
+use nagaya_api::error::Error;
 use nagaya_api::ids::{ExecutionId, PreviewId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use tokio::sync::{mpsc, watch};
 
 use crate::access::{Access, Caller};
-use crate::actor::Actors;
 use crate::config::EngineConfig;
-use crate::deadlines::{Deadlines, Sleeper};
-use crate::engine_core::{Engine, EngineCore};
-use crate::errors::{guest_error, store_error};
-use crate::event_log::{CommandLog, EventFollower, Events};
-use crate::handle::{Exit, InUse, Job, Message, SessionHandle};
+use crate::deadlines::Deadlines;
+use crate::dispatch::dispatch;
+use crate::engine_core::EngineCore;
+use crate::errors::store_error;
+use crate::event_log::EventFollower;
+use crate::explain::Finding;
 use crate::model::{
-    Attachment, Binding, Connection, Egress, Event, EventKind, Execution, ExecutionStatus, Session, SessionState,
-    Snapshot, UnixMs, Volume, Workspace, WorkspaceSettings,
+    Attachment, Binding, Connection, Egress, Event, Execution, Session, Snapshot, UnixMs, Volume, Workspace,
+    WorkspaceSettings,
 };
-use crate::open::{OpenSession, PreviewConnection};
-use crate::ports::{Ended, HostEvent, ImageReader, Ports, ProcessEvent, SessionQuery};
-use crate::previews::Previews;
-use crate::registry::{Found, Registry};
+use crate::open::{OpenSession, PreviewConnection, SshSession};
+use crate::ports::{ImageReader, Ports, ProcessEvent};
+use crate::recovery;
 use crate::requests::{
-    Certificate, ListPreviews, ListSessions, ListSnapshots, ListVolumes, NewExecution, NewExposure, NewMount,
-    NewPreview, NewSnapshot, NewVolume, OpenPreview, PreviewTarget, PreviewUrl, SessionUpdate, SnapshotUpdate, Usage,
-    VolumeUpdate, WorkspaceSettingsUpdate,
+    Certificate, Fork, ListPreviews, ListSessions, ListSnapshots, ListVolumes, NewExecution, NewExposure, NewMount,
+    NewPreview, NewSession, NewSnapshot, NewVolume, OpenPreview, PreviewTarget, PreviewUrl, SessionUpdate,
+    SnapshotUpdate, Usage, VolumeUpdate, WorkspaceSettingsUpdate,
 };
-use crate::session::{Request, check};
-use crate::shared::{Shared, certificate_key};
-use crate::snapshots::Snapshots;
+use crate::shared::{Shared, certificate_key, lasting_secret};
 use crate::tasks::Tasks;
-use crate::volumes::Volumes;
-use crate::workspaces::Workspaces;
-use crate::{egress, query, recovery};
+
+/// The engine. Clones share it.
+#[derive(Clone)]
+pub struct Engine(Arc<EngineCore>);
 
 impl Engine {
     /// What the operator decided.
@@ -56,47 +54,13 @@ impl Engine {
         let access = Access::new(workspaces, keys, key);
         let (deadlines, tasks) = (Deadlines::new(), Tasks::new());
         let shared = Arc::new(Shared { config, store, drivers, host, clock, entropy, access, deadlines, tasks });
-        let registry = Arc::new(Registry::new(shared.clone()));
-        let events = Arc::new(Events::new(shared.clone(), registry.clone()));
-        let workspaces = Arc::new(Workspaces::new(shared.clone()));
-        let (of_volumes, of_sessions) = (&records.volumes, &records.sessions);
-        let volumes = Volumes::new(shared.clone(), workspaces.clone(), registry.clone(), of_volumes, of_sessions);
-        let volumes = Arc::new(volumes);
-        let snapshots = Snapshots::new(
-            shared.clone(),
-            workspaces.clone(),
-            registry.clone(),
-            events.clone(),
-            volumes.clone(),
-            blobs,
-        );
-        let previews = Previews::new(shared.clone(), registry.clone(), ingress, &records.previews);
-        let (snapshots, previews) = (Arc::new(snapshots), Arc::new(previews));
-        let actors = Actors::new(
-            shared.clone(),
-            registry.clone(),
-            events.clone(),
-            volumes.clone(),
-            snapshots.clone(),
-            previews.clone(),
-        );
-        let inner = Arc::new(EngineCore {
-            registry,
-            events,
-            shared,
-            workspaces,
-            actors: Arc::new(actors),
-            snapshots,
-            volumes,
-            previews,
-        });
-        let ends: Vec<_> = inner.shared.drivers.all().map(|(_, driver)| driver.ends()).collect();
-        let news = inner.shared.host.events();
-        recovery::recover(&inner, records).await?;
-        ends.into_iter().try_for_each(|ends| inner.spawn_ends(ends))?;
-        inner.spawn_events(news)?;
-        inner.spawn_timer()?;
-        Ok(Self(inner))
+        let core = EngineCore::new(shared, blobs, ingress, &records.sessions, &records.volumes, &records.previews);
+        let core = Arc::new(core);
+        let ends = core.shared.drivers.all().map(|(_, driver)| driver.ends()).collect();
+        let events = core.shared.host.events();
+        recovery::recover(&core, records).await?;
+        dispatch(&core, ends, events)?;
+        Ok(Self(core))
     }
 
     /// Stops serving: new work is refused, work under way is finished or left to the next start,
@@ -146,47 +110,31 @@ impl Engine {
         self.0.workspaces.update_settings(caller, workspace_id, update).await
     }
 
+    /// Records a new session and starts to create its sandbox. Returns when the record is durable,
+    /// in state CREATING; watch the session for what becomes of it.
+    pub async fn create_session(&self, caller: &Caller, new: NewSession) -> Result<Session, Error> {
+        self.0.sessions.create(caller, new).await
+    }
+
+    /// Makes sessions from the disk of one that is RUNNING or stopped: all of them or none. They are
+    /// answered in CREATING. Their memory is fresh: processes are not carried over.
+    pub async fn fork_session(&self, caller: &Caller, id: SessionId, fork: Fork) -> Result<Vec<Session>, Error> {
+        self.0.sessions.fork(caller, id, fork).await
+    }
+
     /// The session now and whenever it changes. The channel closes after TERMINATED, or when the
     /// engine shuts down.
     pub async fn watch_session(&self, caller: &Caller, id: SessionId) -> Result<watch::Receiver<Session>, Error> {
-        Ok(match self.0.registry.find(caller, id).await? {
-            Found::Live(live) => live.published.clone(),
-            Found::Ended(session) => watch::channel(session).1,
-        })
+        self.0.sessions.watch(caller, id).await
     }
 
     pub async fn session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
-        Ok(match self.0.registry.find(caller, id).await? {
-            Found::Live(live) => live.session(self.0.shared.clock.now()),
-            Found::Ended(session) => session,
-        })
+        self.0.sessions.get(caller, id).await
     }
 
     /// One page of sessions, newest first, and the token of the next page; empty at the end.
     pub async fn list_sessions(&self, caller: &Caller, list: ListSessions) -> Result<(Vec<Session>, String), Error> {
-        let inner = &*self.0;
-        let workspace = inner.shared.access.workspace(caller, list.workspace_id)?;
-        let size = query::page_size(list.page_size)?;
-        let query = SessionQuery {
-            workspace_id: Some(workspace.id),
-            owner_id: list.owner_id,
-            state: list.state,
-            tags: list.tags,
-            sticky: list.sticky,
-            include_terminated: list.include_terminated,
-            before: query::parse_page_token(&list.page_token)?.map(|(at, id)| (at, SessionId::from_uuid(id))),
-            // One more than asked tells whether there is another page.
-            limit: size + 1,
-        };
-        let mut sessions = inner.shared.store.sessions(query).await.map_err(store_error)?;
-        let next = query::page(&mut sessions, size, |last| (last.created_at, *last.id.as_uuid()));
-        let now = inner.shared.clock.now();
-        for session in &mut sessions {
-            if let Some(live) = inner.registry.live.get(session.id) {
-                session.last_activity_at = session.last_activity_at.max(live.activity.last(now));
-            }
-        }
-        Ok((sessions, next))
+        self.0.sessions.list(caller, list).await
     }
 
     pub async fn update_session(
@@ -195,122 +143,58 @@ impl Engine {
         id: SessionId,
         update: SessionUpdate,
     ) -> Result<Session, Error> {
-        self.0.shared.tasks.check()?;
-        let live = self.0.registry.find_live(caller, id, Request::Change).await?;
-        let _quiet = match update.sticky {
-            Some(true) => {
-                let quiet = self.0.workspaces.quiet().await;
-                self.0.registry.check_sticky(live.workspace_id, Some(id))?;
-                Some(quiet)
-            }
-            _ => None,
-        };
-        live.ask(|reply| Message::Update { update, reply }).await
+        self.0.sessions.update(caller, id, update).await
     }
 
     /// Moves the session's deadline; one without deadline gets it counted from now.
     pub async fn extend_session(&self, caller: &Caller, id: SessionId, additional_ms: u64) -> Result<Session, Error> {
-        self.0.shared.tasks.check()?;
-        let live = self.0.registry.find_live(caller, id, Request::Change).await?;
-        live.ask(|reply| Message::Extend { additional_ms, reply }).await
+        self.0.sessions.extend(caller, id, additional_ms).await
     }
 
     /// Ends the session. Returns when it is TERMINATED; it is idempotent.
     pub async fn terminate_session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
-        let live = match self.0.registry.find(caller, id).await? {
-            Found::Ended(session) if session.state == SessionState::Terminated => return Ok(session),
-            Found::Ended(_) => return Err(Code::Draining.into()),
-            Found::Live(live) => live,
-        };
-        self.0.shared.tasks.check()?;
-        let result = live.ask(|reply| Message::Terminate { reply }).await;
-        // Somebody else's request may have ended it first.
-        let session = live.published.borrow().clone();
-        match result {
-            _ if session.state == SessionState::Terminated => Ok(session),
-            // The engine stops before the end is reached; the next start goes on with it.
-            Err(error) if error.code == Code::SessionTerminated => Err(Code::Draining.into()),
-            other => other,
-        }
+        self.0.sessions.terminate(caller, id).await
     }
 
     /// Stops the session where it is: its processes and memory are kept. Returns when it is PAUSED;
     /// pausing a stopped one has no effect.
     pub async fn pause_session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
-        self.0.shared.tasks.check()?;
-        let live = self.0.registry.find_live(caller, id, Request::Pause).await?;
-        live.ask_job(|reply| Job::Pause { reply }).await
+        self.0.sessions.pause(caller, id).await
     }
 
     /// Lets a stopped session go on. Returns when it is RUNNING; resuming one that runs has no effect.
     pub async fn resume_session(&self, caller: &Caller, id: SessionId) -> Result<Session, Error> {
-        self.0.shared.tasks.check()?;
-        let live = self.0.registry.find_live(caller, id, Request::Resume).await?;
-        live.ask_job(|reply| Job::Resume { reply }).await
+        self.0.sessions.resume(caller, id).await
     }
 
     /// Notes that the session is in use; returns when that was.
     pub async fn report_activity(&self, caller: &Caller, id: SessionId) -> Result<UnixMs, Error> {
-        self.0.shared.tasks.check()?;
-        let live = self.0.registry.find_live(caller, id, Request::Activity).await?;
-        let now = self.0.shared.clock.now();
-        live.touch(now);
-        Ok(live.session(now).last_activity_at)
+        self.0.sessions.report_activity(caller, id).await
     }
 
     /// What the caller's workspace uses now, and may use.
     pub async fn usage(&self, caller: &Caller, workspace_id: Option<WorkspaceId>) -> Result<Usage, Error> {
-        let workspace = self.0.shared.access.workspace(caller, workspace_id)?;
-        let used = self.0.registry.live.used(workspace.id);
-        let server = u64::from(self.0.shared.config.sessions_max);
-        Ok(Usage {
-            active_sessions: u64::from(used.sessions),
-            sessions_max: Some(workspace.settings.sessions_max.map_or(server, |max| server.min(u64::from(max)))),
-            cpu_millis: used.cpu_millis,
-            memory_bytes: used.memory_bytes,
-            disk_bytes: used.disk_bytes,
-        })
+        self.0.sessions.usage(caller, workspace_id)
     }
 
     /// How many live sessions are in each state, over all workspaces.
     pub fn session_counts(&self) -> BTreeMap<&'static str, u64> {
-        let mut counts: BTreeMap<_, _> = SessionState::ALL
-            .into_iter()
-            .filter(|state| *state != SessionState::Terminated)
-            .map(|state| (state.name(), 0))
-            .collect();
-        for live in self.0.registry.live.all() {
-            *counts.entry(live.state().name()).or_default() += 1;
-        }
-        counts
+        self.0.sessions.counts()
     }
 
     /// A certificate for the data plane of a RUNNING session, and the session.
     pub async fn certificate(&self, caller: &Caller, id: SessionId) -> Result<(Certificate, Session), Error> {
-        let live = self.0.registry.find_live(caller, id, Request::Use).await?;
-        let now = self.0.shared.clock.now();
-        let expires_at = now + self.0.shared.config.certificate_ttl_ms;
-        let text = self.0.shared.access.certify(id, expires_at);
-        Ok((Certificate { text, expires_at }, live.session(now)))
+        self.0.sessions.certificate(caller, id).await
     }
 
     /// Opens a running sandbox for one call of the data plane.
     pub async fn open(&self, certificate: &str, id: SessionId) -> Result<OpenSession, Error> {
-        let mut open = self.probe(certificate, id).await?;
-        // The session may have ended meanwhile; then the guest says so.
-        if let Some(live) = self.0.registry.live.get(id) {
-            open._activity = Some(InUse::new(live, self.0.shared.clock.clone()));
-        }
-        Ok(open)
+        self.0.sessions.open(certificate, id).await
     }
 
     /// Opens a running sandbox for a caller whose right to it is that to the session.
     pub async fn open_session(&self, caller: &Caller, id: SessionId) -> Result<OpenSession, Error> {
-        self.0.shared.tasks.check()?;
-        let live = self.0.registry.find_live(caller, id, Request::Use).await?;
-        let mut open = self.open_live(&live)?;
-        open._activity = Some(InUse::new(live, self.0.shared.clock.clone()));
-        Ok(open)
+        self.0.sessions.open_session(caller, id).await
     }
 
     /// Which session a certificate opens, as far as that can be told without looking at the session:
@@ -321,21 +205,7 @@ impl Engine {
 
     /// Like [`Engine::open`], but does not count as activity.
     pub async fn probe(&self, certificate: &str, id: SessionId) -> Result<OpenSession, Error> {
-        let inner = &*self.0;
-        inner.shared.tasks.check()?;
-        inner.shared.access.verify(certificate, id, inner.shared.clock.now())?;
-        self.open_live(&*inner.registry.find_certified(id).await?)
-    }
-
-    fn open_live(&self, live: &SessionHandle) -> Result<OpenSession, Error> {
-        let (env, memory_bytes) = {
-            let session = live.published.borrow();
-            check(session.state, Request::Use)?;
-            (session.env.clone(), session.machine.resources.memory_bytes)
-        };
-        let guest = live.guest().ok_or(Code::GuestUnreachable)?;
-        let commands = CommandLog { events: self.0.events.clone(), session_id: live.id, memory_bytes };
-        Ok(OpenSession { guest, env, commands, _activity: None })
+        self.0.sessions.probe(certificate, id).await
     }
 
     /// Starts a command that belongs to the session. With `wait` it returns when the command has
@@ -347,15 +217,7 @@ impl Engine {
         new: NewExecution,
         wait: bool,
     ) -> Result<Execution, Error> {
-        self.0.shared.tasks.check()?;
-        let live = self.0.registry.find_live(caller, id, Request::Use).await?;
-        let _in_use = InUse::new(live.clone(), self.0.shared.clock.clone());
-        let mut started = live.ask(|reply| Message::Execute { new, reply }).await?;
-        if !wait {
-            return Ok(started.execution);
-        }
-        let ended = started.published.wait_for(|execution| execution.status != ExecutionStatus::Running).await;
-        ended.map(|execution| execution.clone()).map_err(|_| Code::Draining.into())
+        self.0.sessions.execute(caller, id, new, wait).await
     }
 
     /// The record of an execution of this session.
@@ -365,9 +227,7 @@ impl Engine {
         id: SessionId,
         execution_id: ExecutionId,
     ) -> Result<Execution, Error> {
-        self.0.registry.find(caller, id).await?;
-        let execution = self.0.shared.store.execution(execution_id).await.map_err(store_error)?;
-        execution.filter(|execution| execution.session_id == id).ok_or_else(|| Code::ExecutionNotFound.into())
+        self.0.sessions.execution(caller, id, execution_id).await
     }
 
     /// The output of an execution from its beginning, then live, then its exit.
@@ -377,10 +237,7 @@ impl Engine {
         id: SessionId,
         execution_id: ExecutionId,
     ) -> Result<mpsc::Receiver<ProcessEvent>, Error> {
-        let live = self.0.registry.find_live(caller, id, Request::Use).await?;
-        self.execution(caller, id, execution_id).await?;
-        let guest = live.guest().ok_or(Code::GuestUnreachable)?;
-        guest.follow(execution_id).await.map_err(guest_error)
+        self.0.sessions.follow_execution(caller, id, execution_id).await
     }
 
     /// A page of a session's events after this one, oldest first, and the `after` of the next page; 0 at the end.
@@ -581,79 +438,36 @@ impl Engine {
     /// Names the only destinations that a session reaches from now on; `None` lifts that. When it is answered,
     /// connections to what is not allowed any more are cut. A session without outbound access keeps it for its forks.
     pub async fn set_egress(&self, caller: &Caller, id: SessionId, egress: Option<Egress>) -> Result<Session, Error> {
-        self.0.shared.tasks.check()?;
-        let egress = egress.map(egress::checked).transpose()?;
-        let live = self.0.registry.find_live(caller, id, Request::Change).await?;
-        live.ask_job(|reply| Job::Restrict { egress, reply }).await
+        self.0.sessions.set_egress(caller, id, egress).await
     }
 
     /// What is known of a live session's connections to the outside, oldest first: the last ones, while it runs.
     pub async fn connections(&self, caller: &Caller, id: SessionId) -> Result<Vec<Connection>, Error> {
-        self.0.registry.find_live(caller, id, Request::Change).await?;
-        self.0.shared.host.connections(id).await.map_err(egress::egress_error)
-    }
-}
-
-impl EngineCore {
-    /// Passes on what a driver tells.
-    fn spawn_ends(self: &Arc<Self>, mut ends: mpsc::UnboundedReceiver<Ended>) -> Result<(), Error> {
-        let (engine, running) = (self.clone(), self.shared.tasks.enter()?);
-        tokio::spawn(async move {
-            let _running = running;
-            loop {
-                let Ended { id, powered_off, cause } = tokio::select! {
-                    biased;
-                    () = engine.shared.tasks.stopping() => return,
-                    Some(ended) = ends.recv() => ended,
-                };
-                if let Some(live) = engine.registry.live.get(id) {
-                    live.set_exit(Exit { cause, powered_off, host_restarted: false });
-                    live.alarm.notify_one();
-                }
-            }
-        });
-        Ok(())
+        self.0.sessions.connections(caller, id).await
     }
 
-    /// Passes on what the host tells.
-    fn spawn_events(self: &Arc<Self>, mut events: mpsc::UnboundedReceiver<HostEvent>) -> Result<(), Error> {
-        let (engine, running) = (self.clone(), self.shared.tasks.enter()?);
-        tokio::spawn(async move {
-            let _running = running;
-            loop {
-                let event = tokio::select! {
-                    biased;
-                    () = engine.shared.tasks.stopping() => return,
-                    Some(event) = events.recv() => event,
-                };
-                match event {
-                    HostEvent::MemoryLow => engine.registry.release_longest_paused(),
-                    HostEvent::Refused { id, request, limit } => {
-                        if engine.registry.live.get(id).is_some() {
-                            engine.events.record(id, EventKind::Refused { request, limit }, None).await;
-                        }
-                    }
-                }
-            }
-        });
-        Ok(())
+    /// Says why a session is as it is, whether it lives or has ended: the most important reason first, and always one.
+    pub async fn explain(&self, caller: &Caller, id: SessionId) -> Result<Vec<Finding>, Error> {
+        self.0.sessions.explain(caller, id).await
     }
 
-    pub(crate) fn spawn_timer(self: &Arc<Self>) -> Result<(), Error> {
-        let (engine, running) = (self.clone(), self.shared.tasks.enter()?);
-        tokio::spawn(async move {
-            let _running = running;
-            let wake = |sleeper| match sleeper {
-                Sleeper::Session(id) => {
-                    if let Some(live) = engine.registry.live.get(id) {
-                        live.alarm.notify_one();
-                    }
-                }
-                Sleeper::Snapshot(id) => engine.snapshots.expire(id),
-                Sleeper::Preview(id) => engine.previews.expire(id),
-            };
-            engine.shared.deadlines.run(&*engine.shared.clock, &engine.shared.tasks, wake).await;
-        });
-        Ok(())
+    /// 32 random bytes that are made when they are first asked for, and are the same ever after.
+    pub async fn lasting_secret(&self, name: &str) -> Result<[u8; 32], Error> {
+        lasting_secret(&*self.0.shared.store, &*self.0.shared.entropy, name).await
+    }
+
+    /// Whether the caller may be let into this session by SSH, now or when it runs again.
+    pub async fn check_visit(&self, caller: &Caller, id: SessionId) -> Result<(), Error> {
+        self.0.sessions.check_visit(caller, id).await
+    }
+
+    /// Opens a session for a caller who wants to stay; one that does not run is woken where visits may.
+    pub async fn visit(&self, caller: &Caller, id: SessionId) -> Result<SshSession, Error> {
+        self.0.sessions.visit(caller, id).await
+    }
+
+    /// The same for somebody whose right to this very session was proved to the server by a certificate of its own.
+    pub async fn visit_certified(&self, id: SessionId) -> Result<SshSession, Error> {
+        self.0.sessions.visit_certified(id).await
     }
 }

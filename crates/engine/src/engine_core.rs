@@ -1,11 +1,15 @@
-//! What the parts of the engine share, and how they find a caller's sessions.
+//! The subsystems that the engine is made of, from the bottom up. Each has a state and methods of its own, is given those
+//! below that it works with, and reaches no other. Only what starts the engine, and what callers see of it, knows them all.
 
 use std::sync::Arc;
 
 use crate::actor::Actors;
 use crate::event_log::Events;
+use crate::model::{Preview, Session, Volume};
+use crate::ports::{Blobs, Ingress};
 use crate::previews::Previews;
 use crate::registry::Registry;
+use crate::sessions::Sessions;
 use crate::shared::Shared;
 use crate::snapshots::Snapshots;
 use crate::volumes::Volumes;
@@ -14,14 +18,57 @@ use crate::workspaces::Workspaces;
 pub(crate) struct EngineCore {
     pub(crate) shared: Arc<Shared>,
     pub(crate) workspaces: Arc<Workspaces>,
-    pub(crate) events: Arc<Events>,
     pub(crate) registry: Arc<Registry>,
-    pub(crate) snapshots: Arc<Snapshots>,
+    pub(crate) events: Arc<Events>,
     pub(crate) volumes: Arc<Volumes>,
+    pub(crate) snapshots: Arc<Snapshots>,
     pub(crate) previews: Arc<Previews>,
     pub(crate) actors: Arc<Actors>,
+    pub(crate) sessions: Arc<Sessions>,
 }
 
-/// The engine. Clones share it.
-#[derive(Clone)]
-pub struct Engine(pub(crate) Arc<EngineCore>);
+impl EngineCore {
+    /// With what was recorded before the start.
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        blobs: Arc<dyn Blobs>,
+        ingress: Arc<dyn Ingress>,
+        sessions: &[Session],
+        volumes: &[Volume],
+        previews: &[Preview],
+    ) -> Self {
+        let workspaces = Arc::new(Workspaces::new(shared.clone()));
+        let registry = Arc::new(Registry::new(shared.clone()));
+        let events = Arc::new(Events::new(shared.clone(), registry.clone()));
+        let volumes = Volumes::new(shared.clone(), workspaces.clone(), registry.clone(), volumes, sessions);
+        let volumes = Arc::new(volumes);
+        let snapshots = Arc::new(Snapshots::new(
+            shared.clone(),
+            workspaces.clone(),
+            registry.clone(),
+            events.clone(),
+            volumes.clone(),
+            blobs,
+        ));
+        let previews = Arc::new(Previews::new(shared.clone(), registry.clone(), ingress, previews));
+        let actors = Arc::new(Actors::new(
+            shared.clone(),
+            registry.clone(),
+            events.clone(),
+            volumes.clone(),
+            snapshots.clone(),
+            previews.clone(),
+        ));
+        let sessions = Sessions::new(
+            shared.clone(),
+            workspaces.clone(),
+            registry.clone(),
+            events.clone(),
+            volumes.clone(),
+            snapshots.clone(),
+            actors.clone(),
+        );
+        let sessions = Arc::new(sessions);
+        Self { shared, workspaces, registry, events, volumes, snapshots, previews, actors, sessions }
+    }
+}

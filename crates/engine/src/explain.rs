@@ -3,17 +3,14 @@
 //! [`findings`] is pure; every rule of it has a case in the tests.
 
 use nagaya_api::error::Error;
-use nagaya_api::ids::SessionId;
 
-use crate::access::Caller;
-use crate::engine_core::{Engine, EngineCore};
 use crate::errors::store_error;
 use crate::model::{
     CONNECTIONS_USED_UP, Connection, DiskOnlyReason, EndReason, Event, EventKind, Limit, Resource, Session,
     SessionState, UnixMs,
 };
 use crate::ports::ResourceUsage;
-use crate::registry::Found;
+use crate::shared::Shared;
 
 /// A creation that takes longer than this is worth a word.
 const CREATION_SLOW_MS: u64 = 10_000;
@@ -100,21 +97,14 @@ pub struct Finding {
     pub at: Option<UnixMs>,
 }
 
-impl Engine {
-    /// Says why a session is as it is, whether it lives or has ended: the most important reason first, and always one.
-    pub async fn explain(&self, caller: &Caller, id: SessionId) -> Result<Vec<Finding>, Error> {
-        let inner = &*self.0;
-        let session = match inner.registry.find(caller, id).await? {
-            Found::Live(live) => live.session(inner.shared.clock.now()),
-            Found::Ended(session) => session,
-        };
-        let events = inner.shared.store.events(id, 0, u32::MAX).await.map_err(store_error)?;
-        let now = match session.state {
-            SessionState::Running => inner.seen_now(&session).await,
-            _ => Now::default(),
-        };
-        Ok(findings(&session, &events, &now, inner.shared.clock.now()))
-    }
+/// Says why a session is as it is.
+pub(crate) async fn explain(shared: &Shared, session: &Session) -> Result<Vec<Finding>, Error> {
+    let events = shared.store.events(session.id, 0, u32::MAX).await.map_err(store_error)?;
+    let now = match session.state {
+        SessionState::Running => seen_now(shared, session).await,
+        _ => Now::default(),
+    };
+    Ok(findings(session, &events, &now, shared.clock.now()))
 }
 
 /// What can be seen of a sandbox that runs; empty where it cannot be seen, which explains nothing.
@@ -124,14 +114,12 @@ struct Now {
     connections: Vec<Connection>,
 }
 
-impl EngineCore {
-    async fn seen_now(&self, session: &Session) -> Now {
-        let id = session.id;
-        let logged = |error| tracing::debug!(session = %id, %error, "a sandbox could not be looked at");
-        Now {
-            load: self.shared.driver_of(session).usage(id).await.map_err(logged).ok(),
-            connections: self.shared.host.connections(id).await.map_err(logged).unwrap_or_default(),
-        }
+async fn seen_now(shared: &Shared, session: &Session) -> Now {
+    let id = session.id;
+    let logged = |error| tracing::debug!(session = %id, %error, "a sandbox could not be looked at");
+    Now {
+        load: shared.driver_of(session).usage(id).await.map_err(logged).ok(),
+        connections: shared.host.connections(id).await.map_err(logged).unwrap_or_default(),
     }
 }
 

@@ -1,6 +1,6 @@
 use std::collections::BTreeSet;
 
-use nagaya_api::ids::{KeyId, SnapshotId, WorkspaceId};
+use nagaya_api::ids::{KeyId, SessionId, SnapshotId, WorkspaceId};
 
 use super::*;
 use crate::model::{Machine, Pause, Resources};

@@ -29,7 +29,7 @@ pub use store::FakeStore;
 
 use crate::access::Caller;
 use crate::config::EngineConfig;
-use crate::engine_core::Engine;
+use crate::engine::Engine;
 use crate::ports::{Drivers, Entropy, Ports};
 
 /// Randomness that a seed repeats.

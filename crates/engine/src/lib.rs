@@ -5,14 +5,14 @@
 //! deterministic simulator in `tests/`. It knows no client family and no isolation technology.
 //!
 //! Start reading at [`session`] (what a session may do when), then `actor.rs` (the task that owns
-//! one), then `engine.rs` (what callers see).
+//! one), then `engine_core.rs` (the subsystems) and `engine.rs` (what callers see).
 
 mod access;
 mod actor;
 mod backoff;
 mod config;
-mod creation;
 mod deadlines;
+mod dispatch;
 mod egress;
 mod engine;
 mod engine_core;
@@ -32,9 +32,9 @@ mod recovery;
 mod registry;
 mod requests;
 pub mod session;
+mod sessions;
 mod shared;
 mod snapshots;
-mod ssh;
 mod tasks;
 pub mod validate;
 mod volumes;
@@ -42,12 +42,11 @@ mod workspaces;
 
 pub use access::{Caller, check_secret};
 pub use config::{EngineConfig, SettingError, WakeOnVisit};
-pub use engine_core::Engine;
+pub use engine::Engine;
 pub use explain::{Finding, FindingCode};
-pub use open::{OpenSession, PreviewConnection};
+pub use open::{OpenSession, PreviewConnection, SshSession};
 pub use requests::{
     Certificate, Fork, ListPreviews, ListSessions, ListSnapshots, ListVolumes, NewExecution, NewExposure, NewMount,
     NewPreview, NewSession, NewSnapshot, NewVolume, OpenPreview, PreviewTarget, PreviewUrl, SessionUpdate,
     SnapshotUpdate, Usage, VolumeUpdate, WorkspaceSettingsUpdate,
 };
-pub use ssh::SshSession;

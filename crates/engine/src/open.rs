@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use nagaya_api::ids::{PreviewId, SessionId};
+use tokio::sync::watch;
 
 use crate::event_log::CommandLog;
 use crate::handle::InUse;
-use crate::model::SessionState;
+use crate::model::{Session, SessionState};
 use crate::ports::Guest;
 
 /// A running sandbox, open for one call of the data plane. While it lives the session is in use.
@@ -48,4 +49,37 @@ pub struct PreviewConnection {
     /// Another one after every start of the sandbox: connections to an earlier one are dead.
     pub guest: Arc<dyn Guest>,
     pub(crate) _activity: InUse,
+}
+
+/// A running sandbox, open for a connection that may last. While it lives the session is in use.
+pub struct SshSession {
+    pub session_id: SessionId,
+    pub open: OpenSession,
+    /// Lines of an `authorized_keys` file, as they were when the visit began.
+    pub ssh_authorized_keys: Vec<String>,
+    pub(crate) published: watch::Receiver<Session>,
+}
+
+impl SshSession {
+    /// Completes when what was running is not there any more: the session has ended, or only its disk is kept.
+    /// The text says which, for the visitor. Never completes while the engine stops: the sandbox lives on.
+    pub fn ended(&self) -> impl Future<Output = &'static str> + Send + 'static {
+        let mut published = self.published.clone();
+        async move {
+            let ended = published.wait_for(|session| end_of(session).is_some()).await;
+            match ended.map(|session| end_of(&session)) {
+                Ok(Some(text)) => text,
+                Ok(None) | Err(_) => std::future::pending().await,
+            }
+        }
+    }
+}
+
+fn end_of(session: &Session) -> Option<&'static str> {
+    match (session.state, &session.pause) {
+        (state, _) if state.is_terminal() => Some("the session has ended"),
+        (SessionState::UserShutdown, _) => Some("the sandbox powered itself off"),
+        (_, Some(pause)) if !pause.in_memory => Some("the session was stopped; only its disk is kept"),
+        _ => None,
+    }
 }

@@ -21,6 +21,7 @@ use crate::engine_core::EngineCore;
 use crate::errors::store_error;
 use crate::model::{Preview, Session, SessionState, Snapshot, SnapshotState, Volume};
 use crate::ports::{Change, DriverError, Store};
+use crate::shared::Shared;
 use crate::tasks::Running;
 
 /// What was recorded before the start.
@@ -40,131 +41,121 @@ pub(crate) async fn read(store: &dyn Store) -> Result<Records, Error> {
     })
 }
 
-pub(crate) async fn recover(engine: &Arc<EngineCore>, records: Records) -> Result<(), Error> {
+pub(crate) async fn recover(core: &Arc<EngineCore>, records: Records) -> Result<(), Error> {
     let unknown = |what: &str, error: DriverError| {
         tracing::error!(%error, "the driver could not tell which {what} exist");
         Error::new(Code::Internal, format!("the driver could not tell which {what} exist"))
     };
-    let records = name_roots(engine, records).await?;
+    let records = name_roots(&core.shared, records).await?;
     let mut sandboxes = Vec::new();
-    for (name, driver) in engine.shared.drivers.all() {
+    for (name, driver) in core.shared.drivers.all() {
         let found = driver.list().await.map_err(|error| unknown("sandboxes", error))?;
         sandboxes.extend(found.into_iter().map(|id| (name.to_owned(), id)));
     }
-    let images = engine.shared.host.images().await.map_err(|error| unknown("images", error))?;
-    let volumes = engine.shared.host.volumes().await.map_err(|error| unknown("volumes", error))?;
+    let images = core.shared.host.images().await.map_err(|error| unknown("images", error))?;
+    let volumes = core.shared.host.volumes().await.map_err(|error| unknown("volumes", error))?;
     let mut unrecorded = Vec::new();
     for id in volumes.into_iter().filter(|id| !records.volumes.iter().any(|volume| volume.id == *id)) {
-        if engine.give_up("volume", &id) {
+        if give_up(&core.shared, "volume", &id) {
             unrecorded.push(id);
         }
     }
-    remove_nameless(engine, &records, images, unrecorded);
+    remove_nameless(core, &records, images, unrecorded);
 
     let live: BTreeSet<SessionId> = records.sessions.iter().map(|session| session.id).collect();
     let mut attempts = Vec::new();
     for session in records.sessions {
         let stopped = matches!(session.state, SessionState::Paused | SessionState::UserShutdown);
-        let slot = (!stopped).then(|| engine.registry.live.take(session.workspace_id, &session.machine.resources));
+        let slot = (!stopped).then(|| core.registry.live.take(session.workspace_id, &session.machine.resources));
         let (attempted, attempt) = oneshot::channel();
-        engine.actors.spawn(session, slot, StartMode::Recovered { attempted }, engine.shared.tasks.enter()?);
+        core.actors.spawn(session, slot, StartMode::Recovered { attempted }, core.shared.tasks.enter()?);
         attempts.push(attempt);
     }
     for (driver, id) in sandboxes.into_iter().filter(|(_, id)| !live.contains(id)) {
-        if engine.shared.store.session(id).await.map_err(store_error)?.is_none() && !engine.give_up("sandbox", &id) {
+        if core.shared.store.session(id).await.map_err(store_error)?.is_none() && !give_up(&core.shared, "sandbox", &id)
+        {
             continue;
         }
         let (attempted, attempt) = oneshot::channel();
-        tokio::spawn(sweep(engine.clone(), driver, id, attempted, engine.shared.tasks.enter()?));
+        tokio::spawn(sweep(core.shared.clone(), driver, id, attempted, core.shared.tasks.enter()?));
         attempts.push(attempt);
     }
-    engine.await_attempts(attempts).await;
-    engine.previews.recover(records.previews).await;
-    records.volumes.into_iter().for_each(|volume| engine.volumes.recover(volume));
-    records.snapshots.into_iter().for_each(|snapshot| engine.snapshots.recover(snapshot));
-    let freeing = engine.clone();
-    engine.shared.background(async move {
-        freeing
-            .shared
-            .insist("blobs that no snapshot needs could not be removed", || freeing.snapshots.free_blobs())
-            .await;
-    });
+    await_attempts(&core.shared, attempts).await;
+    core.previews.recover(records.previews).await;
+    records.volumes.into_iter().for_each(|volume| core.volumes.recover(volume));
+    records.snapshots.into_iter().for_each(|snapshot| core.snapshots.recover(snapshot));
+    core.snapshots.keep_freeing();
     Ok(())
 }
 
 /// Records of servers that knew one image only say nothing of it: they get what the disk says, else the host's own image.
 /// What no record needs is removed then.
-async fn name_roots(engine: &EngineCore, mut records: Records) -> Result<Records, Error> {
+async fn name_roots(shared: &Shared, mut records: Records) -> Result<Records, Error> {
     let mut changes = Vec::new();
     for session in records.sessions.iter_mut().filter(|session| session.machine.root.is_unknown()) {
-        let of_disk = engine.shared.host.root_of(session.id).await.ok().flatten();
-        session.machine.root = of_disk.unwrap_or_else(|| engine.shared.host.default_root());
+        let of_disk = shared.host.root_of(session.id).await.ok().flatten();
+        session.machine.root = of_disk.unwrap_or_else(|| shared.host.default_root());
         // Nor did they name the driver before its sandbox was up.
         if session.driver.is_empty() {
-            session.driver = engine.shared.drivers.default_name().to_owned();
+            session.driver = shared.drivers.default_name().to_owned();
         }
-        session.isolation = engine.shared.drivers.find(&session.driver).map(|driver| driver.capabilities().isolation);
+        session.isolation = shared.drivers.find(&session.driver).map(|driver| driver.capabilities().isolation);
         changes.push(Change::Session(session.clone()));
     }
     for snapshot in records.snapshots.iter_mut().filter(|snapshot| snapshot.machine.root.is_unknown()) {
-        snapshot.machine.root = engine.shared.host.default_root();
+        snapshot.machine.root = shared.host.default_root();
         changes.push(Change::Snapshot(snapshot.clone()));
     }
     if !changes.is_empty() {
-        engine.shared.write(changes).await?;
+        shared.write(changes).await?;
     }
     let of_sessions = records.sessions.iter().map(|session| &session.machine.root);
     let of_snapshots = records.snapshots.iter().map(|snapshot| &snapshot.machine.root);
     let used: Vec<_> = of_sessions.chain(of_snapshots).cloned().collect();
-    if let Err(error) = engine.shared.host.retain_roots(&used).await {
+    if let Err(error) = shared.host.retain_roots(&used).await {
         tracing::warn!(%error, "root file systems that nobody needs could not be removed");
     }
     Ok(records)
 }
 
-impl EngineCore {
-    /// Whether something without a record is to be removed.
-    fn give_up(&self, what: &str, id: &dyn std::fmt::Display) -> bool {
-        let discard = self.shared.config.discard_unrecorded;
-        if discard {
-            tracing::warn!(%id, "a {what} that no record names is removed, as was asked for");
-        } else {
-            tracing::error!(%id, "a {what} that no record names is left alone; `nagaya recover` gives it a record");
-        }
-        discard
+/// Whether something without a record is to be removed.
+fn give_up(shared: &Shared, what: &str, id: &dyn std::fmt::Display) -> bool {
+    let discard = shared.config.discard_unrecorded;
+    if discard {
+        tracing::warn!(%id, "a {what} that no record names is removed, as was asked for");
+    } else {
+        tracing::error!(%id, "a {what} that no record names is left alone; `nagaya recover` gives it a record");
     }
+    discard
 }
 
-impl EngineCore {
-    /// Waits until all have been tried once, or until what is left shows no sign for a while: one sandbox that hangs shall not
-    /// keep the others from their callers.
-    async fn await_attempts(&self, attempts: Vec<oneshot::Receiver<()>>) {
-        // Tasks drop their end when they have tried; there is nothing to receive.
-        let tried = |attempt: oneshot::Receiver<()>| async { drop(attempt.await) };
-        let mut waiting: JoinSet<()> = attempts.into_iter().map(tried).collect();
-        loop {
-            let patience =
-                self.shared.clock.sleep_until(self.shared.clock.now() + self.shared.config.recovery_patience_ms);
-            tokio::select! {
-                biased;
-                next = waiting.join_next() => if next.is_none() { return },
-                () = patience => {
-                    tracing::warn!(sandboxes = waiting.len(), "some do not answer; they are tried again while others are served");
-                    return;
-                }
+/// Waits until all have been tried once, or until what is left shows no sign for a while: one sandbox that hangs shall not
+/// keep the others from their callers.
+async fn await_attempts(shared: &Shared, attempts: Vec<oneshot::Receiver<()>>) {
+    // Tasks drop their end when they have tried; there is nothing to receive.
+    let tried = |attempt: oneshot::Receiver<()>| async { drop(attempt.await) };
+    let mut waiting: JoinSet<()> = attempts.into_iter().map(tried).collect();
+    loop {
+        let patience = shared.clock.sleep_until(shared.clock.now() + shared.config.recovery_patience_ms);
+        tokio::select! {
+            biased;
+            next = waiting.join_next() => if next.is_none() { return },
+            () = patience => {
+                tracing::warn!(sandboxes = waiting.len(), "some do not answer; they are tried again while others are served");
+                return;
             }
         }
     }
 }
 
 /// Removes images that no record names, and volumes that are given up.
-fn remove_nameless(engine: &Arc<EngineCore>, records: &Records, images: Vec<DiskImageId>, volumes: Vec<VolumeId>) {
+fn remove_nameless(core: &Arc<EngineCore>, records: &Records, images: Vec<DiskImageId>, volumes: Vec<VolumeId>) {
     // Sessions in creation remove their images themselves, with all the rest of them.
     let of_sessions = records.sessions.iter().filter_map(|session| session.source_image_id);
     let unfinished = records.snapshots.iter().filter(|of| of.state == SnapshotState::Creating && of.copied);
     let named: BTreeSet<DiskImageId> = of_sessions.chain(unfinished.map(|of| of.image_id)).collect();
-    let removing = engine.clone();
-    engine.shared.background(async move {
+    let removing = core.clone();
+    core.shared.background(async move {
         for image in images.into_iter().filter(|image| !named.contains(image)) {
             removing.snapshots.remove_image(image).await;
         }
@@ -176,20 +167,14 @@ fn remove_nameless(engine: &Arc<EngineCore>, records: &Records, images: Vec<Disk
 }
 
 /// Destroys a sandbox that no live record names, however long that takes.
-async fn sweep(
-    engine: Arc<EngineCore>,
-    driver: String,
-    id: SessionId,
-    attempted: oneshot::Sender<()>,
-    _running: Running,
-) {
-    let driver = engine.shared.drivers.of(&driver);
+async fn sweep(shared: Arc<Shared>, driver: String, id: SessionId, attempted: oneshot::Sender<()>, _running: Running) {
+    let driver = shared.drivers.of(&driver);
     let mut attempted = Some(attempted);
-    let mut backoff = engine.shared.backoff();
+    let mut backoff = shared.backoff();
     while let Err(error) = driver.destroy(id).await {
         tracing::warn!(session = %id, %error, "a leftover sandbox could not be removed; trying again");
         drop(attempted.take());
-        if !engine.shared.pause(backoff.next_ms()).await {
+        if !shared.pause(backoff.next_ms()).await {
             return;
         }
     }

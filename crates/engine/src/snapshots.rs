@@ -359,7 +359,7 @@ impl Snapshots {
     async fn clean_up(&self, id: SnapshotId, image: DiskImageId) {
         self.remove_image(image).await;
         // Part of it may have been stored.
-        self.shared.insist("blobs that no snapshot needs could not be removed", || self.free_blobs()).await;
+        self.insist_on_freeing().await;
         self.look_at(id);
     }
 
@@ -444,7 +444,7 @@ impl Snapshots {
     }
 
     /// Removes every blob that no snapshot needs.
-    pub(crate) async fn free_blobs(&self) -> Result<(), Error> {
+    async fn free_blobs(&self) -> Result<(), Error> {
         let _gate = self.gate.write().await;
         let snapshots = self.shared.store.all_snapshots().await.map_err(store_error)?;
         let kept = snapshots.into_iter().filter(|of| of.state != SnapshotState::Deleting && !of.manifest.is_empty());
@@ -452,6 +452,16 @@ impl Snapshots {
         let freed = self.blobs.retain(&manifests).await.map_err(blob_error)?;
         tracing::debug!(freed, "blobs that no snapshot needs were removed");
         Ok(())
+    }
+
+    async fn insist_on_freeing(&self) {
+        self.shared.insist("blobs that no snapshot needs could not be removed", || self.free_blobs()).await;
+    }
+
+    /// Removes what the last server left of blobs that no snapshot needs.
+    pub(crate) fn keep_freeing(self: &Arc<Self>) {
+        let snapshots = self.clone();
+        self.shared.background(async move { snapshots.insist_on_freeing().await });
     }
 
     fn keep_deleting(self: &Arc<Self>, id: SnapshotId) {

@@ -12,23 +12,23 @@ const ORDERS: [(&str, &[&str]); 9] = [
         &[
             "fake",
             "engine",
+            "dispatch",
             "recovery",
-            "creation",
-            "ssh",
-            "explain",
             "engine_core",
+            "sessions",
+            "explain",
             "actor",
             "executions",
             "egress",
             "previews",
+            "open",
             "snapshots",
             "volumes",
-            "open",
             "event_log",
-            "validate",
-            "query",
             "registry",
             "workspaces",
+            "validate",
+            "query",
             "shared",
             "handle",
             "requests",
@@ -103,6 +103,18 @@ const ORDERS: [(&str, &[&str]); 9] = [
             "errors",
         ],
     ),
+];
+
+/// The engine's subsystems from the bottom up, each with those that it is given. The base of all, `shared`, is not named.
+const SUBSYSTEMS: [(&str, &[&str]); 8] = [
+    ("workspaces", &[]),
+    ("registry", &[]),
+    ("event_log", &["registry"]),
+    ("volumes", &["registry", "workspaces"]),
+    ("snapshots", &["event_log", "registry", "volumes", "workspaces"]),
+    ("previews", &["registry"]),
+    ("actor", &["event_log", "previews", "registry", "snapshots", "volumes"]),
+    ("sessions", &["actor", "event_log", "registry", "snapshots", "volumes", "workspaces"]),
 ];
 
 /// Directories of the daemon, each a façade. None uses another.
@@ -184,15 +196,16 @@ fn used(text: &str, directory: &[&str], relative: &Path, modules: &BTreeSet<&str
             None => {}
         }
     }
-    // `super` of a file leads to the directory; of a file further below to its own module.
-    if relative.components().count() == 1 {
-        for path in paths(text, "super") {
-            match path.first() {
-                Some(name) if modules.contains(name.as_str()) => drop(found.insert(name.clone())),
-                Some(name) if name == "super" => {}
-                Some(_) => holder = true,
-                None => {}
-            }
+    // As many `super` as lead from the file to the directory; with fewer, a file further below stays in its own module.
+    let further = relative.components().count() - usize::from(relative.ends_with("mod.rs")) - 1;
+    for path in paths(text, "super") {
+        let Some((up, rest)) = path.split_at_checked(further) else { continue };
+        match rest.first() {
+            _ if up.iter().any(|name| name != "super") => {}
+            Some(name) if modules.contains(name.as_str()) => drop(found.insert(name.clone())),
+            Some(name) if name == "super" => {}
+            Some(_) => holder = true,
+            None => {}
         }
     }
     (found, holder)
@@ -233,6 +246,25 @@ fn no_module_uses_one_above_it() {
 }
 
 #[test]
+fn a_subsystem_uses_those_that_it_is_given_and_no_other() {
+    let engine = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("engine/src");
+    let modules: BTreeSet<&str> = SUBSYSTEMS.iter().map(|(name, _)| *name).collect();
+    for (name, given) in SUBSYSTEMS {
+        let mut all = BTreeSet::new();
+        for path in rust_files(&engine) {
+            let relative = path.strip_prefix(&engine).unwrap();
+            let first = relative.components().next().unwrap().as_os_str().to_str().unwrap();
+            if first.trim_end_matches(".rs") == name {
+                all.extend(used(&fs::read_to_string(&path).unwrap(), &[], relative, &modules).0);
+            }
+        }
+        all.remove(name);
+        let given: BTreeSet<String> = given.iter().map(|name| (*name).to_owned()).collect();
+        assert_eq!(all, given, "what {name} uses, and what it is given");
+    }
+}
+
+#[test]
 fn no_facade_uses_another() {
     let daemon = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("daemon/src");
     for facade in FACADES {
@@ -258,5 +290,7 @@ fn paths_are_found_in_all_their_forms() {
     assert_eq!(seen("use super::facade;", "x.rs"), (["facade".to_owned()].into(), false));
     assert_eq!(seen("use super::{Thing, wire};", "x.rs"), (["wire".to_owned()].into(), true));
     assert_eq!(seen("use super::Thing;", "x/y.rs"), (BTreeSet::new(), false));
+    assert_eq!(seen("use super::wire;", "x/mod.rs"), (["wire".to_owned()].into(), false));
+    assert_eq!(seen("use super::super::{Thing, wire};", "x/y.rs"), (["wire".to_owned()].into(), true));
     assert_eq!(seen("#[cfg(test)]\nmod tests { use super::Thing; }", "x.rs").0, BTreeSet::new());
 }

@@ -218,7 +218,7 @@ pub struct Pause {
 mod disk_only_reason {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-    use super::DiskOnlyReason;
+    use crate::model::DiskOnlyReason;
 
     #[derive(Deserialize)]
     #[serde(untagged)]

@@ -7,9 +7,9 @@ use nagaya_api::ids::{DiskImageId, SessionId};
 use nagaya_api::limits::NAME_CHARS_MAX;
 use tokio::sync::oneshot;
 
+use super::Sessions;
 use crate::access::Caller;
 use crate::actor::{DiskPreparation, StartMode};
-use crate::engine_core::{Engine, EngineCore};
 use crate::handle::{Job, SessionHandle};
 use crate::model::{DiskSource, EventKind, Machine, Resources, Session, SessionState, Snapshot, SnapshotKind};
 use crate::ports::Change;
@@ -17,55 +17,53 @@ use crate::requests::{Fork, NewSession};
 use crate::session::Request;
 use crate::{egress, validate};
 
-impl Engine {
-    /// Records a new session and starts to create its sandbox. Returns when the record is durable,
-    /// in state CREATING; watch the session for what becomes of it.
-    pub async fn create_session(&self, caller: &Caller, new: NewSession) -> Result<Session, Error> {
-        let inner = &self.0;
-        let running = inner.shared.tasks.enter()?;
-        inner.shared.access.workspace(caller, new.workspace_id)?;
+impl Sessions {
+    pub(crate) async fn create(&self, caller: &Caller, new: NewSession) -> Result<Session, Error> {
+        let running = self.shared.tasks.enter()?;
+        self.shared.access.workspace(caller, new.workspace_id)?;
         // Until the session is known, its snapshot must stay and nobody else may become sticky.
         let quiet = match new.snapshot_id.is_some() || new.sticky {
-            true => Some(inner.workspaces.quiet().await),
+            true => Some(self.workspaces.quiet().await),
             false => None,
         };
         let snapshot = match new.snapshot_id {
-            Some(id) => Some(inner.snapshots.usable(caller, id).await?),
+            Some(id) => Some(self.snapshots.usable(caller, id).await?),
             None => None,
         };
-        let mut session = inner.new_session(caller, new, snapshot.as_ref())?;
-        let source = inner.source(&mut session, snapshot)?;
+        let mut session = self.new_session(caller, new, snapshot.as_ref())?;
+        let source = self.source(&mut session, snapshot)?;
         if session.sticky {
-            inner.registry.check_sticky(caller.workspace_id, None)?;
+            self.registry.check_sticky(caller.workspace_id, None)?;
         }
-        let slot = inner.registry.reserve(session.workspace_id, &session.machine.resources)?;
-        inner.volumes.hold_all(&session)?;
+        let slot = self.registry.reserve(session.workspace_id, &session.machine.resources)?;
+        self.volumes.hold_all(&session)?;
         // From here on the session's own task does everything, so that a caller who goes away
         // leaves nothing half done.
         let (reply, answer) = oneshot::channel();
-        inner.actors.spawn(session, Some(slot), StartMode::New { source, reply }, running);
+        self.actors.spawn(session, Some(slot), StartMode::New { source, reply }, running);
         drop(quiet);
         answer.await.unwrap_or_else(|_| Err(Code::Draining.into()))
     }
 
-    /// Makes sessions from the disk of one that is RUNNING or stopped: all of them or none. They are
-    /// answered in CREATING. Their memory is fresh: processes are not carried over.
-    pub async fn fork_session(&self, caller: &Caller, id: SessionId, fork: Fork) -> Result<Vec<Session>, Error> {
-        let inner = self.0.clone();
-        let max = inner.shared.config.forks_max;
+    pub(crate) async fn fork(
+        self: &Arc<Self>,
+        caller: &Caller,
+        id: SessionId,
+        fork: Fork,
+    ) -> Result<Vec<Session>, Error> {
+        let sessions = self.clone();
+        let max = self.shared.config.forks_max;
         if !(1..=max).contains(&fork.count) {
             return Err(Error::new(Code::InvalidArgument, format!("count must be 1 to forks_max, which is {max}")));
         }
         if let Some(name) = &fork.name {
             validate::name(name)?;
         }
-        let live = inner.registry.find_live(caller, id, Request::Copy).await?;
+        let live = self.registry.find_live(caller, id, Request::Copy).await?;
         let caller = *caller;
-        self.0.shared.detached(async move { inner.fork(&caller, live, fork).await }).await
+        self.shared.detached(async move { sessions.make_forks(&caller, live, fork).await }).await
     }
-}
 
-impl EngineCore {
     /// What the session's disk is made from.
     fn source(&self, session: &mut Session, snapshot: Option<Snapshot>) -> Result<DiskPreparation, Error> {
         let Some(snapshot) = snapshot else { return Ok(DiskPreparation::Fresh) };
@@ -161,12 +159,7 @@ impl EngineCore {
     }
 
     /// Copies the disk once for each fork, records all of them at once, and lets them be created.
-    async fn fork(
-        self: &Arc<Self>,
-        caller: &Caller,
-        live: Arc<SessionHandle>,
-        fork: Fork,
-    ) -> Result<Vec<Session>, Error> {
+    async fn make_forks(&self, caller: &Caller, live: Arc<SessionHandle>, fork: Fork) -> Result<Vec<Session>, Error> {
         let parent = live.published.borrow().clone();
         let forks: Vec<Session> = (1..=fork.count).map(|n| self.forked(caller, &parent, &fork, n)).collect();
         let mut slots = Vec::new();
@@ -209,11 +202,11 @@ impl EngineCore {
     }
 
     /// Removes images that nothing names. Those that a stopping engine leaves are swept at the next start.
-    fn discard_images(self: &Arc<Self>, images: Vec<DiskImageId>) {
-        let engine = self.clone();
+    fn discard_images(&self, images: Vec<DiskImageId>) {
+        let snapshots = self.snapshots.clone();
         self.shared.background(async move {
             for image in images {
-                engine.snapshots.remove_image(image).await;
+                snapshots.remove_image(image).await;
             }
         });
     }
