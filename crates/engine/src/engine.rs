@@ -256,6 +256,42 @@ impl Engine {
         self.0.events.follow(caller, id, after).await
     }
 
+    /// Names the only destinations that a session reaches from now on; `None` lifts that. When it is answered,
+    /// connections to what is not allowed any more are cut. A session without outbound access keeps it for its forks.
+    pub async fn set_egress(&self, caller: &Caller, id: SessionId, egress: Option<Egress>) -> Result<Session, Error> {
+        self.0.sessions.set_egress(caller, id, egress).await
+    }
+
+    /// What is known of a live session's connections to the outside, oldest first: the last ones, while it runs.
+    pub async fn connections(&self, caller: &Caller, id: SessionId) -> Result<Vec<Connection>, Error> {
+        self.0.sessions.connections(caller, id).await
+    }
+
+    /// Says why a session is as it is, whether it lives or has ended: the most important reason first, and always one.
+    pub async fn explain(&self, caller: &Caller, id: SessionId) -> Result<Vec<Finding>, Error> {
+        self.0.sessions.explain(caller, id).await
+    }
+
+    /// 32 random bytes that are made when they are first asked for, and are the same ever after.
+    pub async fn lasting_secret(&self, name: &str) -> Result<[u8; 32], Error> {
+        lasting_secret(&*self.0.shared.store, &*self.0.shared.entropy, name).await
+    }
+
+    /// Whether the caller may be let into this session by SSH, now or when it runs again.
+    pub async fn check_visit(&self, caller: &Caller, id: SessionId) -> Result<(), Error> {
+        self.0.sessions.check_visit(caller, id).await
+    }
+
+    /// Opens a session for a caller who wants to stay; one that does not run is woken where visits may.
+    pub async fn visit(&self, caller: &Caller, id: SessionId) -> Result<SshSession, Error> {
+        self.0.sessions.visit(caller, id).await
+    }
+
+    /// The same for somebody whose right to this very session was proved to the server by a certificate of its own.
+    pub async fn visit_certified(&self, id: SessionId) -> Result<SshSession, Error> {
+        self.0.sessions.visit_certified(id).await
+    }
+
     /// Makes an empty volume. Returns when it can be attached.
     pub async fn create_volume(&self, caller: &Caller, new: NewVolume) -> Result<Volume, Error> {
         self.0.volumes.create(caller, new).await
@@ -433,41 +469,5 @@ impl Engine {
     /// Where the token of a preview leads: a viewer token, or the label that stands in its URL.
     pub async fn resolve_preview_token(&self, caller: &Caller, token: &str) -> Result<PreviewTarget, Error> {
         self.0.previews.resolve_token(caller, token)
-    }
-
-    /// Names the only destinations that a session reaches from now on; `None` lifts that. When it is answered,
-    /// connections to what is not allowed any more are cut. A session without outbound access keeps it for its forks.
-    pub async fn set_egress(&self, caller: &Caller, id: SessionId, egress: Option<Egress>) -> Result<Session, Error> {
-        self.0.sessions.set_egress(caller, id, egress).await
-    }
-
-    /// What is known of a live session's connections to the outside, oldest first: the last ones, while it runs.
-    pub async fn connections(&self, caller: &Caller, id: SessionId) -> Result<Vec<Connection>, Error> {
-        self.0.sessions.connections(caller, id).await
-    }
-
-    /// Says why a session is as it is, whether it lives or has ended: the most important reason first, and always one.
-    pub async fn explain(&self, caller: &Caller, id: SessionId) -> Result<Vec<Finding>, Error> {
-        self.0.sessions.explain(caller, id).await
-    }
-
-    /// 32 random bytes that are made when they are first asked for, and are the same ever after.
-    pub async fn lasting_secret(&self, name: &str) -> Result<[u8; 32], Error> {
-        lasting_secret(&*self.0.shared.store, &*self.0.shared.entropy, name).await
-    }
-
-    /// Whether the caller may be let into this session by SSH, now or when it runs again.
-    pub async fn check_visit(&self, caller: &Caller, id: SessionId) -> Result<(), Error> {
-        self.0.sessions.check_visit(caller, id).await
-    }
-
-    /// Opens a session for a caller who wants to stay; one that does not run is woken where visits may.
-    pub async fn visit(&self, caller: &Caller, id: SessionId) -> Result<SshSession, Error> {
-        self.0.sessions.visit(caller, id).await
-    }
-
-    /// The same for somebody whose right to this very session was proved to the server by a certificate of its own.
-    pub async fn visit_certified(&self, id: SessionId) -> Result<SshSession, Error> {
-        self.0.sessions.visit_certified(id).await
     }
 }
