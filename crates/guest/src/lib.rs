@@ -3,6 +3,7 @@ pub mod frame;
 pub mod handshake;
 pub mod messages;
 pub mod mux;
+pub mod processor_times;
 pub mod sftp;
 mod writer;
 

@@ -1,6 +1,5 @@
 //! What the sandbox uses, of what it may, for a server that cannot see it from outside.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +10,7 @@ use super::failure::Failure;
 use super::processes::Count;
 use super::{Agent, blocking, groups, memory};
 use crate::messages::Usage;
+use crate::processor_times::{ProcessorTimes, between};
 
 /// How long processor times are compared: some of the scheduler's periods.
 const WINDOW: Duration = Duration::from_millis(250);
@@ -43,11 +43,8 @@ fn read(agent: &Agent) -> Result<Usage, Failure> {
     })
 }
 
-/// By the number of a thread: microseconds on processors, and waiting for one.
-type Times = BTreeMap<u32, (u64, u64)>;
-
 /// Of all threads but the agent's own. Of those that have ended nothing is known.
-fn processor_times() -> Times {
+fn processor_times() -> ProcessorTimes {
     let numbers = |directory: &str| {
         let entries = fs::read_dir(directory).into_iter().flatten().flatten();
         entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()).collect::<Vec<_>>()
@@ -62,26 +59,4 @@ fn processor_times() -> Times {
         })
     });
     times.collect()
-}
-
-/// What the threads that are there in the end had since the beginning; one that is new began with nothing.
-fn between(before: &Times, after: &Times) -> (u64, u64) {
-    let since = |(thread, (ran, waited)): (&u32, &(u64, u64))| {
-        let (ran_before, waited_before) = before.get(thread).copied().unwrap_or_default();
-        (ran.saturating_sub(ran_before), waited.saturating_sub(waited_before))
-    };
-    after.iter().map(since).fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn threads_that_end_meanwhile_take_nothing_from_the_others() {
-        let before = Times::from([(1, (1_000_000, 50)), (2, (100, 10))]);
-        let after = Times::from([(2, (350, 15)), (3, (40, 2))]);
-        assert_eq!(between(&before, &after), (290, 7));
-        assert_eq!(between(&Times::new(), &Times::new()), (0, 0));
-    }
 }

@@ -1,11 +1,11 @@
 //! What a sandbox uses, for those who want to know why it is slow or full.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nagaya_api::ids::SessionId;
 use nagaya_engine::ports::{DriverError, ResourceUsage};
+use nagaya_guest::processor_times::{ProcessorTimes, between};
 use tokio::time::Instant;
 
 use super::core::DriverCore;
@@ -48,20 +48,9 @@ impl DriverCore {
     }
 }
 
-type Times = BTreeMap<u32, (u64, u64)>;
-
-async fn processor_times(group: &Group) -> Times {
+async fn processor_times(group: &Group) -> ProcessorTimes {
     let group = group.clone();
     blocking(move || group.processor_times()).await
-}
-
-/// What the threads that are there in the end had since the beginning; one that is new began with nothing.
-fn between(before: &Times, after: &Times) -> (u64, u64) {
-    let since = |(thread, (ran, waited)): (&u32, &(u64, u64))| {
-        let (ran_before, waited_before) = before.get(thread).copied().unwrap_or_default();
-        (ran.saturating_sub(ran_before), waited.saturating_sub(waited_before))
-    };
-    after.iter().map(since).fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1))
 }
 
 fn read(group: &Group) -> std::io::Result<ResourceUsage> {
@@ -93,18 +82,5 @@ fn disk(group: &Group) -> std::io::Result<(u64, u64)> {
         }
         Err(rustix::io::Errno::NOENT | rustix::io::Errno::SRCH) => Ok((0, 0)),
         Err(error) => Err(error.into()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn threads_that_end_meanwhile_take_nothing_from_the_others() {
-        let before = Times::from([(1, (1_000_000, 50)), (2, (100, 10))]);
-        let after = Times::from([(2, (350, 15)), (3, (40, 2))]);
-        assert_eq!(between(&before, &after), (290, 7));
-        assert_eq!(between(&Times::new(), &Times::new()), (0, 0));
     }
 }
