@@ -137,7 +137,11 @@ impl Client {
     pub async fn workspace_settings(&self, workspace_id: &str) -> Result<WorkspaceSettings> {
         let request = v1::GetWorkspaceSandboxSettingsRequest { workspace_id: workspace_id.to_owned() };
         let answer = self.control().get_workspace_sandbox_settings(request).await.map_err(Error::of_rpc)?;
-        answer.settings.into_option().map(Into::into).ok_or_else(|| Error::bad_answer("it holds no settings"))
+        answer
+            .settings
+            .into_option()
+            .map(WorkspaceSettings::of_wire)
+            .ok_or_else(|| Error::bad_answer("it holds no settings"))
     }
 
     /// Changes settings of a workspace and answers all of them.
@@ -169,12 +173,16 @@ impl Client {
             ..Default::default()
         };
         let answer = self.control().update_workspace_sandbox_settings(request).await.map_err(Error::of_rpc)?;
-        answer.settings.into_option().map(Into::into).ok_or_else(|| Error::bad_answer("it holds no settings"))
+        answer
+            .settings
+            .into_option()
+            .map(WorkspaceSettings::of_wire)
+            .ok_or_else(|| Error::bad_answer("it holds no settings"))
     }
 }
 
-impl From<v1::WorkspaceSandboxSettings> for WorkspaceSettings {
-    fn from(settings: v1::WorkspaceSandboxSettings) -> Self {
+impl WorkspaceSettings {
+    pub(crate) fn of_wire(settings: v1::WorkspaceSandboxSettings) -> Self {
         Self {
             workspace_id: settings.workspace_id,
             pause_retention: wire::span(settings.pause_retention),

@@ -8,8 +8,8 @@ use std::time::Duration;
 use connectrpc::Protocol;
 use connectrpc::client::ClientConfig;
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
-use nagaya_api::limits::{PAGE_SIZE_MAX, TERMINATE_BATCH_MAX};
 use nagaya_api::nagaya::v1::NagayaServiceClient;
+use nagaya_api::limits::{PAGE_SIZE_MAX, TERMINATE_BATCH_MAX};
 use nagaya_api::tenki::v1::{
     self, SandboxServiceClient, SandboxSessionDataPlaneServiceClient, SshGatewayClientServiceClient,
 };
@@ -174,7 +174,7 @@ impl Client {
         for batch in ids.chunks(TERMINATE_BATCH_MAX) {
             let request = v1::TerminateSessionsRequest { session_ids: batch.to_vec() };
             let answer = self.control().terminate_sessions(request).await.map_err(Error::of_rpc)?;
-            done.sessions.extend(answer.sessions.into_iter().map(SessionInfo::from));
+            done.sessions.extend(answer.sessions.into_iter().map(SessionInfo::of_wire));
             done.failures.extend(
                 answer
                     .failures

@@ -171,7 +171,7 @@ impl CreateOptions {
             disk_size_gb: size(self.disk_size_gb, DEFAULT_DISK_GB),
             allow_inbound: Some(self.allow_inbound),
             allow_outbound: Some(self.allow_outbound),
-            egress: self.egress.clone().map(Into::into).into(),
+            egress: self.egress.clone().map(EgressPolicy::into_wire).into(),
             max_duration: wire::duration(self.max_duration),
             idle_timeout_minutes,
             pause_retention: wire::duration(self.pause_retention),
@@ -182,7 +182,7 @@ impl CreateOptions {
             setup_env: self.setup_env.clone(),
             setup_secrets: self.setup_secrets.clone(),
             ssh_authorized_keys: self.ssh_authorized_keys.clone(),
-            volumes: self.volumes.iter().cloned().map(Into::into).collect(),
+            volumes: self.volumes.iter().cloned().map(VolumeMount::into_wire).collect(),
             snapshot_id: self.snapshot_id.clone(),
             registry_ref: self.image.clone(),
             template_spec_id: self.template_spec_id.clone(),
@@ -255,9 +255,9 @@ fn is_tag(tag: &str) -> bool {
         && tag.bytes().all(|byte| of_tag(byte) || b"_:.-".contains(&byte))
 }
 
-impl From<VolumeMount> for v1::VolumeMount {
-    fn from(mount: VolumeMount) -> Self {
-        Self { volume_id: mount.volume_id, mount_path: mount.mount_path, readonly: mount.read_only }
+impl VolumeMount {
+    pub(crate) fn into_wire(self) -> v1::VolumeMount {
+        v1::VolumeMount { volume_id: self.volume_id, mount_path: self.mount_path, readonly: self.read_only }
     }
 }
 

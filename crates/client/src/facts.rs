@@ -55,7 +55,7 @@ impl Session {
             let request =
                 v1::ListSessionEventsRequest { session_id: self.id().to_owned(), after, page_size: PAGE_SIZE };
             let answer = self.client().own().list_session_events(request).await.map_err(Error::of_rpc)?;
-            events.extend(answer.events.into_iter().map(SessionEvent::from));
+            events.extend(answer.events.into_iter().map(SessionEvent::of_wire));
             match answer.next_after {
                 0 => return Ok(events),
                 next if next <= after => return Err(Error::PaginationStalled { token: next.to_string() }),
@@ -76,7 +76,7 @@ impl Session {
     pub async fn explain(&self) -> Result<Vec<Finding>> {
         let request = v1::ExplainSessionRequest { session_id: self.id().to_owned() };
         let answer = self.client().own().explain_session(request).await.map_err(Error::of_rpc)?;
-        Ok(answer.findings.into_iter().map(Into::into).collect())
+        Ok(answer.findings.into_iter().map(Finding::of_wire).collect())
     }
 }
 
@@ -97,15 +97,15 @@ impl EventStream {
     pub async fn next(&mut self) -> Result<Option<SessionEvent>> {
         while let Some(message) = self.stream.message().await.map_err(Error::of_rpc)? {
             if let Some(event) = message.event.as_option() {
-                return Ok(Some(event.clone().into()));
+                return Ok(Some(SessionEvent::of_wire(event.clone())));
             }
         }
         Ok(None)
     }
 }
 
-impl From<v1::SessionEvent> for SessionEvent {
-    fn from(event: v1::SessionEvent) -> Self {
+impl SessionEvent {
+    pub(crate) fn of_wire(event: v1::SessionEvent) -> Self {
         Self {
             sequence: event.sequence,
             at: wire::time(event.at),
@@ -117,8 +117,8 @@ impl From<v1::SessionEvent> for SessionEvent {
     }
 }
 
-impl From<v1::Finding> for Finding {
-    fn from(finding: v1::Finding) -> Self {
+impl Finding {
+    pub(crate) fn of_wire(finding: v1::Finding) -> Self {
         Self {
             code: finding.code,
             title: finding.title,

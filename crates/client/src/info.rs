@@ -132,8 +132,8 @@ impl SessionInfo {
     }
 }
 
-impl From<v1::VolumeAttachment> for VolumeAttachment {
-    fn from(attachment: v1::VolumeAttachment) -> Self {
+impl VolumeAttachment {
+    pub(crate) fn of_wire(attachment: v1::VolumeAttachment) -> Self {
         Self {
             id: attachment.id,
             volume_id: attachment.volume_id,
@@ -145,20 +145,18 @@ impl From<v1::VolumeAttachment> for VolumeAttachment {
     }
 }
 
-impl From<v1::SessionEgressPolicy> for EgressPolicy {
-    fn from(policy: v1::SessionEgressPolicy) -> Self {
+impl EgressPolicy {
+    pub(crate) fn of_wire(policy: v1::SessionEgressPolicy) -> Self {
         Self { allow_domains: policy.allow_domains, allow_cidrs: policy.allow_cidrs }
+    }
+
+    pub(crate) fn into_wire(self) -> v1::SessionEgressPolicy {
+        v1::SessionEgressPolicy { allow_domains: self.allow_domains, allow_cidrs: self.allow_cidrs }
     }
 }
 
-impl From<EgressPolicy> for v1::SessionEgressPolicy {
-    fn from(policy: EgressPolicy) -> Self {
-        Self { allow_domains: policy.allow_domains, allow_cidrs: policy.allow_cidrs }
-    }
-}
-
-impl From<v1::SandboxSession> for SessionInfo {
-    fn from(mut session: v1::SandboxSession) -> Self {
+impl SessionInfo {
+    pub(crate) fn of_wire(mut session: v1::SandboxSession) -> Self {
         let idle_minutes: Option<u64> = session.idle_timeout_minutes.map(wire::unsigned);
         Self {
             id: session.id,
@@ -169,7 +167,7 @@ impl From<v1::SandboxSession> for SessionInfo {
             workspace_id: session.workspace_id,
             inbound_enabled: session.inbound_enabled,
             outbound_enabled: session.outbound_enabled,
-            egress: session.egress.into_option().map(Into::into),
+            egress: session.egress.into_option().map(EgressPolicy::of_wire),
             cpu_cores: wire::unsigned(session.cpu_cores),
             memory_mb: wire::unsigned(session.memory_mb),
             disk_size_gb: wire::unsigned(session.disk_size_gb),
@@ -187,7 +185,7 @@ impl From<v1::SandboxSession> for SessionInfo {
             isolation: session.metadata.remove(ISOLATION_KEY).unwrap_or_default(),
             metadata: session.metadata,
             tags: session.tags,
-            volumes: session.volume_attachments.into_iter().map(Into::into).collect(),
+            volumes: session.volume_attachments.into_iter().map(VolumeAttachment::of_wire).collect(),
             pause_snapshot_id: session.pause_snapshot_id,
             source_snapshot_id: session.source_snapshot_id.or(session.snapshot_id),
             source_template_id: session.source_template_id,

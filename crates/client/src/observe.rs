@@ -68,8 +68,10 @@ impl Session {
     /// Changes what the session reaches from now on; `None`: all that the server lets sandboxes reach.
     /// Connections to what is not allowed any more are cut.
     pub async fn set_egress(&self, policy: Option<EgressPolicy>) -> Result<SessionInfo> {
-        let request =
-            v1::UpdateSessionEgressRequest { session_id: self.id().to_owned(), egress: policy.map(Into::into).into() };
+        let request = v1::UpdateSessionEgressRequest {
+            session_id: self.id().to_owned(),
+            egress: policy.map(EgressPolicy::into_wire).into(),
+        };
         self.described(self.client().own().update_session_egress(request).await.map_err(Error::of_rpc)?.session)
     }
 
@@ -77,12 +79,12 @@ impl Session {
     pub async fn connections(&self) -> Result<Vec<Connection>> {
         let request = v1::ListSessionConnectionsRequest { session_id: self.id().to_owned() };
         let answer = self.client().own().list_session_connections(request).await.map_err(Error::of_rpc)?;
-        Ok(answer.connections.into_iter().map(Into::into).collect())
+        Ok(answer.connections.into_iter().map(Connection::of_wire).collect())
     }
 }
 
-impl From<v1::SessionConnection> for Connection {
-    fn from(connection: v1::SessionConnection) -> Self {
+impl Connection {
+    pub(crate) fn of_wire(connection: v1::SessionConnection) -> Self {
         Self {
             started_at: wire::time(connection.started_at),
             destination: connection.destination,

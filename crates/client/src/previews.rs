@@ -191,7 +191,7 @@ impl Client {
                 Ok((answer.preview_urls, answer.next_page_token))
             }
         });
-        Ok(urls.await?.into_iter().map(Into::into).collect())
+        Ok(urls.await?.into_iter().map(PreviewUrl::of_wire).collect())
     }
 
     /// Lets a preview URL lead to a port of a session.
@@ -219,11 +219,11 @@ impl Client {
 }
 
 fn described(url: impl Into<Option<v1::PreviewUrl>>) -> Result<PreviewUrl> {
-    url.into().map(Into::into).ok_or_else(|| Error::bad_answer("it names no preview URL"))
+    url.into().map(PreviewUrl::of_wire).ok_or_else(|| Error::bad_answer("it names no preview URL"))
 }
 
-impl From<v1::PreviewUrl> for PreviewUrl {
-    fn from(url: v1::PreviewUrl) -> Self {
+impl PreviewUrl {
+    pub(crate) fn of_wire(url: v1::PreviewUrl) -> Self {
         Self {
             id: url.id,
             workspace_id: url.workspace_id,

@@ -156,7 +156,7 @@ impl Session {
 
     /// Takes note of how the server describes the session.
     pub(crate) fn learn(&self, session: v1::SandboxSession) -> SessionInfo {
-        let info = SessionInfo::from(session);
+        let info = SessionInfo::of_wire(session);
         *self.last_seen() = Some(info.clone());
         info
     }

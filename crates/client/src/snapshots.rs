@@ -156,7 +156,7 @@ impl Session {
                 Ok((answer.snapshots, answer.next_page_token))
             }
         });
-        Ok(snapshots.await?.into_iter().map(Into::into).collect())
+        Ok(snapshots.await?.into_iter().map(Snapshot::of_wire).collect())
     }
 }
 
@@ -215,7 +215,7 @@ impl Client {
                 Ok((answer.snapshots, answer.next_page_token))
             }
         });
-        Ok(snapshots.await?.into_iter().map(Into::into).collect())
+        Ok(snapshots.await?.into_iter().map(Snapshot::of_wire).collect())
     }
 
     /// Snapshots whose session has ended.
@@ -227,7 +227,7 @@ impl Client {
                 Ok((answer.snapshots, answer.next_page_token))
             }
         });
-        Ok(snapshots.await?.into_iter().map(Into::into).collect())
+        Ok(snapshots.await?.into_iter().map(Snapshot::of_wire).collect())
     }
 
     pub async fn update_snapshot(&self, id: &str, options: UpdateSnapshotOptions) -> Result<Snapshot> {
@@ -280,11 +280,11 @@ fn deleted() -> Error {
 }
 
 fn described(snapshot: impl Into<Option<v1::Snapshot>>) -> Result<Snapshot> {
-    snapshot.into().map(Into::into).ok_or_else(|| Error::bad_answer("it names no snapshot"))
+    snapshot.into().map(Snapshot::of_wire).ok_or_else(|| Error::bad_answer("it names no snapshot"))
 }
 
-impl From<v1::Snapshot> for Snapshot {
-    fn from(snapshot: v1::Snapshot) -> Self {
+impl Snapshot {
+    pub(crate) fn of_wire(snapshot: v1::Snapshot) -> Self {
         Self {
             id: snapshot.id,
             session_id: snapshot.session_id,

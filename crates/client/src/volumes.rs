@@ -115,7 +115,7 @@ impl Client {
             .map_err(Error::of_rpc)?;
         Ok(VolumeDetails {
             volume: described(answer.volume)?,
-            attachments: answer.active_attachments.into_iter().map(Into::into).collect(),
+            attachments: answer.active_attachments.into_iter().map(VolumeAttachment::of_wire).collect(),
         })
     }
 
@@ -129,7 +129,7 @@ impl Client {
                 Ok((answer.volumes, answer.next_page_token))
             }
         });
-        Ok(volumes.await?.into_iter().map(Into::into).collect())
+        Ok(volumes.await?.into_iter().map(Volume::of_wire).collect())
     }
 
     /// Waits until a volume is AVAILABLE or in use. Fails with [`RefusalKind::VolumeNotFound`](crate::RefusalKind::VolumeNotFound) when it was deleted.
@@ -190,10 +190,14 @@ impl Client {
 impl Session {
     /// Mounts a volume in the running sandbox.
     pub async fn attach_volume(&self, mount: VolumeMount) -> Result<VolumeAttachment> {
-        let mount: v1::VolumeMount = mount.into();
-        let request = v1::AttachVolumeRequest { session_id: self.id().to_owned(), volume: mount.into() };
+        let volume = mount.into_wire().into();
+        let request = v1::AttachVolumeRequest { session_id: self.id().to_owned(), volume };
         let answer = self.client().control().attach_volume(request).await.map_err(Error::of_rpc)?;
-        answer.attachment.into_option().map(Into::into).ok_or_else(|| Error::bad_answer("it names no attachment"))
+        answer
+            .attachment
+            .into_option()
+            .map(VolumeAttachment::of_wire)
+            .ok_or_else(|| Error::bad_answer("it names no attachment"))
     }
 
     /// Takes a volume out of the sandbox, and waits until it is gone as the options say.
@@ -229,11 +233,11 @@ fn gone(message: &str) -> Error {
 }
 
 fn described(volume: impl Into<Option<v1::Volume>>) -> Result<Volume> {
-    volume.into().map(Into::into).ok_or_else(|| Error::bad_answer("it names no volume"))
+    volume.into().map(Volume::of_wire).ok_or_else(|| Error::bad_answer("it names no volume"))
 }
 
-impl From<v1::Volume> for Volume {
-    fn from(volume: v1::Volume) -> Self {
+impl Volume {
+    pub(crate) fn of_wire(volume: v1::Volume) -> Self {
         Self {
             id: volume.id,
             workspace_id: volume.workspace_id,
