@@ -9,7 +9,7 @@ use connectrpc::Protocol;
 use connectrpc::client::ClientConfig;
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use nagaya_api::nagaya::v1::NagayaServiceClient;
-use nagaya_api::limits::{PAGE_SIZE_MAX, TERMINATE_BATCH_MAX};
+use nagaya_api::tenki::limits::{PAGE_SIZE_MAX, TERMINATE_BATCH_MAX};
 use nagaya_api::tenki::v1::{
     self, SandboxServiceClient, SandboxSessionDataPlaneServiceClient, SshGatewayClientServiceClient,
 };

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use nagaya_api::limits::{
+use nagaya_api::tenki::limits::{
     CPU_CORES, DEFAULT_CPU_CORES, DEFAULT_DISK_GB, DEFAULT_MEMORY_MB, DISK_GB, MEMORY_MB, NAME_CHARS_MAX,
-    TAG_CHARS_MAX, TAGS_MAX,
+    TAG_CHARS_MAX, TAGS_MAX, is_tag,
 };
 use nagaya_api::tenki::v1;
 
@@ -246,13 +246,6 @@ pub(crate) fn tags(given: &[String]) -> Result<Vec<String>> {
         ))),
         None => Ok(tags),
     }
-}
-
-fn is_tag(tag: &str) -> bool {
-    let of_tag = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-    tag.len() <= TAG_CHARS_MAX
-        && tag.bytes().next().is_some_and(of_tag)
-        && tag.bytes().all(|byte| of_tag(byte) || b"_:.-".contains(&byte))
 }
 
 impl VolumeMount {

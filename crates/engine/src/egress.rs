@@ -3,10 +3,16 @@
 use std::net::Ipv4Addr;
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::limits::{EGRESS_CIDR_CHARS_MAX, EGRESS_CIDRS_MAX, EGRESS_DOMAIN_CHARS_MAX, EGRESS_DOMAINS_MAX};
 
 use crate::model::Egress;
 use crate::ports::DriverError;
+
+/// Entries of an allow-list: every packet and every question of the sandbox is compared with them.
+const DOMAINS_MAX: usize = 512;
+const CIDRS_MAX: usize = 256;
+/// Characters of the longest name that DNS has, and of the longest IPv4 network.
+const DOMAIN_CHARS_MAX: usize = 253;
+const CIDR_CHARS_MAX: usize = "255.255.255.255/32".len();
 
 /// Why destinations could not be changed or looked at, in the words of the table.
 pub(crate) fn egress_error(error: DriverError) -> Error {
@@ -24,11 +30,11 @@ fn invalid(detail: impl Into<String>) -> Error {
 
 /// An allow-list in its one form, without duplicates.
 pub(crate) fn checked(egress: Egress) -> Result<Egress, Error> {
-    if egress.allow_domains.len() > EGRESS_DOMAINS_MAX {
-        return Err(invalid(format!("egress.allow_domains has more than {EGRESS_DOMAINS_MAX} names")));
+    if egress.allow_domains.len() > DOMAINS_MAX {
+        return Err(invalid(format!("egress.allow_domains has more than {DOMAINS_MAX} names")));
     }
-    if egress.allow_cidrs.len() > EGRESS_CIDRS_MAX {
-        return Err(invalid(format!("egress.allow_cidrs has more than {EGRESS_CIDRS_MAX} networks")));
+    if egress.allow_cidrs.len() > CIDRS_MAX {
+        return Err(invalid(format!("egress.allow_cidrs has more than {CIDRS_MAX} networks")));
     }
     let mut checked = Egress::default();
     for domain in &egress.allow_domains {
@@ -49,8 +55,8 @@ fn add(list: &mut Vec<String>, item: String) {
 /// A host name, or `*.` and one, as resolvers ask for it: other alphabets in their `xn--` form.
 fn domain_name(text: &str) -> Result<String, Error> {
     let problem = |problem: &str| invalid(format!("egress.allow_domains: {problem}"));
-    if text.len() > EGRESS_DOMAIN_CHARS_MAX {
-        return Err(problem(&format!("a name has more than {EGRESS_DOMAIN_CHARS_MAX} characters")));
+    if text.len() > DOMAIN_CHARS_MAX {
+        return Err(problem(&format!("a name has more than {DOMAIN_CHARS_MAX} characters")));
     }
     let lower = text.to_ascii_lowercase();
     let name = lower.strip_suffix('.').unwrap_or(&lower);
@@ -77,7 +83,7 @@ fn network(text: &str) -> Result<String, Error> {
     let problem = || {
         invalid("egress.allow_cidrs: each must be an IPv4 network such as 1.2.3.0/24; IPv6 does not exist in sandboxes")
     };
-    if text.len() > EGRESS_CIDR_CHARS_MAX {
+    if text.len() > CIDR_CHARS_MAX {
         return Err(problem());
     }
     let (address, prefix) = text.split_once('/').unwrap_or((text, "32"));
@@ -160,10 +166,10 @@ mod tests {
     fn lists_are_limited_and_have_no_duplicates() {
         let of = |domains: usize, cidrs: usize| Egress {
             allow_domains: (0..domains).map(|n| format!("a{n}.example")).collect(),
-            allow_cidrs: (0..cidrs).map(|n| format!("1.2.3.{n}/32")).collect(),
+            allow_cidrs: (0..cidrs).map(|n| format!("1.2.{}.{}/32", n / 256, n % 256)).collect(),
         };
-        assert_eq!(checked(of(256, 64)), Ok(of(256, 64)));
-        assert!(checked(of(257, 0)).is_err() && checked(of(0, 65)).is_err());
+        assert_eq!(checked(of(512, 256)), Ok(of(512, 256)));
+        assert!(checked(of(513, 0)).is_err() && checked(of(0, 257)).is_err());
         let twice = Egress {
             allow_domains: vec!["A.b".into(), "a.B.".into()],
             allow_cidrs: vec!["1.1.1.1".into(), "1.1.1.1/32".into()],

@@ -3,10 +3,13 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use nagaya_api::error::{Code, Error};
-use nagaya_api::limits::{PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX};
 use uuid::Uuid;
 
 use crate::model::UnixMs;
+
+/// Rows of one page, which are held in memory together; and how many there are when nobody says.
+const PAGE_SIZE_MAX: u32 = 200;
+const PAGE_SIZE_DEFAULT: u32 = 50;
 
 /// A token names the last row of the page before; a leading byte says how to read the rest.
 const VERSION: u8 = 1;
@@ -73,8 +76,8 @@ mod tests {
         for bad in ["x", "AAAA", &token[1..], &format!("{token}A"), "not base64!", &"A".repeat(10_000)] {
             assert_eq!(parse_page_token(bad).unwrap_err().code, Code::InvalidArgument, "{bad}");
         }
-        assert_eq!(page_size(0), Ok(20));
-        assert_eq!(page_size(100), Ok(100));
-        assert_eq!(page_size(101).unwrap_err().code, Code::InvalidArgument);
+        assert_eq!(page_size(0), Ok(50));
+        assert_eq!(page_size(200), Ok(200));
+        assert_eq!(page_size(201).unwrap_err().code, Code::InvalidArgument);
     }
 }

@@ -120,7 +120,7 @@ fn apply(settings: &mut WorkspaceSettings, update: WorkspaceSettingsUpdate) -> R
     set("preview_urls_max", &mut settings.preview_urls_max, update.preview_urls_max)
 }
 
-/// The contract knows no limit of nothing: that would be a workspace nobody can use.
+/// A limit of nothing would be a workspace nobody can use.
 fn set<T: Default + PartialEq>(name: &str, setting: &mut Option<T>, update: Option<Option<T>>) -> Result<(), Error> {
     match update {
         None => Ok(()),

@@ -98,11 +98,11 @@ async fn a_full_server_names_its_limit_and_changes_nothing() {
 async fn bad_input_creates_nothing() {
     let (engine, caller, fakes) = world().await;
     let bad = [
-        NewSession { name: "a".repeat(65), ..NewSession::default() },
+        NewSession { name: "a".repeat(257), ..NewSession::default() },
         NewSession { cpu_millis: Some(0), ..NewSession::default() },
         NewSession { memory_bytes: Some(1 << 11), ..NewSession::default() },
         NewSession { disk_bytes: Some(0), ..NewSession::default() },
-        NewSession { tags: vec!["Upper".into()], ..NewSession::default() },
+        NewSession { tags: vec!["line\n".into()], ..NewSession::default() },
         NewSession { env: [("A\0".into(), "".into())].into(), ..NewSession::default() },
         NewSession { max_duration_ms: Some(0), ..NewSession::default() },
         NewSession { ssh_authorized_keys: vec!["a\nb".into()], ..NewSession::default() },
@@ -251,7 +251,7 @@ async fn a_refused_update_changes_nothing_and_empty_tags_clear() {
     let (engine, caller, _fakes) = world().await;
     let new = NewSession { name: "old".into(), tags: vec!["a".into()], ..NewSession::default() };
     let session = running(&engine, &caller, new).await;
-    let bad = SessionUpdate { name: Some("new".into()), tags: Some(vec!["A".into()]), ..SessionUpdate::default() };
+    let bad = SessionUpdate { name: Some("new".into()), tags: Some(vec![String::new()]), ..SessionUpdate::default() };
     assert_eq!(code(engine.update_session(&caller, session.id, bad).await), Code::InvalidArgument);
     let unchanged = engine.session(&caller, session.id).await.unwrap();
     assert_eq!((unchanged.name.as_str(), unchanged.tags.len()), ("old", 1));
@@ -286,7 +286,7 @@ async fn pages_hold_every_session_once_and_filters_hold_on_each() {
     let tags = vec!["all".into(), "even".into()];
     let (even, next) = engine.list_sessions(&caller, ListSessions { tags, ..ListSessions::default() }).await.unwrap();
     assert_eq!((even.len(), next.as_str()), (3, ""), "four have the tags, one of them has ended");
-    let list = ListSessions { page_size: 101, ..ListSessions::default() };
+    let list = ListSessions { page_size: 201, ..ListSessions::default() };
     assert_eq!(code(engine.list_sessions(&caller, list).await), Code::InvalidArgument);
 }
 
@@ -378,7 +378,7 @@ async fn commands_of_the_session_are_run_recorded_and_followed() {
     let execution = engine.execute(&caller, id, env, false).await.unwrap();
     assert_eq!(execution.status, ExecutionStatus::Running);
     let mut events = engine.follow_execution(&caller, id, execution.id).await.unwrap();
-    assert_eq!(events.recv().await, Some(ProcessEvent::Stdout("A=1\nB=2\nUSER=tenki\n".into())));
+    assert_eq!(events.recv().await, Some(ProcessEvent::Stdout("A=1\nB=2\nUSER=user\n".into())));
     assert!(matches!(events.recv().await, Some(ProcessEvent::Exit(ExitStatus { code: 0, .. }))));
 
     assert_eq!(code(engine.execute(&caller, id, run("no-such"), false).await), Code::CommandNotFound);

@@ -75,6 +75,7 @@ const ORDERS: [(&str, &[&str]); 9] = [
             "answers",
             "messages",
             "certificate",
+            "ranges",
             "resources",
             "limits",
         ],

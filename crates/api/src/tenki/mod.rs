@@ -6,6 +6,7 @@
 #[cfg(feature = "client")]
 pub mod client;
 mod error;
+pub mod limits;
 pub(crate) mod service;
 pub mod words;
 

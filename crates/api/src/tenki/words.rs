@@ -7,6 +7,8 @@ use crate::error::{Code, Error, Status, bounded};
 
 /// By these words clients know a failure of git.
 const GIT_WORDS: &str = "failed (exit_code=";
+/// The same of one of which nothing more is told.
+const GIT_FAILED: &str = "git operation failed (exit_code=unknown)";
 
 /// What clients are told: text, detail and `[code]`. A detail with a word that would make a
 /// client report another error is left out. A text that is too long for an answer is cut.
@@ -21,7 +23,7 @@ pub fn is_cut(error: &Error) -> bool {
 }
 
 fn whole_text(error: &Error) -> String {
-    let text = error.code.text();
+    let text = text_of_code(error.code);
     // Judged together with the text, because a word may begin in one and end in the other.
     let with_detail = text_of(error);
     let misleads = |word: &&str| !contains(text, word) && contains(&with_detail, word);
@@ -32,11 +34,20 @@ fn whole_text(error: &Error) -> String {
     format!("{told} [{}]", error.code.name())
 }
 
+const fn text_of_code(code: Code) -> &'static str {
+    match code {
+        Code::GitFailed => GIT_FAILED,
+        other => other.text(),
+    }
+}
+
 /// Clients read the exit status and what git said out of a text of one shape, which the detail has already.
 fn text_of(error: &Error) -> String {
-    match error.code == Code::GitFailed && error.detail.starts_with("git ") && error.detail.contains(GIT_WORDS) {
-        true => error.detail.clone(),
-        false => error.to_string(),
+    let (text, detail) = (text_of_code(error.code), &error.detail);
+    match error.code == Code::GitFailed && detail.starts_with("git ") && detail.contains(GIT_WORDS) {
+        true => detail.clone(),
+        false if detail.is_empty() => text.to_owned(),
+        false => format!("{text}: {detail}"),
     }
 }
 

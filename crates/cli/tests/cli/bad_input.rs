@@ -89,7 +89,7 @@ fn keys_names_and_abbreviations() {
         ");
         insta::assert_snapshot!(said(&person, &format!("tenki sandbox read {one} /nowhere")), @r"
         ! error: no such file or directory [file_not_found]
-        !  Check the path; relative paths start at /home/tenki.
+        !  Check the path; relative paths start in the home directory of the sandbox's user.
         = 66
         ");
         insta::assert_snapshot!(said(&person, &format!("tenki sandbox exec {one} no-such-program")), @r"
@@ -99,7 +99,7 @@ fn keys_names_and_abbreviations() {
         ");
         insta::assert_snapshot!(said(&person, &format!("tenki sandbox expose {one} 80")), @r"
         ! error: inbound access is disabled for this session [inbound_disabled]
-        !  Create the session with allow_inbound.
+        !  Create the session with inbound access allowed.
         = 69
         ");
     });

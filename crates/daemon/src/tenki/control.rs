@@ -5,17 +5,18 @@ use std::time::{Duration, Instant};
 use connectrpc::RequestContext;
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{SessionId, SnapshotId};
-use nagaya_api::limits::TERMINATE_BATCH_MAX;
+use nagaya_api::tenki::limits::TERMINATE_BATCH_MAX;
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{Session, SessionState};
 use nagaya_engine::{Caller, ListSessions, NewExecution, NewSession, SessionUpdate};
 
 use super::messages;
+use super::ranges;
 use super::resources;
 use super::service::TenkiService;
 use crate::rpc::convert;
 use crate::rpc::parse;
-use crate::rpc::parse::{invalid, milliseconds, page_size, workspace};
+use crate::rpc::parse::{invalid, milliseconds, workspace};
 use crate::rpc::service::caller;
 use crate::waiting;
 
@@ -167,7 +168,7 @@ impl TenkiService {
             OWNER_SELF => Some(caller.key_id.to_string()),
             other => Some(other.to_owned()),
         };
-        let page_size = page_size(list.page_size)?;
+        let page_size = ranges::page_size(list.page_size)?;
         let list = ListSessions {
             workspace_id: workspace(list.workspace_id.as_deref(), list.project_id.as_deref())?,
             owner_id,
@@ -189,12 +190,9 @@ impl TenkiService {
     ) -> Result<wire::UpdateSessionResponse, Error> {
         let caller = &caller(context)?;
         let id = convert::id(&request.session_id, "session_id")?;
-        if request.clear_tags && !request.tags.is_empty() {
-            return Err(invalid("tags and clear_tags exclude each other"));
-        }
         let update = SessionUpdate {
-            name: request.name,
-            tags: (request.clear_tags || !request.tags.is_empty()).then_some(request.tags),
+            tags: ranges::updated_tags(request.tags, request.clear_tags)?,
+            name: request.name.map(ranges::name).transpose()?,
             sticky: request.sticky,
             max_duration_ms: milliseconds(request.max_duration.as_option(), "max_duration")?,
             ..SessionUpdate::default()
@@ -410,7 +408,7 @@ fn new_session(mut request: wire::CreateSessionRequest) -> Result<NewSession, Er
         workspace_id: workspace(request.workspace_id.as_deref(), request.project_id.as_deref())?,
         max_duration_ms: milliseconds(request.max_duration.as_option(), "max_duration")?,
         pause_retention_ms: milliseconds(request.pause_retention.as_option(), "pause_retention")?,
-        name: request.name,
+        name: ranges::name(request.name)?,
         driver: request.metadata.remove(convert::DRIVER_KEY),
         cpu_millis: request.cpu_cores.map(resources::cpu_cores).transpose()?,
         memory_bytes: request.memory_mb.map(resources::memory_mb).transpose()?,
@@ -418,10 +416,10 @@ fn new_session(mut request: wire::CreateSessionRequest) -> Result<NewSession, Er
         default_resources: resources::DEFAULT_RESOURCES,
         env: request.env,
         metadata: request.metadata,
-        tags: request.tags,
+        tags: ranges::tags(request.tags)?,
         inbound: request.allow_inbound.unwrap_or(false),
         outbound: request.allow_outbound.unwrap_or(false),
-        egress: request.egress.into_option().map(parse::egress),
+        egress: request.egress.into_option().map(ranges::egress).transpose()?,
         ssh_authorized_keys: request.ssh_authorized_keys,
         sticky: request.sticky,
         idle_timeout_minutes,

@@ -17,6 +17,7 @@ mod limits;
 mod messages;
 mod ports;
 mod previews;
+mod ranges;
 mod resources;
 mod run;
 mod service;

@@ -6,6 +6,7 @@ use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::{NewExposure, PreviewUrl};
 
 use super::messages::slug;
+use super::ranges;
 use super::service::TenkiService;
 use crate::rpc::convert;
 use crate::rpc::parse::{moment, port};
@@ -23,7 +24,7 @@ impl TenkiService {
             port: port(request.port)?,
             expires_at: moment(request.expires_at.as_option())?,
             // JSON clients send an empty one for none.
-            slug: request.slug.filter(|slug| !slug.is_empty()),
+            slug: request.slug.filter(|slug| !slug.is_empty()).map(ranges::slug).transpose()?,
         };
         let exposed = exposure(self.engine.expose_port(caller, id, new).await?);
         Ok(wire::ExposePortResponse {

@@ -8,9 +8,10 @@ use nagaya_engine::model::{Binding, PreviewKind};
 use nagaya_engine::{ListPreviews, NewPreview, PreviewUrl};
 use nagaya_gateway::preview::VIEWER_TOKEN_PARAMETER;
 
+use super::ranges;
 use super::service::TenkiService;
 use crate::rpc::convert;
-use crate::rpc::parse::{invalid, moment, page_size, port, workspace};
+use crate::rpc::parse::{invalid, moment, port, workspace};
 use crate::rpc::service::caller;
 
 impl TenkiService {
@@ -26,7 +27,7 @@ impl TenkiService {
             _ => return Err(invalid("session_id and port must be given together, or neither of them")),
         };
         let new = NewPreview {
-            slug: request.slug,
+            slug: ranges::slug(request.slug)?,
             binding,
             expires_at: moment(request.expires_at.as_option())?,
             workspace_id: workspace(request.workspace_id.as_deref(), convert::or_none(&request.project_id))?,
@@ -58,7 +59,7 @@ impl TenkiService {
         let list = ListPreviews {
             workspace_id: workspace(request.workspace_id.as_deref(), convert::or_none(&request.project_id))?,
             session_id: convert::optional_id(request.session_id.as_deref(), "session_id")?,
-            page_size: page_size(request.page_size)?,
+            page_size: ranges::page_size(request.page_size)?,
             page_token: request.page_token,
         };
         let (previews, next_page_token) = self.engine.list_previews(caller, list).await?;

@@ -1,7 +1,7 @@
 //! What the contract lets sandboxes have, and gives those of which nobody says anything.
 
 use nagaya_api::error::{Code, Error};
-use nagaya_api::limits;
+use nagaya_api::tenki::limits;
 use nagaya_engine::model::Resources;
 
 /// What the contract gives sandboxes of which nobody says anything.

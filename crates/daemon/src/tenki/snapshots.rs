@@ -7,9 +7,10 @@ use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{SnapshotKind, SnapshotState};
 use nagaya_engine::{Caller, ListSnapshots, NewSnapshot, SnapshotUpdate};
 
+use super::ranges;
 use super::service::TenkiService;
 use crate::rpc::convert;
-use crate::rpc::parse::{invalid, page_size, workspace};
+use crate::rpc::parse::{invalid, workspace};
 use crate::rpc::service::caller;
 
 /// Which of the list rpcs was called.
@@ -30,7 +31,8 @@ impl TenkiService {
         let id = convert::id(&request.session_id, "session_id")?;
         let expires_at = request.expires_at.as_option().map(|at| convert::unix_ms(at, "expires_at")).transpose()?;
         // store_raw_image needs nothing: every snapshot's disk can be fetched.
-        let new = NewSnapshot { name: request.name.unwrap_or_default(), expires_at, wait: !request.r#async };
+        let name = ranges::name(request.name.unwrap_or_default())?;
+        let new = NewSnapshot { name, expires_at, wait: !request.r#async };
         let snapshot = self.engine.create_snapshot(caller, id, new).await?;
         Ok(wire::CreateSnapshotResponse { snapshot: convert::snapshot(snapshot).into() })
     }
@@ -119,7 +121,7 @@ impl TenkiService {
         page_token: String,
     ) -> Result<(Vec<wire::Snapshot>, String), Error> {
         let Scope { workspace_id, session_id, dangling } = scope;
-        let page_size = page_size(asked_size)?;
+        let page_size = ranges::page_size(asked_size)?;
         let list = ListSnapshots { workspace_id, session_id, dangling, page_size, page_token };
         let (snapshots, next_page_token) = self.engine.list_snapshots(caller, list).await?;
         Ok((snapshots.into_iter().map(convert::snapshot).collect(), next_page_token))
@@ -132,17 +134,15 @@ impl TenkiService {
     ) -> Result<wire::UpdateSnapshotResponse, Error> {
         let caller = &caller(context)?;
         let id = convert::id(&request.snapshot_id, "snapshot_id")?;
-        if request.clear_tags && !request.tags.is_empty() {
-            return Err(invalid("tags and clear_tags exclude each other"));
-        }
+        let tags = ranges::updated_tags(request.tags, request.clear_tags)?;
         let expires_at = request.expires_at.as_option().map(|at| convert::unix_ms(at, "expires_at")).transpose()?;
         if request.clear_expires_at && expires_at.is_some() {
             return Err(invalid("expires_at and clear_expires_at exclude each other"));
         }
         let update = SnapshotUpdate {
-            name: request.name,
+            name: request.name.map(ranges::name).transpose()?,
             expires_at: (request.clear_expires_at || expires_at.is_some()).then_some(expires_at),
-            tags: (request.clear_tags || !request.tags.is_empty()).then_some(request.tags),
+            tags,
         };
         let snapshot = self.engine.update_snapshot(caller, id, update).await?;
         Ok(wire::UpdateSnapshotResponse { snapshot: convert::snapshot(snapshot).into() })

@@ -6,21 +6,16 @@ use nagaya_api::ids::{VolumeId, WorkspaceId};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::{Caller, ListVolumes, NewVolume, VolumeUpdate};
 
-use super::messages;
 use super::service::TenkiService;
+use super::{messages, ranges};
 use crate::rpc::convert;
 use crate::rpc::parse;
-use crate::rpc::parse::{invalid, page_size, required, workspace};
+use crate::rpc::parse::{invalid, required, workspace};
 use crate::rpc::service::caller;
 
-/// A size that the wire has as signed. Negative ones become 0, which is too small for every volume.
-fn size(bytes: i64) -> u64 {
-    u64::try_from(bytes).unwrap_or(0)
-}
-
 /// Volumes have names, other than sessions and snapshots, which may do without.
-fn named(name: &str) -> Result<(), Error> {
-    if name.is_empty() { Err(invalid("name must not be empty")) } else { Ok(()) }
+fn named(name: String) -> Result<String, Error> {
+    if name.is_empty() { Err(invalid("name must not be empty")) } else { ranges::name(name) }
 }
 
 impl TenkiService {
@@ -30,11 +25,10 @@ impl TenkiService {
         request: wire::CreateVolumeRequest,
     ) -> Result<wire::CreateVolumeResponse, Error> {
         let caller = &caller(context)?;
-        named(&request.name)?;
         let new = NewVolume {
             workspace_id: workspace(convert::or_none(&request.workspace_id), request.project_id.as_deref())?,
-            name: request.name,
-            size_bytes: size(request.size_bytes),
+            name: named(request.name)?,
+            size_bytes: ranges::volume_bytes(request.size_bytes)?,
         };
         let volume = self.engine.create_volume(caller, new).await?;
         Ok(wire::CreateVolumeResponse { volume: messages::volume(volume, false).into() })
@@ -89,7 +83,7 @@ impl TenkiService {
         asked_size: i32,
         page_token: String,
     ) -> Result<(Vec<wire::Volume>, String), Error> {
-        let list = ListVolumes { workspace_id, page_size: page_size(asked_size)?, page_token };
+        let list = ListVolumes { workspace_id, page_size: ranges::page_size(asked_size)?, page_token };
         let (volumes, next_page_token) = self.engine.list_volumes(caller, list).await?;
         let volumes = volumes.into_iter().map(|(volume, attached)| messages::volume(volume, attached));
         Ok((volumes.collect(), next_page_token))
@@ -102,13 +96,9 @@ impl TenkiService {
     ) -> Result<wire::UpdateVolumeResponse, Error> {
         let caller = &caller(context)?;
         let id = convert::id(&request.volume_id, "volume_id")?;
-        if request.clear_tags && !request.tags.is_empty() {
-            return Err(invalid("tags and clear_tags exclude each other"));
-        }
-        request.name.as_deref().map_or(Ok(()), named)?;
         let update = VolumeUpdate {
-            name: request.name,
-            tags: (request.clear_tags || !request.tags.is_empty()).then_some(request.tags),
+            tags: ranges::updated_tags(request.tags, request.clear_tags)?,
+            name: request.name.map(named).transpose()?,
         };
         self.engine.update_volume(caller, id, update).await?;
         Ok(wire::UpdateVolumeResponse { volume: self.volume(caller, id).await?.volume })
@@ -121,7 +111,7 @@ impl TenkiService {
     ) -> Result<wire::ResizeVolumeResponse, Error> {
         let caller = &caller(context)?;
         let id = convert::id(&request.volume_id, "volume_id")?;
-        self.engine.resize_volume(caller, id, size(request.new_size_bytes)).await?;
+        self.engine.resize_volume(caller, id, ranges::volume_bytes(request.new_size_bytes)?).await?;
         Ok(wire::ResizeVolumeResponse { volume: self.volume(caller, id).await?.volume })
     }
 

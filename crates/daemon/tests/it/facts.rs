@@ -134,7 +134,7 @@ async fn malformed_and_foreign_sessions_are_refused() {
         ("ListSessionEvents", json!({ "sessionId": unknown }), "not_found"),
         ("ListSessionEvents", json!({ "sessionId": id, "after": "-1" }), "invalid_argument"),
         ("ListSessionEvents", json!({ "sessionId": id, "pageSize": -1 }), "invalid_argument"),
-        ("ListSessionEvents", json!({ "sessionId": id, "pageSize": 101 }), "invalid_argument"),
+        ("ListSessionEvents", json!({ "sessionId": id, "pageSize": 201 }), "invalid_argument"),
         ("ExplainSession", json!({ "sessionId": "x" }), "invalid_argument"),
         ("ExplainSession", json!({ "sessionId": unknown }), "not_found"),
     ] {

@@ -208,7 +208,9 @@ async fn forks_are_new_sessions_with_the_sources_disk() {
     }
     let one = fork(0, Some("sapling")).await.unwrap();
     assert_eq!(one.sessions.iter().map(|session| session.name.as_str()).collect::<Vec<_>>(), ["sapling"]);
-    for (count, name) in [(-1, None), (101, None), (1, Some("x".repeat(65)))] {
+    let long = "x".repeat(256);
+    assert_eq!(fork(1, Some(&long)).await.unwrap().sessions[0].name, long, "our own service has the server's bound");
+    for (count, name) in [(-1, None), (101, None), (1, Some("x".repeat(257)))] {
         assert_eq!(code(fork(count, name.as_deref()).await), ErrorCode::InvalidArgument, "{count}");
     }
 

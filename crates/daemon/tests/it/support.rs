@@ -60,6 +60,8 @@ impl World {
 
     async fn start(config: Config, engine: EngineConfig) -> Self {
         let fakes = Fakes::new(1);
+        // As the image that this family of clients expects.
+        fakes.driver.set_user("tenki");
         let running = watch::Sender::new(0);
         let hold_creations = watch::Sender::new(false);
         let driver = WatchedDriver {

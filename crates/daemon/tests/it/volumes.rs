@@ -125,6 +125,11 @@ async fn lists_page_under_both_names() {
     }
     let request = wire::ListVolumesRequest { workspace_id: UNKNOWN.into(), ..Default::default() };
     assert_eq!(code(client.list_volumes(request).await), ErrorCode::NotFound);
+    for n in 4..21 {
+        client.create_volume(named(&format!("v{n}"), MIB)).await.unwrap();
+    }
+    let page = client.list_volumes(Default::default()).await.unwrap();
+    assert_eq!((page.volumes.len(), page.next_page_token.is_empty()), (20, false), "a page of the default size");
 }
 
 #[tokio::test]

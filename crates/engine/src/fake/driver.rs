@@ -38,6 +38,7 @@ pub(super) struct World {
     events: Option<mpsc::UnboundedSender<HostEvent>>,
     /// The image of sandboxes that ask for none, and those that the host has lost.
     default_root: Option<ImageDigest>,
+    user: Option<ImageUser>,
     lost_roots: Vec<ImageDigest>,
     /// Answers of the next creations and boots, first first.
     refusals: Vec<DriverError>,
@@ -83,8 +84,8 @@ impl Sandbox {
         self.processes.as_ref().map(|processes| &processes.guest)
     }
 
-    fn start(&mut self, faults: Arc<Faults>) -> Option<Arc<FakeGuest>> {
-        let guest = Arc::new(FakeGuest::new(faults, self.disk.clone()?));
+    fn start(&mut self, faults: Arc<Faults>, user: &ImageUser) -> Option<Arc<FakeGuest>> {
+        let guest = Arc::new(FakeGuest::new(faults, user.clone(), self.disk.clone()?));
         self.processes = Some(Processes { guest: guest.clone(), frozen: false });
         self.last_guest = Some(guest.clone());
         (self.powered_off, self.host_restarted, self.attached) = (false, false, true);
@@ -101,6 +102,10 @@ impl Sandbox {
             }
         }
     }
+}
+
+fn user(name: &str) -> ImageUser {
+    ImageUser { name: name.to_owned(), uid: 1_000, gid: 1_000, home: format!("/home/{name}") }
 }
 
 impl World {
@@ -148,6 +153,11 @@ impl FakeDriver {
     /// What sandboxes stand on from now on that ask for no image.
     pub fn set_default_root(&self, digest: &str) {
         self.with(|world| world.default_root = Some(ImageDigest::new(digest)));
+    }
+
+    /// Whom images name as their user from now on.
+    pub fn set_user(&self, name: &str) {
+        self.with(|world| world.user = Some(user(name)));
     }
 
     /// The host has this image no more.
@@ -301,6 +311,10 @@ impl FakeDriver {
 }
 
 impl FakeDriver {
+    fn user(&self) -> ImageUser {
+        self.with(|world| world.user.clone()).unwrap_or_else(|| user("user"))
+    }
+
     fn busy(&self, id: SessionId, call: &'static str) -> Busy<'_> {
         self.with(|world| {
             // An end need not wait for a step that takes too long.
@@ -352,19 +366,19 @@ impl FakeDriver {
             }
             let sandbox = world.sandboxes.entry(id).or_default();
             (sandbox.network, sandbox.egress) = (true, spec.egress);
-            (sandbox.driver, sandbox.root) = (self.name, spec.root.digest);
+            (sandbox.driver, sandbox.root) = (self.name, spec.root.digest.clone());
         });
         // A failure from here on leaves what was made so far for `list` to find.
         self.step().await?;
         let files = match spec.disk {
             DiskOrigin::Image(image) => self.images.with(|images| images.remove(&image)).ok_or(DriverError::Gone)?,
-            DiskOrigin::Fresh | DiskOrigin::Kept => Files::default(),
+            DiskOrigin::Fresh | DiskOrigin::Kept => Files::of_user(&spec.root.user.home),
         };
         self.with(|world| world.sandboxes.entry(id).or_default().disk = Some(Arc::new(Mutex::new(files))));
         self.step().await?;
         // The sender is ours, so waiting cannot fail.
         let _ = self.held.subscribe().wait_for(|held| !held).await;
-        let guest = self.with(|world| world.sandboxes.get_mut(&id)?.start(self.faults.clone()));
+        let guest = self.with(|world| world.sandboxes.get_mut(&id)?.start(self.faults.clone(), &spec.root.user));
         self.step().await?;
         guest.map(|guest| guest as Arc<dyn Guest>).ok_or(DriverError::Gone)
     }
@@ -387,7 +401,8 @@ impl FakeDriver {
             Ok::<(), DriverError>(())
         })?;
         self.step().await?;
-        let guest = self.with(|world| world.sandbox(id)?.start(self.faults.clone()).ok_or(DriverError::Gone))?;
+        let guest =
+            self.with(|world| world.sandbox(id)?.start(self.faults.clone(), &spec.root.user).ok_or(DriverError::Gone))?;
         self.step().await?;
         Ok(guest)
     }
@@ -637,7 +652,7 @@ impl Host for FakeDriver {
     async fn root(&self, digest: &ImageDigest) -> Result<RootImage, DriverError> {
         match self.with(|world| world.lost_roots.contains(digest)) {
             true => Err(DriverError::Gone),
-            false => Ok(RootImage { digest: digest.clone(), layers: Vec::new(), user: ImageUser::default() }),
+            false => Ok(RootImage { digest: digest.clone(), layers: Vec::new(), user: self.user() }),
         }
     }
 

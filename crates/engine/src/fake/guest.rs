@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 use super::files::Files;
 use super::sockets::Sockets;
 use super::{Faults, programs};
+use crate::model::ImageUser;
 use crate::ports::{
     Address, Bind, BoxStream, Command, DirectoryEntry, ExitStatus, FileReader, FileStat, FileWriter, Guest, GuestError,
     Listener, Process, ProcessEvent, Room, WriteOptions,
@@ -19,9 +20,10 @@ use crate::ports::{
 const CHUNK_BYTES: usize = 64 * 1024;
 const CHANNEL_MAX: usize = 4;
 
-/// The inside of a fake sandbox: files in memory, a handful of programs (see `programs.rs`) and sockets (see `sockets.rs`).
+/// The inside of a fake sandbox, with the user of its image: files in memory, a handful of programs (see `programs.rs`) and sockets (see `sockets.rs`).
 pub struct FakeGuest {
     faults: Arc<Faults>,
+    user: ImageUser,
     disk: Arc<Mutex<Files>>,
     mounts: Mutex<Vec<Mounted>>,
     frozen: watch::Sender<bool>,
@@ -42,14 +44,15 @@ pub(super) fn refuse<T>(code: Code, errno: i32) -> Result<T, GuestError> {
 }
 
 impl FakeGuest {
-    pub(super) fn new(faults: Arc<Faults>, disk: Arc<Mutex<Files>>) -> Self {
+    pub(super) fn new(faults: Arc<Faults>, user: ImageUser, disk: Arc<Mutex<Files>>) -> Self {
         Self {
+            sockets: Sockets::of_user(&user.home),
             faults,
+            user,
             disk,
             mounts: Mutex::default(),
             frozen: watch::Sender::new(false),
             detached: Mutex::default(),
-            sockets: Sockets::default(),
             death: watch::Sender::new(None),
         }
     }
@@ -141,13 +144,14 @@ impl FakeGuest {
     }
 
     async fn start(&self, command: Command) -> Result<Process, GuestError> {
-        let directory = if command.cwd.is_empty() { "/home/tenki" } else { &command.cwd };
-        match self.look(directory, |files, path| files.stat(path)).await? {
+        let cwd = if command.cwd.is_empty() { self.user.home.clone() } else { command.cwd };
+        let command = Command { cwd, ..command };
+        match self.look(&command.cwd, |files, path| files.stat(path)).await? {
             None => return refuse(Code::FileNotFound, 2),
             Some(stat) if !stat.is_dir => return refuse(Code::NotADirectory, 20),
             Some(_) => {}
         }
-        programs::start(command, self.death.subscribe())
+        programs::start(command, &self.user.name, self.death.subscribe())
     }
 }
 

@@ -17,7 +17,12 @@ const CHANNEL_MAX: usize = 4;
 pub(super) const PID: u32 = 42;
 const PROGRAMS: [&str; 10] = ["true", "false", "exit", "echo", "both", "env", "pwd", "cat", "yes", "hang"];
 
-pub(super) fn start(command: Command, death: watch::Receiver<Option<String>>) -> Result<Process, GuestError> {
+/// Starts a command that says where it runs, in a sandbox whose user has this name.
+pub(super) fn start(
+    command: Command,
+    user: &str,
+    death: watch::Receiver<Option<String>>,
+) -> Result<Process, GuestError> {
     match command.argv.first() {
         None => return refuse(Code::InvalidCommand, 0),
         Some(program) if !PROGRAMS.contains(&program.as_str()) => return refuse(Code::CommandNotFound, 2),
@@ -25,7 +30,8 @@ pub(super) fn start(command: Command, death: watch::Receiver<Option<String>>) ->
     }
     let (input, inputs) = mpsc::channel(CHANNEL_MAX);
     let (outputs, events) = mpsc::channel(CHANNEL_MAX);
-    tokio::spawn(live(command, inputs, outputs, death));
+    let user = if command.user == User::Root { "root" } else { user };
+    tokio::spawn(live(command, user.to_owned(), inputs, outputs, death));
     Ok(Process { pid: PID, input, events })
 }
 
@@ -36,6 +42,7 @@ fn exit(code: i32) -> ExitStatus {
 /// Runs the program until it ends, is killed, times out, or its sandbox dies.
 async fn live(
     command: Command,
+    user: String,
     inputs: mpsc::Receiver<ProcessInput>,
     outputs: mpsc::Sender<ProcessEvent>,
     mut death: watch::Receiver<Option<String>>,
@@ -65,7 +72,7 @@ async fn live(
             reason: ExitReason::TimedOut,
             ..ExitStatus::default()
         },
-        status = program(command, inputs, &outputs) => status,
+        status = program(command, user, inputs, &outputs) => status,
     };
     status.duration_ms = started.elapsed().as_millis() as u64;
     let _ = outputs.send(ProcessEvent::Exit(status)).await;
@@ -73,6 +80,7 @@ async fn live(
 
 async fn program(
     command: Command,
+    user: String,
     mut inputs: mpsc::Receiver<ProcessInput>,
     outputs: &mpsc::Sender<ProcessEvent>,
 ) -> ExitStatus {
@@ -89,14 +97,12 @@ async fn program(
             let _ = outputs.send(ProcessEvent::Stderr(argument(2).to_owned().into())).await;
         }
         "env" => {
-            let user = if command.user == User::Root { "root" } else { "tenki" };
-            let mut env = BTreeMap::from([("USER".to_owned(), user.to_owned())]);
+            let mut env = BTreeMap::from([("USER".to_owned(), user)]);
             env.extend(command.env.clone());
             let _ = out(env.iter().map(|(key, value)| format!("{key}={value}\n")).collect()).await;
         }
         "pwd" => {
-            let directory = if command.cwd.is_empty() { "/home/tenki" } else { &command.cwd };
-            let _ = out(format!("{directory}\n")).await;
+            let _ = out(format!("{}\n", command.cwd)).await;
         }
         "yes" => {
             let mut left: usize = argument(1).parse().unwrap_or(0);

@@ -1,5 +1,5 @@
 //! What can be reached in a fake sandbox: whatever [`crate::ports::Guest::listen`] listens to, and an echo on TCP
-//! port 7 and on `/home/tenki/echo.sock`. There are no symbolic links in a fake.
+//! port 7 and on `echo.sock` in the user's home. There are no symbolic links in a fake.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,7 +17,6 @@ use crate::ports::{Accepted, Address, Bind, BoxFuture, BoxStream, GuestError, Li
 
 /// What the echo listens on.
 const ECHO_PORT: u16 = 7;
-const ECHO_PATH: &str = "/home/tenki/echo.sock";
 /// Bytes under way in each direction.
 const PIPE_BYTES: usize = 64 * 1024;
 /// Ports that the system chooses.
@@ -34,8 +33,8 @@ enum Place {
     Path(String),
 }
 
-#[derive(Default)]
 pub(super) struct Sockets {
+    echo_path: String,
     listening: Mutex<BTreeMap<Place, mpsc::Sender<Accepted>>>,
     /// Counts the ports given to clients.
     peers: AtomicU16,
@@ -44,6 +43,10 @@ pub(super) struct Sockets {
 type Death = watch::Receiver<Option<String>>;
 
 impl Sockets {
+    pub(super) fn of_user(home: &str) -> Self {
+        Self { echo_path: format!("{home}/echo.sock"), listening: Mutex::default(), peers: AtomicU16::default() }
+    }
+
     fn listening(&self) -> MutexGuard<'_, BTreeMap<Place, mpsc::Sender<Accepted>>> {
         self.listening.lock().expect("no holder of this lock panics")
     }
@@ -63,7 +66,7 @@ impl Sockets {
             }
         };
         let (ours, theirs) = tokio::io::duplex(PIPE_BYTES);
-        if place == Place::Port(ECHO_PORT) || place == Place::Path(ECHO_PATH.into()) {
+        if place == Place::Port(ECHO_PORT) || place == Place::Path(self.echo_path.clone()) {
             tokio::spawn(async move {
                 let (mut reader, mut writer) = tokio::io::split(theirs);
                 let _ = tokio::io::copy(&mut reader, &mut writer).await;

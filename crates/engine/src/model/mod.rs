@@ -81,10 +81,6 @@ impl SessionState {
         Self::UserShutdown,
     ];
 
-    pub fn from_number(number: i64) -> Option<Self> {
-        Self::ALL.into_iter().find(|state| *state as i64 == number)
-    }
-
     pub const fn name(self) -> &'static str {
         match self {
             Self::Creating => "CREATING",
@@ -404,7 +400,7 @@ pub enum ExecutionStatus {
     TimedOut = 5,
 }
 
-/// A command started through `ExecuteCommand`: it belongs to the session, not to a stream.
+/// A command that belongs to the session, not to the stream of whoever started it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Execution {
     pub id: ExecutionId,

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{DiskImageId, SessionId};
-use nagaya_api::limits::NAME_CHARS_MAX;
 use tokio::sync::oneshot;
 
 use super::Sessions;
@@ -239,8 +238,8 @@ impl Sessions {
 /// `<name>-fork-<n>`, with as much of the name as fits.
 fn fork_name(name: &str, n: u32) -> String {
     let suffix = format!("-fork-{n}");
-    let kept = NAME_CHARS_MAX - suffix.len();
-    name.chars().take(kept).chain(suffix.chars()).collect()
+    let kept = name.floor_char_boundary(validate::NAME_BYTES_MAX - suffix.len());
+    format!("{}{suffix}", &name[..kept])
 }
 
 #[cfg(test)]
@@ -251,8 +250,8 @@ mod tests {
     fn names_of_forks_fit() {
         assert_eq!(fork_name("a", 1), "a-fork-1");
         assert_eq!(fork_name("", 100), "-fork-100");
-        let long = fork_name(&"長".repeat(64), 12);
-        assert_eq!(long.chars().count(), 64);
+        let long = fork_name(&"長".repeat(85), 12);
+        assert!((254..=256).contains(&long.len()) && validate::name(&long).is_ok(), "{long}");
         assert!(long.ends_with("長-fork-12"), "{long}");
     }
 }

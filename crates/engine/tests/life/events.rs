@@ -273,7 +273,7 @@ async fn only_the_last_events_are_kept_and_pages_go_through_all_of_them() {
     let (second, end) = page(next, 3).await.unwrap();
     assert_eq!((sequences(&second), end), (vec![11, 12], 0));
     assert_eq!(page(12, 3).await.unwrap(), (Vec::new(), 0));
-    assert_eq!(code(page(0, 101).await), Code::InvalidArgument);
+    assert_eq!(code(page(0, 201).await), Code::InvalidArgument);
 }
 
 #[tokio::test(start_paused = true)]

@@ -273,8 +273,8 @@ async fn snapshots_are_listed_changed_limited_and_nobody_elses() {
     let updated = world.engine.update_snapshot(&world.caller, expected[0], update).await.unwrap();
     assert_eq!((updated.name.as_str(), updated.tags, updated.kind), ("new", vec!["t".into()], SnapshotKind::User));
     for bad in [
-        SnapshotUpdate { name: Some("a".repeat(65)), ..SnapshotUpdate::default() },
-        SnapshotUpdate { tags: Some(vec!["T".into()]), ..SnapshotUpdate::default() },
+        SnapshotUpdate { name: Some("a".repeat(257)), ..SnapshotUpdate::default() },
+        SnapshotUpdate { tags: Some(vec![String::new()]), ..SnapshotUpdate::default() },
         SnapshotUpdate { expires_at: Some(Some(1)), ..SnapshotUpdate::default() },
     ] {
         assert_eq!(code(world.engine.update_snapshot(&world.caller, expected[0], bad).await), Code::InvalidArgument);

@@ -59,7 +59,7 @@ fn status(code: Code) -> StatusCode {
     match code {
         Code::InboundDisabled => StatusCode::FORBIDDEN,
         Code::SessionTerminated => StatusCode::GONE,
-        // It comes back under the same address; until then clients of the contract expect that there is nothing.
+        // It comes back under the same address; until then clients take it for what is not there.
         Code::PreviewPaused => StatusCode::NOT_FOUND,
         Code::SessionNotRunning
         | Code::PreviewUnbound

@@ -41,16 +41,16 @@ mod tests {
     use super::*;
 
     fn parse(login: &str) -> Option<(User, Option<SessionId>)> {
-        super::parse(login, "tenki")
+        super::parse(login, "user")
     }
 
     #[test]
     fn user_names_tell_account_and_session() {
         let id = SessionId::new(5, [5; 10]);
-        assert_eq!(parse("tenki"), Some((User::Image, None)));
+        assert_eq!(parse("user"), Some((User::Image, None)));
         assert_eq!(parse("root"), Some((User::Root, None)));
         assert_eq!(parse(&id.to_string()), Some((User::Image, Some(id))));
-        assert_eq!(parse(&format!("tenki@{id}")), Some((User::Image, Some(id))));
+        assert_eq!(parse(&format!("user@{id}")), Some((User::Image, Some(id))));
         assert_eq!(parse(&format!("root@{id}")), Some((User::Root, Some(id))));
         for bad in ["", "ubuntu", "root@", "@", "root@x", &format!("mail@{id}"), &format!("{id}@root"), "Root"] {
             assert_eq!(parse(bad), None, "{bad}");

@@ -235,13 +235,13 @@ fn read(path: &str, bytes_max: u64) -> String {
 mod tests {
     use super::*;
 
-    fn tenki() -> Account {
+    fn user() -> Account {
         Account {
-            name: "tenki".into(),
+            name: "user".into(),
             uid: 1000,
             gid: 1000,
             groups: Vec::new(),
-            home: "/home/tenki".into(),
+            home: "/home/user".into(),
             shell: "/bin/bash".into(),
             umask: UMASK,
             limits: Vec::new(),
@@ -249,7 +249,7 @@ mod tests {
     }
 
     fn entry(passwd: &str) -> (Account, String) {
-        let mut account = tenki();
+        let mut account = user();
         let comment = account.take_entry(passwd);
         (account, comment)
     }
@@ -257,35 +257,34 @@ mod tests {
     #[test]
     fn the_accounts_entry_says_group_home_and_shell() {
         let passwd =
-            "root:x:0:0::/root:/bin/sh\ntenki:x:1000:100:T,,umask=077:/srv/t:/bin/zsh\ntenki:x:1000:5::/no:/no\n";
-        let expected = Account { gid: 100, home: "/srv/t".into(), shell: "/bin/zsh".into(), ..tenki() };
+            "root:x:0:0::/root:/bin/sh\nuser:x:1000:100:T,,umask=077:/srv/t:/bin/zsh\nuser:x:1000:5::/no:/no\n";
+        let expected = Account { gid: 100, home: "/srv/t".into(), shell: "/bin/zsh".into(), ..user() };
         assert_eq!(entry(passwd), (expected, "T,,umask=077".to_owned()));
-        assert_eq!(entry("tenki:x:1000:1000:::\n"), (tenki(), String::new()));
+        assert_eq!(entry("user:x:1000:1000:::\n"), (user(), String::new()));
     }
 
     #[test]
     fn an_entry_cannot_choose_the_uid_and_garbage_says_nothing() {
         for passwd in [
             "",
-            "tenki:x:0:0::/root:/bin/sh",
-            "tenki:x:1001:7::/x:/x",
-            "tenki:x:1000:7::/x",
-            "tenki:x:1000:7::/x:/x:more",
+            "user:x:0:0::/root:/bin/sh",
+            "user:x:1001:7::/x:/x",
+            "user:x:1000:7::/x",
+            "user:x:1000:7::/x:/x:more",
             "other:x:1000:7::/x:/x",
             ":::::::",
         ] {
-            assert_eq!(entry(passwd), (tenki(), String::new()), "{passwd}");
+            assert_eq!(entry(passwd), (user(), String::new()), "{passwd}");
         }
-        let (account, _) = entry("tenki:x:1000:65536::relative:also");
-        assert_eq!(account, tenki(), "an id that is not mapped, and paths that are none");
+        let (account, _) = entry("user:x:1000:65536::relative:also");
+        assert_eq!(account, user(), "an id that is not mapped, and paths that are none");
     }
 
     #[test]
     fn groups_are_those_that_name_the_user_and_the_first() {
-        let group =
-            "a:x:7:tenki\nb:x:8:x,tenki,y\nc:x:9:tenkis\nd:x:65536:tenki\ne:x:8:tenki\nf:x:1000:\ng:x:6:tenki:more\n";
-        assert_eq!(groups_of(group, "tenki", 1000), [7, 8, 1000]);
-        assert_eq!(groups_of("", "tenki", 1000), [1000]);
+        let group = "a:x:7:user\nb:x:8:x,user,y\nc:x:9:users\nd:x:65536:user\ne:x:8:user\nf:x:1000:\ng:x:6:user:more\n";
+        assert_eq!(groups_of(group, "user", 1000), [7, 8, 1000]);
+        assert_eq!(groups_of("", "user", 1000), [1000]);
         assert_eq!(names_of(group, &[6, 8, 99]), BTreeSet::from(["b", "e", "g"]));
     }
 

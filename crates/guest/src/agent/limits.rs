@@ -142,7 +142,7 @@ mod tests {
 
     fn limits(account: &Account, files: &[&str]) -> Vec<(&'static str, Option<u64>, Option<u64>)> {
         let name = |resource| ITEMS.iter().find(|(_, number, _)| *number == resource).map_or("", |(name, ..)| name);
-        of(account, "devs:x:7:tenki\nops:x:8:\n", files.iter().map(|file| (*file).to_owned()))
+        of(account, "devs:x:7:user\nops:x:8:\n", files.iter().map(|file| (*file).to_owned()))
             .into_iter()
             .map(|limit| (name(limit.resource), limit.soft, limit.hard))
             .collect()
@@ -150,15 +150,15 @@ mod tests {
 
     #[test]
     fn limits_are_those_of_the_best_fitting_line() {
-        let tenki = account("tenki", 1000);
-        let first = "# tenki - core 5\ntenki soft nofile 100 # a comment\n* hard nofile 50\n@devs - nproc 20\n@ops - nproc 1\n* - nproc 9\n";
-        let second = "tenki soft nofile 200\n* - stack 8\n";
+        let user = account("user", 1000);
+        let first = "# user - core 5\nuser soft nofile 100 # a comment\n* hard nofile 50\n@devs - nproc 20\n@ops - nproc 1\n* - nproc 9\n";
+        let second = "user soft nofile 200\n* - stack 8\n";
         assert_eq!(
-            limits(&tenki, &[first, second]),
+            limits(&user, &[first, second]),
             [("nofile", Some(200), Some(50)), ("nproc", Some(20), Some(20)), ("stack", Some(8192), Some(8192))]
         );
         let infinite = Some(libc::RLIM_INFINITY);
-        assert_eq!(limits(&tenki, &["* - core unlimited\ntenki soft core 0\n"]), [("core", Some(0), infinite)]);
+        assert_eq!(limits(&user, &["* - core unlimited\nuser soft core 0\n"]), [("core", Some(0), infinite)]);
     }
 
     #[test]
@@ -170,13 +170,11 @@ mod tests {
 
     #[test]
     fn who_is_exempted_has_no_limits_and_garbage_says_nothing() {
-        let tenki = account("tenki", 1000);
-        assert_eq!(limits(&tenki, &["* - nproc 9\n@devs -\n"]), []);
-        for garbage in
-            ["tenki", "tenki soft", "tenki soft nproc", "tenki soft nproc x", "tenki so nproc 1", "tenki - y 1"]
-        {
-            assert_eq!(limits(&tenki, &[garbage]), [], "{garbage}");
+        let user = account("user", 1000);
+        assert_eq!(limits(&user, &["* - nproc 9\n@devs -\n"]), []);
+        for garbage in ["user", "user soft", "user soft nproc", "user soft nproc x", "user so nproc 1", "user - y 1"] {
+            assert_eq!(limits(&user, &[garbage]), [], "{garbage}");
         }
-        assert_eq!(limits(&tenki, &["* - cpu 18446744073709551615"]), [("cpu", Some(u64::MAX), Some(u64::MAX))]);
+        assert_eq!(limits(&user, &["* - cpu 18446744073709551615"]), [("cpu", Some(u64::MAX), Some(u64::MAX))]);
     }
 }

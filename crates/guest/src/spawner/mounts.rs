@@ -239,10 +239,10 @@ mod tests {
     #[test]
     fn a_device_is_found_where_it_is_mounted_and_nowhere_else() {
         let mounts = b"21 1 0:30 / / rw - overlay nagaya rw\n\
-                      34 21 7:12 / /home/tenki/a\\040b\\134c rw - ext4 /dev/loop12 rw\n\
+                      34 21 7:12 / /home/user/a\\040b\\134c rw - ext4 /dev/loop12 rw\n\
                       35 21 7:1 / /data ro - ext4 /dev/loop1 ro\n";
         let order = |minor| Unmount { major: 7, minor, lazy: false };
-        assert_eq!(path_of(mounts, &order(12)).as_deref(), Some(&b"/home/tenki/a b\\c"[..]));
+        assert_eq!(path_of(mounts, &order(12)).as_deref(), Some(&b"/home/user/a b\\c"[..]));
         assert_eq!(path_of(mounts, &order(1)).as_deref(), Some(&b"/data"[..]));
         assert_eq!(path_of(mounts, &order(2)), None);
     }

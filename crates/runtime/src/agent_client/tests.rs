@@ -55,7 +55,7 @@ impl Agent {
         let program = crate::programs::agent().unwrap();
         let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
         let mut command = std::process::Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
-        command.args(["--user=1000:1000:tenki".to_owned(), format!("--home={}", home.display())]);
+        command.args(["--user=1000:1000:user".to_owned(), format!("--home={}", home.display())]);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command.args(arguments);
         let _alone = SPAWNING.lock().unwrap_or_else(PoisonError::into_inner);

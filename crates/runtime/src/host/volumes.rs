@@ -7,6 +7,7 @@
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex};
@@ -31,6 +32,8 @@ use crate::sys::ext4;
 use crate::sys::loop_device::LoopDevice;
 
 const SUFFIX: &str = "ext4";
+/// What a volume may have: the least has room for a file; more than the most is beyond what its file system can grow to.
+const VOLUME_BYTES: RangeInclusive<u64> = 1 << 20..=100 << 30;
 /// A volume that is being made.
 const FRESH: &str = "new";
 /// How long whoever had a volume may take to let go of it after their end, before they count as having it.
@@ -101,6 +104,7 @@ impl Volumes {
         if path.exists() {
             return Ok(());
         }
+        check_size(size_bytes)?;
         self.check_room()?;
         let fresh = path.with_extension(FRESH);
         let made = ext4_image::format(&fresh, whole_blocks(size_bytes))
@@ -137,6 +141,7 @@ impl Volumes {
         if bytes < found.bytes {
             return Err(DriverError::Refused("a volume cannot shrink".into()));
         }
+        check_size(size_bytes)?;
         let device = match devices.as_slice() {
             [] if bytes == found.bytes => return sync(&path),
             [] => None,
@@ -360,6 +365,13 @@ impl<const COUNT: usize> Drop for Turn<'_, COUNT> {
 
 fn on<E: std::error::Error + 'static>(step: &'static str) -> impl Fn(E) -> DriverError {
     move |error| capacity::refusal(step, &error)
+}
+
+fn check_size(size_bytes: u64) -> Result<(), DriverError> {
+    match VOLUME_BYTES.contains(&size_bytes) {
+        true => Ok(()),
+        false => Err(DriverError::Refused("volumes have 1 MiB to 100 GiB".into())),
+    }
 }
 
 fn whole_blocks(bytes: u64) -> u64 {

@@ -141,7 +141,7 @@ pub fn session(created_at: u64, number: u32) -> Session {
             .map(|(state, number)| Attachment {
                 id: AttachmentId::new(number.into(), [number; 10]),
                 volume_id: VolumeId::new(number.into(), [number; 10]),
-                mount_path: format!("/home/tenki/a 'b' {number}/長屋"),
+                mount_path: format!("/home/user/a 'b' {number}/長屋"),
                 readonly: number == 4,
                 state,
             })

@@ -23,7 +23,7 @@ async fn commands_run_as_the_user_in_its_home_with_its_environment() {
     wanted.env.insert("A".into(), "b c".into());
     let (ended, _) = run(&link, wanted).await;
     let home = agent.home().display().to_string();
-    let expected = format!("1000\n1000\n1000\n{home}\n{home} tenki tenki /bin/bash C.UTF-8 b c\n0022\n0\n");
+    let expected = format!("1000\n1000\n1000\n{home}\n{home} user user /bin/bash C.UTF-8 b c\n0022\n0\n");
     assert_eq!(String::from_utf8_lossy(&ended.stdout), expected);
 
     let mut wanted = shell("id -u; echo $HOME $USER $PATH");

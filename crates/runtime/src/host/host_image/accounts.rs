@@ -1,10 +1,10 @@
-//! Users and groups of the image: those that the distribution gives every machine, and `tenki`. None of the host's
+//! Users and groups of the image: those that the distribution gives every machine, and the one that commands run as. None of the host's
 //! own, but for the names that its package database uses.
 
 use std::collections::BTreeSet;
 use std::fs;
 
-use super::TENKI;
+use super::{USER, USER_ID};
 
 /// The distribution's own lists; part of its base system, and the same on all its machines.
 pub(super) const PASSWD_MASTER: &str = "/usr/share/base-passwd/passwd.master";
@@ -73,12 +73,12 @@ impl Accounts {
                 overrides.push('\n');
             }
         }
-        passwd.push_str(&format!("tenki:x:{TENKI}:{TENKI}:tenki:/home/tenki:/bin/bash\n"));
+        passwd.push_str(&format!("{USER}:x:{USER_ID}:{USER_ID}:{USER}:/home/{USER}:/bin/bash\n"));
         group = group
             .lines()
-            .map(|line| if line.starts_with("sudo:") { format!("{line}tenki\n") } else { format!("{line}\n") })
+            .map(|line| if line.starts_with("sudo:") { format!("{line}{USER}\n") } else { format!("{line}\n") })
             .collect();
-        group.push_str(&format!("tenki:x:{TENKI}:\n"));
+        group.push_str(&format!("{USER}:x:{USER_ID}:\n"));
         // No password fits `*`; `sudo` asks for none.
         let names: BTreeSet<&str> = passwd.lines().filter_map(|line| line.split(':').next()).collect();
         let shadow = names.into_iter().map(|name| format!("{name}:*:19000:0:99999:7:::\n")).collect();

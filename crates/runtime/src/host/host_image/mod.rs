@@ -65,9 +65,9 @@ const FROM_ETC: [&str; 36] = [
 /// Of `/etc/ssl` only this: the rest may hold private keys.
 const FROM_ETC_SSL: [&str; 2] = ["certs", "openssl.cnf"];
 
-/// The user that commands run as.
+/// The user that commands run as in this image. Others name their own.
 const USER: &str = "tenki";
-const TENKI: u32 = 1000;
+const USER_ID: u32 = 1000;
 /// Larger files of `/etc` are not configuration.
 const FILE_BYTES_MAX: u64 = 8 << 20;
 
@@ -150,7 +150,7 @@ fn image(base: PathBuf, name: &str) -> RootImage {
         .filter(|layer| fs::symlink_metadata(&layer.source).is_ok_and(|metadata| metadata.is_dir()));
     let base = Layer { source: base, place: String::new() };
     let layers = std::iter::once(base).chain(programs).collect();
-    let user = ImageUser { name: USER.into(), uid: TENKI, gid: TENKI, home: format!("/home/{USER}") };
+    let user = ImageUser { name: USER.into(), uid: USER_ID, gid: USER_ID, home: format!("/home/{USER}") };
     RootImage { digest: ImageDigest::new(format!("{SCHEME}{name}")), layers, user }
 }
 
@@ -176,7 +176,7 @@ fn make_base(base: &Path, name_server: Option<Ipv4Addr>) -> Result<(), ImageErro
     packages::make_directories(base, &accounts)?;
     apt::make(&base.join("etc"))?;
     terminals::make(&base.join("etc"));
-    make_home(&base.join("home/tenki"))
+    make_home(&base.join("home").join(USER))
 }
 
 /// Programs that power the sandbox off: its first process does so when it gets this signal.
@@ -267,7 +267,6 @@ fn make_directories(base: &Path) -> Result<(), ImageError> {
         ("dev", 0o755, 0),
         ("etc", 0o755, 0),
         ("home", 0o755, 0),
-        ("home/tenki", 0o755, TENKI),
         ("media", 0o755, 0),
         ("mnt", 0o755, 0),
         ("opt", 0o755, 0),
@@ -287,9 +286,10 @@ fn make_directories(base: &Path) -> Result<(), ImageError> {
         ("var/opt", 0o755, 0),
         ("var/spool", 0o755, 0),
         ("var/tmp", 0o1777, 0),
-        ("workspace", 0o755, TENKI),
+        ("workspace", 0o755, USER_ID),
     ];
-    for (name, mode, owner) in directories {
+    let home = format!("home/{USER}");
+    for (name, mode, owner) in directories.into_iter().chain([(home.as_str(), 0o755, USER_ID)]) {
         let path = base.join(name);
         at(&path, fs::create_dir(&path))?;
         at(&path, fs::set_permissions(&path, Permissions::from_mode(mode)))?;
@@ -306,11 +306,15 @@ const PIP: &str = "[global]\n# A sandbox is nobody's only machine: pip may insta
 const NPM: &str = "prefix=${HOME}/.local\n";
 
 /// The last line is for what packages and users add.
-const SUDOERS: &str = "Defaults env_reset, !use_pty\nroot ALL=(ALL:ALL) ALL\ntenki ALL=(ALL:ALL) NOPASSWD: ALL\n\
-    @includedir /etc/sudoers.d\n";
+fn sudoers() -> String {
+    format!(
+        "Defaults env_reset, !use_pty\nroot ALL=(ALL:ALL) ALL\n{USER} ALL=(ALL:ALL) NOPASSWD: ALL\n\
+         @includedir /etc/sudoers.d\n"
+    )
+}
 
 fn make_home(home: &Path) -> Result<(), ImageError> {
-    let ours = |path: &Path| at(path, chown(path, Some(TENKI), Some(TENKI)));
+    let ours = |path: &Path| at(path, chown(path, Some(USER_ID), Some(USER_ID)));
     let skeleton = Path::new("/etc/skel");
     if let Ok(entries) = fs::read_dir(skeleton) {
         for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file())) {
@@ -344,7 +348,7 @@ fn make_etc(etc: &Path, name_server: Option<Ipv4Addr>, accounts: &Accounts) -> R
     let more_sudoers = etc.join("sudoers.d");
     at(&more_sudoers, fs::create_dir(&more_sudoers))?;
     at(&more_sudoers, fs::set_permissions(&more_sudoers, Permissions::from_mode(0o750)))?;
-    let time_zone = time_zone() + "\n";
+    let (time_zone, sudoers) = (time_zone() + "\n", sudoers());
     let resolver = name_server.map_or(String::new(), |address| format!("nameserver {address}\n"));
     let files = [
         ("passwd", 0o644, accounts.passwd.as_str()),
@@ -352,7 +356,7 @@ fn make_etc(etc: &Path, name_server: Option<Ipv4Addr>, accounts: &Accounts) -> R
         ("shadow", 0o640, accounts.shadow.as_str()),
         ("timezone", 0o644, time_zone.as_str()),
         ("pip.conf", 0o644, PIP),
-        ("sudoers", 0o440, SUDOERS),
+        ("sudoers", 0o440, sudoers.as_str()),
         ("hostname", 0o644, "sandbox\n"),
         ("hosts", 0o644, "127.0.0.1 localhost sandbox\n::1 localhost ip6-localhost\n"),
         (

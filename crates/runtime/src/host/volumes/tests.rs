@@ -54,6 +54,19 @@ fn growing_the_unknown_and_shrinking_are_refused() {
 }
 
 #[test]
+fn sizes_that_no_volume_can_have_are_refused_and_nothing_is_made() {
+    let data = tempfile::tempdir().expect("a directory");
+    let volumes = volumes(data.path(), 0);
+    for size in [0, MIB - 1, (100 << 30) + 1, u64::MAX / 2] {
+        assert!(matches!(volumes.create(id(1), size), Err(DriverError::Refused(_))), "{size}");
+    }
+    assert_eq!(volumes.list().expect("list"), []);
+    volumes.create(id(1), MIB).expect("create");
+    assert!(matches!(volumes.grow(id(1), (100 << 30) + 1), Err(DriverError::Refused(_))));
+    volumes.grow(id(1), 100 << 30).expect("the largest");
+}
+
+#[test]
 fn turns_of_one_name_come_one_after_the_other() {
     let turns = KeyedLocks::default();
     let both = turns.take(["volume".into(), "sandbox".into()]);
