@@ -170,6 +170,7 @@ codes! {
     DirectoryNotEmpty => "directory_not_empty", FailedPrecondition, "directory not empty", "Ask for a recursive removal.";
     TemplateExists => "template_exists", AlreadyExists, "template already exists", "Choose another name.";
     SlugTaken => "slug_taken", AlreadyExists, "slug already in use", "Choose another slug; slugs are unique on a server.";
+    SessionNameTaken => "session_name_taken", AlreadyExists, "session name already in use", "Choose another name, or end the session that has it: this name is to be unique in its workspace.";
     FileExists => "file_exists", AlreadyExists, "file exists", "Choose another path, or remove what is there.";
     FileSystem => "file_system", FailedPrecondition, "the file system refused", "The message names the operating system's reason.";
     GitFailed => "git_failed", FailedPrecondition, "git operation failed", "The message has what git said; check the repository, the reference and the access token.";

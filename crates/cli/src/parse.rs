@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use nagaya_api::names;
-use nagaya_client::VolumeMount;
 use nagaya_client::constants::{GB, GIB, KB, KIB, MB, MIB, TB, TIB};
+use nagaya_client::{VolumeMount, WakeOnVisit};
 
 /// A time span such as `30s`, `2m` or `1h30m`; `0` is none at all.
 pub fn duration(text: &str) -> Result<Duration, String> {
@@ -48,6 +48,12 @@ pub fn size(text: &str) -> Result<u64, String> {
     };
     let bytes = number.parse::<u64>().ok().and_then(|number| number.checked_mul(factor));
     bytes.filter(|bytes| *bytes > 0).ok_or_else(|| "write a whole number and a unit, such as 512MiB or 20GB".to_owned())
+}
+
+/// Which visits resume a session that is stopped.
+pub fn visits(text: &str) -> Result<WakeOnVisit, String> {
+    let known = [WakeOnVisit::Never, WakeOnVisit::Idle, WakeOnVisit::Always];
+    known.into_iter().find(|of| of.to_string() == text).ok_or_else(|| "write never, idle or always".to_owned())
 }
 
 /// `KEY=VALUE`; the value may be empty and may hold further equals signs.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args};
 use nagaya_client::{
     Client, CreateOptions, ForkOptions, ListOptions, Session, SessionInfo, SessionState, UpdateOptions, VolumeMount,
-    Wait,
+    Wait, WakeOnVisit,
 };
 
 use crate::errors::Failure;
@@ -68,6 +68,10 @@ pub struct Create {
     /// Run it on this driver of the server.
     #[arg(long, value_name = "DRIVER")]
     driver: Option<String>,
+    /// Let visits to its previews and by SSH resume it while it is stopped: never, idle (if it was paused because nobody
+    /// used it) or always [default: as the server does].
+    #[arg(long, value_name = "WHEN", value_parser = parse::visits)]
+    wake_on_visit: Option<WakeOnVisit>,
     /// A note to keep with it (repeatable).
     #[arg(long, value_name = "KEY=VALUE", value_parser = parse::pair)]
     metadata: Vec<(String, String)>,
@@ -128,6 +132,7 @@ impl Create {
             .memory_mb(self.memory_mb)
             .disk_size_gb(self.disk_gb)
             .driver(self.driver)
+            .wake_on_visit(self.wake_on_visit)
             .allow_inbound(self.allow_inbound)
             .allow_outbound(self.allow_outbound)
             .max_duration(self.max_duration)
@@ -420,6 +425,7 @@ pub fn fields(info: &SessionInfo) -> Fields {
         ("resume error", info.last_resume_error.clone()),
         ("driver", info.driver.clone()),
         ("isolation", info.isolation.clone()),
+        ("wake on visit", info.wake_on_visit.clone().unwrap_or_default()),
         ("cpu", info.cpu_cores.to_string()),
         ("memory", format!("{} MB", info.memory_mb)),
         ("disk", format!("{} GB", info.disk_size_gb)),

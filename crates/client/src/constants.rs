@@ -33,5 +33,7 @@ pub const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) const CONTROL_CALL_TIMEOUT: Duration = Duration::from_secs(5 * 60 + 30);
 /// Metadata key under which servers are told of the driver, and tell of it.
 pub(crate) const DRIVER_KEY: &str = "nagaya_driver";
+/// The same for which visits resume a stopped session.
+pub(crate) const WAKE_ON_VISIT_KEY: &str = "nagaya_wake_on_visit";
 /// The same for what the driver promises, which is only told.
 pub(crate) const ISOLATION_KEY: &str = "nagaya_isolation";

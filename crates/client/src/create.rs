@@ -1,6 +1,7 @@
 //! What a new session may be given.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Duration;
 
 use nagaya_api::tenki::limits::{
@@ -9,7 +10,7 @@ use nagaya_api::tenki::limits::{
 };
 use nagaya_api::tenki::v1;
 
-use crate::constants::{DEFAULT_CREATE_TIMEOUT, DEFAULT_TEMPLATE_SPEC_CREATE_TIMEOUT, DRIVER_KEY};
+use crate::constants::{DEFAULT_CREATE_TIMEOUT, DEFAULT_TEMPLATE_SPEC_CREATE_TIMEOUT, DRIVER_KEY, WAKE_ON_VISIT_KEY};
 use crate::settable::settable;
 use crate::{EgressPolicy, Error, Result, wire};
 
@@ -32,6 +33,27 @@ pub struct VolumeMount {
     /// An absolute path in the sandbox.
     pub mount_path: String,
     pub read_only: bool,
+}
+
+/// Which visits from outside, to a preview or by SSH, resume a session that is stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WakeOnVisit {
+    /// None.
+    Never,
+    /// Those to a session that was paused because nobody used it.
+    Idle,
+    /// All.
+    Always,
+}
+
+impl fmt::Display for WakeOnVisit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Never => "never",
+            Self::Idle => "idle",
+            Self::Always => "always",
+        })
+    }
 }
 
 settable! {
@@ -59,6 +81,8 @@ settable! {
         pub disk_size_gb: Option<u32>,
         /// The driver it runs on, by its name on the server; the server's choice by default.
         pub driver: Option<String>,
+        /// Which visits from outside resume it while it is stopped; the server's choice by default.
+        pub wake_on_visit: Option<WakeOnVisit>,
         /// Whether ports may be exposed; true by default.
         pub allow_inbound: bool,
         /// Whether it reaches the outside; true by default.
@@ -111,6 +135,7 @@ impl Default for CreateOptions {
             memory_mb: None,
             disk_size_gb: None,
             driver: None,
+            wake_on_visit: None,
             allow_inbound: true,
             allow_outbound: true,
             egress: None,
@@ -195,10 +220,11 @@ impl CreateOptions {
         })
     }
 
-    /// The contract has no field for the driver.
+    /// The contract has no fields for the driver and for what visits do.
     fn told_metadata(&self) -> BTreeMap<String, String> {
         let driver = self.driver.iter().map(|name| (DRIVER_KEY.to_owned(), name.clone()));
-        self.metadata.clone().into_iter().chain(driver).collect()
+        let visits = self.wake_on_visit.iter().map(|visits| (WAKE_ON_VISIT_KEY.to_owned(), visits.to_string()));
+        self.metadata.clone().into_iter().chain(driver).chain(visits).collect()
     }
 
     fn check_resources(&self) -> Result<()> {
@@ -301,11 +327,13 @@ mod tests {
             tags: vec![" Team:A ".into()],
             github_token: Some("t".into()),
             idle_timeout: Some(Duration::from_secs(100)),
+            wake_on_visit: Some(WakeOnVisit::Always),
             ..Default::default()
         };
         let request = options.request().expect("valid");
         assert_eq!(request.tags, ["team:a"]);
         assert_eq!(request.env["GH_TOKEN"], "t");
+        assert_eq!(request.metadata["nagaya_wake_on_visit"], "always");
         assert_eq!(request.idle_timeout_minutes, Some(2));
         let never = CreateOptions { idle_timeout: Some(Duration::ZERO), ..Default::default() };
         assert_eq!(never.request().expect("valid").idle_timeout_minutes, Some(0));

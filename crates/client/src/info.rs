@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use nagaya_api::tenki::v1;
 use serde::Serialize;
 
-use crate::constants::{DRIVER_KEY, ISOLATION_KEY};
+use crate::constants::{DRIVER_KEY, ISOLATION_KEY, WAKE_ON_VISIT_KEY};
 use crate::wire::{self, wire_enum};
 
 wire_enum! {
@@ -106,6 +106,8 @@ pub struct SessionInfo {
     pub driver: String,
     /// What stands between it and the host's kernel, such as `shared kernel`; empty where the server does not tell.
     pub isolation: String,
+    /// Which visits resume it while it is stopped: `never`, `idle` or `always`; `None`: as the server does by default.
+    pub wake_on_visit: Option<String>,
     pub tags: Vec<String>,
     pub volumes: Vec<VolumeAttachment>,
     pub pause_snapshot_id: Option<String>,
@@ -183,6 +185,7 @@ impl SessionInfo {
             sticky: session.sticky,
             driver: session.metadata.remove(DRIVER_KEY).unwrap_or_default(),
             isolation: session.metadata.remove(ISOLATION_KEY).unwrap_or_default(),
+            wake_on_visit: session.metadata.remove(WAKE_ON_VISIT_KEY),
             metadata: session.metadata,
             tags: session.tags,
             volumes: session.volume_attachments.into_iter().map(VolumeAttachment::of_wire).collect(),

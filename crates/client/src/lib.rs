@@ -75,7 +75,7 @@ mod wire;
 pub use account::{Change, UsageLimit, UsageUnit, WhoAmI, Workspace, WorkspaceSettings, WorkspaceSettingsUpdate};
 pub use client::{Client, ListOptions, TerminateFailure, TerminateMany};
 pub use command::{Command, CommandStatus, CommandStdin, Event, Output, Running, Signal, Signaller};
-pub use create::{CreateOptions, OpenCodeProvider, VolumeMount, Wait};
+pub use create::{CreateOptions, OpenCodeProvider, VolumeMount, Wait, WakeOnVisit};
 pub use dial::{DialReason, DialStream};
 pub use error::{Error, RefusalKind, Result, Status};
 pub use facts::{EventStream, Finding, SessionEvent};

@@ -28,7 +28,7 @@ use crate::handle::{Activity, Exit, Job, Message, Reply, SessionHandle};
 use crate::model::{DiskSource, EndReason, EventKind, Limit, Session, SessionState, UnixMs};
 use crate::ports::Change;
 use crate::previews::Previews;
-use crate::registry::{Registry, Slot};
+use crate::registry::{NameClaim, Registry, Slot};
 use crate::session::{Request, Verdict, accept};
 use crate::shared::Shared;
 use crate::snapshots::Snapshots;
@@ -77,6 +77,8 @@ struct Actor {
     jobs: mpsc::Receiver<Job>,
     /// The share of the quotas; given back when the session is stopped or has ended.
     slot: Option<Slot>,
+    /// Its name, where nobody else can have that; given back when it has ended.
+    name: Option<NameClaim>,
     executions: Executions,
     /// Whether `executions` is all there are: not before a session from an earlier process is adopted.
     executions_known: bool,
@@ -150,7 +152,14 @@ impl Actors {
     }
 
     /// Starts the task of a session and makes the session known.
-    pub(crate) fn spawn(self: &Arc<Self>, session: Session, slot: Option<Slot>, start: StartMode, running: Running) {
+    pub(crate) fn spawn(
+        self: &Arc<Self>,
+        session: Session,
+        slot: Option<Slot>,
+        name: Option<NameClaim>,
+        start: StartMode,
+        running: Running,
+    ) {
         let (sender, mailbox) = mpsc::channel(MAILBOX_MAX);
         let (jobs_sender, jobs) = mpsc::channel(MAILBOX_MAX);
         let published = watch::Sender::new(session.clone());
@@ -178,6 +187,7 @@ impl Actors {
             mailbox,
             jobs,
             slot,
+            name,
             executions: Executions::new(),
             executions_known: !matches!(start, StartMode::Recovered { .. }),
             work: None,
@@ -226,6 +236,7 @@ impl Actor {
                     let _ = reply.send(Err(error));
                     return None;
                 }
+                self.name.iter().for_each(NameClaim::recorded);
                 // A caller that went away finds the session in the list.
                 let _ = reply.send(Ok(self.session.clone()));
                 self.work = Some(self.create(source));
@@ -251,6 +262,7 @@ impl Actor {
             self.actors.volumes.release(attachment.volume_id, self.session.id);
         }
         self.actors.registry.live.remove(self.session.id);
+        self.name = None;
     }
 
     /// What a record from before the start asks for.

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::WakeOnVisit;
+
 /// A setting that cannot be used: its key with the section, and what is wrong or allowed instead.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{key} {problem}")]
@@ -24,19 +26,6 @@ impl SettingError {
     }
 }
 
-/// Which stopped sessions a visit from outside resumes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-pub enum WakeOnVisit {
-    /// None of them.
-    Never,
-    /// Those that were paused because nobody used them: what was paused by request stays paused.
-    Idle,
-    /// All of them.
-    Always,
-}
-
 /// Sessions: how many there may be, how long they live, and what may be said about them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -56,7 +45,7 @@ pub struct EngineConfig {
     pub pause_retention_default_ms: Option<u64>,
     /// How long a paused session may keep its memory; then only its disk is kept.
     pub pause_in_memory_max_ms: Option<u64>,
-    /// Which stopped sessions are resumed when somebody wants to reach them from outside.
+    /// Which stopped sessions are resumed when somebody wants to reach them from outside, unless they were made with a value of their own.
     pub wake_on_visit: WakeOnVisit,
     /// How long somebody who reaches for a session waits until it runs.
     pub wake_timeout_ms: u64,

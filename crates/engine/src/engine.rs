@@ -132,6 +132,12 @@ impl Engine {
         self.0.sessions.get(caller, id).await
     }
 
+    /// The session that is found by this name: one that has not ended, of those whose names are unique in the caller's
+    /// workspace.
+    pub fn session_by_name(&self, caller: &Caller, name: &str) -> Result<Session, Error> {
+        self.0.sessions.by_name(caller, name)
+    }
+
     /// One page of sessions, newest first, and the token of the next page; empty at the end.
     pub async fn list_sessions(&self, caller: &Caller, list: ListSessions) -> Result<(Vec<Session>, String), Error> {
         self.0.sessions.list(caller, list).await

@@ -98,13 +98,14 @@ pub struct Finding {
 }
 
 /// Says why a session is as it is.
-pub(crate) async fn explain(shared: &Shared, session: &Session) -> Result<Vec<Finding>, Error> {
+pub(crate) async fn explain(shared: &Shared, mut session: Session) -> Result<Vec<Finding>, Error> {
+    session.wake_on_visit.get_or_insert(shared.config.wake_on_visit);
     let events = shared.store.events(session.id, 0, u32::MAX).await.map_err(store_error)?;
     let now = match session.state {
-        SessionState::Running => seen_now(shared, session).await,
+        SessionState::Running => seen_now(shared, &session).await,
         _ => Now::default(),
     };
-    Ok(findings(session, &events, &now, shared.clock.now()))
+    Ok(findings(&session, &events, &now, shared.clock.now()))
 }
 
 /// What can be seen of a sandbox that runs; empty where it cannot be seen, which explains nothing.
@@ -180,7 +181,7 @@ fn of_state(session: &Session, now: UnixMs) -> Option<Finding> {
                 EndReason::Failed => finding(EndedByFailure, cause, at),
             }
         }
-        SessionState::UserShutdown => finding(PoweredOff, "its disk is kept", paused_at),
+        SessionState::UserShutdown => finding(PoweredOff, format!("its disk is kept{}", of_visits(session)), paused_at),
         SessionState::Paused => {
             let ended = session.pause.as_ref().is_some_and(|pause| {
                 matches!(pause.disk_reason, Some(DiskOnlyReason::SandboxEnded | DiskOnlyReason::HostRestarted))
@@ -193,13 +194,22 @@ fn of_state(session: &Session, now: UnixMs) -> Option<Finding> {
                         Some(minutes) => format!("its idle timeout is {minutes} minutes"),
                         None => "the server's idle_timeout_default_minutes passed".to_owned(),
                     };
-                    finding(PausedIdle, detail, paused_at)
+                    finding(PausedIdle, detail + of_visits(session), paused_at)
                 }
-                _ => finding(PausedByRequest, "it was asked to pause", paused_at),
+                _ => finding(PausedByRequest, format!("it was asked to pause{}", of_visits(session)), paused_at),
             }
         }
         SessionState::Running | SessionState::Pausing | SessionState::Resuming => return None,
     })
+}
+
+/// What a visit from outside does to a session that is stopped.
+fn of_visits(session: &Session) -> &'static str {
+    match (session.wake_on_visit, &session.pause) {
+        (Some(visits), Some(pause)) if visits.wakes(pause) => "; a visit resumes it",
+        (Some(_), Some(_)) => "; visits do not resume it",
+        _ => "",
+    }
 }
 
 /// Why a session never ran: because the host ran out of something, or otherwise.

@@ -13,6 +13,7 @@ fn session(state: SessionState) -> Session {
         workspace_id: WorkspaceId::new(1, [1; 10]),
         owner_id: KeyId::new(1, [1; 10]),
         name: String::new(),
+        name_is_unique: false,
         state,
         machine: Machine {
             resources: Resources::of(2, 256, 5),
@@ -28,6 +29,7 @@ fn session(state: SessionState) -> Session {
         sticky: false,
         idle_timeout_minutes: Some(5),
         pause_retention_ms: None,
+        wake_on_visit: None,
         created_at: NOW - 60_000,
         ready_at: Some(NOW - 59_900),
         terminated_at: None,

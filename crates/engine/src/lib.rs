@@ -41,7 +41,7 @@ mod volumes;
 mod workspaces;
 
 pub use access::{Caller, check_secret};
-pub use config::{EngineConfig, SettingError, WakeOnVisit};
+pub use config::{EngineConfig, SettingError};
 pub use engine::Engine;
 pub use explain::{Finding, FindingCode};
 pub use open::{OpenSession, PreviewConnection, SshSession};

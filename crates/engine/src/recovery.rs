@@ -21,6 +21,7 @@ use crate::engine_core::EngineCore;
 use crate::errors::store_error;
 use crate::model::{Preview, Session, SessionState, Snapshot, SnapshotState, Volume};
 use crate::ports::{Change, DriverError, Store};
+use crate::registry::NameClaim;
 use crate::shared::Shared;
 use crate::tasks::Running;
 
@@ -68,7 +69,13 @@ pub(crate) async fn recover(core: &Arc<EngineCore>, records: Records) -> Result<
         let stopped = matches!(session.state, SessionState::Paused | SessionState::UserShutdown);
         let slot = (!stopped).then(|| core.registry.live.take(session.workspace_id, &session.machine.resources));
         let (attempted, attempt) = oneshot::channel();
-        core.actors.spawn(session, slot, StartMode::Recovered { attempted }, core.shared.tasks.enter()?);
+        let name = core.registry.live.claim_name(&session).unwrap_or_else(|_| {
+            let id = session.id;
+            tracing::error!(session = %id, "another session is recorded with the same unique name; rename one of them");
+            None
+        });
+        name.iter().for_each(NameClaim::recorded);
+        core.actors.spawn(session, slot, name, StartMode::Recovered { attempted }, core.shared.tasks.enter()?);
         attempts.push(attempt);
     }
     for (driver, id) in sandboxes.into_iter().filter(|(_, id)| !live.contains(id)) {

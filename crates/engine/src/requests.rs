@@ -4,12 +4,15 @@ use std::collections::BTreeMap;
 
 use nagaya_api::ids::{SessionId, SnapshotId, VolumeId, WorkspaceId};
 
-use crate::model::{Binding, Egress, Preview, Resources, SessionState, UnixMs};
+use crate::model::{Binding, Egress, Preview, Resources, SessionState, UnixMs, WakeOnVisit};
 
 /// A session to create. Absent values are those of the snapshot, else defaults.
 #[derive(Debug, Clone, Default)]
 pub struct NewSession {
     pub name: String,
+    /// It is to be found by its name, which must not be empty: refused while another session of the workspace that was
+    /// asked for like this has it and has not ended.
+    pub name_is_unique: bool,
     /// The driver it runs on; absent: the server's default.
     pub driver: Option<String>,
     pub cpu_millis: Option<u32>,
@@ -30,6 +33,8 @@ pub struct NewSession {
     pub sticky: bool,
     pub idle_timeout_minutes: Option<u32>,
     pub pause_retention_ms: Option<u64>,
+    /// Which visits resume it while it is stopped; absent: the server's default.
+    pub wake_on_visit: Option<WakeOnVisit>,
     /// Its disk starts as a copy of this one.
     pub snapshot_id: Option<SnapshotId>,
     /// Volumes that are there from the start.
@@ -136,6 +141,8 @@ pub struct WorkspaceSettingsUpdate {
 #[derive(Debug, Clone, Default)]
 pub struct SessionUpdate {
     pub name: Option<String>,
+    /// Whether it is found by its name; see [`NewSession::name_is_unique`].
+    pub name_is_unique: Option<bool>,
     /// An empty list removes all tags.
     pub tags: Option<Vec<String>>,
     pub sticky: Option<bool>,
@@ -143,6 +150,8 @@ pub struct SessionUpdate {
     pub max_duration_ms: Option<u64>,
     /// Replaces all of them; a list without any is refused.
     pub ssh_authorized_keys: Option<Vec<String>>,
+    /// `Some(None)`: as the server does by default.
+    pub wake_on_visit: Option<Option<WakeOnVisit>>,
 }
 
 /// Which sessions to list, newest first.

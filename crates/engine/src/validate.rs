@@ -43,6 +43,14 @@ pub fn name(name: &str) -> Result<(), Error> {
     Ok(())
 }
 
+/// The name of a session, which it may have to be found by.
+pub fn session_name(text: &str, is_unique: bool) -> Result<(), Error> {
+    if is_unique && text.is_empty() {
+        return Err(invalid("a name that is unique must not be empty"));
+    }
+    name(text)
+}
+
 /// Tags without their duplicates, in the order given: at most 64 of 1 to 128 bytes, none of them a control character.
 pub fn tags(tags: Vec<String>) -> Result<Vec<String>, Error> {
     if tags.len() > TAGS_MAX {
@@ -254,6 +262,12 @@ mod tests {
         assert_eq!((name(""), name(&"a".repeat(256))), (Ok(()), Ok(())));
         assert!(name(&"長".repeat(86)).is_err(), "258 bytes");
         assert!(name("a\0").is_err() && name("a\u{85}").is_err());
+    }
+
+    #[test]
+    fn only_names_that_need_not_be_unique_may_be_empty() {
+        assert_eq!((session_name("", false), session_name("a", true)), (Ok(()), Ok(())));
+        assert!(session_name("", true).is_err() && session_name("a\0", false).is_err());
     }
 
     #[test]

@@ -8,9 +8,9 @@ use std::time::Duration;
 use nagaya_api::error::Code;
 use nagaya_api::ids::{SessionId, WorkspaceId};
 use nagaya_engine::fake::{self, Fakes};
-use nagaya_engine::model::SessionState;
+use nagaya_engine::model::{SessionState, WakeOnVisit};
 use nagaya_engine::ports::Clock;
-use nagaya_engine::{Caller, Engine, EngineConfig, NewSession, SessionUpdate, WakeOnVisit};
+use nagaya_engine::{Caller, Engine, EngineConfig, NewSession, SessionUpdate};
 
 async fn world(config: EngineConfig) -> (Engine, Caller, Fakes, SessionId) {
     let (engine, _, caller, fakes) = fake::start(config).await;

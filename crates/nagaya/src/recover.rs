@@ -147,6 +147,7 @@ fn session(id: SessionId, workspace_id: WorkspaceId, machine: Machine, now: Unix
         workspace_id,
         owner_id: KeyId::from_uuid(*workspace_id.as_uuid()),
         name: format!("recovered-{}", short(&id)),
+        name_is_unique: false,
         // The next start finds out whether it runs.
         state: SessionState::Running,
         machine,
@@ -158,6 +159,7 @@ fn session(id: SessionId, workspace_id: WorkspaceId, machine: Machine, now: Unix
         sticky: false,
         idle_timeout_minutes: Some(0),
         pause_retention_ms: None,
+        wake_on_visit: None,
         created_at: now,
         ready_at: Some(now),
         terminated_at: None,

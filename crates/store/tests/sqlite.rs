@@ -204,6 +204,8 @@ fn a_database_of_schema_1_keeps_every_row_and_can_be_used_on() {
         name: "a".into(),
         state,
         // What was not recorded.
+        name_is_unique: false,
+        wake_on_visit: None,
         machine: Machine { egress: None, root: ImageDigest::default(), ..session(1, state as u32).machine },
         env: [("A".into(), "b".into())].into(),
         metadata: Default::default(),

@@ -135,6 +135,7 @@ fn intended(code: Code) -> Option<&'static str> {
         | Code::StreamProtocol
         | Code::FileExists
         | Code::SlugTaken
+        | Code::SessionNameTaken
         | Code::PreviewFailed
         | Code::Draining
         | Code::ServiceNotListening

@@ -250,7 +250,7 @@ fn facts_about_a_session() {
         ");
         insta::assert_snapshot!(said("tenki sandbox explain box"), @r"
         the session is paused by request [paused_by_request]  [time]
-          it was asked to pause
+          it was asked to pause; visits do not resume it
           What to do: Resume it.
 
         commands were not found in the sandbox [command_not_found]  [time]

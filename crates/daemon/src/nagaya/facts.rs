@@ -40,6 +40,7 @@ impl Nagaya {
             driver: session.driver,
             isolation: session.isolation.map(|isolation| isolation.name().to_owned()).unwrap_or_default(),
             root_image: session.machine.root.to_string(),
+            wake_on_visit: session.wake_on_visit.unwrap_or(self.engine.config().wake_on_visit).name().to_owned(),
         })
     }
 

@@ -7,8 +7,8 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{DiskImageId, ParseIdError, SessionId};
 use nagaya_api::tenki::v1 as wire;
 use nagaya_engine::model::{
-    Attachment, AttachmentState, DiskOnlyReason, Durability, Egress, Isolation, RestoreMode, Resume, Session,
-    SessionState, Snapshot, SnapshotKind, SnapshotState, UnixMs,
+    Attachment, AttachmentState, DiskOnlyReason, Durability, Egress, RestoreMode, Resume, Session, SessionState,
+    Snapshot, SnapshotKind, SnapshotState, UnixMs,
 };
 
 /// The kind of the key that owns sessions. All keys of this server are personal ones: whoever holds one is a user.
@@ -112,6 +112,7 @@ pub(crate) fn session(session: Session) -> wire::SandboxSession {
     // Until it is PAUSED there is nothing that could be used as a snapshot.
     let pause = session.pause.as_ref().filter(|_| session.state != SessionState::Pausing);
     let source_snapshot_id = session.source_snapshot_id.map(|id| id.to_string());
+    let metadata = told(&session);
     wire::SandboxSession {
         paused_at: pause.map(|pause| timestamp(pause.paused_at)).into(),
         pause_expires_at: pause.and_then(|pause| pause.expires_at).map(timestamp).into(),
@@ -136,7 +137,7 @@ pub(crate) fn session(session: Session) -> wire::SandboxSession {
         cpu_cores: signed(session.machine.resources.cpus()),
         memory_mb: saturating_32(session.machine.resources.memory_mib()),
         disk_size_gb: saturating_32(session.machine.resources.disk_gib()),
-        metadata: told(session.metadata, session.driver, session.isolation, session.last_resume),
+        metadata,
         // A workspace has exactly one project, which clients of an older generation ask for.
         project_id: workspace_id.clone(),
         workspace_id,
@@ -250,21 +251,23 @@ pub(crate) fn egress(egress: Egress) -> wire::SessionEgressPolicy {
 /// Metadata key under which the driver of a session is asked for and told; the contract has no field for it.
 pub(crate) const DRIVER_KEY: &str = "nagaya_driver";
 
+/// The same for which visits resume a session that is stopped; told of sessions that were made with a value of their own.
+pub(crate) const WAKE_ON_VISIT_KEY: &str = "nagaya_wake_on_visit";
+
 /// The same for what stands between the sandbox and the host's kernel, which is only told.
 const ISOLATION_KEY: &str = "nagaya_isolation";
 
-/// Metadata with what the contract has no fields for: the driver, and what the session was resumed from.
-fn told(
-    mut metadata: BTreeMap<String, String>,
-    driver: String,
-    isolation: Option<Isolation>,
-    last_resume: Option<Resume>,
-) -> BTreeMap<String, String> {
-    metadata.insert(DRIVER_KEY.to_owned(), driver);
-    if let Some(isolation) = isolation {
+/// Metadata with what the contract has no fields for: the driver, what visits do, and what the session was resumed from.
+fn told(session: &Session) -> BTreeMap<String, String> {
+    let mut metadata = session.metadata.clone();
+    metadata.insert(DRIVER_KEY.to_owned(), session.driver.clone());
+    if let Some(visits) = session.wake_on_visit {
+        metadata.insert(WAKE_ON_VISIT_KEY.to_owned(), visits.name().to_owned());
+    }
+    if let Some(isolation) = session.isolation {
         metadata.insert(ISOLATION_KEY.to_owned(), isolation.name().to_owned());
     }
-    if let Some(Resume { mode, disk_reason }) = last_resume {
+    if let Some(Resume { mode, disk_reason }) = session.last_resume {
         let (mode, degraded) = match mode {
             RestoreMode::Memory => ("memory", false),
             RestoreMode::ColdBoot => ("cold_boot", disk_reason != Some(DiskOnlyReason::PoweredOff)),

@@ -7,7 +7,7 @@ use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{SessionId, SnapshotId};
 use nagaya_api::tenki::limits::TERMINATE_BATCH_MAX;
 use nagaya_api::tenki::v1 as wire;
-use nagaya_engine::model::{Session, SessionState};
+use nagaya_engine::model::{Session, SessionState, WakeOnVisit};
 use nagaya_engine::{Caller, ListSessions, NewExecution, NewSession, SessionUpdate};
 
 use super::messages;
@@ -409,7 +409,9 @@ fn new_session(mut request: wire::CreateSessionRequest) -> Result<NewSession, Er
         max_duration_ms: milliseconds(request.max_duration.as_option(), "max_duration")?,
         pause_retention_ms: milliseconds(request.pause_retention.as_option(), "pause_retention")?,
         name: ranges::name(request.name)?,
+        name_is_unique: false,
         driver: request.metadata.remove(convert::DRIVER_KEY),
+        wake_on_visit: request.metadata.remove(convert::WAKE_ON_VISIT_KEY).as_deref().map(wake_on_visit).transpose()?,
         cpu_millis: request.cpu_cores.map(resources::cpu_cores).transpose()?,
         memory_bytes: request.memory_mb.map(resources::memory_mb).transpose()?,
         disk_bytes: request.disk_size_gb.map(resources::disk_size_gb).transpose()?,
@@ -425,6 +427,14 @@ fn new_session(mut request: wire::CreateSessionRequest) -> Result<NewSession, Er
         idle_timeout_minutes,
         snapshot_id: convert::optional_id(request.snapshot_id.as_deref(), "snapshot_id")?,
         mounts: request.volumes.into_iter().map(parse::mount).collect::<Result<_, _>>()?,
+    })
+}
+
+/// Which visits resume a session, as its metadata asks for it.
+fn wake_on_visit(name: &str) -> Result<WakeOnVisit, Error> {
+    WakeOnVisit::from_name(name).ok_or_else(|| {
+        let known = WakeOnVisit::ALL.map(WakeOnVisit::name).join(", ");
+        invalid(&format!("metadata {} is {name:?}, but must be one of {known}", convert::WAKE_ON_VISIT_KEY))
     })
 }
 

@@ -208,6 +208,10 @@ async fn requests_against_the_contract_are_refused_and_create_nothing() {
             r.registry_ref = Some("sandbox".into());
         }),
         ("volume without id", |r| r.volumes.push(Default::default())),
+        ("egress names", |r| r.egress = egress(257, 0)),
+        ("egress networks", |r| r.egress = egress(0, 65)),
+        ("driver", |r| r.metadata = pairs(&[("nagaya_driver", "none")])),
+        ("visits", |r| r.metadata = pairs(&[("nagaya_wake_on_visit", "sometimes")])),
     ];
     for (name, change) in changes {
         let mut request = create();
@@ -216,6 +220,38 @@ async fn requests_against_the_contract_are_refused_and_create_nothing() {
     }
     assert!(world.fakes.store.all_sessions().is_empty());
     assert!(world.fakes.driver.sandboxes().is_empty());
+}
+
+fn egress<T: From<Option<wire::SessionEgressPolicy>>>(domains: usize, cidrs: usize) -> T {
+    let allow_domains = (0..domains).map(|n| format!("a{n}.example")).collect();
+    let allow_cidrs = (0..cidrs).map(|n| format!("1.2.3.{n}")).collect();
+    Some(wire::SessionEgressPolicy { allow_domains, allow_cidrs }).into()
+}
+
+#[tokio::test]
+async fn a_session_may_say_which_visits_resume_it() {
+    let world = World::new().await;
+    let asked = |metadata: &[(&str, &str)]| wire::CreateSessionRequest { metadata: pairs(metadata), ..create() };
+    let request = asked(&[("team", "red"), ("nagaya_wake_on_visit", "always")]);
+    let session = world.control().create_session(request).await.unwrap().session;
+    assert_eq!(session.metadata["nagaya_wake_on_visit"], "always");
+    let recorded = world.fakes.store.all_sessions().remove(0);
+    assert_eq!(recorded.wake_on_visit, Some(nagaya_engine::model::WakeOnVisit::Always));
+    assert_eq!(recorded.metadata, pairs(&[("team", "red")]), "what is no metadata is not kept as such");
+    let explain = async |id: &str| {
+        let answer = world.json_of("nagaya.v1.NagayaService", "ExplainSession", serde_json::json!({ "sessionId": id }));
+        answer.await.1["wakeOnVisit"].clone()
+    };
+    assert_eq!(explain(&session.id).await, "always");
+    let plain = world.control().create_session(asked(&[])).await.unwrap().session;
+    assert!(!plain.metadata.contains_key("nagaya_wake_on_visit"));
+    assert_eq!(explain(&plain.id).await, "idle", "the server's");
+    let refused = world.control().create_session(asked(&[("nagaya_wake_on_visit", "Never")])).await.unwrap_err();
+    let text = refused.message.unwrap_or_default();
+    assert!(
+        text.contains("metadata nagaya_wake_on_visit is \"Never\", but must be one of never, idle, always"),
+        "{text}"
+    );
 }
 
 #[tokio::test]

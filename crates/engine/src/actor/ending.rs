@@ -153,8 +153,9 @@ impl Actor {
                 }
             }
         }
-        // In this order: whoever learns that it has ended finds its quota free and its record in the store.
+        // In this order: whoever learns that it has ended finds its quota and its name free and its record in the store.
         self.actors.registry.live.remove(self.session.id);
+        self.name = None;
         self.actors.previews.session_ended(self.session.id);
         self.slot = None;
         if let Some(id) = self.session.source_snapshot_id {

@@ -9,7 +9,6 @@ use nagaya_api::ids::{DiskImageId, SnapshotId};
 use super::mounts::attached;
 use super::work::{AdoptError, Done, StartFailure, later, work};
 use super::{Actor, End, Flow};
-use crate::config::WakeOnVisit;
 use crate::errors::store_error;
 use crate::executions::failed;
 use crate::handle::{Exit, Reply};
@@ -152,7 +151,7 @@ impl Actor {
 
     /// Decided here, so that whoever was told of a pause finds it lasting.
     pub(super) async fn wake(&mut self, reply: Reply<Session>) {
-        if self.session.pause.is_some() && !self.may_wake() {
+        if !self.may_wake() {
             let state = self.session.state.name();
             return answer(Some(reply), Err(Error::new(Code::SessionNotRunning, format!("(state={state})"))));
         }
@@ -160,11 +159,8 @@ impl Actor {
     }
 
     fn may_wake(&self) -> bool {
-        match self.shared.config.wake_on_visit {
-            WakeOnVisit::Never => false,
-            WakeOnVisit::Idle => self.session.pause.as_ref().is_some_and(|pause| pause.idle),
-            WakeOnVisit::Always => true,
-        }
+        let visits = self.session.wake_on_visit.unwrap_or(self.shared.config.wake_on_visit);
+        self.session.pause.as_ref().is_none_or(|pause| visits.wakes(pause))
     }
 
     pub(super) async fn resume(&mut self, reply: Reply<Session>) {

@@ -8,6 +8,7 @@ use crate::executions::{Ended, Outcome};
 use crate::handle::{Message, Reply, Started};
 use crate::model::{EventKind, Execution, ExecutionStatus, Session};
 use crate::ports::{Change, Command};
+use crate::registry::NameClaim;
 use crate::requests::{NewExecution, SessionUpdate};
 use crate::session::{Request, check};
 use crate::validate;
@@ -23,12 +24,12 @@ impl Actor {
                 Flow::End(End::requested())
             }
             Message::Update { update, reply } => {
-                let changed = self.updated(update).map(|session| (session, Vec::new()));
-                self.change(changed, reply).await
+                let result = self.update(update).await;
+                self.answer_change(result, reply).await
             }
             Message::Extend { additional_ms, reply } => {
-                let changed = self.extended(additional_ms);
-                self.change(changed, reply).await
+                let result = self.extend(additional_ms).await;
+                self.answer_change(result, reply).await
             }
             Message::Execute { new, reply } => {
                 if let Err((error, reply)) = self.execute(new, reply).await {
@@ -40,28 +41,49 @@ impl Actor {
         }
     }
 
-    /// Commits a changed record and answers its caller; a deadline may be due because of it.
-    async fn change(&mut self, changed: Result<(Session, Vec<EventKind>), Error>, reply: Reply<Session>) -> Flow {
-        let result = match changed {
-            Ok((session, facts)) => self.commit_with(session, facts).await,
-            Err(error) => Err(error),
-        };
+    /// Answers who asked for a change; a deadline may be due because of it.
+    async fn answer_change(&mut self, result: Result<(), Error>, reply: Reply<Session>) -> Flow {
         let _ = reply.send(result.map(|()| self.session.clone()));
         self.due().await
+    }
+
+    async fn update(&mut self, update: SessionUpdate) -> Result<(), Error> {
+        let session = self.updated(update)?;
+        let is_renamed = (&session.name, session.name_is_unique) != (&self.session.name, self.session.name_is_unique);
+        // Until the record has the new name, the old one is not free.
+        let claimed = match is_renamed {
+            true => Some(self.actors.registry.live.claim_name(&session)?),
+            false => None,
+        };
+        self.commit_with(session, Vec::new()).await?;
+        if let Some(name) = claimed {
+            name.iter().for_each(NameClaim::recorded);
+            self.name = name;
+        }
+        Ok(())
+    }
+
+    async fn extend(&mut self, additional_ms: u64) -> Result<(), Error> {
+        let (session, facts) = self.extended(additional_ms)?;
+        self.commit_with(session, facts).await
     }
 
     fn updated(&self, update: SessionUpdate) -> Result<Session, Error> {
         check(self.session.state, Request::Change)?;
         let mut session = self.session.clone();
-        if let Some(name) = update.name {
-            validate::name(&name)?;
-            session.name = name;
+        if update.name.is_some() || update.name_is_unique.is_some() {
+            session.name = update.name.unwrap_or(session.name);
+            session.name_is_unique = update.name_is_unique.unwrap_or(session.name_is_unique);
+            validate::session_name(&session.name, session.name_is_unique)?;
         }
         if let Some(tags) = update.tags {
             session.tags = validate::tags(tags)?;
         }
         if let Some(sticky) = update.sticky {
             session.sticky = sticky;
+        }
+        if let Some(wake_on_visit) = update.wake_on_visit {
+            session.wake_on_visit = wake_on_visit;
         }
         if let Some(duration_ms) = update.max_duration_ms {
             validate::max_duration_ms(duration_ms, &self.shared.config)?;

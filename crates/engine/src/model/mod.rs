@@ -136,6 +136,9 @@ pub struct Session {
     /// The key that created it.
     pub owner_id: KeyId,
     pub name: String,
+    /// No other session of the workspace that has not ended and says so too has this name.
+    #[serde(default)]
+    pub name_is_unique: bool,
     pub state: SessionState,
     pub machine: Machine,
     /// Whether ports of the sandbox may be reached from outside.
@@ -150,6 +153,9 @@ pub struct Session {
     /// Minutes; `Some(0)` is never.
     pub idle_timeout_minutes: Option<u32>,
     pub pause_retention_ms: Option<u64>,
+    /// Which visits resume it while it is stopped; `None`: as the server does by default.
+    #[serde(default)]
+    pub wake_on_visit: Option<WakeOnVisit>,
     pub created_at: UnixMs,
     pub ready_at: Option<UnixMs>,
     pub terminated_at: Option<UnixMs>,
@@ -232,6 +238,44 @@ mod disk_only_reason {
             Recorded::Reason(reason) => Ok(Some(reason)),
             Recorded::Text(text) if text.is_empty() => Ok(None),
             Recorded::Text(text) => Err(serde::de::Error::custom(format!("no reason is called {text:?}"))),
+        }
+    }
+}
+
+/// Which stopped sessions a visit from outside resumes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub enum WakeOnVisit {
+    /// None of them.
+    Never,
+    /// Those that were paused because nobody used them: what was paused by request stays paused.
+    Idle,
+    /// All of them.
+    Always,
+}
+
+impl WakeOnVisit {
+    pub const ALL: [Self; 3] = [Self::Never, Self::Idle, Self::Always];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Never => "never",
+            Self::Idle => "idle",
+            Self::Always => "always",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|of| of.name() == name)
+    }
+
+    /// Whether a visit resumes what is stopped like this.
+    pub const fn wakes(self, pause: &Pause) -> bool {
+        match self {
+            Self::Never => false,
+            Self::Idle => pause.idle,
+            Self::Always => true,
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::model::{Resources, Session, SessionState};
 use crate::session::{Request, check};
 use crate::shared::Shared;
 
-pub(crate) use table::{SessionTable, Slot};
+pub(crate) use table::{NameClaim, SessionTable, Slot};
 
 pub(crate) struct Registry {
     shared: Arc<Shared>,

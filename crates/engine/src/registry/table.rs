@@ -1,13 +1,14 @@
 //! The sessions of the server that have not ended, in memory, and what they use up.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::{Arc, Mutex};
 
 use nagaya_api::error::{Code, Error};
 use nagaya_api::ids::{SessionId, WorkspaceId};
 
 use crate::handle::SessionHandle;
-use crate::model::Resources;
+use crate::model::{Resources, Session};
 
 /// All live sessions of the server, and the quotas they count against.
 #[derive(Default)]
@@ -16,8 +17,39 @@ pub(crate) struct SessionTable(Mutex<Table>);
 #[derive(Default)]
 struct Table {
     live: BTreeMap<SessionId, Arc<SessionHandle>>,
+    names: BTreeMap<(WorkspaceId, String), Named>,
     total: u32,
     used: BTreeMap<WorkspaceId, Used>,
+}
+
+/// Whom a name that is unique in its workspace leads to.
+struct Named {
+    id: SessionId,
+    /// Whether the session's record has the name: until then nobody finds it.
+    recorded: bool,
+}
+
+/// A name that no other session of the workspace can have; free again on drop.
+pub(crate) struct NameClaim {
+    table: Arc<SessionTable>,
+    name: (WorkspaceId, String),
+}
+
+impl NameClaim {
+    /// The record has the name: from now on the session is found by it.
+    pub(crate) fn recorded(&self) {
+        self.table.with(|table| {
+            if let Some(named) = table.names.get_mut(&self.name) {
+                named.recorded = true;
+            }
+        });
+    }
+}
+
+impl Drop for NameClaim {
+    fn drop(&mut self) {
+        self.table.with(|table| table.names.remove(&self.name));
+    }
 }
 
 /// What the live sessions of a workspace use together.
@@ -69,6 +101,30 @@ impl SessionTable {
 
     pub(crate) fn all(&self) -> Vec<Arc<SessionHandle>> {
         self.with(|table| table.live.values().cloned().collect())
+    }
+
+    /// The name of a session for it alone; `None` where it need not be unique.
+    pub(crate) fn claim_name(self: &Arc<Self>, session: &Session) -> Result<Option<NameClaim>, Error> {
+        if !session.name_is_unique {
+            return Ok(None);
+        }
+        let name = (session.workspace_id, session.name.clone());
+        self.with(|table| match table.names.entry(name.clone()) {
+            Entry::Occupied(_) => Err(Error::from(Code::SessionNameTaken)),
+            Entry::Vacant(free) => {
+                free.insert(Named { id: session.id, recorded: false });
+                Ok(())
+            }
+        })?;
+        Ok(Some(NameClaim { table: self.clone(), name }))
+    }
+
+    /// The session of the workspace that is found by this name.
+    pub(crate) fn named(&self, workspace_id: WorkspaceId, name: &str) -> Option<Arc<SessionHandle>> {
+        self.with(|table| {
+            let named = table.names.get(&(workspace_id, name.to_owned()))?;
+            table.live.get(&named.id).filter(|_| named.recorded).cloned()
+        })
     }
 
     pub(crate) fn used(&self, workspace_id: WorkspaceId) -> Used {

@@ -35,11 +35,12 @@ impl Sessions {
             self.registry.check_sticky(caller.workspace_id, None)?;
         }
         let slot = self.registry.reserve(session.workspace_id, &session.machine.resources)?;
+        let name = self.registry.live.claim_name(&session)?;
         self.volumes.hold_all(&session)?;
         // From here on the session's own task does everything, so that a caller who goes away
         // leaves nothing half done.
         let (reply, answer) = oneshot::channel();
-        self.actors.spawn(session, Some(slot), StartMode::New { source, reply }, running);
+        self.actors.spawn(session, Some(slot), name, StartMode::New { source, reply }, running);
         drop(quiet);
         answer.await.unwrap_or_else(|_| Err(Code::Draining.into()))
     }
@@ -93,7 +94,7 @@ impl Sessions {
             Some(snapshot) => snapshot.env.clone().into_iter().chain(new.env).collect(),
             None => new.env,
         };
-        validate::name(&new.name)?;
+        validate::session_name(&new.name, new.name_is_unique)?;
         validate::env(&env, &self.shared.config)?;
         validate::metadata(&new.metadata, &self.shared.config)?;
         let ssh_authorized_keys = validate::ssh_authorized_keys(new.ssh_authorized_keys, &self.shared.config)?;
@@ -128,6 +129,7 @@ impl Sessions {
             workspace_id: caller.workspace_id,
             owner_id: caller.key_id,
             name: new.name,
+            name_is_unique: new.name_is_unique,
             state: SessionState::Creating,
             machine,
             inbound: new.inbound,
@@ -138,6 +140,7 @@ impl Sessions {
             sticky: new.sticky,
             idle_timeout_minutes: new.idle_timeout_minutes,
             pause_retention_ms: new.pause_retention_ms,
+            wake_on_visit: new.wake_on_visit,
             created_at: now,
             ready_at: None,
             terminated_at: None,
@@ -176,7 +179,7 @@ impl Sessions {
             let Ok(running) = self.shared.tasks.enter() else { break };
             let (sender, receiver) = oneshot::channel();
             let start = StartMode::Recorded { source: DiskPreparation::Image(*image), recorded: receiver };
-            self.actors.spawn(session.clone(), Some(slot), start, running);
+            self.actors.spawn(session.clone(), Some(slot), None, start, running);
             recorded.push(sender);
         }
         if recorded.len() < forks.len() {
@@ -218,6 +221,8 @@ impl Sessions {
             id: SessionId::new(now, self.shared.random()),
             owner_id: caller.key_id,
             name: fork.name.clone().unwrap_or_else(|| fork_name(&parent.name, n)),
+            // Several may be given the same one.
+            name_is_unique: false,
             state: SessionState::Creating,
             sticky: false,
             created_at: now,

@@ -65,6 +65,11 @@ impl Sessions {
         })
     }
 
+    pub(crate) fn by_name(&self, caller: &Caller, name: &str) -> Result<Session, Error> {
+        let live = self.registry.live.named(caller.workspace_id, name).ok_or(Code::SessionNotFound)?;
+        Ok(live.session(self.shared.clock.now()))
+    }
+
     pub(crate) async fn list(&self, caller: &Caller, list: ListSessions) -> Result<(Vec<Session>, String), Error> {
         let workspace = self.shared.access.workspace(caller, list.workspace_id)?;
         let size = query::page_size(list.page_size)?;
@@ -191,7 +196,6 @@ impl Sessions {
     }
 
     pub(crate) async fn explain(&self, caller: &Caller, id: SessionId) -> Result<Vec<Finding>, Error> {
-        let session = self.get(caller, id).await?;
-        explain(&self.shared, &session).await
+        explain(&self.shared, self.get(caller, id).await?).await
     }
 }

@@ -5,12 +5,12 @@ use std::time::Duration;
 use nagaya_api::error::Code;
 use nagaya_api::ids::{KeyId, PreviewId, SessionId, WorkspaceId};
 use nagaya_engine::model::{
-    Binding, Preview, PreviewKind, PreviewState, SessionState, UnixMs, Workspace, WorkspaceSettings,
+    Binding, Preview, PreviewKind, PreviewState, SessionState, UnixMs, WakeOnVisit, Workspace, WorkspaceSettings,
 };
 use nagaya_engine::ports::{Change, Clock, Store};
 use nagaya_engine::{
-    Caller, EngineConfig, ListPreviews, NewExposure, NewPreview, NewSession, PreviewConnection, PreviewUrl,
-    WakeOnVisit, WorkspaceSettingsUpdate,
+    Caller, EngineConfig, Fork, ListPreviews, NewExposure, NewPreview, NewSession, PreviewConnection, PreviewUrl,
+    SessionUpdate, WorkspaceSettingsUpdate,
 };
 
 use crate::support::{World, code, idle};
@@ -507,6 +507,57 @@ async fn the_operator_decides_who_is_woken() {
     idle().await;
     assert_eq!(world.session(id).await.state, SessionState::UserShutdown);
     world.visit(&web).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_may_say_itself_what_visits_do() {
+    for server in WakeOnVisit::ALL {
+        let world = World::with(EngineConfig { wake_on_visit: server, ..EngineConfig::default() }).await;
+        let made = |wake_on_visit| NewSession { wake_on_visit, ..open() };
+        let never = world.run(made(Some(WakeOnVisit::Never))).await.id;
+        let always = world.run(made(Some(WakeOnVisit::Always))).await.id;
+        let forks = world.engine.fork_session(&world.caller, never, Fork { count: 1, name: None }).await.unwrap();
+        let fork = world.settled(forks[0].id).await.id;
+        let plain = world.run(made(None)).await.id;
+        let [of_never, of_always, of_fork, of_plain] = [
+            world.expose(never, port(80)).await,
+            world.expose(always, port(80)).await,
+            world.expose(fork, port(80)).await,
+            world.expose(plain, port(80)).await,
+        ];
+        for id in [never, always, fork, plain] {
+            world.pause(id).await;
+        }
+        // It is recorded.
+        let world = world.restart(|_| ()).await;
+        world.visit(&of_always).await;
+        assert_eq!(world.refusal(&of_never).await, Code::PreviewPaused);
+        assert_eq!(world.refusal(&of_fork).await, Code::PreviewPaused);
+        match server {
+            WakeOnVisit::Always => drop(world.visit(&of_plain).await),
+            _ => assert_eq!(world.refusal(&of_plain).await, Code::PreviewPaused),
+        }
+        let explained = world.engine.explain(&world.caller, never).await.unwrap();
+        assert_eq!(explained[0].detail, "it was asked to pause; visits do not resume it");
+        // It can be changed while it is stopped, and be given up.
+        let update = |wake_on_visit| SessionUpdate { wake_on_visit: Some(wake_on_visit), ..SessionUpdate::default() };
+        world.engine.update_session(&world.caller, never, update(Some(WakeOnVisit::Always))).await.unwrap();
+        let explained = world.engine.explain(&world.caller, never).await.unwrap();
+        assert_eq!(explained[0].detail, "it was asked to pause; a visit resumes it");
+        world.visit(&of_never).await;
+        world.engine.update_session(&world.caller, never, update(None)).await.unwrap();
+        assert_eq!(world.session(never).await.wake_on_visit, None);
+    }
+    // What fell asleep is woken where its own value says so, whatever the server does.
+    let world = World::with(EngineConfig { wake_on_visit: WakeOnVisit::Never, ..EngineConfig::default() }).await;
+    let new = NewSession { idle_timeout_minutes: Some(1), wake_on_visit: Some(WakeOnVisit::Idle), ..open() };
+    let id = world.run(new).await.id;
+    let web = world.expose(id, port(80)).await;
+    tokio::time::sleep(Duration::from_millis(2 * MINUTE)).await;
+    assert_eq!(world.session(id).await.state, SessionState::Paused);
+    world.visit(&web).await;
+    world.pause(id).await;
+    assert_eq!(world.refusal(&web).await, Code::PreviewPaused);
 }
 
 #[tokio::test(start_paused = true)]

@@ -20,6 +20,8 @@ pub enum Action {
     Create {
         tenant: usize,
         limits: Limits,
+        /// A name that is unique; else one that everybody has.
+        name: Option<&'static str>,
         wait: bool,
     },
     Keep(Keeping),
@@ -81,7 +83,7 @@ impl Action {
     }
 
     pub fn create_and_wait(tenant: usize) -> Self {
-        Self::Create { tenant, limits: Limits::default(), wait: true }
+        Self::Create { tenant, limits: Limits::default(), name: None, wait: true }
     }
 
     fn create(rng: &mut Rng) -> Self {
@@ -90,7 +92,8 @@ impl Action {
             idle_timeout_minutes: rng.per_mille(300).then_some(1),
             pause_retention_ms: rng.per_mille(300).then(|| 1 + rng.below(10_000)),
         };
-        Self::Create { tenant: rng.below(2) as usize, limits, wait: rng.per_mille(500) }
+        let name = rng.per_mille(300).then(|| ["web", "api"][rng.below(2) as usize]);
+        Self::Create { tenant: rng.below(2) as usize, limits, name, wait: rng.per_mille(500) }
     }
 }
 
@@ -109,7 +112,7 @@ fn excuse(world: &World, action: &Action, error: &Error) -> Result<(), String> {
 pub async fn act(world: Rc<World>, engine: Engine, action: Action) -> Result<(), String> {
     let world = &*world;
     let result = match action.clone() {
-        Action::Create { tenant, limits, wait } => create(world, &engine, tenant, limits, wait).await,
+        Action::Create { tenant, limits, name, wait } => create(world, &engine, tenant, limits, name, wait).await,
         Action::Keep(keeping) => keepers::keep(world, &engine, keeping).await,
         Action::View(viewing) => viewers::view(world, &engine, viewing).await,
         Action::Terminate(id, tenant) => terminate(world, &engine, id, tenant).await,
@@ -171,10 +174,19 @@ pub fn allow(answer: Result<(), Error>, codes: &[Code]) -> Outcome {
     }
 }
 
-async fn create(world: &World, engine: &Engine, tenant: usize, limits: Limits, wait: bool) -> Outcome {
+async fn create(
+    world: &World,
+    engine: &Engine,
+    tenant: usize,
+    limits: Limits,
+    unique_name: Option<&str>,
+    wait: bool,
+) -> Outcome {
     let caller: &Caller = &world.tenants[tenant];
+    let name = unique_name.unwrap_or("new");
     let new = NewSession {
-        name: "new".into(),
+        name: name.into(),
+        name_is_unique: unique_name.is_some(),
         max_duration_ms: limits.max_duration_ms,
         idle_timeout_minutes: limits.idle_timeout_minutes,
         pause_retention_ms: limits.pause_retention_ms,
@@ -184,11 +196,12 @@ async fn create(world: &World, engine: &Engine, tenant: usize, limits: Limits, w
     };
     let session = match engine.create_session(caller, new).await {
         Ok(session) => session,
+        Err(error) if error.code == Code::SessionNameTaken && unique_name.is_some() => return Ok(()),
         Err(error) => return allow(Err(error), &[Code::QuotaExceeded, Code::CapacityUnavailable]),
     };
     let id = session.id;
     world.model.borrow_mut().created.insert(id, tenant);
-    world.model.borrow_mut().names.insert(id, vec!["new".into()]);
+    world.model.borrow_mut().names.insert(id, vec![name.into()]);
     must!(session.state == SessionState::Creating, "{id} was answered in {}", session.state.name());
     if !wait {
         return Ok(());

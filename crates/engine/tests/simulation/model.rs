@@ -127,6 +127,11 @@ impl Model {
                 ensure!(names.contains(&row.name), "{id} is named {:?}, not one of {names:?}", row.name);
             }
         }
+        let named = rows.values().filter(|row| row.name_is_unique && row.state != SessionState::Terminated);
+        let mut names = BTreeSet::new();
+        for row in named {
+            ensure!(names.insert((row.workspace_id, &row.name)), "two sessions have the unique name {:?}", row.name);
+        }
         let live = rows.values().filter(|row| is_active(row)).count();
         ensure!(live <= sessions_max, "{live} sessions live, {sessions_max} are allowed");
         for execution in fakes.store.all_executions() {

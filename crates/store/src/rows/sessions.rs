@@ -11,7 +11,8 @@ use super::{from_json, id, integer, json, optional_from_json, optional_id, optio
 pub(crate) const SESSION_COLUMNS: &str = "id, workspace_id, owner_id, name, state, cpu_millis, memory_bytes, disk_bytes, outbound, \
      inbound, env, metadata, tags, ssh_authorized_keys, sticky, idle_timeout_minutes, pause_retention_ms, created_at, \
      ready_at, terminated_at, timeout_at, last_activity_at, terminal_error, driver, source_snapshot_id, source_image_id, \
-     pause, last_resume_error, attachments, egress, end_reason, exhausted, root, last_resume, isolation";
+     pause, last_resume_error, attachments, egress, end_reason, exhausted, root, last_resume, isolation, wake_on_visit, \
+     name_is_unique";
 pub(crate) const EXECUTION_COLUMNS: &str =
     "id, session_id, command, args, status, exit_code, duration_ms, started_at, ended_at";
 
@@ -23,9 +24,9 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
                  created_at, ready_at, terminated_at, timeout_at, last_activity_at, terminal_error, driver,
                  source_snapshot_id, source_image_id, pause, last_resume_error, attachments, egress, end_reason,
                  exhausted, root, last_resume,
-                 isolation)
+                 isolation, wake_on_visit, name_is_unique)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21,
-                 ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34, ?35)
+                 ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34, ?35, ?36, ?37)
              ON CONFLICT (id) DO UPDATE SET
                  workspace_id = excluded.workspace_id, owner_id = excluded.owner_id, name = excluded.name,
                  state = excluded.state, cpu_millis = excluded.cpu_millis, memory_bytes = excluded.memory_bytes,
@@ -40,7 +41,8 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
                  pause = excluded.pause, last_resume_error = excluded.last_resume_error,
                  attachments = excluded.attachments, egress = excluded.egress,
                  end_reason = excluded.end_reason, exhausted = excluded.exhausted, root = excluded.root,
-                 last_resume = excluded.last_resume, isolation = excluded.isolation",
+                 last_resume = excluded.last_resume, isolation = excluded.isolation,
+                 wake_on_visit = excluded.wake_on_visit, name_is_unique = excluded.name_is_unique",
         )?
         .execute(params![
             session.id.to_string(),
@@ -78,6 +80,8 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
             session.machine.root.as_str(),
             session.last_resume.as_ref().map(json).transpose()?,
             session.isolation.as_ref().map(json).transpose()?,
+            session.wake_on_visit.as_ref().map(json).transpose()?,
+            session.name_is_unique,
         ])?;
     Ok(())
 }
@@ -123,6 +127,7 @@ pub(crate) fn read_session(row: &Row<'_>) -> Result<Session> {
         workspace_id: id(row, 1, WorkspaceId::from_uuid)?,
         owner_id: id(row, 2, KeyId::from_uuid)?,
         name: row.get(3)?,
+        name_is_unique: row.get(36)?,
         state: variant(row, 4, &SessionState::ALL, |state| state as i64)?,
         machine: Machine {
             resources: Resources {
@@ -142,6 +147,7 @@ pub(crate) fn read_session(row: &Row<'_>) -> Result<Session> {
         sticky: row.get(14)?,
         idle_timeout_minutes: row.get(15)?,
         pause_retention_ms: optional_unsigned(row, 16)?,
+        wake_on_visit: optional_from_json(row, 35)?,
         created_at: unsigned(row, 17)?,
         ready_at: optional_unsigned(row, 18)?,
         terminated_at: optional_unsigned(row, 19)?,

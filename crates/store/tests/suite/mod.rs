@@ -12,7 +12,8 @@ use std::collections::BTreeMap;
 use nagaya_api::ids::{AttachmentId, DiskImageId, ExecutionId, KeyId, SessionId, SnapshotId, VolumeId, WorkspaceId};
 use nagaya_engine::model::{
     ApiKey, Attachment, AttachmentState, DiskOnlyReason, Egress, EndReason, Execution, ExecutionStatus, ImageDigest,
-    Limit, Machine, Pause, Resources, RestoreMode, Resume, Session, SessionState, Workspace, WorkspaceSettings,
+    Limit, Machine, Pause, Resources, RestoreMode, Resume, Session, SessionState, WakeOnVisit, Workspace,
+    WorkspaceSettings,
 };
 use nagaya_engine::ports::{Change, SessionQuery, Store};
 use proptest::collection::vec;
@@ -98,6 +99,7 @@ pub fn session(created_at: u64, number: u32) -> Session {
         workspace_id: workspace(1).id,
         owner_id: key(1),
         name: "a \"quoted\" name, a ' and a 長屋".into(),
+        name_is_unique: true,
         state: SessionState::Running,
         machine: Machine {
             resources: Resources::of(2, 4096, 5),
@@ -113,6 +115,7 @@ pub fn session(created_at: u64, number: u32) -> Session {
         sticky: true,
         idle_timeout_minutes: Some(0),
         pause_retention_ms: Some(86_400_000),
+        wake_on_visit: Some(WakeOnVisit::Always),
         created_at,
         ready_at: Some(created_at + 5),
         terminated_at: None,
@@ -199,6 +202,8 @@ async fn records_come_back_as_they_were_written(store: &dyn Store) {
         ssh_authorized_keys: Vec::new(),
         idle_timeout_minutes: None,
         pause_retention_ms: None,
+        wake_on_visit: None,
+        name_is_unique: false,
         ready_at: None,
         terminated_at: Some(77),
         timeout_at: None,

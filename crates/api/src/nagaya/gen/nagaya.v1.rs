@@ -28,7 +28,7 @@ pub struct ForkSessionRequest {
     pub count: i32,
     /// The name of every one of them; absent: the source's name with -fork-1, -fork-2 and so on.
     ///
-    /// at most 64 characters
+    /// at most 256 bytes
     ///
     /// Field 3: `name`
     #[serde(rename = "name", skip_serializing_if = "::core::option::Option::is_none")]
@@ -1168,7 +1168,7 @@ pub struct ListSessionEventsRequest {
         skip_serializing_if = "::buffa::json_helpers::skip_if::is_zero_i64"
     )]
     pub after: i64,
-    /// At most 100; 0 is 20.
+    /// At most 200; 0 is 50.
     ///
     /// Field 3: `page_size`
     #[serde(
@@ -2143,6 +2143,17 @@ pub struct ExplainSessionResponse {
         skip_serializing_if = "::buffa::json_helpers::skip_if::is_empty_str"
     )]
     pub root_image: ::buffa::alloc::string::String,
+    /// Which visits from outside resume it while it is stopped, be that its own choice or the server's: "never", "idle" (where it
+    /// was paused because nobody used it) or "always".
+    ///
+    /// Field 5: `wake_on_visit`
+    #[serde(
+        rename = "wakeOnVisit",
+        alias = "wake_on_visit",
+        with = "::buffa::json_helpers::proto_string",
+        skip_serializing_if = "::buffa::json_helpers::skip_if::is_empty_str"
+    )]
+    pub wake_on_visit: ::buffa::alloc::string::String,
 }
 crate::json::object!(ExplainSessionResponse);
 impl ::core::fmt::Debug for ExplainSessionResponse {
@@ -2152,6 +2163,7 @@ impl ::core::fmt::Debug for ExplainSessionResponse {
             .field("driver", &self.driver)
             .field("isolation", &self.isolation)
             .field("root_image", &self.root_image)
+            .field("wake_on_visit", &self.wake_on_visit)
             .finish()
     }
 }
@@ -2199,6 +2211,10 @@ impl ::buffa::Message for ExplainSessionResponse {
         if !self.root_image.is_empty() {
             size += 1u64 + ::buffa::types::string_encoded_len(&self.root_image) as u64;
         }
+        if !self.wake_on_visit.is_empty() {
+            size
+                += 1u64 + ::buffa::types::string_encoded_len(&self.wake_on_visit) as u64;
+        }
         ::buffa::saturate_size(size)
     }
     fn write_to(
@@ -2224,6 +2240,9 @@ impl ::buffa::Message for ExplainSessionResponse {
         }
         if !self.root_image.is_empty() {
             ::buffa::types::put_string_field(4u32, &self.root_image, buf);
+        }
+        if !self.wake_on_visit.is_empty() {
+            ::buffa::types::put_string_field(5u32, &self.wake_on_visit, buf);
         }
     }
     fn merge_field(
@@ -2270,6 +2289,13 @@ impl ::buffa::Message for ExplainSessionResponse {
                 )?;
                 ::buffa::types::merge_string(&mut self.root_image, buf)?;
             }
+            5u32 => {
+                ::buffa::encoding::check_wire_type(
+                    tag,
+                    ::buffa::encoding::WireType::LengthDelimited,
+                )?;
+                ::buffa::types::merge_string(&mut self.wake_on_visit, buf)?;
+            }
             _ => {
                 ::buffa::encoding::skip_field_depth(tag, buf, ctx.depth())?;
             }
@@ -2281,6 +2307,7 @@ impl ::buffa::Message for ExplainSessionResponse {
         self.driver.clear();
         self.isolation.clear();
         self.root_image.clear();
+        self.wake_on_visit.clear();
     }
 }
 impl ::buffa::json_helpers::ProtoElemJson for ExplainSessionResponse {
