@@ -140,7 +140,7 @@ codes! {
     CommandNotFound => "command_not_found", NotFound, "command not found: no such file or directory", "Give an absolute path, or a name that is on the sandbox's PATH.";
     TemplateNotFound => "template_not_found", NotFound, "template not found", "Check the id; templates of other workspaces look the same as unknown ones.";
     TemplateBuildNotFound => "template_build_not_found", NotFound, "template build not found", "Use the build id that was returned when the build was started.";
-    RegistryImageNotFound => "registry_image_not_found", NotFound, "registry image not found", "Check the reference, and that the image is visible to your workspace.";
+    RegistryImageNotFound => "registry_image_not_found", NotFound, "registry image not found", "Check the reference, and that it may be seen from here; `nagaya image ls` tells what is on this host.";
     SnapshotNotFound => "snapshot_not_found", NotFound, "snapshot not found", "Check the id; deleted snapshots look the same as unknown ones.";
     VolumeNotFound => "volume_not_found", NotFound, "volume not found", "Check the id; deleted volumes look the same as unknown ones.";
     PreviewNotFound => "preview_not_found", NotFound, "preview URL not found", "Check the id, slug or token; deleted and expired preview URLs look the same as unknown ones.";
@@ -159,6 +159,9 @@ codes! {
     PauseFailed => "pause_failed", FailedPrecondition, "the session could not be paused", "It runs on; try again, and look at the server's log if it stays so.";
     RootUnavailable => "root_unavailable", FailedPrecondition, "the image under the disk is not on this host", "Bring the image that the message names back to the host; a disk is never started over another one.";
     RootMismatch => "root_mismatch", FailedPrecondition, "the disk was written over another image", "Start it over the image that the message names first: what is on a disk means nothing over another one.";
+    ImageInvalid => "image_invalid", InvalidArgument, "not an image that can run here", "The message names what is wrong with it; check the name, and that the image is made for this host's platform.";
+    ImageRefused => "image_refused", FailedPrecondition, "the server's operator does not allow this image", "The message names the setting of section [images] that says so.";
+    ImageUnavailable => "image_unavailable", Unavailable, "the registry did not give the image", "Try again later; what has arrived as a whole is not fetched again.";
     ResumeFailed => "resume_failed", FailedPrecondition, "the session could not be resumed", "Its disk is intact; remove the cause that the message names and resume it again.";
     TemplateBuildInProgress => "template_build_in_progress", FailedPrecondition, "template build already in progress", "Wait for the build, or cancel it.";
     VolumeInUse => "volume_in_use", FailedPrecondition, "volume is in use", "Detach it from every session first.";

@@ -25,6 +25,7 @@ use crate::deadlines::Sleeper;
 use crate::event_log::Events;
 use crate::executions::Executions;
 use crate::handle::{Activity, Exit, Job, Message, Reply, SessionHandle};
+use crate::images::RootImages;
 use crate::model::{DiskSource, EndReason, EventKind, Limit, Session, SessionState, UnixMs};
 use crate::ports::Change;
 use crate::previews::Previews;
@@ -57,6 +58,7 @@ pub(crate) struct Actors {
     shared: Arc<Shared>,
     registry: Arc<Registry>,
     events: Arc<Events>,
+    images: Arc<RootImages>,
     volumes: Arc<Volumes>,
     snapshots: Arc<Snapshots>,
     previews: Arc<Previews>,
@@ -143,12 +145,13 @@ impl Actors {
         shared: Arc<Shared>,
         registry: Arc<Registry>,
         events: Arc<Events>,
+        images: Arc<RootImages>,
         volumes: Arc<Volumes>,
         snapshots: Arc<Snapshots>,
         previews: Arc<Previews>,
     ) -> Self {
         let creates = Semaphore::new(shared.config.creates_concurrent_max.max(1) as usize);
-        Self { shared, registry, events, volumes, snapshots, previews, creates }
+        Self { shared, registry, events, images, volumes, snapshots, previews, creates }
     }
 
     /// Starts the task of a session and makes the session known.

@@ -23,7 +23,7 @@ use crate::model::{
     WorkspaceSettings,
 };
 use crate::open::{OpenSession, PreviewConnection, SshSession};
-use crate::ports::{ImageReader, Ports, ProcessEvent};
+use crate::ports::{FreedImages, Image, ImageReader, Ports, ProcessEvent, PullWatcher};
 use crate::recovery;
 use crate::requests::{
     Certificate, Fork, ListPreviews, ListSessions, ListSnapshots, ListVolumes, NewExecution, NewExposure, NewMount,
@@ -46,7 +46,7 @@ impl Engine {
     /// Starts the engine: recovers everything recorded, then serves. The ingress is asked to publish before this returns;
     /// visitors who come so early have to wait for it.
     pub async fn start(config: EngineConfig, ports: Ports) -> Result<Self, Error> {
-        let Ports { store, drivers, host, blobs, ingress, clock, entropy } = ports;
+        let Ports { store, drivers, host, images, blobs, ingress, clock, entropy } = ports;
         let key = certificate_key(&*store, &*entropy).await?;
         let workspaces = store.workspaces().await.map_err(store_error)?;
         let keys = store.api_keys().await.map_err(store_error)?;
@@ -54,8 +54,7 @@ impl Engine {
         let access = Access::new(workspaces, keys, key);
         let (deadlines, tasks) = (Deadlines::new(), Tasks::new());
         let shared = Arc::new(Shared { config, store, drivers, host, clock, entropy, access, deadlines, tasks });
-        let core = EngineCore::new(shared, blobs, ingress, &records.sessions, &records.volumes, &records.previews);
-        let core = Arc::new(core);
+        let core = Arc::new(EngineCore::new(shared, images, blobs, ingress, &records));
         let ends = core.shared.drivers.all().map(|(_, driver)| driver.ends()).collect();
         let events = core.shared.host.events();
         recovery::recover(&core, records).await?;
@@ -114,6 +113,40 @@ impl Engine {
     /// in state CREATING; watch the session for what becomes of it.
     pub async fn create_session(&self, caller: &Caller, new: NewSession) -> Result<Session, Error> {
         self.0.sessions.create(caller, new).await
+    }
+
+    /// The images of this host that came from elsewhere, by digest. Images are the server's, not a workspace's.
+    pub async fn images(&self) -> Result<Vec<Image>, Error> {
+        self.0.images.list().await
+    }
+
+    /// An image of this host, by name, alias, digest, or the first twelve or more digits of one.
+    pub async fn image(&self, name: &str) -> Result<Image, Error> {
+        self.0.images.find(name).await
+    }
+
+    /// Fetches an image. Dropping the future ends it; what has arrived as a whole is not fetched again.
+    pub async fn pull_image(&self, name: &str, watcher: PullWatcher) -> Result<Image, Error> {
+        self.0.images.pull(name, watcher).await
+    }
+
+    /// Reads images from an archive: an OCI layout, or what `docker save` writes.
+    pub async fn import_images(
+        &self,
+        archive: Box<dyn std::io::Read + Send>,
+        name: Option<&str>,
+    ) -> Result<Vec<Image>, Error> {
+        self.0.images.import(archive, name).await
+    }
+
+    /// Takes a name of an image away, or all names of a digest, and removes what then nobody needs.
+    pub async fn remove_image(&self, name: &str) -> Result<FreedImages, Error> {
+        self.0.images.remove(name).await
+    }
+
+    /// Removes images without names on which no session and no snapshot stands.
+    pub async fn prune_images(&self) -> Result<FreedImages, Error> {
+        self.0.images.prune().await
     }
 
     /// Makes sessions from the disk of one that is RUNNING or stopped: all of them or none. They are

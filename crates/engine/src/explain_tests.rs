@@ -16,6 +16,7 @@ fn session(state: SessionState) -> Session {
         name_is_unique: false,
         state,
         machine: Machine {
+            image: String::new(),
             resources: Resources::of(2, 256, 5),
             root: Default::default(),
             outbound: true,

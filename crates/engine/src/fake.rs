@@ -10,6 +10,7 @@ mod driver;
 mod faults;
 mod files;
 mod guest;
+mod images;
 mod ingress;
 mod programs;
 mod sockets;
@@ -24,6 +25,7 @@ pub use disks::FakeVolume;
 pub use driver::{FAKE_DRIVER, FakeDriver};
 pub use faults::{Faults, Rng};
 pub use guest::FakeGuest;
+pub use images::FakeImages;
 pub use ingress::FakeIngress;
 pub use store::FakeStore;
 
@@ -55,6 +57,7 @@ pub struct Fakes {
     pub faults: Arc<Faults>,
     pub store: Arc<FakeStore>,
     pub driver: Arc<FakeDriver>,
+    pub images: Arc<FakeImages>,
     pub blobs: Arc<FakeBlobs>,
     pub ingress: Arc<FakeIngress>,
     pub clock: Arc<FakeClock>,
@@ -68,6 +71,7 @@ impl Fakes {
         let images = Arc::<blobs::Images>::default();
         Self {
             store: Arc::new(FakeStore::new(faults.clone())),
+            images: Arc::default(),
             driver: Arc::new(FakeDriver::new(faults.clone(), images.clone())),
             blobs: Arc::new(FakeBlobs::new(faults.clone(), images)),
             ingress: Arc::new(FakeIngress::new(faults.clone())),
@@ -96,6 +100,7 @@ impl Fakes {
             store: self.store.clone(),
             drivers: Drivers::new(FAKE_DRIVER, BTreeMap::from([(FAKE_DRIVER.to_owned(), self.driver.clone() as _)])),
             host: self.driver.clone(),
+            images: self.images.clone(),
             blobs: self.blobs.clone(),
             ingress: self.ingress.clone(),
             clock: self.clock.clone(),

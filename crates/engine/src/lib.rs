@@ -23,6 +23,7 @@ mod explain;
 #[cfg(feature = "fake")]
 pub mod fake;
 mod handle;
+mod images;
 pub mod model;
 mod open;
 pub mod ports;

@@ -17,22 +17,15 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use crate::actor::StartMode;
-use crate::engine_core::EngineCore;
+use crate::engine_core::{EngineCore, Records};
 use crate::errors::store_error;
-use crate::model::{Preview, Session, SessionState, Snapshot, SnapshotState, Volume};
+use crate::model::{SessionState, SnapshotState};
 use crate::ports::{Change, DriverError, Store};
 use crate::registry::NameClaim;
 use crate::shared::Shared;
 use crate::tasks::Running;
 
 /// What was recorded before the start.
-pub(crate) struct Records {
-    pub(crate) sessions: Vec<Session>,
-    pub(crate) snapshots: Vec<Snapshot>,
-    pub(crate) volumes: Vec<Volume>,
-    pub(crate) previews: Vec<Preview>,
-}
-
 pub(crate) async fn read(store: &dyn Store) -> Result<Records, Error> {
     Ok(Records {
         sessions: store.live_sessions().await.map_err(store_error)?,

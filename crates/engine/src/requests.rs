@@ -13,6 +13,8 @@ pub struct NewSession {
     /// It is to be found by its name, which must not be empty: refused while another session of the workspace that was
     /// asked for like this has it and has not ended.
     pub name_is_unique: bool,
+    /// The image it stands on, as people name it; absent: the snapshot's, else the server's default.
+    pub image: Option<String>,
     /// The driver it runs on; absent: the server's default.
     pub driver: Option<String>,
     pub cpu_millis: Option<u32>,

@@ -27,8 +27,8 @@ pub const TERMINALS_MAX: u32 = 256;
 pub const PROCESSOR_TEXT_BYTES: usize = 8192;
 
 /// More than any message has.
-const DESCRIPTORS_MAX: usize = 64;
-const MESSAGE_BYTES_MAX: usize = 16 * 1024;
+const DESCRIPTORS_MAX: usize = 160;
+const MESSAGE_BYTES_MAX: usize = 144 * 1024;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
@@ -116,6 +116,8 @@ pub struct Disk {
     /// uppermost comes first.
     pub layers: Vec<String>,
     pub user: User,
+    /// `NAME=value` for each variable that commands have unless they say otherwise.
+    pub env: Vec<String>,
 }
 
 /// Who commands run as that say nothing else: what the image says of its user. The rest is in the sandbox's own files.
@@ -125,12 +127,17 @@ pub struct User {
     /// As the sandbox counts them.
     pub uid: u32,
     pub gid: u32,
-    /// Where relative paths start; absolute.
+    /// Absolute.
     pub home: String,
+    /// Where commands start that do not say where, and relative paths; absolute.
+    pub workdir: String,
 }
 
+/// What the variables of an image may have together, bytes.
+pub const ENV_BYTES_MAX: usize = 64 * 1024;
+
 /// Layers of a root file system at most.
-pub const LAYERS_MAX: usize = 16;
+pub const LAYERS_MAX: usize = 128;
 
 /// Directories of a root that layers may be the content of. Each has an overlay of its own.
 pub const PLACES: [&str; 7] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"];

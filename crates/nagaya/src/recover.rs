@@ -138,7 +138,7 @@ fn random<const N: usize>() -> [u8; N] {
 fn machine(disk_bytes: u64, root: ImageDigest) -> Machine {
     let least = Resources::default();
     let disk_bytes = disk_bytes.next_multiple_of(GIB).max(least.disk_bytes);
-    Machine { resources: Resources { disk_bytes, ..least }, root, outbound: false, egress: None }
+    Machine { resources: Resources { disk_bytes, ..least }, root, image: String::new(), outbound: false, egress: None }
 }
 
 fn session(id: SessionId, workspace_id: WorkspaceId, machine: Machine, now: UnixMs) -> Session {

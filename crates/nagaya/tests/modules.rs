@@ -24,6 +24,7 @@ const ORDERS: [(&str, &[&str]); 9] = [
             "open",
             "snapshots",
             "volumes",
+            "images",
             "event_log",
             "registry",
             "workspaces",
@@ -80,7 +81,7 @@ const ORDERS: [(&str, &[&str]); 9] = [
             "limits",
         ],
     ),
-    ("daemon/src/nagaya", &["facade", "services", "forks", "facts", "egress", "service"]),
+    ("daemon/src/nagaya", &["facade", "services", "forks", "facts", "egress", "images", "service"]),
     ("daemon/src/rpc", &["service", "parse", "convert", "auth"]),
     ("runtime/src", &["doctor", "namespace", "host", "agent_client", "spawner", "programs", "cgroup", "sys"]),
     ("runtime/src/namespace", &["start", "stop", "usage", "pause", "events", "core", "slots", "running"]),
@@ -107,15 +108,16 @@ const ORDERS: [(&str, &[&str]); 9] = [
 ];
 
 /// The engine's subsystems from the bottom up, each with those that it is given. The base of all, `shared`, is not named.
-const SUBSYSTEMS: [(&str, &[&str]); 8] = [
+const SUBSYSTEMS: [(&str, &[&str]); 9] = [
     ("workspaces", &[]),
     ("registry", &[]),
     ("event_log", &["registry"]),
+    ("images", &["registry"]),
     ("volumes", &["registry", "workspaces"]),
     ("snapshots", &["event_log", "registry", "volumes", "workspaces"]),
     ("previews", &["registry"]),
-    ("actor", &["event_log", "previews", "registry", "snapshots", "volumes"]),
-    ("sessions", &["actor", "event_log", "registry", "snapshots", "volumes", "workspaces"]),
+    ("actor", &["event_log", "images", "previews", "registry", "snapshots", "volumes"]),
+    ("sessions", &["actor", "event_log", "images", "registry", "snapshots", "volumes", "workspaces"]),
 ];
 
 /// Directories of the daemon, each a façade. None uses another.

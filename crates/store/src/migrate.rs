@@ -16,7 +16,7 @@ const SCRIPTS: &[&str] = &[
     include_str!("../migrations/0005_events.sql"),
     include_str!("../migrations/0006_end_reasons.sql"),
     include_str!("../migrations/0007_resources.sql"),
-    include_str!("../migrations/0008_names_and_visits.sql"),
+    include_str!("../migrations/0008_names.sql"),
 ];
 
 const TABLE: &str = "CREATE TABLE IF NOT EXISTS schema_migrations (

@@ -105,6 +105,7 @@ fn intended(code: Code) -> Option<&'static str> {
         | Code::PauseFailed
         | Code::ResumeFailed
         | Code::RootUnavailable
+        | Code::ImageRefused
         | Code::RootMismatch
         | Code::IsADirectory
         | Code::NotADirectory
@@ -147,6 +148,8 @@ fn intended(code: Code) -> Option<&'static str> {
         | Code::TransportUnfit
         | Code::CapabilityUnavailable
         | Code::Unimplemented
+        | Code::ImageInvalid
+        | Code::ImageUnavailable
         | Code::SnapshotFailed
         | Code::VolumeFailed
         | Code::StoreDamaged

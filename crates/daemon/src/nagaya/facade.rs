@@ -17,7 +17,8 @@ use crate::wire::connection::Via;
 
 const SERVICE: &str = "nagaya.v1.NagayaService";
 
-const STREAMS: Streams = Streams { long: &["WatchSessionEvents"], say_farewell: &[], rechunked: &[] };
+const STREAMS: Streams =
+    Streams { long: &["WatchSessionEvents", "PullImage", "ImportImages"], say_farewell: &[], rechunked: &[] };
 
 pub(crate) struct NagayaFacade {
     engine: Engine,

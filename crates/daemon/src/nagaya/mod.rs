@@ -6,6 +6,7 @@ mod egress;
 mod facade;
 mod facts;
 mod forks;
+mod images;
 mod service;
 #[rustfmt::skip]
 mod services;

@@ -123,6 +123,7 @@ pub(crate) fn session(session: Session) -> wire::SandboxSession {
         // The contract has two names for it, which clients of different age read.
         snapshot_id: source_snapshot_id.clone(),
         source_snapshot_id,
+        source_registry_ref: Some(session.machine.image).filter(|image| !image.is_empty()),
         id: session.id.to_string(),
         state: state(session.state).into(),
         owner_type: OWNER_TYPE.into(),

@@ -20,9 +20,6 @@ use crate::rpc::parse::{invalid, milliseconds, workspace};
 use crate::rpc::service::caller;
 use crate::waiting;
 
-/// Names under which the default image is asked for.
-const DEFAULT_IMAGES: [&str; 2] = ["", "sandbox"];
-
 /// What the clients write for "whoever I am".
 const OWNER_SELF: &str = "self";
 
@@ -410,6 +407,7 @@ fn new_session(mut request: wire::CreateSessionRequest) -> Result<NewSession, Er
         pause_retention_ms: milliseconds(request.pause_retention.as_option(), "pause_retention")?,
         name: ranges::name(request.name)?,
         name_is_unique: false,
+        image: request.registry_ref.filter(|image| !image.is_empty()),
         driver: request.metadata.remove(convert::DRIVER_KEY),
         wake_on_visit: request.metadata.remove(convert::WAKE_ON_VISIT_KEY).as_deref().map(wake_on_visit).transpose()?,
         cpu_millis: request.cpu_cores.map(resources::cpu_cores).transpose()?,
@@ -452,10 +450,8 @@ fn check_source(request: &wire::CreateSessionRequest) -> Result<(), Error> {
 
 /// A field that asks for something this server cannot do yet must not be ignored.
 fn refuse_what_is_not_built(request: &wire::CreateSessionRequest) -> Result<(), Error> {
-    let image = request.registry_ref.as_deref().unwrap_or_default();
     let named = |id: &Option<String>| id.as_deref().is_some_and(|id| !id.is_empty());
     let asked = [
-        ("registry_ref", !DEFAULT_IMAGES.contains(&image)),
         ("template_spec_id", named(&request.template_spec_id)),
         ("setup_env", !request.setup_env.is_empty()),
         ("setup_secrets", !request.setup_secrets.is_empty()),

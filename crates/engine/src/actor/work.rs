@@ -241,18 +241,18 @@ async fn create(
             DiskOrigin::Image(image)
         }
     };
-    let spec = spec(&actors.shared, session, disk).await.map_err(root_failure(session))?;
+    let spec = spec(actors, session, disk).await.map_err(root_failure(session))?;
     let guest = actors.shared.driver_of(session).start(session.id, &spec).await.map_err(creation_failure)?;
     attach_all(actors, session).await?;
     Ok(guest)
 }
 
 /// What the driver is told to start a session's sandbox.
-async fn spec(shared: &Shared, session: &Session, disk: DiskOrigin) -> Result<SandboxSpec, DriverError> {
+async fn spec(actors: &Actors, session: &Session, disk: DiskOrigin) -> Result<SandboxSpec, DriverError> {
     let machine = &session.machine;
     Ok(SandboxSpec {
         resources: machine.resources,
-        root: shared.host.root(&machine.root).await?,
+        root: actors.images.root(&machine.root).await?,
         disk,
         memory: None,
         outbound: machine.outbound,
@@ -328,7 +328,7 @@ async fn boot(actors: &Actors, session: &Session, stop_first: bool) -> Result<Ar
             actors.volumes.settle(attachment).await.map_err(boot_failure)?;
         }
     }
-    let spec = spec(&actors.shared, session, DiskOrigin::Kept).await.map_err(root_failure(session))?;
+    let spec = spec(actors, session, DiskOrigin::Kept).await.map_err(root_failure(session))?;
     let guest = actors.shared.driver_of(session).start(session.id, &spec).await.map_err(boot_failure)?;
     attach_all(actors, session).await?;
     Ok(guest)

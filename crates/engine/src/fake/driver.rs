@@ -652,7 +652,13 @@ impl Host for FakeDriver {
     async fn root(&self, digest: &ImageDigest) -> Result<RootImage, DriverError> {
         match self.with(|world| world.lost_roots.contains(digest)) {
             true => Err(DriverError::Gone),
-            false => Ok(RootImage { digest: digest.clone(), layers: Vec::new(), user: self.user() }),
+            false => Ok(RootImage {
+                digest: digest.clone(),
+                layers: Vec::new(),
+                user: self.user(),
+                workdir: None,
+                env: BTreeMap::new(),
+            }),
         }
     }
 

@@ -1,5 +1,6 @@
 //! What a sandbox is made with.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -52,6 +53,9 @@ pub struct Machine {
     pub resources: Resources,
     /// The image under its disk. What was written to a disk means nothing over another one.
     pub root: ImageDigest,
+    /// What the image was called when it was asked for; empty where nobody asked for one.
+    #[serde(default)]
+    pub image: String,
     /// False: no packet leaves the sandbox.
     pub outbound: bool,
     /// The only destinations outside that it reaches; `None` is all that the server lets sandboxes reach.
@@ -64,6 +68,8 @@ struct RecordedMachine {
     resources: Option<Resources>,
     #[serde(default)]
     root: ImageDigest,
+    #[serde(default)]
+    image: String,
     cpu_cores: Option<u32>,
     memory_mb: Option<u32>,
     disk_gb: Option<u32>,
@@ -74,10 +80,10 @@ struct RecordedMachine {
 
 impl From<RecordedMachine> for Machine {
     fn from(recorded: RecordedMachine) -> Self {
-        let RecordedMachine { resources, root, cpu_cores, memory_mb, disk_gb, outbound, egress } = recorded;
+        let RecordedMachine { resources, root, image, cpu_cores, memory_mb, disk_gb, outbound, egress } = recorded;
         let units =
             || Resources::of(cpu_cores.unwrap_or_default(), memory_mb.unwrap_or_default(), disk_gb.unwrap_or_default());
-        Self { resources: resources.unwrap_or_else(units), root, outbound, egress }
+        Self { resources: resources.unwrap_or_else(units), root, image, outbound, egress }
     }
 }
 
@@ -114,6 +120,10 @@ pub struct RootImage {
     /// What lies over each other, the uppermost first. Layers of one place are one stack; see [`Layer::place`].
     pub layers: Vec<Layer>,
     pub user: ImageUser,
+    /// Where commands start that do not say where; absolute. `None`: in the user's home.
+    pub workdir: Option<String>,
+    /// What commands have in their environment unless they or their session say otherwise.
+    pub env: BTreeMap<String, String>,
 }
 
 /// Who commands run as that say nothing else.
@@ -123,7 +133,7 @@ pub struct ImageUser {
     /// As the sandbox counts them, below 65,536.
     pub uid: u32,
     pub gid: u32,
-    /// Absolute; relative paths start there.
+    /// Absolute.
     pub home: String,
 }
 

@@ -1,4 +1,4 @@
-//! The engine's view of the world: a store, drivers and their host, blobs, an ingress, a clock and a source of randomness.
+//! The engine's view of the world: a store, drivers and their host, images, blobs, an ingress, a clock and a source of randomness.
 //!
 //! These modules depend on [`crate::model`] only. [`crate::fake`] implements all of them, for tests.
 
@@ -9,6 +9,7 @@ mod clock;
 mod driver;
 mod guest;
 mod host;
+mod images;
 mod ingress;
 mod store;
 
@@ -17,6 +18,7 @@ pub use clock::*;
 pub use driver::*;
 pub use guest::*;
 pub use host::*;
+pub use images::*;
 pub use ingress::*;
 pub use store::*;
 
@@ -25,6 +27,7 @@ pub struct Ports {
     pub store: Arc<dyn Store>,
     pub drivers: Drivers,
     pub host: Arc<dyn Host>,
+    pub images: Arc<dyn Images>,
     pub blobs: Arc<dyn Blobs>,
     pub ingress: Arc<dyn Ingress>,
     pub clock: Arc<dyn Clock>,

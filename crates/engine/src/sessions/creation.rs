@@ -10,6 +10,7 @@ use super::Sessions;
 use crate::access::Caller;
 use crate::actor::{DiskPreparation, StartMode};
 use crate::handle::{Job, SessionHandle};
+use crate::images::Chosen;
 use crate::model::{DiskSource, EventKind, Machine, Resources, Session, SessionState, Snapshot, SnapshotKind};
 use crate::ports::Change;
 use crate::requests::{Fork, NewSession};
@@ -29,7 +30,9 @@ impl Sessions {
             Some(id) => Some(self.snapshots.usable(caller, id).await?),
             None => None,
         };
-        let mut session = self.new_session(caller, new, snapshot.as_ref())?;
+        // Kept until the session is known.
+        let image = self.image_for(&new, snapshot.as_ref()).await?;
+        let mut session = self.new_session(caller, new, snapshot.as_ref(), image.as_ref())?;
         let source = self.source(&mut session, snapshot)?;
         if session.sticky {
             self.registry.check_sticky(caller.workspace_id, None)?;
@@ -41,7 +44,7 @@ impl Sessions {
         // leaves nothing half done.
         let (reply, answer) = oneshot::channel();
         self.actors.spawn(session, Some(slot), name, StartMode::New { source, reply }, running);
-        drop(quiet);
+        drop((quiet, image));
         answer.await.unwrap_or_else(|_| Err(Code::Draining.into()))
     }
 
@@ -77,6 +80,15 @@ impl Sessions {
         Ok(DiskPreparation::Pause { session: paused, snapshot_id: snapshot.id, image })
     }
 
+    /// The image of a new session, or `None` where it is its snapshot's.
+    async fn image_for(&self, new: &NewSession, snapshot: Option<&Snapshot>) -> Result<Option<Chosen<'_>>, Error> {
+        match (&new.image, snapshot) {
+            (Some(_), Some(_)) => Err(Error::new(Code::InvalidArgument, "a snapshot brings its image with it")),
+            (None, Some(_)) => Ok(None),
+            (image, None) => self.images.choose(image.as_deref()).await.map(Some),
+        }
+    }
+
     /// The name of the driver that was asked for, or of the server's default.
     fn choose_driver(&self, asked: Option<String>) -> Result<String, Error> {
         let Some(name) = asked else { return Ok(self.shared.drivers.default_name().to_owned()) };
@@ -88,7 +100,13 @@ impl Sessions {
         Ok(name)
     }
 
-    fn new_session(&self, caller: &Caller, new: NewSession, snapshot: Option<&Snapshot>) -> Result<Session, Error> {
+    fn new_session(
+        &self,
+        caller: &Caller,
+        new: NewSession,
+        snapshot: Option<&Snapshot>,
+        image: Option<&Chosen<'_>>,
+    ) -> Result<Session, Error> {
         let inherited = snapshot.map(|snapshot| &snapshot.machine);
         let env = match snapshot {
             Some(snapshot) => snapshot.env.clone().into_iter().chain(new.env).collect(),
@@ -115,8 +133,10 @@ impl Sessions {
             Some(egress) => Some(egress::checked(egress)?),
             None => inherited.and_then(|machine| machine.egress.clone()),
         };
-        let root = inherited.map_or_else(|| self.shared.host.default_root(), |machine| machine.root.clone());
-        let machine = Machine { resources, root, outbound: new.outbound, egress };
+        let of_snapshot = || inherited.map(|machine| (machine.root.clone(), machine.image.clone()));
+        let chosen = image.map(|image| (image.digest.clone(), new.image.unwrap_or_default()));
+        let (root, image) = chosen.or_else(of_snapshot).ok_or(Code::SnapshotNotFound)?;
+        let machine = Machine { resources, root, image, outbound: new.outbound, egress };
         let driver = self.choose_driver(new.driver)?;
         let isolation = Some(self.shared.drivers.of(&driver).capabilities().isolation);
         let mut attachments = Vec::new();

@@ -16,6 +16,7 @@ use crate::errors::store_error;
 use crate::event_log::Events;
 use crate::explain::{Finding, explain};
 use crate::handle::{Job, Message};
+use crate::images::RootImages;
 use crate::model::{Connection, Egress, Session, SessionState, UnixMs};
 use crate::ports::SessionQuery;
 use crate::registry::{Found, Registry};
@@ -33,6 +34,7 @@ pub(crate) struct Sessions {
     workspaces: Arc<Workspaces>,
     registry: Arc<Registry>,
     events: Arc<Events>,
+    images: Arc<RootImages>,
     volumes: Arc<Volumes>,
     snapshots: Arc<Snapshots>,
     actors: Arc<Actors>,
@@ -44,11 +46,12 @@ impl Sessions {
         workspaces: Arc<Workspaces>,
         registry: Arc<Registry>,
         events: Arc<Events>,
+        images: Arc<RootImages>,
         volumes: Arc<Volumes>,
         snapshots: Arc<Snapshots>,
         actors: Arc<Actors>,
     ) -> Self {
-        Self { shared, workspaces, registry, events, volumes, snapshots, actors }
+        Self { shared, workspaces, registry, events, images, volumes, snapshots, actors }
     }
 
     pub(crate) async fn watch(&self, caller: &Caller, id: SessionId) -> Result<watch::Receiver<Session>, Error> {

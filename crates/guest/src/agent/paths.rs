@@ -26,7 +26,7 @@ const RACES_MAX: usize = 64;
 #[derive(Debug)]
 pub struct Root {
     root: OwnedFd,
-    home: String,
+    workdir: String,
     /// To whom new files belong.
     pub owner: (Uid, Gid),
 }
@@ -45,7 +45,7 @@ impl Root {
     pub fn open(user: &User) -> Result<Self, Errno> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let owner = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
-        Ok(Self { root: rustix::fs::open("/", flags, Mode::empty())?, home: user.home.clone(), owner })
+        Ok(Self { root: rustix::fs::open("/", flags, Mode::empty())?, workdir: user.workdir.clone(), owner })
     }
 
     /// The path from the root, as the bytes that its text stands for.
@@ -54,7 +54,7 @@ impl Root {
         if path.is_empty() || path.len() > PATH_BYTES_MAX || path.contains(&0) {
             return Err(Failure::new(Code::InvalidPath, ""));
         }
-        Ok(if path.starts_with(b"/") { path.into() } else { [self.home.as_bytes(), b"/", &path].concat() })
+        Ok(if path.starts_with(b"/") { path.into() } else { [self.workdir.as_bytes(), b"/", &path].concat() })
     }
 
     /// Opens what a path names.

@@ -21,6 +21,7 @@ use super::memory;
 use super::sys::{self, SpawnError, Step};
 use super::{Agent, terminal};
 use crate::messages::{Command, Terminal};
+use crate::spawn::User;
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// The file server among the agent's own programs, see `crate::sftp`. Also what it is called as a process.
@@ -173,7 +174,8 @@ fn strings(agent: &Agent, command: &Command, account: &Account) -> Result<String
         0 => DEFAULT_PATH.to_owned(),
         _ => format!("{home}/.local/bin:{DEFAULT_PATH}"),
     };
-    let mut env = Vec::with_capacity(command.env.len() + 7);
+    let of_image = &agent.settings.env;
+    let mut env = Vec::with_capacity(command.env.len() + of_image.len() + 7);
     for variable in &command.env {
         if variable.name.is_empty() || variable.name.contains('=') {
             return Err(invalid("name of an environment variable"));
@@ -182,19 +184,24 @@ fn strings(agent: &Agent, command: &Command, account: &Account) -> Result<String
     }
     let given =
         |name: &str| command.env.iter().find(|variable| variable.name == name).map(|variable| variable.value.as_str());
+    let in_image = |wanted: &str| of_image.iter().find(|(name, _)| name == wanted).map(|(_, value)| value.as_str());
+    let path = in_image("PATH").unwrap_or(&path);
+    for (name, value) in of_image.iter().filter(|(name, _)| given(name).is_none()) {
+        env.push(c_string(&format!("{name}={value}"))?);
+    }
     let mut defaults = vec![
         ("HOME", home),
         ("USER", user),
         ("LOGNAME", user),
         ("SHELL", account.shell.as_str()),
-        ("PATH", path.as_str()),
+        ("PATH", path),
         ("LANG", "C.UTF-8"),
     ];
     if command.pty {
         defaults.push(("TERM", "xterm-256color"));
     }
     for (name, value) in defaults {
-        if given(name).is_none() {
+        if given(name).is_none() && in_image(name).is_none() {
             env.push(c_string(&format!("{name}={value}"))?);
         }
     }
@@ -207,7 +214,7 @@ fn strings(agent: &Agent, command: &Command, account: &Account) -> Result<String
     } else if name.is_empty() {
         Vec::new()
     } else {
-        let directories = given("PATH").unwrap_or(&path).split(':');
+        let directories = given("PATH").unwrap_or(path).split(':');
         let in_directory = |directory: &str| match directory {
             "" => c_string(&format!("./{name}")),
             _ => c_string(&format!("{directory}/{name}")),
@@ -215,13 +222,17 @@ fn strings(agent: &Agent, command: &Command, account: &Account) -> Result<String
         directories.map(in_directory).collect::<Result<_, _>>()?
     };
     let cwd = match command.cwd.as_str() {
-        // A command without a wish still runs when somebody removed the home directory.
-        "" if !std::path::Path::new(home).is_dir() => c_string("/")?,
-        "" => c_string(home)?,
+        "" => {
+            // Root has a home of its own, but starts where the image says where it says that. A command without a wish
+            // still runs when somebody removed the directory.
+            let User { home: of_user, workdir, .. } = &agent.settings.user;
+            let start = if workdir == of_user { home } else { workdir };
+            c_string(if std::path::Path::new(start).is_dir() { start } else { "/" })?
+        }
         path => {
             let path = names::to_bytes(path);
-            let home = agent.settings.user.home.as_bytes();
-            let absolute = if path.starts_with(b"/") { path.into_owned() } else { [home, b"/", &path].concat() };
+            let workdir = agent.settings.user.workdir.as_bytes();
+            let absolute = if path.starts_with(b"/") { path.into_owned() } else { [workdir, b"/", &path].concat() };
             sys::c_string(absolute).ok_or_else(|| invalid("NUL byte"))?
         }
     };

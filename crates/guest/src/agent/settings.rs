@@ -54,6 +54,8 @@ pub struct Settings {
     pub control: Option<OwnedFd>,
     /// Who commands run as that say nothing else.
     pub user: User,
+    /// What commands have in their environment unless they say otherwise.
+    pub env: Vec<(String, String)>,
     /// How much output of detached commands is kept.
     pub kept_max: KeptMax,
 }
@@ -132,6 +134,8 @@ impl Settings {
                 "--kept-output-bytes-max" => settings.kept_bytes = Some(number(&argument, value)?),
                 "--kept-output-seconds-max" => settings.kept_seconds = Some(number(&argument, value)?),
                 "--home" if value.starts_with('/') => settings.home = Some(value.into()),
+                "--workdir" if value.starts_with('/') => settings.workdir = Some(value.into()),
+                "--env" => settings.env.push(variable(&argument, value)?),
                 "--user" => settings.user = Some(user(&argument, value)?),
                 _ if name.starts_with("--optional-") => {}
                 _ => return Err(SettingsError::Argument(argument)),
@@ -160,8 +164,11 @@ impl Settings {
             control: settings.control,
             user: {
                 let (uid, gid, name) = settings.user.ok_or(SettingsError::NoUser)?;
-                User { name, uid, gid, home: settings.home.unwrap_or_else(|| "/".into()) }
+                let home = settings.home.unwrap_or_else(|| "/".into());
+                let workdir = settings.workdir.unwrap_or_else(|| home.clone());
+                User { name, uid, gid, home, workdir }
             },
+            env: settings.env,
             kept_max: KeptMax {
                 bytes: settings.kept_bytes.unwrap_or(KEPT_BYTES_MAX),
                 time: Duration::from_secs(settings.kept_seconds.unwrap_or(KEPT_SECONDS_MAX)),
@@ -192,6 +199,8 @@ struct PartialSettings {
     lifeline: Option<OwnedFd>,
     control: Option<OwnedFd>,
     home: Option<String>,
+    workdir: Option<String>,
+    env: Vec<(String, String)>,
     user: Option<(u32, u32, String)>,
     kept_bytes: Option<u64>,
     kept_seconds: Option<u64>,
@@ -203,6 +212,11 @@ fn user(argument: &str, value: &str) -> Result<(u32, u32, String), SettingsError
     let (uid, (gid, name)) = parts.ok_or_else(|| SettingsError::Argument(argument.into()))?;
     let id = |text: &str| text.parse().map_err(|_| SettingsError::Argument(argument.into()));
     Ok((id(uid)?, id(gid)?, name.into()))
+}
+
+fn variable(argument: &str, value: &str) -> Result<(String, String), SettingsError> {
+    let (name, value) = value.split_once('=').ok_or_else(|| SettingsError::Argument(argument.into()))?;
+    Ok((name.into(), value.into()))
 }
 
 fn number(argument: &str, value: &str) -> Result<u64, SettingsError> {

@@ -18,6 +18,8 @@ use crate::spawn::{LAYERS_MAX, PROCESSOR_TEXT_BYTES};
 pub(super) const DISK: &str = "/disk";
 pub(super) const LAYERS: &str = "/layers";
 pub(super) const NEW_ROOT: &str = "/root";
+/// Where an overlay is mounted before it is moved to its place.
+pub(super) const OVERLAY: &str = "/overlay";
 /// Where the parts of a root wait that need no disk, by their names in it.
 pub(super) const READY: &str = "/ready";
 pub(super) const DEVICES: &str = "/dev";
@@ -45,7 +47,7 @@ pub(super) fn prepare() -> Result<(), StepError> {
     // Any directory will do: the mount moves to the top at once.
     mount::attach(root.as_fd(), "/proc").step("attach the spawner's root")?;
     std::env::set_current_dir("/proc").step("enter the spawner's root")?;
-    for directory in ["proc", "disk", "layers", "root", "ready", "dev", "sys", "covers", "fixed"] {
+    for directory in ["proc", "disk", "layers", "overlay", "root", "ready", "dev", "sys", "covers", "fixed"] {
         fs::create_dir(directory).step("fill the spawner's root")?;
     }
     for index in 0..LAYERS_MAX {

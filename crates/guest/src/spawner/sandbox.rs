@@ -7,17 +7,17 @@
 //! so belong to the host: capabilities in the sandbox, which hold in its user namespace only, give
 //! no power over mounts, network, host name or process ids.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
-use rustix::mount::{MountAttrFlags, UnmountFlags};
+use rustix::mount::{MountAttrFlags, MountFlags, UnmountFlags};
 use rustix::thread::{CapabilitySet, LinkNameSpaceType};
 
 use super::process::{self, Clone, Exit};
-use super::root::{COVERS, DEVICES, DISK, FIXED, LAYERS, NEW_ROOT, PARTS, PROCESSOR_TEXTS, READY, SYSTEM};
+use super::root::{COVERS, DEVICES, DISK, FIXED, LAYERS, NEW_ROOT, OVERLAY, PARTS, PROCESSOR_TEXTS, READY, SYSTEM};
 use super::{Step, StepError, limits};
 use crate::mount::{self, NO_DEVICES, NO_EXEC, NO_SUID, READ_ONLY};
 use crate::seccomp;
@@ -160,7 +160,7 @@ fn become_sandbox(
         return Err(lost("tell what has a size", error));
     }
     drop(sizes);
-    let Stand { disk, listen, layers, user } = await_disk(parts.disk)?;
+    let Stand { disk, listen, layers, user, env } = await_disk(parts.disk)?;
     build_root(order, disk.as_fd(), &layers)?;
 
     // From here on the process gives away what it can do.
@@ -175,7 +175,7 @@ fn become_sandbox(
     // The spawner's standard error is the server's; standard input is /dev/null already.
     rustix::stdio::dup2_stderr(rustix::stdio::stdin()).step("close standard error")?;
     let calls = install_filter(pin_cores).step("install the system call filter")?;
-    run_agent(order, parts, &user, listen.as_fd(), &shown, calls, agent)
+    run_agent(order, parts, (&user, &env), listen.as_fd(), &shown, calls, agent)
 }
 
 /// What a sandbox lives on; see [`spawn::Disk`].
@@ -185,12 +185,13 @@ struct Stand {
     /// By the directory of the root that each is the content of.
     layers: Vec<(String, OwnedFd)>,
     user: spawn::User,
+    env: Vec<String>,
 }
 
 /// Waits for the disk, the layers under it, and the socket to listen on. A server that ended sends none, and
 /// nobody is left who would read of an error.
 fn await_disk(socket: BorrowedFd<'_>) -> Result<Stand, StepError> {
-    let (spawn::Disk { layers: places, user }, descriptors) =
+    let (spawn::Disk { layers: places, user, env }, descriptors) =
         spawn::receive(socket).map_err(|error| lost("wait for the disk", error))?;
     let mut descriptors = descriptors.into_iter();
     let (disk, listen) = (descriptors.next(), descriptors.next());
@@ -199,7 +200,7 @@ fn await_disk(socket: BorrowedFd<'_>) -> Result<Stand, StepError> {
         (Some(disk), Some(listen))
             if descriptors.len() == places.len() && places.len() <= LAYERS_MAX && places.iter().all(known) =>
         {
-            Ok(Stand { disk, listen, layers: places.into_iter().zip(descriptors).collect(), user })
+            Ok(Stand { disk, listen, layers: places.into_iter().zip(descriptors).collect(), user, env })
         }
         _ => Err(StepError { step: "read what the disk is", errno: Errno::INVAL }),
     }
@@ -326,20 +327,14 @@ pub(super) fn act_as(id: u32) -> Result<(), Errno> {
 /// Mounts `lower`, the uppermost directory first, under the disk's upper directory of that name.
 fn overlay(lower: &[String], name: &str, target: &str) -> Result<(), StepError> {
     let lower = lower.join(":");
-    let mount = mount::new_filesystem(
-        "overlay",
-        &[
-            ("source", Some("nagaya")),
-            ("lowerdir", Some(&lower)),
-            ("upperdir", Some(&format!("{DISK}/{name}/upper"))),
-            ("workdir", Some(&format!("{DISK}/{name}/work"))),
-            // Without it, renaming a directory of the image fails with EXDEV.
-            ("redirect_dir", Some("on")),
-        ],
-        MountAttrFlags::MOUNT_ATTR_NODEV,
-    )
-    .step("mount an overlay")?;
-    mount::attach(mount.as_fd(), target).step("attach an overlay")
+    // Without `redirect_dir`, renaming a directory of the image fails with EXDEV.
+    let options = format!("lowerdir={lower},upperdir={DISK}/{name}/upper,workdir={DISK}/{name}/work,redirect_dir=on");
+    let options = CString::new(options).map_err(|_| Errno::INVAL).step("name the layers")?;
+    // The calls that make a detached mount take options of 255 bytes, which is too few for the layers of some images. This
+    // one follows links in its target: it gets a place of ours, and the mount goes from there to where it belongs.
+    rustix::mount::mount("nagaya", OVERLAY, "overlay", MountFlags::NODEV, options.as_c_str())
+        .step("mount an overlay")?;
+    mount::move_attached(OVERLAY, target).step("attach an overlay")
 }
 
 /// Gives the context through which /dev/shm gets its size.
@@ -541,7 +536,7 @@ fn install(program: &[libc::sock_filter], flags: libc::c_ulong) -> Result<libc::
 fn run_agent(
     order: &Sandbox,
     parts: &Parts<'_>,
-    user: &spawn::User,
+    (user, env): (&spawn::User, &[String]),
     listen: BorrowedFd<'_>,
     shown: &Shown,
     calls: Option<Calls>,
@@ -575,14 +570,16 @@ fn run_agent(
         format!("--kept-output-seconds-max={}", order.kept_output_seconds_max),
         format!("--user={}:{}:{}", user.uid, user.gid, user.name),
         format!("--home={}", user.home),
+        format!("--workdir={}", user.workdir),
     ];
+    arguments.extend(env.iter().map(|variable| format!("--env={variable}")));
     for (name, fd) in named.into_iter().chain(calls).chain(cgroups).chain(groups) {
         arguments.push(format!("--{name}-fd={}", fd.as_raw_fd()));
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).step("keep a descriptor")?;
     }
     let arguments: Vec<_> = arguments
         .into_iter()
-        .map(|argument| std::ffi::CString::new(argument).map_err(|_| Errno::INVAL))
+        .map(|argument| CString::new(argument).map_err(|_| Errno::INVAL))
         .collect::<Result<_, _>>()
         .step("make arguments")?;
     let pointers: Vec<_> = arguments.iter().map(|argument| argument.as_ptr()).chain([std::ptr::null()]).collect();

@@ -29,7 +29,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use nagaya_api::ids::{DiskImageId, SessionId, VolumeId};
-use nagaya_engine::model::{Connection, Egress, ImageDigest, Limit, RootImage};
+use nagaya_engine::model::{Connection, Egress, ImageDigest, Layer, Limit, RootImage};
 use nagaya_engine::ports::{self, DriverError, HostEvent};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -209,6 +209,11 @@ impl Host {
     /// The image of sandboxes that ask for none.
     pub fn default_root_image(&self) -> RootImage {
         self.root_images.default_image()
+    }
+
+    /// The layers that a sandbox of this image stands on, the uppermost first.
+    pub(crate) fn layers_of(&self, image: &RootImage) -> Vec<Layer> {
+        self.root_images.layers_of(image)
     }
 
     /// Gives a number back, after everything that bears it is gone. Blocks.

@@ -156,7 +156,13 @@ mod tests {
     #[test]
     fn what_is_written_is_read_and_replaced_whole() {
         let directory = tempfile::tempdir().expect("a directory");
-        let image = RootImage { digest: ImageDigest::new("host:1"), layers: Vec::new(), user: Default::default() };
+        let image = RootImage {
+            digest: ImageDigest::new("host:1"),
+            layers: Vec::new(),
+            user: Default::default(),
+            workdir: None,
+            env: Default::default(),
+        };
         let mut record = Record::new("some", &image, 1, "x".into());
         record.write(directory.path()).expect("write");
         assert_eq!(Record::read(directory.path()), Some(record.clone()));

@@ -250,13 +250,16 @@ impl Factory {
         };
         mount::set_attributes(disk.as_fd(), NO_DEVICES, Some(prepared.user.as_fd()))
             .map_err(|errno| on("map the disk")(errno.into()))?;
-        let layers = spec.root.layers.iter().map(|of| layer(&of.source, prepared.user.as_fd()));
+        let stack = self.host.layers_of(&spec.root);
+        let layers = stack.iter().map(|of| layer(&of.source, prepared.user.as_fd()));
         let layers: Vec<OwnedFd> = layers.collect::<Result<_, _>>()?;
         let listen = running::listen(&directory).map_err(on("make the agent's socket"))?;
         let ImageUser { name, uid, gid, home } = spec.root.user.clone();
+        let workdir = spec.root.workdir.clone().unwrap_or_else(|| home.clone());
         let order = spawn::Disk {
-            layers: spec.root.layers.iter().map(|of| of.place.clone()).collect(),
-            user: spawn::User { name, uid, gid, home },
+            layers: stack.iter().map(|of| of.place.clone()).collect(),
+            user: spawn::User { name, uid, gid, home, workdir },
+            env: spec.root.env.iter().map(|(name, value)| format!("{name}={value}")).collect(),
         };
         let mut fds = vec![disk.as_fd(), listen.as_fd()];
         fds.extend(layers.iter().map(AsFd::as_fd));

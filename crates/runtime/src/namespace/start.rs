@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nagaya_api::ids::{DiskImageId, SessionId};
 use nagaya_engine::model::{DiskOrigin, Limit, SandboxSpec};
 use nagaya_engine::ports::{DriverError, Guest};
-use nagaya_guest::spawn::LAYERS_MAX;
+use nagaya_guest::spawn::{ENV_BYTES_MAX, LAYERS_MAX};
 use rustix::process::Pid;
 
 use super::core::DriverCore;
@@ -111,8 +111,12 @@ impl DriverCore {
         if !disk::DISK_BYTES.contains(&spec.resources.disk_bytes) {
             return refuse("disks have 64 MiB to 100 GiB");
         }
-        if spec.root.layers.len() > LAYERS_MAX {
+        if self.host.layers_of(&spec.root).len() > LAYERS_MAX {
             return refuse("the image has too many layers");
+        }
+        let env_bytes: usize = spec.root.env.iter().map(|(name, value)| name.len() + value.len() + 2).sum();
+        if env_bytes > ENV_BYTES_MAX {
+            return refuse("the image's environment has more than 64 KiB");
         }
         self.host.lacking().map_or(Ok(()), |limit| Err(DriverError::Exhausted(limit)))
     }

@@ -12,7 +12,7 @@ pub(crate) const SESSION_COLUMNS: &str = "id, workspace_id, owner_id, name, stat
      inbound, env, metadata, tags, ssh_authorized_keys, sticky, idle_timeout_minutes, pause_retention_ms, created_at, \
      ready_at, terminated_at, timeout_at, last_activity_at, terminal_error, driver, source_snapshot_id, source_image_id, \
      pause, last_resume_error, attachments, egress, end_reason, exhausted, root, last_resume, isolation, wake_on_visit, \
-     name_is_unique";
+     name_is_unique, image";
 pub(crate) const EXECUTION_COLUMNS: &str =
     "id, session_id, command, args, status, exit_code, duration_ms, started_at, ended_at";
 
@@ -24,9 +24,9 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
                  created_at, ready_at, terminated_at, timeout_at, last_activity_at, terminal_error, driver,
                  source_snapshot_id, source_image_id, pause, last_resume_error, attachments, egress, end_reason,
                  exhausted, root, last_resume,
-                 isolation, wake_on_visit, name_is_unique)
+                 isolation, wake_on_visit, name_is_unique, image)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21,
-                 ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34, ?35, ?36, ?37)
+                 ?22, ?23, ?24, ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34, ?35, ?36, ?37, ?38)
              ON CONFLICT (id) DO UPDATE SET
                  workspace_id = excluded.workspace_id, owner_id = excluded.owner_id, name = excluded.name,
                  state = excluded.state, cpu_millis = excluded.cpu_millis, memory_bytes = excluded.memory_bytes,
@@ -42,7 +42,7 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
                  attachments = excluded.attachments, egress = excluded.egress,
                  end_reason = excluded.end_reason, exhausted = excluded.exhausted, root = excluded.root,
                  last_resume = excluded.last_resume, isolation = excluded.isolation,
-                 wake_on_visit = excluded.wake_on_visit, name_is_unique = excluded.name_is_unique",
+                 wake_on_visit = excluded.wake_on_visit, name_is_unique = excluded.name_is_unique, image = excluded.image",
         )?
         .execute(params![
             session.id.to_string(),
@@ -82,6 +82,7 @@ pub(super) fn write_session(database: &Connection, session: &Session) -> Result<
             session.isolation.as_ref().map(json).transpose()?,
             session.wake_on_visit.as_ref().map(json).transpose()?,
             session.name_is_unique,
+            session.machine.image,
         ])?;
     Ok(())
 }
@@ -136,6 +137,7 @@ pub(crate) fn read_session(row: &Row<'_>) -> Result<Session> {
                 disk_bytes: unsigned(row, 7)?,
             },
             root: ImageDigest::new(row.get::<_, String>(32)?),
+            image: row.get(37)?,
             outbound: row.get(8)?,
             egress: optional_from_json(row, 29)?,
         },

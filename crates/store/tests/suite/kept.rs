@@ -44,6 +44,7 @@ pub fn snapshot(created_at: u64, number: u32) -> Snapshot {
         local_ready_at: Some(created_at + 2),
         durable_at: Some(created_at + 3),
         machine: Machine {
+            image: String::new(),
             resources: Resources::of(2, 4096, 5),
             root: ImageDigest::new("host:1"),
             outbound: true,
@@ -114,6 +115,7 @@ async fn snapshots_and_volumes_come_back_as_they_were_written(store: &dyn Store)
         failure_reason: "the server stopped before the disk was copied".into(),
         propagation_error: String::new(),
         machine: Machine {
+            image: String::new(),
             resources: Resources::of(16, 65_536, 100),
             root: ImageDigest::new("host:1"),
             outbound: false,
@@ -156,6 +158,7 @@ async fn a_second_write_replaces_the_whole_snapshot_and_volume(store: &dyn Store
         local_ready_at: None,
         durable_at: Some(9),
         machine: Machine {
+            image: String::new(),
             resources: Resources::of(1, 1, 1),
             root: ImageDigest::new("host:1"),
             outbound: false,

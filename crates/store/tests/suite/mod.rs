@@ -102,6 +102,7 @@ pub fn session(created_at: u64, number: u32) -> Session {
         name_is_unique: true,
         state: SessionState::Running,
         machine: Machine {
+            image: String::new(),
             resources: Resources::of(2, 4096, 5),
             root: ImageDigest::new("host:1"),
             outbound: true,
@@ -219,6 +220,7 @@ async fn records_come_back_as_they_were_written(store: &dyn Store) {
         sticky: false,
         inbound: true,
         machine: Machine {
+            image: String::new(),
             resources: Resources::of(16, 65_536, 100),
             root: ImageDigest::new("host:1"),
             outbound: false,

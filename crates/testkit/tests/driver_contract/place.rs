@@ -89,9 +89,13 @@ impl Place {
     /// A new sandbox: small, and without a way out.
     pub fn fresh(&self) -> SandboxSpec {
         let root = match &self.kind {
-            Kind::Fake(driver) => {
-                RootImage { digest: driver.default_root(), layers: Vec::new(), user: ImageUser::default() }
-            }
+            Kind::Fake(driver) => RootImage {
+                digest: driver.default_root(),
+                layers: Vec::new(),
+                user: ImageUser::default(),
+                workdir: None,
+                env: BTreeMap::new(),
+            },
             Kind::Namespace { server, .. } => server.as_ref().expect(BETWEEN).host.default_root_image(),
         };
         let resources = Resources::of(1, 256, 5);

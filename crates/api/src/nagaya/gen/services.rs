@@ -14,4 +14,17 @@ crate::tenki::service::service! {
     server_stream watch_session_events "WatchSessionEvents" WatchSessionEventsRequest WatchSessionEventsResponse;
     /// Says why a session is as it is, from recorded facts and from what its sandbox uses now.
     unary explain_session "ExplainSession" ExplainSessionRequest ExplainSessionResponse;
+    /// Fetches an image from its registry. The stream tells how far its layers are, and ends with the image.
+    server_stream pull_image "PullImage" PullImageRequest PullImageResponse;
+    /// Reads images from an archive: an OCI layout in a tar, or what `docker save` writes.
+    client_stream import_images "ImportImages" ImportImagesRequest ImportImagesResponse;
+    /// Lists the images of this server that came from elsewhere.
+    unary list_images "ListImages" ListImagesRequest ListImagesResponse;
+    /// Tells all about one image.
+    unary get_image "GetImage" GetImageRequest GetImageResponse;
+    /// Takes a name away, or all names of a digest. An image that has no name then, and that no session and no snapshot stands
+    /// on, is removed with it.
+    unary remove_image "RemoveImage" RemoveImageRequest RemoveImageResponse;
+    /// Removes images without names that no session and no snapshot stands on.
+    unary prune_images "PruneImages" PruneImagesRequest PruneImagesResponse;
 }

@@ -42,4 +42,28 @@ impl wire::NagayaService for NagayaService {
     async fn explain_session(&self, context: RequestContext, request: wire::ExplainSessionRequest) -> ServiceResult<wire::ExplainSessionResponse> {
         Ok(Response::new(self.0.explain_session(&context, request).await?))
     }
+
+    async fn pull_image(&self, context: RequestContext, request: wire::PullImageRequest) -> ServiceResult<ServiceStream<wire::PullImageResponse>> {
+        self.0.pull_image(&context, request).await
+    }
+
+    async fn import_images(&self, context: RequestContext, requests: ServiceStream<wire::ImportImagesRequest>) -> ServiceResult<wire::ImportImagesResponse> {
+        Ok(Response::new(self.0.import_images(&context, requests).await?))
+    }
+
+    async fn list_images(&self, context: RequestContext, request: wire::ListImagesRequest) -> ServiceResult<wire::ListImagesResponse> {
+        Ok(Response::new(self.0.list_images(&context, request).await?))
+    }
+
+    async fn get_image(&self, context: RequestContext, request: wire::GetImageRequest) -> ServiceResult<wire::GetImageResponse> {
+        Ok(Response::new(self.0.get_image(&context, request).await?))
+    }
+
+    async fn remove_image(&self, context: RequestContext, request: wire::RemoveImageRequest) -> ServiceResult<wire::RemoveImageResponse> {
+        Ok(Response::new(self.0.remove_image(&context, request).await?))
+    }
+
+    async fn prune_images(&self, context: RequestContext, request: wire::PruneImagesRequest) -> ServiceResult<wire::PruneImagesResponse> {
+        Ok(Response::new(self.0.prune_images(&context, request).await?))
+    }
 }

@@ -5,7 +5,7 @@
 //! Nothing else of the host is in it. What the base layer has in the directory of another layer lies over that
 //! one: so `poweroff` and its kin are ours, for the host's ask a service manager that is not there.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Permissions};
 use std::io;
 use std::net::Ipv4Addr;
@@ -90,6 +90,8 @@ const VERSION: u32 = 3;
 pub(super) struct HostImages {
     directory: PathBuf,
     current: RootImage,
+    /// What every image from elsewhere gets on top.
+    fittings: Layer,
 }
 
 impl HostImages {
@@ -107,7 +109,25 @@ impl HostImages {
             make_base(&fresh, name_server)?;
             at(&base, fs::rename(&fresh, &base))?;
         }
-        Ok(Self { directory: directory.to_owned(), current: image(base, &name) })
+        let fittings = directory.join(format!("{FITTINGS}{VERSION}-{}", name_server.map_or(0, u32::from)));
+        if !fittings.exists() {
+            let fresh = directory.join("new-fittings");
+            if fresh.exists() {
+                at(&fresh, fs::remove_dir_all(&fresh))?;
+            }
+            at(&fresh, fs::create_dir(&fresh))?;
+            make_fittings(&fresh, name_server)?;
+            at(&fittings, fs::rename(&fresh, &fittings))?;
+        }
+        let fittings = Layer { source: fittings, place: String::new() };
+        Ok(Self { directory: directory.to_owned(), current: image(base, &name), fittings })
+    }
+
+    /// The layers that a sandbox of this image stands on, the uppermost first. An image from elsewhere gets what every
+    /// machine has of its own: where `/proc` and its kin are mounted, its name, and who resolves names.
+    pub fn layers_of(&self, image: &RootImage) -> Vec<Layer> {
+        let own = image.digest.as_str().starts_with(SCHEME);
+        (!own).then(|| self.fittings.clone()).into_iter().chain(image.layers.iter().cloned()).collect()
     }
 
     pub fn default_image(&self) -> RootImage {
@@ -124,6 +144,10 @@ impl HostImages {
     /// Removes base layers that neither new sandboxes nor these need.
     pub fn retain(&self, used: &BTreeSet<ImageDigest>) {
         for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
+            // Sandboxes that run may stand on fittings of earlier servers, and these are a few small files.
+            if entry.file_name().to_string_lossy().starts_with(FITTINGS) {
+                continue;
+            }
             let digest = digest_of_base(&entry.path());
             if digest.is_none_or(|digest| digest != self.current.digest && !used.contains(&digest)) {
                 let _ = fs::remove_dir_all(entry.path());
@@ -135,6 +159,8 @@ impl HostImages {
 /// Of a base layer's directory, and of a digest.
 const PREFIX: &str = "host-";
 const SCHEME: &str = "host:";
+/// Of the directory of fittings.
+const FITTINGS: &str = "fittings-";
 
 /// The digest of the image with this base layer, as records of earlier servers name it.
 pub(super) fn digest_of_base(base: &Path) -> Option<ImageDigest> {
@@ -151,7 +177,8 @@ fn image(base: PathBuf, name: &str) -> RootImage {
     let base = Layer { source: base, place: String::new() };
     let layers = std::iter::once(base).chain(programs).collect();
     let user = ImageUser { name: USER.into(), uid: USER_ID, gid: USER_ID, home: format!("/home/{USER}") };
-    RootImage { digest: ImageDigest::new(format!("{SCHEME}{name}")), layers, user }
+    let digest = ImageDigest::new(format!("{SCHEME}{name}"));
+    RootImage { digest, layers, user, workdir: None, env: BTreeMap::new() }
 }
 
 fn make_base(base: &Path, name_server: Option<Ipv4Addr>) -> Result<(), ImageError> {
@@ -177,6 +204,32 @@ fn make_base(base: &Path, name_server: Option<Ipv4Addr>) -> Result<(), ImageErro
     apt::make(&base.join("etc"))?;
     terminals::make(&base.join("etc"));
     make_home(&base.join("home").join(USER))
+}
+
+/// The directories and files that are a machine's, and not its image's.
+fn make_fittings(layer: &Path, name_server: Option<Ipv4Addr>) -> Result<(), ImageError> {
+    at(layer, fs::set_permissions(layer, Permissions::from_mode(0o755)))?;
+    for (name, mode) in [("dev", 0o755), ("etc", 0o755), ("proc", 0o555), ("sys", 0o555), ("tmp", 0o1777)] {
+        let path = layer.join(name);
+        at(&path, fs::create_dir(&path))?;
+        at(&path, fs::set_permissions(&path, Permissions::from_mode(mode)))?;
+    }
+    for (name, content) in machine_files(name_server) {
+        let path = layer.join("etc").join(name);
+        at(&path, fs::write(&path, content))?;
+        at(&path, fs::set_permissions(&path, Permissions::from_mode(0o644)))?;
+    }
+    Ok(())
+}
+
+/// What `/etc` says of the machine itself.
+fn machine_files(name_server: Option<Ipv4Addr>) -> [(&'static str, String); 3] {
+    let resolver = name_server.map_or_else(String::new, |server| format!("nameserver {server}\n"));
+    [
+        ("hostname", "sandbox\n".to_owned()),
+        ("hosts", "127.0.0.1 localhost sandbox\n::1 localhost ip6-localhost\n".to_owned()),
+        ("resolv.conf", resolver),
+    ]
 }
 
 /// Programs that power the sandbox off: its first process does so when it gets this signal.
@@ -349,7 +402,7 @@ fn make_etc(etc: &Path, name_server: Option<Ipv4Addr>, accounts: &Accounts) -> R
     at(&more_sudoers, fs::create_dir(&more_sudoers))?;
     at(&more_sudoers, fs::set_permissions(&more_sudoers, Permissions::from_mode(0o750)))?;
     let (time_zone, sudoers) = (time_zone() + "\n", sudoers());
-    let resolver = name_server.map_or(String::new(), |address| format!("nameserver {address}\n"));
+    let [hostname, hosts, resolver] = machine_files(name_server);
     let files = [
         ("passwd", 0o644, accounts.passwd.as_str()),
         ("group", 0o644, accounts.group.as_str()),
@@ -357,8 +410,8 @@ fn make_etc(etc: &Path, name_server: Option<Ipv4Addr>, accounts: &Accounts) -> R
         ("timezone", 0o644, time_zone.as_str()),
         ("pip.conf", 0o644, PIP),
         ("sudoers", 0o440, sudoers.as_str()),
-        ("hostname", 0o644, "sandbox\n"),
-        ("hosts", 0o644, "127.0.0.1 localhost sandbox\n::1 localhost ip6-localhost\n"),
+        (hostname.0, 0o644, hostname.1.as_str()),
+        (hosts.0, 0o644, hosts.1.as_str()),
         (
             "nsswitch.conf",
             0o644,
@@ -366,7 +419,7 @@ fn make_etc(etc: &Path, name_server: Option<Ipv4Addr>, accounts: &Accounts) -> R
         ),
         ("host.conf", 0o644, "multi on\n"),
         ("shells", 0o644, "/bin/sh\n/bin/bash\n"),
-        ("resolv.conf", 0o644, resolver.as_str()),
+        (resolver.0, 0o644, resolver.1.as_str()),
         ("fstab", 0o644, ""),
     ];
     for (name, mode, content) in files {
