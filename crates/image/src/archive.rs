@@ -93,6 +93,10 @@ impl<R: Read> Archive<R> {
         Self { reader, left: 0, padding: 0 }
     }
 
+    pub fn reader(&self) -> &R {
+        &self.reader
+    }
+
     /// The reader, behind what was read.
     pub fn into_inner(self) -> R {
         self.reader

@@ -19,6 +19,7 @@ pub(crate) const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manif
 pub(crate) const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 pub(crate) const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+pub(crate) const PLAIN_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 const DOCKER_SCHEMA_1: &str = "application/vnd.docker.distribution.manifest.v1";
 
 /// How a layer is compressed.
@@ -37,7 +38,7 @@ impl Compression {
             problem: problem.into(),
         };
         match layer.media_type.as_str() {
-            "application/vnd.oci.image.layer.v1.tar" | "application/vnd.docker.image.rootfs.diff.tar" => Ok(Self::None),
+            PLAIN_LAYER | "application/vnd.docker.image.rootfs.diff.tar" => Ok(Self::None),
             "application/vnd.oci.image.layer.v1.tar+gzip" | "application/vnd.docker.image.rootfs.diff.tar.gzip" => {
                 Ok(Self::Gzip)
             }
@@ -227,6 +228,15 @@ fn manifest(config: Descriptor, layers: Vec<Descriptor>, what: &str) -> Result<M
     }
     let layers: Result<_, _> = layers.into_iter().map(|layer| Ok((layer.clone(), Compression::of(&layer)?))).collect();
     Ok(Manifest { config, layers: layers? })
+}
+
+impl Manifest {
+    /// The one form in which this crate writes a manifest.
+    pub(crate) fn to_bytes(config: &Descriptor, layers: &[Descriptor]) -> Vec<u8> {
+        let written =
+            serde_json::json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers});
+        written.to_string().into_bytes()
+    }
 }
 
 impl Index {

@@ -48,11 +48,6 @@ impl Reference {
         self.digest
     }
 
-    /// The same repository, pinned to this content.
-    pub(crate) fn pinned(&self, digest: Digest) -> Self {
-        Self { tag: None, digest: Some(digest), ..self.clone() }
-    }
-
     /// What a registry is asked for: a digest wins over a tag.
     pub(crate) fn version(&self) -> String {
         match (self.digest, &self.tag) {
