@@ -37,6 +37,9 @@ fn invalid<T>(problem: impl Into<String>) -> Result<T, ArchiveError> {
     Err(ArchiveError::Invalid(problem.into()))
 }
 
+/// A name and its value, which may be any bytes.
+type Attribute = (Vec<u8>, Vec<u8>);
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     File,
@@ -63,7 +66,7 @@ pub(crate) struct Entry {
     pub size: u64,
     /// Where the content belongs, if it is not all there.
     pub sparse: Option<Sparse>,
-    pub attributes: Vec<(Vec<u8>, Vec<u8>)>,
+    pub attributes: Vec<Attribute>,
 }
 
 /// A file of this size, of which only some parts are in the archive: offsets and lengths.
@@ -85,7 +88,7 @@ pub(crate) struct Archive<R> {
 struct Extensions {
     path: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
-    pax: Vec<(Vec<u8>, Vec<u8>)>,
+    pax: Vec<Attribute>,
 }
 
 impl<R: Read> Archive<R> {
@@ -356,7 +359,7 @@ struct PaxSparse {
 
 impl Entry {
     /// Takes over what PAX records say, which is more and better than what the header says.
-    fn apply(&mut self, records: Vec<(Vec<u8>, Vec<u8>)>) -> Result<Option<PaxSparse>, ArchiveError> {
+    fn apply(&mut self, records: Vec<Attribute>) -> Result<Option<PaxSparse>, ArchiveError> {
         let mut sparse: Option<PaxSparse> = None;
         let mut sparse_name = None;
         for (key, value) in records {
@@ -396,7 +399,7 @@ impl Entry {
 }
 
 /// Records are `LENGTH KEY=VALUE\n`, and values may hold any byte.
-fn pax_records(mut bytes: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, ArchiveError> {
+fn pax_records(mut bytes: &[u8]) -> Result<Vec<Attribute>, ArchiveError> {
     let mut records = Vec::new();
     while !bytes.is_empty() && bytes[0] != 0 {
         let record = || {

@@ -196,9 +196,8 @@ impl Disk {
         let incoming = self.incoming();
         let root = incoming.0.join("root");
         DirBuilder::new().mode(0o700).create(&incoming.0).map_err(failed())?;
-        DirBuilder::new().mode(0o755).create(&root).map_err(failed())?;
+        DirBuilder::new().mode(0o700).create(&root).map_err(failed())?;
         let root = File::open(&root).map_err(failed())?;
-        rustix::fs::fchmod(&root, Mode::from_raw_mode(0o755)).map_err(io::Error::from).map_err(failed())?;
         // What limits and sources say is in errors of I/O; the rest is damage.
         let broken = |error: io::Error| match error.downcast::<ImageError>() {
             Ok(error) => error,

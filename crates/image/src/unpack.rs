@@ -29,7 +29,7 @@ use rustix::io::Errno;
 use crate::archive::{Archive, ArchiveError, Entry, Kind};
 use crate::digest::Digest;
 use crate::error::ImageError;
-use crate::tree::{self, Attributes, Problem, Tree, components, is_directory, is_whiteout, refused};
+use crate::tree::{self, Attributes, IMPLIED, Problem, Tree, components, is_directory, is_whiteout, refused};
 
 /// Sandboxes have this many ids.
 const IDS: u64 = 1 << 16;
@@ -73,15 +73,12 @@ pub fn unpack<R: Read>(
         Unpacker { tree: Tree::new(root), root, buffer: vec![0; BUFFER_BYTES], done: Unpacked::default() };
     let mut archive = Archive::new(reader);
     let mut last = String::from("its beginning");
-    let host = |error: Errno| match error {
-        Errno::NOSPC | Errno::DQUOT => ImageError::NoSpace,
-        error => ImageError::Io { doing: format!("unpack the layer {layer}"), source: error.into() },
-    };
+    set_root(root, &IMPLIED).map_err(|problem| told(problem, layer, &last))?;
     loop {
         let entry = match archive.next() {
             Ok(Some(entry)) => entry,
             Ok(None) => break,
-            Err(error) => return Err(unreadable(error, layer, last)),
+            Err(error) => return Err(unreadable(error, layer, &last)),
         };
         last = format!("entry {} ({})", unpacker.done.entries + 1, shown(&entry.path));
         if unpacker.done.entries == limits.entries_max {
@@ -93,26 +90,27 @@ pub fn unpack<R: Read>(
         }
         unpacker.done.entries += 1;
         unpacker.apply(entry, &mut archive).map_err(|failure| match failure {
-            Failure::Archive(error) => unreadable(error, layer, last.clone()),
-            Failure::Problem(Problem::Refused(problem)) => {
-                ImageError::InvalidLayer { layer: *layer, entry: last.clone(), problem }
-            }
-            Failure::Problem(Problem::Host(error @ (Errno::NOSPC | Errno::DQUOT | Errno::IO))) => host(error),
-            Failure::Problem(Problem::Host(error)) => ImageError::InvalidLayer {
-                layer: *layer,
-                entry: last.clone(),
-                problem: format!("the file system of the images refuses it: {error}"),
-            },
+            Failure::Archive(error) => unreadable(error, layer, &last),
+            Failure::Problem(problem) => told(problem, layer, &last),
         })?;
     }
-    match unpacker.tree.leave() {
-        Ok(()) => Ok((unpacker.done, archive.into_inner())),
-        Err(Problem::Host(error)) => Err(host(error)),
-        Err(Problem::Refused(problem)) => Err(ImageError::InvalidLayer { layer: *layer, entry: last, problem }),
-    }
+    unpacker.tree.leave().map_err(|problem| told(problem, layer, &last))?;
+    Ok((unpacker.done, archive.into_inner()))
 }
 
-fn unreadable(error: ArchiveError, layer: &Digest, last: String) -> ImageError {
+fn told(problem: Problem, layer: &Digest, entry: &str) -> ImageError {
+    let problem = match problem {
+        Problem::Refused(problem) => problem,
+        Problem::Host(Errno::NOSPC | Errno::DQUOT) => return ImageError::NoSpace,
+        Problem::Host(error @ Errno::IO) => {
+            return ImageError::Io { doing: format!("unpack the layer {layer} at {entry}"), source: error.into() };
+        }
+        Problem::Host(error) => format!("the file system of the images refuses it: {error}"),
+    };
+    ImageError::InvalidLayer { layer: *layer, entry: entry.into(), problem }
+}
+
+fn unreadable(error: ArchiveError, layer: &Digest, last: &str) -> ImageError {
     let invalid = |problem| ImageError::InvalidLayer { layer: *layer, entry: format!("what follows {last}"), problem };
     match error {
         ArchiveError::Invalid(problem) => invalid(problem),
@@ -166,7 +164,7 @@ impl Unpacker<'_> {
         let path = components(&entry.path)?;
         let (parent, name) = match path.split_last() {
             Some((name, parent)) => (parent, *name),
-            None => return self.set_root(&entry),
+            None => return self.root(&entry),
         };
         if let Some(notes) = path.iter().position(|part| part.starts_with(WHITEOUT_META)) {
             if name == WHITEOUT_OPAQUE && notes == parent.len() {
@@ -199,15 +197,14 @@ impl Unpacker<'_> {
     }
 
     /// The entry of the root itself, `./`.
-    fn set_root(&mut self, entry: &Entry) -> Result<(), Failure> {
+    fn root(&mut self, entry: &Entry) -> Result<(), Failure> {
         if entry.kind != Kind::Directory {
             return Err(Problem::Refused("the root can only be a directory".into()).into());
         }
         let attributes = attributes_of(entry)?;
         self.tree.leave()?;
-        tree::set_attributes(self.root, &attributes)?;
         set_extended(self.root, entry)?;
-        Ok(rustix::fs::futimens(self.root, &attributes.times())?)
+        Ok(set_root(self.root, &attributes)?)
     }
 
     fn whiteout(&mut self, hidden: &[u8]) -> Result<(), Problem> {
@@ -348,6 +345,11 @@ impl Unpacker<'_> {
         rustix::fs::chmodat(at, name, attributes.mode(), AtFlags::empty())?;
         Ok(rustix::fs::utimensat(at, name, &attributes.times(), AtFlags::SYMLINK_NOFOLLOW)?)
     }
+}
+
+fn set_root(root: BorrowedFd<'_>, attributes: &Attributes) -> Result<(), Problem> {
+    tree::set_attributes(root, attributes)?;
+    Ok(rustix::fs::futimens(root, &attributes.times())?)
 }
 
 fn attributes_of(entry: &Entry) -> Result<Attributes, Problem> {

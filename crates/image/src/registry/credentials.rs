@@ -87,10 +87,10 @@ pub(crate) async fn find(config: Option<&Path>, registry: &str) -> Result<Option
     })?;
     let key = if registry == DOCKER_HUB { DOCKER_HUB_KEY } else { registry };
     let helper = config.cred_helpers.get(key).or(config.cred_helpers.get(registry)).or(config.creds_store.as_ref());
-    if let Some(helper) = helper.filter(|helper| !helper.is_empty()) {
-        if let Some(found) = ask(helper, key).await.map_err(refused)? {
-            return Ok(Some(found));
-        }
+    if let Some(helper) = helper.filter(|helper| !helper.is_empty())
+        && let Some(found) = ask(helper, key).await.map_err(refused)?
+    {
+        return Ok(Some(found));
     }
     let named = config.auths.iter().find(|(name, _)| *name == key || host(name) == registry);
     let Some((_, auth)) = named else { return Ok(None) };

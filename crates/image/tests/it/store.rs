@@ -138,11 +138,14 @@ async fn layers_of_a_pull_under_way_are_not_removed() {
             None
         }
     });
-    let place = Place::new(Config { layers_at_once: 1, silence_timeout_ms: 60_000, ..fake.config() });
+    let place = Place::new(Config { silence_timeout_ms: 60_000, ..fake.config() });
     let (store, name) = (place.store.clone(), fake.reference("app"));
     let pull = tokio::spawn(async move { store.pull(&name, quiet()).await });
     begun.notified().await;
-    assert!(place.has_layer(&image.diff_ids[0]));
+    while !place.has_layer(&image.diff_ids[0]) {
+        assert!(!pull.is_finished());
+        tokio::task::yield_now().await;
+    }
     let freed = place.store.gc(|_| false).await.unwrap();
     assert_eq!(freed.layers, 0);
     assert!(place.has_layer(&image.diff_ids[0]), "the pull needs it");
@@ -288,8 +291,7 @@ async fn child_that_is_killed() {
     let Ok(told) = std::env::var("NAGAYA_IMAGE_TEST_PULL") else { return };
     let (directory, name) = told.split_once('|').unwrap();
     let name: Reference = name.parse().unwrap();
-    let config =
-        Config { registries_insecure: vec![name.registry().to_owned()], layers_at_once: 1, ..Config::default() };
+    let config = Config { registries_insecure: vec![name.registry().to_owned()], ..Config::default() };
     let store = ImageStore::open(directory.as_ref(), config).unwrap();
     store.pull(&name, quiet()).await.unwrap();
 }
@@ -327,8 +329,9 @@ async fn after_kill_9_no_half_layer_has_a_name_and_the_pull_can_be_repeated() {
             .spawn()
             .unwrap();
         reached.notified().await;
-        // What it was sent is being unpacked.
-        while fs::read_dir(images.join("incoming")).map_or(0, Iterator::count) == 0 {
+        // The first layer is there, and what was sent of the second is being unpacked.
+        let first = images.join("layers").join(image.diff_ids[0].hex());
+        while !first.exists() || fs::read_dir(images.join("incoming")).map_or(0, Iterator::count) != 1 {
             assert!(child.try_wait().unwrap().is_none(), "the child ended by itself");
             tokio::task::yield_now().await;
         }

@@ -323,6 +323,7 @@ fn missing_parents_belong_to_root_and_have_no_time_of_this_host() {
     let found = status(&place.layer().join("a/b"));
     assert_eq!((found.uid(), found.mode() & 0o7777, found.mtime()), (0, 0o755, 0));
     assert_eq!(status(&place.layer().join("a")).mtime(), 0);
+    assert_eq!((status(&place.layer()).mode() & 0o7777, status(&place.layer()).mtime()), (0o755, 0));
 }
 
 #[test]
