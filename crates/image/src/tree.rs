@@ -14,6 +14,8 @@ use rustix::io::Errno;
 
 use crate::archive::PATH_BYTES_MAX;
 
+/// Names that begin with it are no files, but say what becomes of lower layers.
+pub(crate) const WHITEOUT: &[u8] = b".wh.";
 /// Directories above a file.
 pub(crate) const DEPTH_MAX: usize = 256;
 const NAME_BYTES_MAX: usize = 255;
@@ -211,6 +213,7 @@ impl<'a> Tree<'a> {
                         hide_below(directory.as_fd())
                     })?;
                 }
+                None if make && part.starts_with(WHITEOUT) => return refused("a link leads it below a whiteout"),
                 None if make => keeping_time(at, || make_directory(at, &part, &IMPLIED).map(drop))?,
                 Some(_) => return refused(format!("{:?} above it is no directory", String::from_utf8_lossy(&part))),
                 None => return refused(format!("{:?} above it is not in this layer", String::from_utf8_lossy(&part))),

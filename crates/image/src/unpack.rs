@@ -29,11 +29,10 @@ use rustix::io::Errno;
 use crate::archive::{Archive, ArchiveError, Entry, Kind};
 use crate::digest::Digest;
 use crate::error::ImageError;
-use crate::tree::{self, Attributes, IMPLIED, Problem, Tree, components, is_directory, is_whiteout, refused};
+use crate::tree::{self, Attributes, IMPLIED, Problem, Tree, WHITEOUT, components, is_directory, is_whiteout, refused};
 
 /// Sandboxes have this many ids.
 const IDS: u64 = 1 << 16;
-const WHITEOUT: &[u8] = b".wh.";
 const WHITEOUT_META: &[u8] = b".wh..wh.";
 const WHITEOUT_OPAQUE: &[u8] = b".wh..wh..opq";
 /// Of file contents, at once.
@@ -166,15 +165,15 @@ impl Unpacker<'_> {
             Some((name, parent)) => (parent, *name),
             None => return self.root(&entry),
         };
-        if let Some(notes) = path.iter().position(|part| part.starts_with(WHITEOUT_META)) {
-            if name == WHITEOUT_OPAQUE && notes == parent.len() {
-                self.tree.enter(parent)?;
-                tree::hide_below(self.tree.parent())?;
-            }
+        if path.iter().any(|part| part.starts_with(WHITEOUT_META) && *part != WHITEOUT_OPAQUE) {
             return Ok(());
         }
         if parent.iter().any(|part| part.starts_with(WHITEOUT)) {
             return Err(Problem::Refused("it lies below a whiteout".into()).into());
+        }
+        if name == WHITEOUT_OPAQUE {
+            self.tree.enter(parent)?;
+            return Ok(tree::hide_below(self.tree.parent())?);
         }
         if let Some(hidden) = name.strip_prefix(WHITEOUT) {
             self.tree.enter(parent)?;

@@ -382,6 +382,8 @@ fn nothing_leaves_the_layer() {
         (vec![Entry::file("d/.wh..", "")], "whiteout of no name"),
         (vec![Entry::file(".wh.", "")], "whiteout of no name"),
         (vec![Entry::file(".wh.d/f", "")], "below a whiteout"),
+        (vec![Entry::file(".wh.d/.wh..wh..opq", "")], "below a whiteout"),
+        (vec![Entry::symlink("s", ".wh.d"), Entry::file("s/f", "")], "below a whiteout"),
         (vec![Entry::file(".wh.x", ""), Entry::hard_link("w", "x")], "this layer does not have"),
         (vec![Entry::directory("d"), Entry::hard_link("h", "d")], "to a directory"),
         (vec![Entry::hard_link("h", "/")], "to the root"),
@@ -514,4 +516,37 @@ fn what_other_programs_write_is_read() {
         assert_eq!(status(&place.layer().join("hard")).mode() & 0o7777, 0o4711, "{format}");
         assert_eq!(fs::read(place.layer().join("sparse")).unwrap(), fs::read(at("sparse")).unwrap(), "{format}");
     }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig { cases: 300, failure_persistence: None, ..Default::default() })]
+
+    /// Any entries over few names, so that they meet: whatever they do to each other, they do it in the layer.
+    #[test]
+    fn no_sequence_of_entries_leaves_the_layer(entries in proptest::collection::vec((0..8usize, path(), path()), 1..20)) {
+        let entries = entries.iter().map(|(kind, path, target)| match kind {
+            0 | 1 => Entry::file(path, "content"),
+            2 => Entry::directory(path),
+            3 => Entry::hard_link(path, target),
+            4 | 5 => Entry::symlink(path, target),
+            6 => Entry::new(b'6', path),
+            _ => Entry::new(b'3', path),
+        });
+        let place = Place::new();
+        if let Err(error) = place.unpack(&Tar::of(entries)) {
+            proptest::prop_assert_eq!(error.kind(), "invalid_layer", "{}", error);
+        }
+        for entry in fs::read_dir(place.layer()).unwrap() {
+            let name = entry.unwrap().file_name();
+            proptest::prop_assert!(!name.to_string_lossy().starts_with(".wh."), "{:?}", name);
+        }
+        fs::remove_dir_all(place.layer()).unwrap();
+    }
+}
+
+/// Up to four parts, some of which mean something.
+fn path() -> impl proptest::strategy::Strategy<Value = String> {
+    use proptest::strategy::Strategy;
+    let part = proptest::sample::select(vec!["a", "b", "c", "..", ".", "", "secret", ".wh.a", ".wh..wh..opq", ".wh.b"]);
+    proptest::collection::vec(part, 1..5).prop_map(|parts| parts.join("/"))
 }
