@@ -10,6 +10,7 @@ mod errors;
 mod exec;
 mod explain;
 mod files;
+mod images;
 mod output;
 mod parse;
 mod ports;
@@ -39,6 +40,8 @@ pub enum Verb {
     /// Create and use sandboxes.
     #[command(alias = "sbx")]
     Sandbox(Sandbox),
+    /// Fetch and manage the images that sandboxes can stand on.
+    Image(images::Images),
     /// Save a server's address and API key.
     Login(With<account::Login>),
     /// Remove what `login` saved.
@@ -147,6 +150,7 @@ pub fn run(verb: Verb, whole: impl FnOnce() -> Command) -> ExitCode {
         Verb::Login(with) => block_on(async { with.verb.run(with.output.screen()).await.map(|()| 0) }),
         Verb::Whoami(with) => block_on(async { account::whoami(with.output.screen()).await.map(|()| 0) }),
         Verb::Sandbox(sandbox) => block_on(sandbox.run()),
+        Verb::Image(images) => block_on(async { images.run().await.map(|()| 0) }),
     };
     match done {
         Ok(code) => code.into(),

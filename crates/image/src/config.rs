@@ -1,11 +1,16 @@
 //! What an operator may set about images.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::reference::Reference;
 use crate::unpack::Limits;
+
+/// What the image is called that is made of the host's own programs. It is no image of the store.
+pub const HOST_IMAGE: &str = "host";
 
 /// When an image is fetched from its registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -26,6 +31,8 @@ pub enum PullPolicy {
 #[serde(default, deny_unknown_fields)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Config {
+    /// Short names, and the images that they stand for. `host` is the image that is made of this host's own programs.
+    pub aliases: BTreeMap<String, String>,
     /// When an image is fetched: `never`, `missing` or `always`.
     pub pull: PullPolicy,
     /// Registries that images may come from, as `host` or `host:port`. Empty: all.
@@ -63,6 +70,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
+            aliases: BTreeMap::from([("sandbox".to_owned(), HOST_IMAGE.to_owned())]),
             pull: PullPolicy::default(),
             registries_allowed: Vec::new(),
             registries_insecure: Vec::new(),
@@ -94,20 +102,26 @@ impl Config {
     /// Refuses what cannot work, with its key.
     pub fn validate(&self) -> Result<(), InvalidSetting> {
         let positive = [
-            ("layers_at_once", self.layers_at_once as u64),
-            ("connect_timeout_ms", self.connect_timeout_ms),
-            ("silence_timeout_ms", self.silence_timeout_ms),
-            ("layer_mb_max", self.layer_mb_max),
-            ("layer_entries_max", self.layer_entries_max),
-            ("compression_ratio_max", self.compression_ratio_max),
+            ("images.layers_at_once", self.layers_at_once as u64),
+            ("images.connect_timeout_ms", self.connect_timeout_ms),
+            ("images.silence_timeout_ms", self.silence_timeout_ms),
+            ("images.layer_mb_max", self.layer_mb_max),
+            ("images.layer_entries_max", self.layer_entries_max),
+            ("images.compression_ratio_max", self.compression_ratio_max),
         ];
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(InvalidSetting { key, problem: "must not be 0".into() });
         }
+        for (alias, meant) in &self.aliases {
+            if meant != HOST_IMAGE && meant.parse::<Reference>().is_err() {
+                let problem = format!("must name images, and {meant:?}, for {alias:?}, is no name of one");
+                return Err(InvalidSetting { key: "images.aliases", problem });
+            }
+        }
         for (key, hosts) in [
-            ("registries_allowed", &self.registries_allowed),
-            ("registries_insecure", &self.registries_insecure),
-            ("private_hosts", &self.private_hosts),
+            ("images.registries_allowed", &self.registries_allowed),
+            ("images.registries_insecure", &self.registries_insecure),
+            ("images.private_hosts", &self.private_hosts),
         ] {
             if let Some(host) = hosts.iter().find(|host| host.is_empty() || host.contains(['/', '@', ' '])) {
                 let problem = format!("must be hosts with or without a port, and {host:?} is none");
@@ -162,9 +176,9 @@ mod tests {
     fn settings_that_cannot_work_are_refused_with_their_key() {
         Config::default().validate().unwrap();
         let refused = Config { layers_at_once: 0, ..Config::default() }.validate().unwrap_err();
-        assert_eq!(refused.to_string(), "layers_at_once must not be 0");
+        assert_eq!(refused.to_string(), "images.layers_at_once must not be 0");
         let url = Config { private_hosts: vec!["http://x".into()], ..Config::default() }.validate().unwrap_err();
-        assert_eq!(url.key, "private_hosts");
+        assert_eq!(url.key, "images.private_hosts");
     }
 
     #[test]

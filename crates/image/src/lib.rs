@@ -22,7 +22,7 @@ mod tree;
 mod unpack;
 mod user;
 
-pub use config::{Config, InvalidSetting, PullPolicy};
+pub use config::{Config, HOST_IMAGE, InvalidSetting, PullPolicy};
 pub use digest::{Digest, DigestError};
 pub use error::ImageError;
 pub use image_config::ImageConfig;

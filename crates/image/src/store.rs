@@ -244,6 +244,11 @@ impl ImageStore {
         .await
     }
 
+    /// What a name stands for, if it is an alias; else the name itself.
+    pub fn meant_by(&self, name: &str) -> String {
+        self.inner.config.aliases.get(name).map_or(name, String::as_str).to_owned()
+    }
+
     /// Keeps an image until the lease is dropped.
     pub fn hold(&self, digest: &Digest) -> Result<Lease, ImageError> {
         let mut state = self.inner.state();

@@ -35,6 +35,7 @@ pub struct Config {
     pub drivers: Drivers,
     pub engine: EngineConfig,
     pub blobs: nagaya_blobs::Config,
+    pub images: nagaya_image::Config,
     /// The keys and sections of this part, and of those below, stand beside the ones above.
     #[serde(skip)]
     pub daemon: nagaya_daemon::config::Config,
@@ -81,6 +82,7 @@ impl Default for Config {
             drivers: Drivers::default(),
             engine: EngineConfig::default(),
             blobs: nagaya_blobs::Config::default(),
+            images: nagaya_image::Config::default(),
             daemon: nagaya_daemon::config::Config::default(),
             host: host::Config::default(),
             namespace: namespace::Config::default(),
@@ -144,7 +146,8 @@ impl Config {
         self.daemon.validate()?;
         self.engine.validate()?;
         self.host.validate()?;
-        self.blobs.validate()
+        self.blobs.validate()?;
+        self.images.validate().map_err(|refused| SettingError::new(refused.key, refused.problem))
     }
 }
 

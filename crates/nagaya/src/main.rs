@@ -5,6 +5,7 @@ mod config;
 mod demo;
 mod doctor;
 mod guard;
+mod images;
 mod output;
 mod purge;
 mod recover;

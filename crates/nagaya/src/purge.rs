@@ -11,10 +11,11 @@ use nagaya_runtime::host::{HostPort, NETWORK_FILE, storage_root};
 use nagaya_store::DirectoryLock;
 
 use crate::config::Config;
-use crate::server::{ADDRESS_FILE, BLOBS, DATABASE, KEY_FILE, open_blobs, open_host_at_rest};
+use crate::server::{ADDRESS_FILE, BLOBS, DATABASE, IMAGES, KEY_FILE, open_blobs, open_host_at_rest};
 
 /// Everything that a server may have put into its data directory.
-const DIRECTORIES: [&str; 8] = ["sandboxes", "pool", "images", "templates", "disks", "volumes", "records", BLOBS];
+const DIRECTORIES: [&str; 9] =
+    ["sandboxes", "pool", "images", "templates", "disks", "volumes", "records", BLOBS, IMAGES];
 const FILES: [&str; 7] =
     [DATABASE, "nagaya.db-wal", "nagaya.db-shm", "nagaya.db.lock", NETWORK_FILE, KEY_FILE, ADDRESS_FILE];
 

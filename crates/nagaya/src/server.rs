@@ -12,19 +12,23 @@ use anyhow::Context;
 use nagaya_blobs::BlobStore;
 use nagaya_daemon::host::{HostClock, HostEntropy};
 use nagaya_daemon::{Daemon, GiveBack, Hooks, Level, Levels, Listeners};
-use nagaya_engine::ports::{Blobs, Driver, Drivers, Entropy, Ports, Store};
+use nagaya_engine::ports::{Blobs, Driver, Drivers, Entropy, Images, Ports, Store};
 use nagaya_engine::{Engine, check_secret};
+use nagaya_image::ImageStore;
 use nagaya_runtime::host::{self, DiskPool, Host, HostPort};
 use nagaya_runtime::namespace::{NamespaceDriver, Pools};
 
 use crate::config::Config;
 use crate::guard;
+use crate::images::ImagePort;
 
 /// Names in the data directory that are not the driver's.
 pub const DATABASE: &str = "nagaya.db";
 pub const KEY_FILE: &str = "api-key";
 pub const ADDRESS_FILE: &str = "address";
 pub const BLOBS: &str = "blobs";
+/// Images from elsewhere.
+pub const IMAGES: &str = "oci";
 
 /// How long a step of the server's end may take.
 const STEP_MAX: Duration = Duration::from_secs(8);
@@ -59,11 +63,12 @@ impl Server {
         let driver = Arc::new(NamespaceDriver::start(host.clone(), NAMESPACE, &config.namespace));
         let drivers = drivers(&config.drivers.default, [(NAMESPACE, driver.clone() as Arc<dyn Driver>)])?;
         let blobs = open_blobs(&config)?;
+        let images = open_images(&config).await?;
         let (clock, entropy) = (Arc::new(HostClock), Arc::new(HostEntropy));
         let listeners = Listeners::open(&config.daemon).await?;
         host.keep_reachable(listeners.local_addr().port());
         let ingress = listeners.ingress();
-        let ports = Ports { store, drivers, host: Arc::new(HostPort(host)), blobs, ingress, clock, entropy };
+        let ports = Ports { store, drivers, host: Arc::new(HostPort(host)), images, blobs, ingress, clock, entropy };
         let engine = Engine::start(config.engine.clone(), ports).await?;
         for key in [key.as_deref(), config.api_key.as_deref()].into_iter().flatten() {
             engine.first_start(Some(key)).await?;
@@ -164,6 +169,13 @@ pub fn open_blobs(config: &Config) -> anyhow::Result<Arc<dyn Blobs>> {
         return Ok(Arc::new(BlobStore::open(&directory)?));
     };
     Ok(Arc::new(BlobStore::open_with_s3(&directory, s3, &s3.credentials()?)?))
+}
+
+/// The images that came from elsewhere, after the driver has opened the storage that they are in.
+async fn open_images(config: &Config) -> anyhow::Result<Arc<dyn Images>> {
+    let (directory, config) = (host::storage_root(&config.data_dir).join(IMAGES), config.images.clone());
+    let opened = tokio::task::spawn_blocking(move || ImageStore::open(&directory, config)).await?;
+    Ok(Arc::new(ImagePort::new(opened.context("open the images")?)))
 }
 
 /// What the namespace driver is called.

@@ -24,6 +24,7 @@ const ALLOWED: [(&str, &[&str]); 14] = [
             "nagaya-engine",
             "nagaya-store",
             "nagaya-blobs",
+            "nagaya-image",
             "nagaya-runtime",
             "nagaya-gateway",
             "nagaya-daemon",

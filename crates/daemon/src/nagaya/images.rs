@@ -5,7 +5,7 @@ use std::pin::Pin;
 
 use bytes::{Buf, Bytes};
 use connectrpc::{ConnectError, RequestContext, Response, ServiceResult, ServiceStream};
-use futures::{Stream, StreamExt, stream};
+use futures::{StreamExt, stream};
 use nagaya_api::error::{Code, Error};
 use nagaya_api::nagaya::v1 as own;
 use nagaya_api::nagaya::v1::import_images_request::Part;

@@ -48,7 +48,9 @@ impl FakeImages {
         self.with(|world| {
             let digest =
                 world.registry.get(name).cloned().ok_or_else(|| Error::new(Code::RegistryImageNotFound, name))?;
-            world.here.values_mut().for_each(|names| drop(names.remove(name)));
+            for names in world.here.values_mut() {
+                names.remove(name);
+            }
             world.here.entry(digest.clone()).or_default().insert(name.to_owned());
             Ok(digest)
         })

@@ -110,6 +110,7 @@ fn kind(schema: &Value) -> String {
         "integer" => "number".to_owned(),
         "array" => format!("list of {}s", kind_of_items(schema)),
         "string" => "text".to_owned(),
+        "object" => format!("table of {}s", kind(&schema["additionalProperties"])),
         other => panic!("no word for the type {other}"),
     }
 }

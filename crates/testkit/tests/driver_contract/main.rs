@@ -125,6 +125,7 @@ fn main() -> ExitCode {
         );
         behaviours!(suite, "namespace", namespace, roots:
             an_image_is_a_stack_of_layers_and_none_of_the_host_is_in_it,
+            an_image_may_have_as_many_layers_as_images_have,
             part_of_a_processor_and_a_disk_of_any_size_are_given,
             two_drivers_of_one_host_keep_their_sandboxes_apart,
         );

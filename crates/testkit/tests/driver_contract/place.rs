@@ -1,5 +1,6 @@
 //! Where a driver is tried: the fake's world, or this host.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;

@@ -1,5 +1,6 @@
 //! Images under disks, sizes that are no whole units, and several drivers on one host.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -19,7 +20,8 @@ const MIB: u64 = 1 << 20;
 fn layered(directory: &Path) -> Result<RootImage, NotRun> {
     let layer = |name: &str, files: &[(&str, &str)]| {
         let root = directory.join(name);
-        for made in ["", "bin", "dev", "proc", "sys", "etc", "home/app", "run", "tmp"] {
+        // Nothing that is a machine's: places for mounts, and who resolves names.
+        for made in ["", "bin", "etc", "home/app", "srv/app"] {
             fs::create_dir_all(root.join(made)).unwrap();
         }
         fs::set_permissions(&root, PermissionsExt::from_mode(0o755)).unwrap();
@@ -38,7 +40,13 @@ fn layered(directory: &Path) -> Result<RootImage, NotRun> {
     let linked = linked.map_err(|error| NotRun(format!("cc makes no program for the image: {error}")))?;
     assert!(linked.success(), "cc -static failed");
     let user = ImageUser { name: "app".into(), uid: 7, gid: 9, home: "/home/app".into() };
-    Ok(RootImage { digest: ImageDigest::new("sha256:made-by-hand"), layers: vec![upper, lower], user })
+    Ok(RootImage {
+        digest: ImageDigest::new("sha256:made-by-hand"),
+        layers: vec![upper, lower],
+        user,
+        workdir: Some("/srv/app".into()),
+        env: BTreeMap::from([("PATH".into(), "/opt/own:/bin".into()), ("GREETING".into(), "hello world".into())]),
+    })
 }
 
 /// Prints the files that it is given.
@@ -75,10 +83,22 @@ pub async fn an_image_is_a_stack_of_layers_and_none_of_the_host_is_in_it(place: 
     let root = Command { user: User::Root, ..command(&["/bin/cat", "/proc/self/status"]) };
     assert_eq!(ids(&run(&*guest, root).await.text()), "0 0 ");
     let told = run(&*guest, command(&["/bin/cat", "/proc/self/environ"])).await.text();
-    assert!(told.contains("USER=app\0") && told.contains("HOME=/home/app\0"), "{told:?}");
+    for variable in ["USER=app", "HOME=/home/app", "PATH=/opt/own:/bin", "GREETING=hello world"] {
+        assert!(told.split('\0').any(|each| each.trim() == variable), "{variable}: {told:?}");
+    }
+    let own_env =
+        Command { env: BTreeMap::from([("GREETING".into(), "bye".into())]), ..command(&["cat", "/proc/self/environ"]) };
+    let told = run(&*guest, own_env).await.text();
+    assert!(told.contains("GREETING=bye\0") && !told.contains("hello"), "a command's own wins: {told:?}");
+    for found in ["/etc/hosts", "/etc/resolv.conf", "/etc/hostname"] {
+        assert!(guest.stat(found).await.unwrap().is_some(), "{found}");
+    }
+    let temporary = guest.stat("/tmp").await.unwrap().expect("a place for temporary files");
+    assert_eq!(temporary.mode & 0o7777, 0o1777);
     write(&*guest, "note", b"kept").await.unwrap();
-    let shut = Command { cwd: "/home/app".into(), ..command(&["/bin/cat", "note"]) };
-    assert_eq!(run(&*guest, shut).await.text(), "kept", "relative paths start at the image's home");
+    assert_eq!(run(&*guest, command(&["cat", "note"])).await.text(), "kept", "commands start where the image says");
+    let there = Command { cwd: "/srv/app".into(), ..command(&["cat", "note"]) };
+    assert_eq!(run(&*guest, there).await.text(), "kept", "relative paths start there, too");
 
     // It goes on over its own image, and over no other.
     driver.stop(id).await.unwrap();
@@ -86,10 +106,32 @@ pub async fn an_image_is_a_stack_of_layers_and_none_of_the_host_is_in_it(place: 
     let Err(DriverError::OtherRoot { disk, asked }) = refused else { panic!("it started over another image") };
     assert_eq!((disk, asked), (spec.root.digest.clone(), place.fresh().root.digest));
     let guest = driver.start(id, &SandboxSpec { root: spec.root.clone(), ..place.kept() }).await.unwrap();
-    assert_eq!(read(&*guest, "/home/app/note").await.unwrap(), b"kept");
+    assert_eq!(read(&*guest, "/srv/app/note").await.unwrap(), b"kept");
     assert_eq!(place.host().root_of(id).await.unwrap(), Some(spec.root.digest));
-    assert!(!directory.path().join("upper/home/app/note").exists(), "images are only ever read");
+    assert!(!directory.path().join("upper/srv/app/note").exists(), "images are only ever read");
     driver.destroy(id).await.unwrap();
+    place.settled().await;
+    Ok(())
+}
+
+pub async fn an_image_may_have_as_many_layers_as_images_have(place: &mut Place) -> Outcome {
+    let (driver, id) = (place.driver(), fresh_id());
+    let directory = tempfile::Builder::new().prefix("nagaya-contract-layers-").tempdir().unwrap();
+    fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let mut root = layered(directory.path())?;
+    root.layers.extend((root.layers.len()..127).map(|number| {
+        let source = directory.path().join(number.to_string());
+        fs::create_dir_all(source.join("etc")).unwrap();
+        fs::write(source.join(format!("etc/{number}")), number.to_string()).unwrap();
+        Layer { source, place: String::new() }
+    }));
+    let guest = driver.start(id, &SandboxSpec { root: root.clone(), ..place.fresh() }).await.unwrap();
+    let seen = run(&*guest, command(&["/bin/cat", "/etc/both", "/etc/2", "/etc/64", "/etc/126"])).await;
+    assert_eq!(seen.text(), "upper 2 64 126", "{seen:?}");
+    driver.destroy(id).await.unwrap();
+    root.layers.push(root.layers[5].clone());
+    let refused = driver.start(fresh_id(), &SandboxSpec { root, ..place.fresh() }).await;
+    assert!(matches!(refused, Err(DriverError::Refused(_))), "more layers than images have");
     place.settled().await;
     Ok(())
 }
