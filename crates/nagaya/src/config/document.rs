@@ -104,8 +104,8 @@ fn kind(schema: &Value) -> String {
         let choices: Vec<String> = choices.iter().map(|choice| format!("`{}`", choice["const"])).collect();
         return choices.join(" or ");
     }
-    let kind = schema["type"].as_str().or_else(|| schema["type"][0].as_str());
-    match kind.expect("every setting has a type") {
+    let named = schema["type"].as_str().or_else(|| schema["type"][0].as_str());
+    match named.expect("every setting has a type") {
         "boolean" => "true or false".to_owned(),
         "integer" => "number".to_owned(),
         "array" => format!("list of {}s", kind_of_items(schema)),
