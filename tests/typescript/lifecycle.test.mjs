@@ -168,7 +168,6 @@ describe("create", () => {
     const id = "01890000-0000-7000-8000-000000000000";
     for (const [word, options] of [
       ["template_spec_id", { fromTemplateSpec: id }],
-      ["registry_ref", { image: "someone/image:tag" }],
       ["clone_repo_url", { cloneRepoUrl: "https://example.com/repository.git" }],
       ["enable_opencode", { enableOpenCode: true }],
     ]) {

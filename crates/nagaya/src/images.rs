@@ -24,7 +24,7 @@ impl ImagePort {
 
     /// An image that is here, or that a creation may have fetched now.
     async fn ensure(&self, name: &str) -> Result<nagaya_image::Image, Error> {
-        if name.parse::<Reference>().is_err() || name.parse::<Digest>().is_ok() {
+        if is_digest(name) {
             return self.store.find(name).map_err(told);
         }
         let (store, reference) = (self.store.clone(), reference(name)?);
@@ -97,6 +97,12 @@ impl Images for ImagePort {
         let freed = self.store.gc(is_needed).await.map_err(told)?;
         Ok(FreedImages { images: freed.images, layers: freed.layers, bytes: freed.bytes })
     }
+}
+
+/// Whether a text is a digest or the beginning of one, and so no name to ask a registry for.
+fn is_digest(text: &str) -> bool {
+    let digits = text.strip_prefix("sha256:").unwrap_or(text);
+    text.starts_with("sha256:") || digits.len() >= 12 && digits.bytes().all(|digit| digit.is_ascii_hexdigit())
 }
 
 fn reference(name: &str) -> Result<Reference, Error> {

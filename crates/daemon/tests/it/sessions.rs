@@ -261,7 +261,6 @@ async fn fields_that_are_not_built_yet_are_refused_by_name() {
     let id = "01980000-0000-7000-8000-000000000000";
     type Change = fn(&mut wire::CreateSessionRequest, &str);
     let changes: &[(&str, Change)] = &[
-        ("registry_ref", |r, _| r.registry_ref = Some("acme/image".into())),
         ("template_spec_id", |r, id| r.template_spec_id = Some(id.into())),
         ("clone_repo_url", |r, _| r.clone_repo_url = "https://example.com/x.git".into()),
         ("enable_opencode", |r, _| r.enable_opencode = true),
@@ -276,10 +275,16 @@ async fn fields_that_are_not_built_yet_are_refused_by_name() {
         assert!(error.message.unwrap_or_default().contains(field), "{field} is named");
     }
     assert!(world.fakes.store.all_sessions().is_empty());
+    let on = |image: &str| wire::CreateSessionRequest { registry_ref: Some(image.into()), ..create() };
     for image in ["", "sandbox"] {
-        let request = wire::CreateSessionRequest { registry_ref: Some(image.into()), ..create() };
-        assert!(client.create_session(request).await.is_ok(), "{image:?} is the default image");
+        assert!(client.create_session(on(image)).await.is_ok(), "{image:?} is the default image");
     }
+    let error = client.create_session(on("acme/image")).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::NotFound);
+    assert!(error.message.unwrap_or_default().starts_with("registry image not found"), "as clients know it");
+    world.fakes.images.publish("acme/image", "sha256:1");
+    let session = client.create_session(on("acme/image")).await.unwrap().session;
+    assert_eq!(session.source_registry_ref.as_deref(), Some("acme/image"));
 }
 
 #[tokio::test]

@@ -44,6 +44,11 @@ impl FakeImages {
         self.with(|world| world.registry.insert(name.to_owned(), ImageDigest::new(digest)));
     }
 
+    /// The host has this image no more.
+    pub fn lose(&self, digest: &str) {
+        self.with(|world| world.here.remove(&ImageDigest::new(digest)));
+    }
+
     fn fetch(&self, name: &str) -> Result<ImageDigest, Error> {
         self.with(|world| {
             let digest =

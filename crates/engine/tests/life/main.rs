@@ -10,6 +10,7 @@ mod drivers;
 mod egress;
 mod events;
 mod forks;
+mod images;
 mod names;
 mod pause;
 mod preview_workflows;

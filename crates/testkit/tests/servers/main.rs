@@ -6,6 +6,7 @@ mod capacity;
 mod crash;
 mod explained;
 mod full_host;
+mod images;
 mod never_lose;
 mod pool;
 mod previews;
