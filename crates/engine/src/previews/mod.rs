@@ -96,7 +96,10 @@ impl Previews {
             return Ok(Vec::new());
         }
         let mut exposed = self.table.bound_to(id);
-        exposed.retain(|of| of.kind != PreviewKind::Private && of.state == PreviewState::Live);
+        // What is over lets nobody in any more, also while that is not recorded yet.
+        let now = self.shared.clock.now();
+        let is_exposed = |of: &Preview| of.kind != PreviewKind::Private && of.state == PreviewState::Live;
+        exposed.retain(|of| is_exposed(of) && !is_over(of, now));
         exposed.sort_by_key(|of| (of.binding.map(|binding| binding.port), of.created_at, of.id));
         Ok(exposed.into_iter().map(|preview| self.with_url(preview)).collect())
     }

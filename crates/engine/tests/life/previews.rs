@@ -431,6 +431,21 @@ async fn a_private_preview_stays_open_while_somebody_looks_at_it() {
     assert_eq!(capped.expires_at, world.fakes.clock.now() + 24 * 60 * MINUTE);
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_is_over_is_not_told_of_even_before_that_is_recorded() {
+    let world = World::new().await;
+    let id = world.session_with_inbound().await;
+    let soon = Some(world.fakes.clock.now() + MINUTE);
+    let brief = world.expose(id, NewExposure { expires_at: soon, ..port(80) }).await;
+    world.expose(id, NewExposure { expires_at: soon, ..named(81, "shop") }).await;
+    assert_eq!(world.exposed(id).await.len(), 2);
+    world.fakes.store.fail_commits(true);
+    tokio::time::sleep(Duration::from_millis(MINUTE)).await;
+    assert_eq!(world.refusal(&brief).await, Code::PreviewNotFound);
+    assert_eq!(world.exposed(id).await, []);
+    world.fakes.store.fail_commits(false);
+}
+
 /// A world whose session sleeps because nobody used it for a minute.
 async fn asleep(wake_on_visit: WakeOnVisit) -> (World, SessionId, PreviewUrl) {
     let world = World::with(EngineConfig { wake_on_visit, ..EngineConfig::default() }).await;
