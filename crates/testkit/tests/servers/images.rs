@@ -68,7 +68,13 @@ fn make_image(directory: &Path) -> String {
         chown(root.join(ours), Some(7), Some(9)).unwrap();
     }
     let suid = root.join("usr/bin/as-root");
-    fs::copy("/bin/busybox", &suid).unwrap();
+    let source = directory.join("as-root.c");
+    fs::write(
+        &source,
+        "#include <stdio.h>\n#include <unistd.h>\nint main(void) { return !printf(\"%d\", geteuid()); }\n",
+    )
+    .unwrap();
+    run("cc", &["-static", "-o", suid.to_str().unwrap(), source.to_str().unwrap()]);
     fs::set_permissions(&suid, fs::Permissions::from_mode(0o4755)).unwrap();
     let layout = directory.join("layout");
     let image = format!("{}:v1", layout.display());
@@ -146,7 +152,7 @@ fn sandboxes_of_an_image_live_through_everything_that_others_live_through() {
             "/srv/app\nhello world /bin:/usr/bin /home/app"
         );
         assert_eq!(text(&sandbox, &["ls", "/etc"]).await.trim(), "group\nhostname\nhosts\npasswd\nresolv.conf");
-        assert_eq!(text(&sandbox, &["as-root", "id", "-u"]).await.trim(), "0", "set-user-id works inside");
+        assert_eq!(text(&sandbox, &["as-root"]).await.trim(), "0", "set-user-id works inside");
         sandbox.write("note", "kept").await.unwrap();
         assert_eq!(text(&sandbox, &["stat", "-c", "%U %n", "/srv/app/note"]).await.trim(), "app /srv/app/note");
 
