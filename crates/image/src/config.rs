@@ -59,6 +59,8 @@ pub struct Config {
     pub retry_delay_ms: u64,
     /// The longest time to wait that a registry may ask for.
     pub retry_after_ms_max: u64,
+    /// All layers of one image together, as its registry has them.
+    pub image_mb_max: u64,
     /// The size of one layer as it is on disk.
     pub layer_mb_max: u64,
     /// Files, directories and links of one layer.
@@ -83,6 +85,7 @@ impl Default for Config {
             retries_max: 5,
             retry_delay_ms: 500,
             retry_after_ms_max: 120_000,
+            image_mb_max: 64 << 10,
             layer_mb_max: 64 << 10,
             layer_entries_max: 1_000_000,
             compression_ratio_max: 200,
@@ -105,6 +108,7 @@ impl Config {
             ("images.layers_at_once", self.layers_at_once as u64),
             ("images.connect_timeout_ms", self.connect_timeout_ms),
             ("images.silence_timeout_ms", self.silence_timeout_ms),
+            ("images.image_mb_max", self.image_mb_max),
             ("images.layer_mb_max", self.layer_mb_max),
             ("images.layer_entries_max", self.layer_entries_max),
             ("images.compression_ratio_max", self.compression_ratio_max),

@@ -234,7 +234,11 @@ impl Disk {
         rustix::fs::syncfs(&root).map_err(io::Error::from).map_err(failed())?;
         let layers = self.at("layers");
         let name = layers.join(wanted.diff_id.hex());
-        // Whoever asked for it found none that is whole; so what has the name is damaged.
+        if let Some(same) = self.layer_record(&wanted.diff_id)? {
+            // Another pull that was about to end was faster.
+            return Ok(same);
+        }
+        // What has the name without being whole is damaged.
         let damaged = self.incoming();
         match fs::rename(&name, &damaged.0) {
             Err(error) if error.kind() == ErrorKind::NotFound => {}

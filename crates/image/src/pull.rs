@@ -212,8 +212,15 @@ impl ImageStore {
         F: Future<Output = Result<LayerRecord, ImageError>>,
     {
         let wanted = described.wanted();
+        let most = self.inner.config.image_mb_max;
+        let sum = wanted.iter().fold(0u64, |sum, layer| sum.saturating_add(layer.blob_bytes));
+        if sum > most.saturating_mul(1 << 20) {
+            let what =
+                format!("the image {}, with {} MiB of layers,", Digest::of(&described.manifest_bytes), sum >> 20);
+            return Err(ImageError::TooLarge { what, limit: format!("{most} MiB"), setting: "image_mb_max" });
+        }
         let _pins = self.pin(wanted.iter().map(|layer| layer.diff_id));
-        let places = Semaphore::new(self.inner.config.layers_at_once);
+        let places = Semaphore::new(self.inner.config.layers_at_once.max(1));
         let layers = wanted.len();
         let (working, mut worked) = mpsc::channel(1);
         let work = wanted.into_iter().enumerate().map(|(position, wanted)| {

@@ -16,8 +16,8 @@ use crate::archive::PATH_BYTES_MAX;
 
 /// Names that begin with it are no files, but say what becomes of lower layers.
 pub(crate) const WHITEOUT: &[u8] = b".wh.";
-/// Directories above a file.
-pub(crate) const DEPTH_MAX: usize = 256;
+/// Directories above a file. Some code holds a descriptor for each of them.
+pub(crate) const DEPTH_MAX: usize = 128;
 const NAME_BYTES_MAX: usize = 255;
 /// As many as Linux follows.
 const LINKS_MAX: usize = 40;

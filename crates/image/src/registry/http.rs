@@ -25,6 +25,8 @@ use crate::error::ImageError;
 /// Of an answer's head, in bytes and in fields.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 const HEADERS_MAX: usize = 100;
+/// Of one host, that are tried.
+const ADDRESSES_MAX: usize = 8;
 const URL_BYTES_MAX: usize = 16 << 10;
 
 /// Where a request goes.
@@ -237,8 +239,14 @@ impl Http {
     async fn connect(&self, target: &Target) -> Result<Box<dyn Stream>, Failure> {
         let addresses = self.addresses(target).await?;
         let mut problem = "it has no address".to_owned();
+        // An address that does not answer leaves the others their part of the time.
+        let share = self.connect / (addresses.len() as u32).max(1);
         for address in addresses {
-            match TcpStream::connect(address).await {
+            let Ok(connected) = tokio::time::timeout(share, TcpStream::connect(address)).await else {
+                problem = format!("{address}: no connection within {} s", share.as_secs_f32());
+                continue;
+            };
+            match connected {
                 Err(error) => problem = format!("{address}: {error}"),
                 Ok(stream) if !target.https => return Ok(Box::new(stream)),
                 Ok(stream) => {
@@ -269,7 +277,8 @@ impl Http {
     async fn addresses(&self, target: &Target) -> Result<Vec<SocketAddr>, Failure> {
         let bare = target.host.trim_start_matches('[').trim_end_matches(']');
         let found = tokio::net::lookup_host((bare, target.port)).await;
-        let found: Vec<_> = found.map_err(|error| Failure::Passing(format!("its name: {error}")))?.collect();
+        let found = found.map_err(|error| Failure::Passing(format!("its name: {error}")))?;
+        let found: Vec<_> = found.take(ADDRESSES_MAX).collect();
         if self.config.may_be_inner(&format!("{}:{}", target.host, target.port)) {
             return Ok(found);
         }

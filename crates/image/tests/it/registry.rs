@@ -243,6 +243,8 @@ async fn what_cannot_be_used_is_refused_before_anything_is_fetched() {
         ),
         (with(|manifest| manifest["config"]["size"] = json!(u64::MAX)), "invalid_image"),
         (with(|manifest| manifest["layers"] = json!([])), "invalid_image"),
+        (with(|manifest| manifest["layers"][0]["size"] = json!(1u64 << 40)), "too_large"),
+        (with(|manifest| manifest["layers"][0]["size"] = json!(u64::MAX)), "too_large"),
         (
             with(|manifest| {
                 let layer = manifest["layers"][0].clone();

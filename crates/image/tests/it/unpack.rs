@@ -407,19 +407,19 @@ fn nothing_leaves_the_layer() {
 #[test]
 fn names_and_depth_have_bounds() {
     let part = "p".repeat(256);
-    let deep = "d/".repeat(257);
+    let deep = "d/".repeat(129);
     let long = format!("{}x", "n/".repeat(2048));
     let mut chain = vec![Entry::directory("deep")];
-    let nested = format!("{}deep", "d/".repeat(200));
+    let nested = format!("{}deep", "d/".repeat(100));
     chain.push(Entry::directory(&nested));
     chain.push(Entry::symlink("far", &nested));
     let through = format!("far/{nested}");
     chain.push(Entry::file(&through, ""));
     for (attempt, says) in [
         (vec![Entry::file(&part, "")], "255 bytes"),
-        (vec![Entry::file(&deep, "")], "256 directories"),
+        (vec![Entry::file(&deep, "")], "128 directories"),
         (vec![Entry::file(&long, "")], "4095 bytes"),
-        (chain, "256 directories"),
+        (chain, "128 directories"),
         (vec![Entry::symlink("s", &"l".repeat(4096))], "4095 bytes"),
     ] {
         let said = refusal(attempt);
