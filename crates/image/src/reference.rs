@@ -108,9 +108,9 @@ fn parse(text: &str) -> Result<Reference, String> {
         Some((first, rest)) if is_registry(first) => (first, rest),
         _ => (DOCKER_HUB, name),
     };
-    let registry = match registry {
-        "index.docker.io" | "registry-1.docker.io" => DOCKER_HUB.to_owned(),
-        other => checked_registry(other)?,
+    let registry = match checked_registry(registry)? {
+        alias if matches!(alias.as_str(), "index.docker.io" | "registry-1.docker.io") => DOCKER_HUB.to_owned(),
+        other => other,
     };
     let repository = match path {
         short if registry == DOCKER_HUB && !short.contains('/') => format!("library/{short}"),
@@ -130,9 +130,10 @@ fn parse(text: &str) -> Result<Reference, String> {
     Ok(Reference { registry, repository, tag, digest })
 }
 
-/// Whether the first part of a name is a host, not a directory of Docker Hub.
+/// Whether the first part of a name is a host, not a directory of Docker Hub. Docker also takes upper-case letters for the sign of one; that would
+/// make two hosts of one, or two names of one form.
 fn is_registry(first: &str) -> bool {
-    first == "localhost" || first.contains(['.', ':', '[']) || first.bytes().any(|byte| byte.is_ascii_uppercase())
+    first == "localhost" || first.contains(['.', ':', '['])
 }
 
 fn checked_registry(registry: &str) -> Result<String, String> {
@@ -234,6 +235,7 @@ mod tests {
             ("localhost:5000/app:1", "localhost:5000/app:1"),
             ("127.0.0.1:5000/app", "127.0.0.1:5000/app:latest"),
             ("[::1]:5000/app", "[::1]:5000/app:latest"),
+            ("Index.Docker.IO/python", "docker.io/library/python:latest"),
             ("Registry.Example/a__b/c---d.e_f", "registry.example/a__b/c---d.e_f:latest"),
             (&format!("python:3.12@{PIN}"), &pinned),
             (&format!("python@{PIN}"), &format!("docker.io/library/python@{PIN}")),
@@ -255,6 +257,7 @@ mod tests {
             "/a",
             "a//b",
             "A",
+            "Host/a",
             "python:",
             "python:-x",
             "python: x",
