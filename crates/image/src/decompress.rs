@@ -133,12 +133,12 @@ impl<R: BufRead> Read for LayerReader<R> {
             Err(io::Error::other(ImageError::TooLarge { what, limit, setting }))
         };
         if self.bytes > self.limits.bytes_max {
-            return too_large(format!("{} MiB", self.limits.bytes_max >> 20), "layer_mb_max");
+            return too_large(format!("{} MiB", self.limits.bytes_max >> 20), "images.layer_mb_max");
         }
         let most = self.decoder.source().bytes.saturating_mul(self.limits.ratio_max).max(RATIO_FREE_BYTES);
         if self.bytes > most {
             let limit = format!("{} times its compressed size", self.limits.ratio_max);
-            return too_large(limit, "compression_ratio_max");
+            return too_large(limit, "images.compression_ratio_max");
         }
         Ok(read)
     }
@@ -201,7 +201,7 @@ mod tests {
         let error = |read: LayerReader<&[u8]>| read.finish().unwrap_err().downcast::<ImageError>().unwrap().to_string();
         let zeros = vec![0; 3 << 20];
         let small = Limits { bytes_max: 2 << 20, ..LIMITS };
-        assert!(error(reader(&zeros, Compression::None, small)).contains("2 MiB; the setting layer_mb_max"));
+        assert!(error(reader(&zeros, Compression::None, small)).contains("2 MiB; the setting images.layer_mb_max"));
         // 1.5 GiB in some KiB.
         let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
         for _ in 0..512 {
@@ -209,6 +209,6 @@ mod tests {
         }
         let bomb = encoder.finish().unwrap();
         assert!(bomb.len() < 1 << 20);
-        assert!(error(reader(&bomb, Compression::Zstd, LIMITS)).contains("compression_ratio_max"));
+        assert!(error(reader(&bomb, Compression::Zstd, LIMITS)).contains("images.compression_ratio_max"));
     }
 }

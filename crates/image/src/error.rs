@@ -17,10 +17,10 @@ pub enum ImageError {
     )]
     InvalidReference { given: String, problem: String },
     /// A registry that the operator did not allow.
-    #[error("images of {registry} may not be used here; the setting registries_allowed names those that may")]
+    #[error("images of {registry} may not be used here; the setting images.registries_allowed names those that may")]
     RegistryNotAllowed { registry: String },
     /// Nothing may be pulled, and the image is not here.
-    #[error("{reference} is not on this host, and the setting pull is never; pull or import it first")]
+    #[error("{reference} is not on this host, and the setting images.pull is never; pull or import it first")]
     PullForbidden { reference: Reference },
     /// No image of this host has that name or digest.
     #[error("there is no image {name:?} on this host; pull or import it first")]
@@ -45,7 +45,7 @@ pub enum ImageError {
     InvalidAnswer { host: String, problem: String },
     /// A name from outside that leads to an address inside.
     #[error(
-        "{host} has the inner address {address}, which is not connected to; if that is meant, name {host} in the setting private_hosts"
+        "{host} has the inner address {address}, which is not connected to; if that is meant, name {host} in the setting images.private_hosts"
     )]
     RefusedAddress { host: String, address: String },
     /// A redirect that would give away more than was asked for.

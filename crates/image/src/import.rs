@@ -131,7 +131,7 @@ impl ImageStore {
         })?;
         if copied > most {
             let limit = format!("{} MiB", most >> 20);
-            return Err(ImageError::TooLarge { what, limit, setting: "layer_mb_max" });
+            return Err(ImageError::TooLarge { what, limit, setting: "images.layer_mb_max" });
         }
         file.seek(SeekFrom::Start(0)).map_err(failed())?;
         Files::index(file, Some(incoming), what)

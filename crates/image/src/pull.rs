@@ -217,7 +217,7 @@ impl ImageStore {
         if sum > most.saturating_mul(1 << 20) {
             let what =
                 format!("the image {}, with {} MiB of layers,", Digest::of(&described.manifest_bytes), sum >> 20);
-            return Err(ImageError::TooLarge { what, limit: format!("{most} MiB"), setting: "image_mb_max" });
+            return Err(ImageError::TooLarge { what, limit: format!("{most} MiB"), setting: "images.image_mb_max" });
         }
         let _pins = self.pin(wanted.iter().map(|layer| layer.diff_id));
         let places = Semaphore::new(self.inner.config.layers_at_once.max(1));

@@ -84,7 +84,7 @@ pub fn unpack<R: Read>(
             return Err(ImageError::TooLarge {
                 what: format!("the layer {layer} at {last}"),
                 limit: format!("{} entries", limits.entries_max),
-                setting: "layer_entries_max",
+                setting: "images.layer_entries_max",
             });
         }
         unpacker.done.entries += 1;
