@@ -93,7 +93,7 @@ impl Place {
             Kind::Fake(driver) => RootImage {
                 digest: driver.default_root(),
                 layers: Vec::new(),
-                user: ImageUser::default(),
+                user: ImageUser { name: "tenki".into(), uid: 1000, gid: 1000, home: "/home/tenki".into() },
                 workdir: None,
                 env: BTreeMap::new(),
             },
