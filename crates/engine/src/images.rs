@@ -8,7 +8,7 @@ use nagaya_api::error::{Code, Error};
 use tokio::sync::{RwLock, RwLockReadGuard};
 
 use crate::errors::store_error;
-use crate::model::{ImageDigest, RootImage};
+use crate::model::{ImageDigest, Machine, RootImage};
 use crate::ports::{DriverError, FreedImages, Image, Images, PullWatcher, Resolved};
 use crate::registry::Registry;
 use crate::shared::Shared;
@@ -47,6 +47,8 @@ impl RootImages {
         let (digest, hold) = match resolved {
             Resolved::Host => (self.shared.host.default_root(), None),
             Resolved::Image { digest, hold } => (digest, Some(hold)),
+            // The session's own task fetches it: see `provide`.
+            Resolved::Elsewhere { digest } => (digest, None),
         };
         Ok(Chosen { digest, _hold: hold, _choosing: self.choosing.read().await })
     }
@@ -59,6 +61,14 @@ impl RootImages {
         }
         let found = self.images.root(digest).await;
         found.map_err(|error| DriverError::Failed(error.to_string()))?.ok_or(DriverError::Gone)
+    }
+
+    /// Brings the image of a session here that is about to be created, if it is elsewhere.
+    pub(crate) async fn provide(&self, machine: &Machine) -> Result<(), Error> {
+        match machine.image.is_empty() || self.root(&machine.root).await.is_ok() {
+            true => Ok(()),
+            false => self.images.fetch(&machine.image, &machine.root).await,
+        }
     }
 
     pub(crate) async fn list(&self) -> Result<Vec<Image>, Error> {

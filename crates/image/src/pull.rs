@@ -117,15 +117,15 @@ impl LayerTask {
 }
 
 impl ImageStore {
-    /// The image of a reference, pulled if the settings say so.
-    pub async fn ensure(&self, reference: &Reference, watcher: Watcher) -> Result<Image, ImageError> {
-        let here = self.find(&reference.to_string());
+    /// The digest of the image of a reference: as it is here, or as its registry says, where the settings let uses of an image fetch it.
+    pub async fn meaning(&self, reference: &Reference) -> Result<Digest, ImageError> {
+        let here = self.find(&reference.to_string()).map(|image| image.digest);
         match (self.inner.config.pull, here) {
-            (PullPolicy::Never | PullPolicy::Missing, Ok(image)) => Ok(image),
+            (PullPolicy::Never | PullPolicy::Missing, Ok(digest)) => Ok(digest),
             (PullPolicy::Never, Err(_)) => Err(ImageError::PullForbidden { reference: reference.clone() }),
             // What is pinned means the same for ever.
-            (PullPolicy::Always, Ok(image)) if reference.digest().is_some() => Ok(image),
-            _ => self.pull(reference, watcher).await,
+            (PullPolicy::Always, Ok(digest)) if reference.digest().is_some() => Ok(digest),
+            _ => self.locate(reference).await,
         }
     }
 
@@ -133,13 +133,46 @@ impl ImageStore {
     /// the next [`ImageStore::gc`].
     pub async fn pull(&self, reference: &Reference, watcher: Watcher) -> Result<Image, ImageError> {
         let session = self.inner.client.session(reference).await?;
+        let described = self.describe(&session, reference, reference.digest(), &reference.version()).await?;
+        let session = &session;
+        self.install(described, vec![reference.clone()], watcher, |task| self.fetch(session, task)).await
+    }
+
+    /// The digest of the image for this host that a reference means now, as its registry says; nothing is kept.
+    pub async fn locate(&self, reference: &Reference) -> Result<Digest, ImageError> {
+        let session = self.inner.client.session(reference).await?;
+        let described = self.describe(&session, reference, reference.digest(), &reference.version()).await?;
+        Ok(Digest::of(&described.manifest_bytes))
+    }
+
+    /// Fetches what [`ImageStore::locate`] found, whatever the reference means by now.
+    pub async fn pull_located(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        watcher: Watcher,
+    ) -> Result<Image, ImageError> {
+        let session = self.inner.client.session(reference).await?;
+        let described = self.describe(&session, reference, Some(digest), &digest.to_string()).await?;
+        let session = &session;
+        self.install(described, vec![reference.clone()], watcher, |task| self.fetch(session, task)).await
+    }
+
+    /// Asks the registry for the manifest of a version and for its configuration.
+    async fn describe(
+        &self,
+        session: &Session<'_>,
+        reference: &Reference,
+        pinned: Option<Digest>,
+        version: &str,
+    ) -> Result<Described, ImageError> {
         let what = reference.to_string();
-        let fetched = session.manifest(&reference.version()).await?;
+        let fetched = session.manifest(version).await?;
         let verify = |expected: Digest, bytes: &[u8]| match Digest::of(bytes) {
             found if found == expected => Ok(()),
             found => Err(ImageError::DigestMismatch { what: what.clone(), expected, found }),
         };
-        if let Some(pinned) = reference.digest() {
+        if let Some(pinned) = pinned {
             verify(pinned, &fetched.bytes)?;
         }
         let mut document = Document::parse(&fetched.bytes, &fetched.media_type, &what)?;
@@ -161,8 +194,7 @@ impl ImageStore {
         let config = session.document_blob(&manifest.config.digest).await?;
         let described = Described::new(bytes, manifest, config, &what)?;
         described.runs_on(&self.inner.platform, &what)?;
-        let session = &session;
-        self.install(described, vec![reference.clone()], watcher, |task| self.fetch(session, task)).await
+        Ok(described)
     }
 
     /// Fetches and unpacks one layer.

@@ -21,20 +21,6 @@ impl ImagePort {
     pub fn new(store: ImageStore) -> Self {
         Self { store }
     }
-
-    /// An image that is here, or that a creation may have fetched now.
-    async fn ensure(&self, name: &str) -> Result<nagaya_image::Image, Error> {
-        if is_digest(name) {
-            return self.store.find(name).map_err(told);
-        }
-        let (store, reference) = (self.store.clone(), reference(name)?);
-        // A creation that is given up does not take back what arrived: the next one finds it.
-        let pulled = tokio::spawn(async move { store.ensure(&reference, Arc::new(|_| ())).await });
-        match pulled.await {
-            Ok(pulled) => pulled.map_err(told),
-            Err(error) => Err(Error::new(Code::Internal, error.to_string())),
-        }
-    }
 }
 
 #[async_trait]
@@ -44,10 +30,28 @@ impl Images for ImagePort {
         if name == HOST {
             return Ok(Resolved::Host);
         }
-        let image = self.ensure(&name).await?;
-        // Between the two a removal may have come: then the caller learns that it is not there.
-        let lease = self.store.hold(&image.digest).map_err(told)?;
-        Ok(Resolved::Image { digest: ImageDigest::new(image.digest.to_string()), hold: Box::new(lease) })
+        let found = match is_digest(&name) {
+            true => self.store.find(&name).map(|image| image.digest),
+            false => self.store.meaning(&reference(&name)?).await,
+        };
+        let found = found.map_err(told)?;
+        let digest = ImageDigest::new(found.to_string());
+        Ok(match self.store.hold(&found) {
+            Ok(lease) => Resolved::Image { digest, hold: Box::new(lease) },
+            Err(_) => Resolved::Elsewhere { digest },
+        })
+    }
+
+    async fn fetch(&self, name: &str, digest: &ImageDigest) -> Result<(), Error> {
+        let parsed = digest.as_str().parse::<Digest>();
+        let parsed = parsed.map_err(|_| Error::new(Code::RootUnavailable, digest.to_string()))?;
+        let (store, reference) = (self.store.clone(), reference(&self.store.meant_by(name))?);
+        // A creation that is given up does not take back what arrived: the next one finds it.
+        let pulled = tokio::spawn(async move { store.pull_located(&reference, parsed, Arc::new(|_| ())).await });
+        match pulled.await {
+            Ok(pulled) => pulled.map(drop).map_err(told),
+            Err(error) => Err(Error::new(Code::Internal, error.to_string())),
+        }
     }
 
     async fn root(&self, digest: &ImageDigest) -> Result<Option<RootImage>, Error> {

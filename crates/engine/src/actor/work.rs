@@ -143,6 +143,10 @@ impl Actor {
         let begun = Arc::new(AtomicBool::new(false));
         let (actors, session, begun_too) = (self.actors.clone(), self.session.clone(), begun.clone());
         let future = Box::pin(async move {
+            // Fetching an image may take long: others are created meanwhile, and an end does not wait for it.
+            if let Err(error) = actors.images.provide(&session.machine).await {
+                return Done::Created(Err(StartFailure::Refused(error)));
+            }
             let _permit = actors.creates.acquire().await.expect("the semaphore is never closed");
             begun_too.store(true, Ordering::Release);
             Done::Created(create(&actors, &session, source).await)

@@ -18,6 +18,7 @@ struct World {
     registry: BTreeMap<String, ImageDigest>,
     here: BTreeMap<ImageDigest, BTreeSet<String>>,
     held: Arc<Mutex<Vec<ImageDigest>>>,
+    refusal: Option<Error>,
 }
 
 #[derive(Default)]
@@ -49,7 +50,12 @@ impl FakeImages {
         self.with(|world| world.here.remove(&ImageDigest::new(digest)));
     }
 
-    fn fetch(&self, name: &str) -> Result<ImageDigest, Error> {
+    /// The next image that a creation fetches is not given.
+    pub fn refuse_next(&self, error: Error) {
+        self.with(|world| world.refusal = Some(error));
+    }
+
+    fn take(&self, name: &str) -> Result<ImageDigest, Error> {
         self.with(|world| {
             let digest =
                 world.registry.get(name).cloned().ok_or_else(|| Error::new(Code::RegistryImageNotFound, name))?;
@@ -92,10 +98,22 @@ impl Images for FakeImages {
         if HOST.contains(&name) {
             return Ok(Resolved::Host);
         }
-        let digest = self.digest(name).map_or_else(|| self.fetch(name), Ok)?;
+        let Some(digest) = self.digest(name) else {
+            let known = self.with(|world| world.registry.get(name).cloned());
+            let digest = known.ok_or_else(|| Error::new(Code::RegistryImageNotFound, name))?;
+            return Ok(Resolved::Elsewhere { digest });
+        };
         let held = self.with(|world| world.held.clone());
         held.lock().expect("no holder of this lock panics").push(digest.clone());
         Ok(Resolved::Image { hold: Box::new(Hold(held, digest.clone())), digest })
+    }
+
+    async fn fetch(&self, name: &str, digest: &ImageDigest) -> Result<(), Error> {
+        if let Some(error) = self.with(|world| world.refusal.take()) {
+            return Err(error);
+        }
+        self.with(|world| world.here.entry(digest.clone()).or_default().insert(name.to_owned()));
+        Ok(())
     }
 
     async fn root(&self, digest: &ImageDigest) -> Result<Option<RootImage>, Error> {
@@ -121,7 +139,7 @@ impl Images for FakeImages {
     }
 
     async fn pull(&self, name: &str, watcher: PullWatcher) -> Result<Image, Error> {
-        let digest = self.fetch(name)?;
+        let digest = self.take(name)?;
         for state in [PullState::Waiting, PullState::Done] {
             watcher(PullProgress { layer: "sha256:layer".into(), position: 0, layers: 1, bytes: 0, total: 0, state });
         }

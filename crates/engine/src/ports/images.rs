@@ -18,6 +18,8 @@ pub enum Resolved {
         /// The image stays on the host until this is dropped.
         hold: Box<dyn Send + Sync>,
     },
+    /// An image that its registry has, and that uses of it may fetch.
+    Elsewhere { digest: ImageDigest },
 }
 
 /// An image that is wholly on this host.
@@ -103,9 +105,11 @@ pub struct FreedImages {
 /// not what they should be.
 #[async_trait]
 pub trait Images: Send + Sync + 'static {
-    /// What a name, an alias of the operator's or a digest stands for. The image is fetched first where the operator lets
-    /// creations do that.
+    /// What a name, an alias of the operator's or a digest stands for; of what is not here the registry is asked, where the
+    /// operator lets creations do that.
     async fn resolve(&self, name: &str) -> Result<Resolved, Error>;
+    /// Fetches what a name stood for when it was resolved. What has arrived stays when the future is dropped.
+    async fn fetch(&self, name: &str, digest: &ImageDigest) -> Result<(), Error>;
     /// The root file system of an image; `None` where it is not here.
     async fn root(&self, digest: &ImageDigest) -> Result<Option<RootImage>, Error>;
     /// By digest.

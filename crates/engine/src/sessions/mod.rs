@@ -41,6 +41,7 @@ pub(crate) struct Sessions {
 }
 
 impl Sessions {
+    #[allow(clippy::too_many_arguments)] // one for each part that it works with
     pub(crate) fn new(
         shared: Arc<Shared>,
         workspaces: Arc<Workspaces>,

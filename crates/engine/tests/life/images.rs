@@ -118,6 +118,23 @@ async fn a_creation_without_its_image_leaves_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_session_is_there_while_its_image_is_fetched_and_ends_with_the_reason_where_that_fails() {
+    let world = world().await;
+    world.fakes.images.refuse_next(nagaya_api::error::Error::new(Code::ImageUnavailable, "the registry is silent"));
+    let failed = world.engine.create_session(&world.caller, on(APP)).await.unwrap();
+    assert_eq!((failed.state, failed.machine.root.as_str()), (SessionState::Creating, FIRST), "it is known at once");
+    let failed = world.settled(failed.id).await;
+    assert_eq!(failed.state, SessionState::Terminated);
+    assert!(failed.terminal_error.contains("the registry is silent [image_unavailable]"), "{}", failed.terminal_error);
+    assert!(world.fakes.driver.sandboxes().is_empty());
+    let session = world.run(on(APP)).await;
+    assert_eq!(world.root(session.id), FIRST);
+    // The registry is not asked for what is here.
+    world.fakes.images.refuse_next(Code::ImageUnavailable.into());
+    assert_eq!(world.root(world.run(on(APP)).await.id), FIRST);
+}
+
+#[tokio::test(start_paused = true)]
 async fn pulls_tell_how_far_they_are_and_archives_bring_images() {
     let world = world().await;
     let told: Arc<Mutex<Vec<PullState>>> = Arc::default();

@@ -518,28 +518,33 @@ async fn over_tls_nothing_leads_back_to_plain_http() {
 }
 
 #[tokio::test]
-async fn settings_say_what_is_pulled() {
+async fn settings_say_what_uses_of_an_image_ask_for() {
     let made = small();
     let fake = Fake::of(&made, |_| None);
     let reference = fake.reference("app:1");
     let never = Place::new(Config { pull: PullPolicy::Never, ..fake.config() });
-    assert_eq!(never.store.ensure(&reference, quiet()).await.unwrap_err().kind(), "pull_forbidden");
-    never.store.pull(&reference, quiet()).await.unwrap();
-    never.store.ensure(&reference, quiet()).await.unwrap();
+    assert_eq!(never.store.meaning(&reference).await.unwrap_err().kind(), "pull_forbidden");
+    let pulled = never.store.pull(&reference, quiet()).await.unwrap().digest;
+    assert_eq!(never.store.meaning(&reference).await.unwrap(), pulled);
     let before = fake.requests().len();
     let missing = Place::new(fake.config());
-    missing.store.ensure(&reference, quiet()).await.unwrap();
+    let located = missing.store.meaning(&reference).await.unwrap();
+    assert_eq!(located, pulled);
+    assert_eq!(fake.requests().len() - before, 2, "manifest and configuration");
+    assert!(missing.store.list().is_empty(), "nothing is kept of what was only asked");
+    let image = missing.store.pull_located(&reference, located, quiet()).await.unwrap();
+    assert_eq!((image.digest, image.names), (pulled, vec![reference.clone()]));
     let after = fake.requests().len();
-    assert_eq!(after - before, 4, "manifest, configuration, two layers");
-    missing.store.ensure(&reference, quiet()).await.unwrap();
+    assert_eq!(after - before, 6, "manifest, configuration, two layers");
+    missing.store.meaning(&reference).await.unwrap();
     assert_eq!(fake.requests().len(), after);
     let always = Place::new(Config { pull: PullPolicy::Always, ..fake.config() });
-    always.store.ensure(&reference, quiet()).await.unwrap();
+    always.store.pull(&reference, quiet()).await.unwrap();
     let after = fake.requests().len();
-    always.store.ensure(&reference, quiet()).await.unwrap();
+    always.store.meaning(&reference).await.unwrap();
     assert_eq!(fake.requests().len(), after + 2, "manifest and configuration");
     let elsewhere = Place::new(Config { registries_allowed: vec!["ghcr.io".into()], ..fake.config() });
-    let error = elsewhere.store.ensure(&reference, quiet()).await.unwrap_err();
+    let error = elsewhere.store.meaning(&reference).await.unwrap_err();
     assert_eq!(error.kind(), "registry_not_allowed");
     assert_eq!(fake.requests().len(), after + 2);
 }
