@@ -160,11 +160,7 @@ fn sandboxes_of_an_image_live_through_everything_that_others_live_through() {
         let freed = client.own.remove_image(own::RemoveImageRequest { name: "app".into() }).await.unwrap();
         assert_eq!(freed.freed.images, 0);
         assert_eq!(names(&client).await, [Vec::<String>::new()]);
-        client
-            .control
-            .pause_session(v1::PauseSessionRequest { session_id: sandbox.id.clone(), ..Default::default() })
-            .await
-            .unwrap();
+        client.control.pause_session(v1::PauseSessionRequest { session_id: sandbox.id.clone() }).await.unwrap();
         let fork = own::ForkSessionRequest { session_id: sandbox.id.clone(), count: 1, ..Default::default() };
         let fork = client.own.fork_session(fork).await.unwrap().sessions[0].id.clone();
         client.wait_running(&fork).await.unwrap();
@@ -207,11 +203,7 @@ fn sandboxes_of_an_image_live_through_everything_that_others_live_through() {
         let restored = client.control.create_session(request).await.unwrap().session.id.clone();
         assert_eq!(text(&client.attach(&restored).await.unwrap(), &["cat", "note"]).await, "kept");
         client.terminate(&restored).await.unwrap();
-        client
-            .control
-            .delete_snapshot(v1::DeleteSnapshotRequest { snapshot_id: snapshot, ..Default::default() })
-            .await
-            .unwrap();
+        client.control.delete_snapshot(v1::DeleteSnapshotRequest { snapshot_id: snapshot }).await.unwrap();
         assert_eq!(prune().await.unwrap().freed.images, 1, "now nothing needs it");
 
         // A creation fetches what is not there, and says what is nowhere.
