@@ -237,7 +237,7 @@ describe("fork", () => {
     assert.equal((await fork({ sessionId: UNKNOWN }, {})).status, 401);
     const session = await tenki.create(SMALL);
     assert.equal((await fork({ sessionId: session.id, count: 101 })).status, 400);
-    assert.equal((await fork({ sessionId: session.id, name: "x".repeat(65) })).status, 400);
+    assert.equal((await fork({ sessionId: session.id, name: "x".repeat(257) })).status, 400);
     await session.close();
     const ended = await fork({ sessionId: session.id });
     assert.deepEqual([ended.status, ended.body.code], [400, "failed_precondition"]);
