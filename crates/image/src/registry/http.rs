@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -156,7 +156,7 @@ impl Body {
 
 /// Makes requests as the settings want them made.
 pub(crate) struct Http {
-    tls: TlsConnector,
+    tls: OnceLock<TlsConnector>,
     pub config: Config,
     connect: Duration,
     silence: Duration,
@@ -164,10 +164,28 @@ pub(crate) struct Http {
 
 impl Http {
     pub fn new(config: &Config) -> Result<Self, ImageError> {
+        let http = Self {
+            tls: OnceLock::new(),
+            config: config.clone(),
+            connect: Duration::from_millis(config.connect_timeout_ms),
+            silence: Duration::from_millis(config.silence_timeout_ms),
+        };
+        // A file that cannot be used is told of at the start.
+        if http.config.ca_file.is_some() {
+            http.tls()?;
+        }
+        Ok(http)
+    }
+
+    /// What TLS needs, made when it is first needed: the certificates of the host take some megabytes.
+    fn tls(&self) -> Result<&TlsConnector, ImageError> {
+        if let Some(tls) = self.tls.get() {
+            return Ok(tls);
+        }
         let mut roots = rustls::RootCertStore::empty();
         // A host without certificates reaches no registry over TLS, and may need none.
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-        if let Some(path) = &config.ca_file {
+        if let Some(path) = &self.config.ca_file {
             let doing = || format!("read the certificates in {}", path.display());
             let bytes = std::fs::read(path).map_err(ImageError::io(doing()))?;
             for certificate in CertificateDer::pem_slice_iter(&bytes) {
@@ -182,12 +200,7 @@ impl Http {
             .map_err(|error| ImageError::io("set up TLS")(io::Error::other(error)))?
             .with_root_certificates(roots)
             .with_no_client_auth();
-        Ok(Self {
-            tls: TlsConnector::from(Arc::new(tls)),
-            config: config.clone(),
-            connect: Duration::from_millis(config.connect_timeout_ms),
-            silence: Duration::from_millis(config.silence_timeout_ms),
-        })
+        Ok(self.tls.get_or_init(|| TlsConnector::from(Arc::new(tls))))
     }
 
     /// Sends one request to one host. Redirects are an answer like others.
@@ -253,7 +266,7 @@ impl Http {
                     let bare = target.host.trim_start_matches('[').trim_end_matches(']');
                     let name = ServerName::try_from(bare.to_owned());
                     let name = name.map_err(|error| Failure::Passing(format!("TLS: {error}")))?;
-                    match self.tls.connect(name, stream).await {
+                    match self.tls().map_err(Failure::Final)?.connect(name, stream).await {
                         Ok(stream) => return Ok(Box::new(stream)),
                         // A certificate does not get better by asking again.
                         Err(error) if error.get_ref().is_some() => {
