@@ -121,7 +121,8 @@ impl Executions {
         clock: &Arc<dyn Clock>,
         backoff: Backoff,
     ) {
-        for execution in executions {
+        // One that this process has started in the meantime has somebody who waits for it.
+        for execution in executions.into_iter().filter(|of| !self.known.contains_key(&of.id)).collect::<Vec<_>>() {
             let id = execution.id;
             if execution.status == ExecutionStatus::Running {
                 let (guest, clock) = (guest.clone(), clock.clone());
@@ -133,7 +134,9 @@ impl Executions {
 
     /// Takes over records of a sandbox that has no processes any more.
     pub(crate) fn know(&mut self, executions: Vec<Execution>) {
-        self.known.extend(executions.into_iter().map(|execution| (execution.id, watch::Sender::new(execution))));
+        for execution in executions {
+            self.known.entry(execution.id).or_insert_with(|| watch::Sender::new(execution));
+        }
     }
 
     /// The record of an execution that just ended, to be committed and then published.
