@@ -60,6 +60,7 @@ impl Server {
         }
         let store: Arc<dyn Store> = Arc::new(store);
         let host = open_host(&config).await?;
+        make_image(host.clone()).await?;
         let driver = Arc::new(NamespaceDriver::start(host.clone(), NAMESPACE, &config.namespace));
         let drivers = drivers(&config.drivers.default, [(NAMESPACE, driver.clone() as Arc<dyn Driver>)])?;
         let blobs = open_blobs(&config)?;
@@ -194,6 +195,10 @@ pub async fn open_host(config: &Config) -> anyhow::Result<Arc<Host>> {
     let (data, config) = (config.data_dir.clone(), config.host.clone());
     let opened = tokio::task::spawn_blocking(move || Host::open(&data, config)).await?;
     opened.context("`nagaya doctor` tells what this host lacks")
+}
+
+async fn make_image(host: Arc<Host>) -> anyhow::Result<()> {
+    tokio::task::spawn_blocking(move || host.make_image()).await?.context("make what new sandboxes stand on")
 }
 
 /// As [`open_host`], for looking after what is there: without a pool of disks of its own, and with a driver that pre-creates

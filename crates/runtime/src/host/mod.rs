@@ -133,7 +133,7 @@ impl Host {
             (None, None)
         };
         let root_images = HostImages::open(&data.join("images"), network.as_ref().map(Network::name_server))
-            .map_err(on("make the host image"))?;
+            .map_err(on("open the directory of images"))?;
         let pool_directory = root.join(POOL);
         // Slots that nobody took; their agents and mounts went with the process that made them.
         let _ = fs::remove_dir_all(&pool_directory);
@@ -165,6 +165,12 @@ impl Host {
             used_up: Mutex::new(used_up),
             config,
         }))
+    }
+
+    /// Makes the image of the host's own programs, which new sandboxes stand on. What only looks after those that are there
+    /// needs none, and no space for it. Blocks.
+    pub fn make_image(&self) -> Result<(), StartError> {
+        self.root_images.make().map_err(on("make the host image"))
     }
 
     /// Keeps the server's own port on loopback reachable when the host's table of connections is full.

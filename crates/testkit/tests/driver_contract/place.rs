@@ -249,7 +249,8 @@ async fn start(data: &Path, set_up: impl FnOnce(&mut Config), shortcuts: bool) -
     config.limits.processes_max = PROCESSES_MAX;
     set_up(&mut config);
     let data = data.to_owned();
-    let opened = tokio::task::spawn_blocking(move || Host::open(&data, config)).await.unwrap();
+    let open = move || Host::open(&data, config).and_then(|host| host.make_image().map(|()| host));
+    let opened = tokio::task::spawn_blocking(open).await.unwrap();
     let own = namespace::Config { pools: Pools { slots_ready: 1, isolated_slots_ready: 1 }, shortcuts };
     let driver = |host: Arc<Host>| Arc::new(NamespaceDriver::start(host, "namespace", &own));
     opened.map(|host| Server { driver: driver(host.clone()), host }).map_err(|error| {

@@ -13,6 +13,7 @@ cases![
     the_sandbox_that_filled_the_host_and_any_other_can_be_ended,
     a_disk_that_broke_on_a_full_host_is_repaired_when_there_is_space,
     one_sandbox_cannot_fill_the_host,
+    what_is_on_a_full_host_can_be_purged,
 ];
 
 /// Without the limit that keeps a host from being full.
@@ -83,6 +84,21 @@ async fn a_disk_that_broke_on_a_full_host_is_repaired_when_there_is_space() -> O
     assert!(!codes(&client, &sandbox.id).await.iter().any(|code| code == "disk_failed"));
     drop((client, sandbox, again));
     end(server).await;
+    Ok(())
+}
+
+/// The harness purges with a network of its own, for which the host's image would be made anew: that takes more space than
+/// there is.
+async fn what_is_on_a_full_host_can_be_purged() -> Outcome {
+    let disk = SmallDisk::mount(512);
+    let mut server = Server::start_in(&disk.path(), UNLIMITED);
+    Client::of(&server).create(&Default::default()).await.unwrap();
+    assert!(server.terminate().success(), "{}", server.log());
+    let filler = std::fs::OpenOptions::new().write(true).open(disk.fill()).unwrap();
+    // A record of a few bytes still fits.
+    filler.set_len(filler.metadata().unwrap().len() - (256 << 10)).unwrap();
+    server.purge();
+    settle("nothing is left on the host", || leftovers(server.data_dir()).is_empty());
     Ok(())
 }
 

@@ -89,38 +89,42 @@ const VERSION: u32 = 3;
 /// another state of the host.
 pub(super) struct HostImages {
     directory: PathBuf,
+    name_server: Option<Ipv4Addr>,
     current: RootImage,
     /// What every image from elsewhere gets on top.
     fittings: Layer,
 }
 
 impl HostImages {
-    /// Makes the base layer below `directory`, unless the same one is there.
+    /// Names what [`HostImages::make`] makes below `directory`. That is not there yet, and takes space.
     pub fn open(directory: &Path, name_server: Option<Ipv4Addr>) -> Result<Self, ImageError> {
         at(directory, fs::create_dir_all(directory))?;
         let name = fingerprint(name_server);
-        let base = directory.join(format!("{PREFIX}{name}"));
-        if !base.exists() {
-            let fresh = directory.join("new");
-            if fresh.exists() {
-                at(&fresh, fs::remove_dir_all(&fresh))?;
-            }
-            at(&fresh, fs::create_dir(&fresh))?;
-            make_base(&fresh, name_server)?;
-            at(&base, fs::rename(&fresh, &base))?;
-        }
+        let current = image(directory.join(format!("{PREFIX}{name}")), &name);
         let fittings = directory.join(format!("{FITTINGS}{VERSION}-{}", name_server.map_or(0, u32::from)));
-        if !fittings.exists() {
-            let fresh = directory.join("new-fittings");
-            if fresh.exists() {
-                at(&fresh, fs::remove_dir_all(&fresh))?;
-            }
-            at(&fresh, fs::create_dir(&fresh))?;
-            make_fittings(&fresh, name_server)?;
-            at(&fittings, fs::rename(&fresh, &fittings))?;
-        }
         let fittings = Layer { source: fittings, place: String::new() };
-        Ok(Self { directory: directory.to_owned(), current: image(base, &name), fittings })
+        Ok(Self { directory: directory.to_owned(), name_server, current, fittings })
+    }
+
+    /// Makes the base layer of new sandboxes and the fittings, unless the same ones are there.
+    pub fn make(&self) -> Result<(), ImageError> {
+        let base = &self.current.layers[0].source;
+        self.make_whole(base, |fresh| make_base(fresh, self.name_server))?;
+        self.make_whole(&self.fittings.source, |fresh| make_fittings(fresh, self.name_server))
+    }
+
+    /// Makes a directory that is whole once it has its name.
+    fn make_whole(&self, target: &Path, fill: impl FnOnce(&Path) -> Result<(), ImageError>) -> Result<(), ImageError> {
+        if target.exists() {
+            return Ok(());
+        }
+        let fresh = self.directory.join("new");
+        if fresh.exists() {
+            at(&fresh, fs::remove_dir_all(&fresh))?;
+        }
+        at(&fresh, fs::create_dir(&fresh))?;
+        fill(&fresh)?;
+        at(target, fs::rename(&fresh, target))
     }
 
     /// The layers that a sandbox of this image stands on, the uppermost first. An image from elsewhere gets what every
