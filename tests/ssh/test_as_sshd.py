@@ -80,6 +80,10 @@ class SideBySide(unittest.TestCase):
         if pids:
             run(who, f"kill {pids}")
 
+    def until_asleep(self, count, seconds):
+        """A line that waits for so many `sleep`s: until then `nohup` and `setsid` have not done their part."""
+        return f"until [ \"$(pgrep -fc '^[s]leep {re.escape(seconds)}$')\" = {count} ]; do sleep 0.05; done"
+
     def drop(self, who, line, *more):
         """Starts a line, waits for its first word, and breaks the connection."""
         process = subprocess.Popen([*words(who, *more), line], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -114,7 +118,7 @@ class SideBySide(unittest.TestCase):
             self.addCleanup(self.end, who, other)
             # With the terminal go those that do not mind hanging up; in the foreground and the background.
             self.drop(who, f"nohup sleep {seconds} >/dev/null 2>&1 & (setsid sleep {seconds} >/dev/null 2>&1 &); sleep {other} & "
-                           f"echo started; sleep {other}", "-tt")
+                           f"{self.until_asleep(2, seconds)}; echo started; sleep {other}", "-tt")
             wait_until(lambda: self.alive(who, other) == [])
             self.assertEqual(len(self.alive(who, seconds)), 2)
 
@@ -122,7 +126,7 @@ class SideBySide(unittest.TestCase):
         for who, seconds in self.each():
             self.addCleanup(self.end, who, seconds)
             process = subprocess.Popen(words(who, "-tt"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            process.stdin.write(f"nohup sleep {seconds} >/dev/null 2>&1 &\necho star''ted\n".encode())
+            process.stdin.write(f"nohup sleep {seconds} >/dev/null 2>&1 &\n{self.until_asleep(1, seconds)}\necho star''ted\n".encode())
             process.stdin.flush()
             while b"started" not in process.stdout.readline():
                 pass
